@@ -1,0 +1,56 @@
+# What people do here; `make` alone lists it. Everything runs in .venv, which `make install` makes.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+SOURCES := $(wildcard server/*/csrc/*.cpp adapters/*/csrc/*.cpp)
+SERVE_ARGS ?= --preload adapters/examples
+LOAD_ARGS ?= run --spawn
+TEST_ARGS ?=
+
+.PHONY: help install serve check test test-gpu load clean
+
+help: ## list these commands
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do printf 'make %-10s %s\n' "$$name" "$$text"; done
+
+install: $(STAMP) ## make .venv with the tested versions of everything; done once, again when the pins change
+	@echo "installed in .venv"
+
+serve: $(STAMP) ## start a server on 127.0.0.1:8000 with the embedded base and the example adapters
+	@exec $(BIN)/loramux serve $(SERVE_ARGS)
+
+check: $(STAMP) ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: $(STAMP) ## every test that needs no GPU; TEST_ARGS="tests/test_config.py -k port" runs some
+	@$(BIN)/pytest $(if $(TEST_ARGS),$(TEST_ARGS),--cov)
+
+test-gpu: $(STAMP) ## the tests that need a CUDA device
+	@$(BIN)/pytest tests/gpu
+
+load: $(STAMP) ## load test over HTTP on a server of its own, under 10 minutes; LOAD_ARGS="--help" shows what else it can do
+	@$(BIN)/python -m loadtests $(LOAD_ARGS)
+
+clean: ## remove .venv, build results and caches; the adapter store and the converted base stay
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -f server/*/_kernels.so adapters/*/_kernels.so
+
+$(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "loramux needs Python 3.11 or newer; set PYTHON=python3.11, say"; exit 1; }
+	@echo "1/3 environment in .venv ($$($(PYTHON) -V))"
+	@$(PYTHON) -m venv .venv
+	@echo "2/3 packages at the versions in constraints.txt; a first time takes minutes, PyTorch is most of it"
+	@$(BIN)/pip install --disable-pip-version-check --progress-bar off --log .venv/install.log \
+			-c constraints.txt -e '.[train,dev]' 2>&1 \
+		| sed -un -e 's/^ *Downloading \([^ ]*\) (\([0-9.]* [MG]B\)).*/    \1  \2/p' \
+			-e 's/^Installing collected packages.*/    installing them/p' -e '/ERROR/p' \
+		|| { echo "could not install; .venv/install.log says why"; exit 1; }
+	@ls server/*/_kernels.so adapters/*/_kernels.so > /dev/null 2>&1 \
+		&& echo "3/3 CPU kernels compiled" \
+		|| echo "3/3 CPU kernels not compiled (no C++ compiler with OpenMP?): the slower tensor path will be used"
+	@touch $(STAMP)

@@ -1,0 +1,26 @@
+"""What an adapter needs to know of the base model it runs on, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class BaseInfo:
+    """The base model as an adapter sees it.
+
+    Attributes:
+        base_id: sha256 over source weights, config, tokenizer and quantization recipe, hex.
+        linears: module path in the base ("model.layers.0.self_attn.q_proj") -> (in_features, out_features).
+        tensor_equals: (parameter name in the base, tensor) -> True only if the base holds exactly that tensor; used to
+            accept, and then drop, copies of base weights that peft writes beside an adapter.
+    """
+
+    base_id: str
+    linears: Mapping[str, tuple[int, int]]
+    tensor_equals: Callable[[str, torch.Tensor], bool] = field(default=lambda name, tensor: False)

@@ -1,0 +1,60 @@
+"""Errors of the adapter package.
+
+AdapterError
+├── InvalidAdapterName        the name breaks the naming rule
+├── AdapterNotFound           no adapter of that name, or no version with that digest prefix
+├── AdapterRejected           the files cannot be served on this base; carries every reason
+├── AdapterTooLarge           more bytes than the operator allows
+├── BaseMismatch              made for another base model
+├── AdapterCorrupt            a stored version no longer matches its digest, or cannot be read
+└── StoreUnavailable          the store's directory or index cannot be used (disk full, locked, permission)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class AdapterError(Exception):
+    """Base class: everything this package raises on purpose."""
+
+
+class InvalidAdapterName(AdapterError):
+    """The name is not `[A-Za-z0-9][A-Za-z0-9._-]{0,62}`, or it is reserved."""
+
+
+class AdapterNotFound(AdapterError):
+    """No adapter is registered under this name, or no version of it has this digest prefix."""
+
+
+class AdapterRejected(AdapterError):
+    """The upload cannot be served on this base. `reasons` lists every one that was found, most basic first."""
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        self.reasons = list(reasons)
+        super().__init__("; ".join(self.reasons))
+
+
+class AdapterTooLarge(AdapterError):
+    """The upload has more bytes than the operator allows. `limit` is in bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        super().__init__(f"the upload is larger than the limit of {limit} bytes")
+
+
+class BaseMismatch(AdapterError):
+    """The adapter names another base model than the one that is served."""
+
+    def __init__(self, adapter_base_id: str, served_base_id: str) -> None:
+        self.adapter_base_id = adapter_base_id
+        self.served_base_id = served_base_id
+        super().__init__(f"the adapter was made for base {adapter_base_id}, this server holds base {served_base_id}")
+
+
+class AdapterCorrupt(AdapterError):
+    """A stored version cannot be read back as it was published."""
+
+
+class StoreUnavailable(AdapterError):
+    """The store cannot be read or written now; what it already holds is untouched."""

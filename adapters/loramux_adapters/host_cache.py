@@ -1,0 +1,238 @@
+"""Adapter versions in host memory, ready to be copied to the device: a byte-bounded LRU that one thread fills."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Protocol
+
+from loramux_adapters.errors import AdapterError
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class HostAdapter:
+    """One version in host memory.
+
+    Attributes:
+        version: its content digest, hex.
+        rank: the largest of its modules.
+        nbytes: of all tensors.
+        modules: module path in the base -> (A [r, in] bf16, Bt [r, out] bf16); Bt is B transposed with the scale in it.
+    """
+
+    version: str
+    rank: int
+    nbytes: int
+    modules: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+class LoadState(Enum):
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class HostCacheStats:
+    """A snapshot. `entries` and `nbytes` are what is held now, `pinned` how many versions have a pin."""
+
+    entries: int
+    nbytes: int
+    loading: int
+    pinned: int
+    loads: int
+    failures: int
+    evictions: int
+
+
+class HostCacheObserver(Protocol):
+    """Told of events, under no lock: `loaded` by the loader thread, `evicted` by whichever thread freed the room."""
+
+    def loaded(self, seconds: float) -> None: ...
+    def evicted(self) -> None: ...
+
+
+class HostCache:
+    """Versions in host memory.
+
+    Any thread may call any method; loads run on the one loader thread, which this object owns. What is pinned stays,
+    over the budget if need be; everything else leaves, least recently used first, until the rest fits.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[str], HostAdapter],
+        budget_bytes: int,
+        on_ready: Callable[[], None],
+        observer: HostCacheObserver | None = None,
+    ) -> None:
+        """`load` reads one version and may raise; `on_ready` is called after every load, failed or not."""
+        self._load = load
+        self._budget_bytes = budget_bytes
+        self._on_ready = on_ready
+        self._observer = observer
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[str, HostAdapter] = OrderedDict()  # least recently used first
+        self._nbytes = 0
+        self._pins: Counter[str] = Counter()
+        self._loading: set[str] = set()
+        self._failures: dict[str, str] = {}  # of pinned versions only
+        self._unreported: set[str] = set()  # those that `request` has not told anyone of
+        self._loads = self._failed = self._evictions = 0
+        self._closed = False
+        self._queue: SimpleQueue[str | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="adapter-loader", daemon=True)
+        self._thread.start()
+
+    def request(self, version: str) -> LoadState:
+        """Say where a version stands, and start its load if nothing is known of it.
+
+        A failed load is reported once, to those who pinned the version before it ended; the request after that, or
+        after their last pin, tries again.
+        """
+        with self._lock:
+            if version in self._entries:
+                self._entries.move_to_end(version)
+                return LoadState.READY
+            if version in self._loading:
+                return LoadState.LOADING
+            if version in self._unreported:
+                self._unreported.remove(version)
+                return LoadState.FAILED
+            if self._closed:
+                raise RuntimeError("the host cache is closed")
+            self._failures.pop(version, None)
+            self._loading.add(version)
+            self._queue.put(version)
+            return LoadState.LOADING
+
+    def failure(self, version: str) -> str | None:
+        """Why the last load of a pinned version failed, in one sentence for a client; None if it did not."""
+        with self._lock:
+            return self._failures.get(version)
+
+    def get(self, version: str) -> HostAdapter | None:
+        """The version if it is held, which also makes it the most recently used."""
+        with self._lock:
+            adapter = self._entries.get(version)
+            if adapter is not None:
+                self._entries.move_to_end(version)
+            return adapter
+
+    def holds(self, version: str) -> bool:
+        """Whether the version is in host memory; does not count as a use."""
+        with self._lock:
+            return version in self._entries
+
+    def pin(self, version: str) -> None:
+        """Keep the version from being evicted, now or once it is loaded. Pins are counted."""
+        with self._lock:
+            self._pins[version] += 1
+
+    def unpin(self, version: str) -> None:
+        """Take one pin back; the version stays until its room is needed."""
+        with self._lock:
+            assert self._pins[version] > 0, "unpin without pin"
+            self._pins[version] -= 1
+            if self._pins[version] == 0:
+                del self._pins[version]
+                self._failures.pop(version, None)
+                self._unreported.discard(version)
+            evicted = self._make_room()
+        self._report_evicted(evicted)
+
+    def stats(self) -> HostCacheStats:
+        with self._lock:
+            return HostCacheStats(
+                entries=len(self._entries),
+                nbytes=self._nbytes,
+                loading=len(self._loading),
+                pinned=len(self._pins),
+                loads=self._loads,
+                failures=self._failed,
+                evictions=self._evictions,
+            )
+
+    def close(self) -> None:
+        """Stop the loader after the load it is in; what is held stays readable. May be called twice."""
+        with self._lock:
+            self._closed = True
+        self._queue.put(None)
+        self._thread.join()
+
+    def check_integrity(self) -> None:
+        """Assert what must hold between calls; for tests."""
+        with self._lock:
+            assert self._nbytes == sum(adapter.nbytes for adapter in self._entries.values())
+            assert not self._loading & self._entries.keys()
+            assert all(count > 0 for count in self._pins.values())
+            assert self._unreported <= self._failures.keys() <= self._pins.keys()
+            assert self._nbytes <= self._budget_bytes or all(version in self._pins for version in self._entries)
+
+    def _run(self) -> None:
+        while (version := self._queue.get()) is not None and not self._closed:
+            started = time.monotonic()
+            adapter, failure = self._try_load(version)
+            with self._lock:
+                self._loading.remove(version)
+                if adapter is None:
+                    self._remember_failure(version, failure)
+                    evicted = 0
+                else:
+                    self._entries[version] = adapter
+                    self._nbytes += adapter.nbytes
+                    self._loads += 1
+                    evicted = self._make_room()
+            if self._observer is not None and adapter is not None:
+                self._observer.loaded(time.monotonic() - started)
+            self._report_evicted(evicted)
+            self._on_ready()
+
+    def _try_load(self, version: str) -> tuple[HostAdapter | None, str]:
+        try:
+            return self._load(version), ""
+        except AdapterError as error:
+            logger.warning("adapter version %.12s was not loaded: %s", version, error)
+            return None, str(error)
+        except Exception:  # the loader serves every adapter: one that fails in a new way must not end it
+            logger.exception("adapter version %.12s was not loaded", version)
+            return None, "the adapter could not be loaded"
+
+    def _remember_failure(self, version: str, failure: str) -> None:
+        """For those who wait for it, if they still do: whoever asks later has a load of their own."""
+        self._failed += 1
+        if version in self._pins:
+            self._unreported.add(version)
+            self._failures[version] = failure
+
+    def _make_room(self) -> int:
+        """Evict unpinned versions until the budget holds; returns how many left. Called with the lock held."""
+        victims = []
+        nbytes = self._nbytes
+        for version, adapter in self._entries.items():
+            if nbytes <= self._budget_bytes:
+                break
+            if version not in self._pins:
+                victims.append(version)
+                nbytes -= adapter.nbytes
+        for version in victims:
+            del self._entries[version]
+        self._nbytes = nbytes
+        self._evictions += len(victims)
+        return len(victims)
+
+    def _report_evicted(self, count: int) -> None:
+        if self._observer is not None:
+            for _ in range(count):
+                self._observer.evicted()

@@ -1,0 +1,52 @@
+"""Large tensors that take memory only where they were written to, and memory that goes back when it is free."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy
+import torch
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+
+
+def reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of zeros of this shape.
+
+    On the CPU the system maps its pages at the first write, so what is reserved and never used costs nothing, and what
+    another process left in memory can never be read. Elsewhere all of it is allocated now.
+
+    Raises:
+        MemoryError, torch.OutOfMemoryError: there is no room for it.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(numpy.zeros(size, dtype=numpy.uint8)).view(dtype).view(shape)
+
+
+@contextmanager
+def returning_memory() -> Iterator[None]:
+    """For work that allocates much and frees it again, as loading a model does: what it frees goes back to the system.
+
+    glibc would keep it: once large blocks have been freed it takes later ones from its heaps, where they leave holes.
+    Inside, every large block is a mapping of its own; afterwards blocks that come and go in each step stay in the heap,
+    where they are cheap. Other C libraries are left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if mallopt is None or trim is None:
+        yield
+        return
+    mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, 32 * 1024 * 1024)  # the most that glibc takes
+        mallopt(_M_TRIM_THRESHOLD, 64 * 1024 * 1024)
+        gc.collect()
+        trim(0)

@@ -1,0 +1,198 @@
+"""Which adapter version sits where in the device's adapter memory: pins, placement, eviction. Policy only, no torch.
+
+Device memory for adapters is one arena per linear layer: `rows` rank rows, shared by all adapters. A slot is an aligned
+window of it. Windows of one rank never straddle each other, and a window of a larger rank is exactly the union of the
+windows of a smaller one below it, as in a buddy allocator:
+
+    rows        0       8       16      24      32
+    rank 8      |-------|-------|-------|-------|
+    rank 16     |---------------|---------------|
+    rank 32     |-------------------------------|
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SMALLEST_RANK = 8  # rows of the smallest slot; every slot's rank is this times a power of two
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Slot:
+    """A window of the arena: rows [offset, offset + rank), with `offset` a multiple of `rank`."""
+
+    offset: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Acquired:
+    """What `SlotTable.acquire` gave.
+
+    Attributes:
+        slot: pinned for the caller until it calls `release`.
+        is_new: True if the version has to be copied into the slot before it is used.
+        evicted: versions that were resident there and are no longer.
+    """
+
+    slot: Slot
+    is_new: bool
+    evicted: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Resident:
+    slot: Slot
+    pins: int
+    used: int  # the table's clock at the last acquire or release
+
+
+def bucket_of(rank: int) -> int:
+    """Rows of the slot that holds an adapter of this rank: the next power of two, at least `SMALLEST_RANK`."""
+    if rank < 1:
+        raise ValueError(f"a rank is at least 1, got {rank}")
+    return max(SMALLEST_RANK, 1 << (rank - 1).bit_length())
+
+
+class SlotTable:
+    """Residents of the arena. Owner: the engine thread (`fits` alone may be called from any thread)."""
+
+    def __init__(self, rows: int) -> None:
+        """`rows`: rank rows of the arena; what exceeds a multiple of SMALLEST_RANK stays unused."""
+        if rows < 0:
+            raise ValueError(f"the arena cannot have {rows} rows")
+        self.rows = rows
+        self.evictions = 0  # since the start
+        self._residents: dict[str, _Resident] = {}
+        self._units: list[str | None] = [None] * (rows // SMALLEST_RANK)  # who holds each SMALLEST_RANK rows
+        self._clock = 0
+        self._full_from: int | None = None  # no window of this size or larger since the last release
+
+    def fits(self, rank: int) -> bool:
+        """True if an adapter of this rank could be placed in an empty table. Reads constants only."""
+        return bucket_of(rank) <= self.rows
+
+    def lookup(self, version: str) -> Slot | None:
+        """Where the version is resident, without touching it; None if it is not."""
+        resident = self._residents.get(version)
+        return None if resident is None else resident.slot
+
+    def acquire(self, version: str, rank: int) -> Acquired | None:
+        """Pins the version's slot, placing it first if it is not resident.
+
+        None means that every window of its size holds a pinned slot (or lies in one) now: try again after a release.
+        Calls for one version name one rank. The caller copies the weights if `is_new`; if that fails, it calls
+        `release` and then `drop`.
+        """
+        size = bucket_of(rank)
+        resident = self._residents.get(version)
+        if resident is not None:
+            assert resident.slot.rank == size, f"{version} is resident with another rank"
+            resident.pins += 1
+            self._touch(resident)
+            return Acquired(resident.slot, is_new=False)
+        if self._full_from is not None and size >= self._full_from:
+            return None
+        slot = self._free_window(size) or self._stalest_window(size)
+        if slot is None:
+            self._full_from = size
+            return None
+        evicted = tuple(self._holders(slot))
+        for name in evicted:
+            self._remove(name)
+        self.evictions += len(evicted)
+        resident = _Resident(slot, pins=1, used=0)
+        self._touch(resident)
+        self._residents[version] = resident
+        self._fill(slot, version)
+        return Acquired(slot, is_new=True, evicted=evicted)
+
+    def release(self, version: str) -> None:
+        """Takes one pin back. The version stays resident; without pins it may be evicted, least recently used first."""
+        resident = self._residents[version]
+        assert resident.pins > 0, f"{version} is released more often than acquired"
+        resident.pins -= 1
+        self._full_from = None
+        self._touch(resident)
+
+    def drop(self, version: str) -> None:
+        """Forgets an unpinned resident (its copy failed, or it was deleted). No-op if it is pinned or not resident."""
+        resident = self._residents.get(version)
+        if resident is not None and resident.pins == 0:
+            self._remove(version)
+
+    @property
+    def resident(self) -> list[str]:
+        """Versions on the device, by offset."""
+        return sorted(self._residents, key=lambda version: self._residents[version].slot)
+
+    @property
+    def pinned(self) -> list[str]:
+        """Resident versions that may not be evicted now, by offset."""
+        return [version for version in self.resident if self._residents[version].pins]
+
+    @property
+    def rows_used(self) -> int:
+        """Rows held by residents, pinned or not."""
+        return sum(resident.slot.rank for resident in self._residents.values())
+
+    def check_integrity(self) -> None:
+        """Asserts that slots are aligned, inside the arena and disjoint, and that the map of units agrees with them."""
+        expected: list[str | None] = [None] * len(self._units)
+        for version, resident in self._residents.items():
+            slot = resident.slot
+            assert slot.rank == bucket_of(slot.rank) and slot.offset % slot.rank == 0, f"{slot} is not aligned"
+            assert 0 <= slot.offset and slot.offset + slot.rank <= self.rows, f"{slot} is outside the arena"
+            assert resident.pins >= 0 and 0 < resident.used <= self._clock
+            for unit in _units_of(slot):
+                assert expected[unit] is None, f"{version} and {expected[unit]} overlap"
+                expected[unit] = version
+        assert expected == self._units, "the map of units is out of date"
+
+    def _free_window(self, size: int) -> Slot | None:
+        """The free window whose free neighbourhood is smallest, so that big windows stay whole; then the lowest."""
+        free = [window for window in self._windows(size) if not self._holders(window)]
+        return min(free, key=lambda window: (self._free_around(window), window.offset), default=None)
+
+    def _free_around(self, window: Slot) -> int:
+        """Rank of the largest free window around this free one."""
+        while True:
+            size = 2 * window.rank
+            wider = Slot(window.offset // size * size, size)
+            if wider.offset + size > self.rows or self._holders(wider):
+                return window.rank
+            window = wider
+
+    def _stalest_window(self, size: int) -> Slot | None:
+        """Among the windows that touch no pinned slot, the one whose last use is longest ago; then the lowest."""
+        stalest: tuple[int, Slot] | None = None
+        for window in self._windows(size):
+            holders = [self._residents[version] for version in self._holders(window)]
+            if any(holder.pins for holder in holders):
+                continue
+            last_used = max(holder.used for holder in holders)
+            if stalest is None or last_used < stalest[0]:
+                stalest = last_used, window
+        return None if stalest is None else stalest[1]
+
+    def _windows(self, size: int) -> list[Slot]:
+        return [Slot(offset, size) for offset in range(0, self.rows - size + 1, size)]
+
+    def _holders(self, window: Slot) -> dict[str, None]:
+        """Residents that overlap the window, in order of offset."""
+        return {version: None for unit in _units_of(window) if (version := self._units[unit]) is not None}
+
+    def _touch(self, resident: _Resident) -> None:
+        self._clock += 1
+        resident.used = self._clock
+
+    def _remove(self, version: str) -> None:
+        self._fill(self._residents.pop(version).slot, None)
+
+    def _fill(self, slot: Slot, version: str | None) -> None:
+        for unit in _units_of(slot):
+            self._units[unit] = version
+
+
+def _units_of(slot: Slot) -> range:
+    return range(slot.offset // SMALLEST_RANK, (slot.offset + slot.rank) // SMALLEST_RANK)

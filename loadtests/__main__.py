@@ -1,0 +1,39 @@
+"""`python -m loadtests`: the commands and their flags."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+
+from . import baselines, compare, make_adapters, sweep
+from .errors import LoadTestError
+
+COMMANDS = {
+    "run": (sweep, "measure a server: one scenario with --url, a sweep of ours with --spawn"),
+    "compare": (compare, "ours beside transformers + peft on the same NF4 base, in interleaved rounds"),
+    "baselines": (baselines, "the process that `compare` starts for the other side"),
+    "make-adapters": (make_adapters, "write random PEFT adapters of a checkpoint's shapes"),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m loadtests", description="Load tests over HTTP.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (module, summary) in COMMANDS.items():
+        raw = argparse.RawDescriptionHelpFormatter
+        module.add_arguments(commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=raw))
+    keys = {"api_key": os.environ.get("LORAMUX_API_KEY"), "admin_key": os.environ.get("LORAMUX_ADMIN_KEY")}
+    args = parser.parse_args(namespace=argparse.Namespace(**keys))
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that started processes are stopped
+    try:
+        status: int = COMMANDS[args.command][0].main(args)
+    except LoadTestError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

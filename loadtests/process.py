@@ -1,0 +1,155 @@
+"""A server of our own for a test: start the real process on a free port, fill it with adapters, stop it."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .client import address_of
+from .errors import LoadTestError
+
+START_SECONDS = 300.0  # a first start converts and quantizes the base
+STOP_SECONDS = 40.0
+KEYS = ("LORAMUX_API_KEY", "LORAMUX_ADMIN_KEY")
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that answers at `url`.
+
+    Attributes:
+        pid: None where it was started by somebody else.
+        admin_key: for uploads; None uses the other key.
+    """
+
+    url: str
+    pid: int | None = None
+    api_key: str | None = None
+    admin_key: str | None = None
+
+    def call(self, method: str, path: str, body: bytes = b"", content_type: str = "application/json") -> bytes:
+        """The body of the reply; raises LoadTestError, with the server's own words for a status from 400 on."""
+        headers = {"Content-Type": content_type}
+        key = (self.admin_key if method == "PUT" else None) or self.api_key
+        if key is not None:
+            headers["Authorization"] = f"Bearer {key}"
+        connection = http.client.HTTPConnection(*address_of(self.url), timeout=120)
+        try:
+            connection.request(method, path, body, headers)
+            reply = connection.getresponse()
+            answer = reply.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise LoadTestError(f"{self.url} does not answer: {error}") from error
+        finally:
+            connection.close()
+        if reply.status >= 400:
+            raise LoadTestError(f"{method} {path}: status {reply.status}: {answer[:500].decode(errors='replace')}")
+        return answer
+
+    def base_model(self) -> str:
+        """The served name of the base: the model without a parent."""
+        models: list[dict[str, Any]] = json.loads(self.call("GET", "/v1/models"))["data"]
+        return next(str(model["id"]) for model in models if not model.get("parent"))
+
+    def upload(self, name: str, directory: Path) -> None:
+        """PUT a PEFT directory under `name`."""
+        body, content_type = multipart(
+            {
+                "config": (directory / "adapter_config.json").read_bytes(),
+                "weights": (directory / "adapter_model.safetensors").read_bytes(),
+            }
+        )
+        self.call("PUT", f"/v1/adapters/{name}", body, content_type)
+
+
+def multipart(parts: Mapping[str, bytes]) -> tuple[bytes, str]:
+    """Body and content type of a form upload with one file per part."""
+    boundary = uuid.uuid4().hex
+    body = b"".join(
+        f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"; filename="{name}"\r\n'
+        "Content-Type: application/octet-stream\r\n\r\n".encode()
+        + data
+        + b"\r\n"
+        for name, data in parts.items()
+    )
+    return body + f"--{boundary}--\r\n".encode(), f"multipart/form-data; boundary={boundary}"
+
+
+@contextmanager
+def started_server(base: Path | None, *, arguments: Sequence[str] = (), log: Path) -> Iterator[Server]:
+    """A fresh server with an empty adapter store, ready to answer; stopped at the end. It asks for no key.
+
+    Args:
+        base: what `--base` gets; None leaves the server its default.
+        arguments: more flags of `serve`.
+        log: where its output goes.
+    """
+    with ExitStack() as stack:
+        store = stack.enter_context(tempfile.TemporaryDirectory(prefix="loadtest-store-"))
+        log.parent.mkdir(parents=True, exist_ok=True)
+        output = stack.enter_context(log.open("wb"))
+        port = free_port()
+        line = [find_command(), "serve", "--host", "127.0.0.1", "--port", str(port)]
+        line += ["--adapter-dir", store, *(["--base", str(base)] if base is not None else []), *arguments]
+        settings = {name: value for name, value in os.environ.items() if name not in KEYS}
+        process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=settings)
+        stack.callback(stop, process)
+        server = Server(f"http://127.0.0.1:{port}", process.pid)
+        try:
+            wait_until_ready(server, process)
+        except LoadTestError as error:
+            raise LoadTestError(f"{error}; its output is in {log}") from error
+        yield server
+
+
+def find_command() -> str:
+    """The `loramux` of the environment that runs this test."""
+    beside = Path(sys.executable).with_name("loramux")
+    found = str(beside) if beside.exists() else shutil.which("loramux")
+    if found is None:
+        raise LoadTestError("the command `loramux` was not found; install the project first (make install)")
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until_ready(server: Server, process: subprocess.Popen[bytes]) -> None:
+    """Returns when /ready says so; raises LoadTestError if the process ends or START_SECONDS pass before."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise LoadTestError(f"the server ended with status {process.returncode} before it was ready")
+        try:
+            server.call("GET", "/ready")
+            return
+        except LoadTestError:
+            time.sleep(0.25)
+    raise LoadTestError(f"the server was not ready within {START_SECONDS:.0f} s")
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM, and SIGKILL if that does not end it in time."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -1,0 +1,89 @@
+"""The HTTP application: routes, who may use them, and what becomes of errors."""
+
+from __future__ import annotations
+
+import logging
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from loramux_adapters.errors import AdapterError
+from loramux_server.api.adapters import Adapters
+from loramux_server.api.auth import Gate
+from loramux_server.api.deps import Deps
+from loramux_server.api.edge import REQUEST_ID, Edge, request_id_of
+from loramux_server.api.errors import answer_to, http_answer
+from loramux_server.api.generation import Generation
+from loramux_server.api.models import Models
+from loramux_server.api.operations import Operations
+from loramux_server.errors import LoramuxError
+
+CLIENT_GONE = 499  # nobody reads it; nginx's number, for the access log
+
+logger = logging.getLogger(__name__)
+
+
+def create_app(deps: Deps) -> FastAPI:
+    """The whole API as an ASGI application. It starts and stops nothing; what `deps` holds is the caller's."""
+    app = FastAPI(
+        title="loramux",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,  # a redirect is built from the Host header, which the caller writes
+        dependencies=[Depends(Gate(deps.keys).authorize)],
+    )
+    generation, adapters, models, operations = Generation(deps), Adapters(deps), Models(deps), Operations(deps)
+    for method, path, endpoint in (
+        ("POST", "/v1/chat/completions", generation.chat),
+        ("POST", "/v1/completions", generation.completion),
+        ("GET", "/v1/models", models.list),
+        ("GET", "/v1/models/{model:path}", models.show),
+        ("GET", "/v1/adapters", adapters.list),
+        ("GET", "/v1/adapters/{name}", adapters.show),
+        ("PUT", "/v1/adapters/{name}", adapters.put),
+        ("DELETE", "/v1/adapters/{name}", adapters.delete),
+        ("GET", "/v1/adapters/{name}/archive", adapters.archive),
+        ("GET", "/health", operations.health),
+        ("GET", "/ready", operations.ready),
+        ("GET", "/metrics", operations.metrics),
+        ("GET", "/metrics/vllm", operations.metrics_vllm),
+    ):
+        app.add_api_route(path, endpoint, methods=[method], response_model=None)
+    app.add_exception_handler(LoramuxError, _on_error)
+    app.add_exception_handler(AdapterError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(RequestValidationError, _on_bad_parameter)
+    app.add_exception_handler(ClientDisconnect, _on_client_gone)
+    app.add_exception_handler(Exception, _on_crash)
+    app.add_middleware(Edge, header_bytes=deps.limits.header_bytes)
+    return app
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    answer = answer_to(error)
+    if answer.status >= 500:
+        logger.error("request %s: %s: %s", request_id_of(request.scope), type(error).__name__, error)
+    return answer.response()
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return http_answer(error.status_code, dict(error.headers or {})).response()
+
+
+async def _on_bad_parameter(request: Request, error: Exception) -> Response:
+    return http_answer(400, {}).response()
+
+
+async def _on_client_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_GONE)
+
+
+async def _on_crash(request: Request, error: Exception) -> Response:
+    """The server above logs the traceback. This response is made outside of `Edge`, so it gets its id here."""
+    response = answer_to(error).response()
+    response.headers[REQUEST_ID] = request_id_of(request.scope)
+    return response

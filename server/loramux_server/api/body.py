@@ -1,0 +1,57 @@
+"""Request bodies as they arrive: bounded while they stream, and not for ever."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from starlette.requests import Request
+
+from loramux_server.api.errors import BodyStalled, BodyTooLarge
+from loramux_server.errors import RequestError
+
+BLOCK = 64 * 2**10
+
+
+async def read_json(request: Request, *, limit: int, stall_seconds: float) -> bytes:
+    """The bytes of a JSON body.
+
+    The content type is demanded because a web page may send any other one to this machine without being asked.
+    Raises RequestError, BodyTooLarge, BodyStalled, and ClientDisconnect.
+    """
+    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+        raise RequestError("the request needs 'Content-Type: application/json'", code="invalid_content_type")
+    async with aclosing(blocks(request, limit=limit, too_large=BodyTooLarge(limit), stall_seconds=stall_seconds)) as it:
+        return b"".join([block async for block in it])
+
+
+async def blocks(
+    request: Request, *, limit: int, too_large: Exception, stall_seconds: float
+) -> AsyncGenerator[bytes, None]:
+    """The body in blocks of about 64 KiB.
+
+    `too_large` is raised as soon as more than `limit` bytes are announced or have come; BodyStalled when one block
+    takes longer than `stall_seconds`, so that a body which drips holds nothing for ever.
+    """
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced[:20]) > limit:
+        raise too_large
+    total = 0
+    async with aclosing(request.stream()) as stream:
+        while True:
+            chunks: list[bytes] = []
+            size = 0
+            try:
+                async with asyncio.timeout(stall_seconds):
+                    while size < BLOCK and (chunk := await anext(stream, b"")):
+                        chunks.append(chunk)
+                        size += len(chunk)
+            except TimeoutError as error:
+                raise BodyStalled from error
+            total += size
+            if total > limit:
+                raise too_large
+            if not size:
+                return
+            yield b"".join(chunks)

@@ -1,0 +1,59 @@
+"""GET /v1/models and /v1/models/{id}."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+
+from loramux_adapters.errors import AdapterNotFound
+from loramux_server.api.deps import Deps
+from loramux_server.api.offload import offload
+from loramux_server.api.resolve import resolve
+
+
+class Models:
+    def __init__(self, deps: Deps) -> None:
+        self._deps = deps
+
+    async def list(self, request: Request) -> Response:
+        records = await offload(self._deps.store.records)
+        adapters = [
+            self._adapter(record.name, record.created, record.version)
+            for record in records
+            if record.name != self._deps.base.name  # registered when the base had another name: `model` means the base
+        ]
+        return JSONResponse({"object": "list", "data": [self._base(), *adapters]})
+
+    async def show(self, request: Request) -> Response:
+        """Takes whatever `model` of a generation request may be."""
+        model = request.path_params["model"]
+        target = resolve(model, self._deps.base.name)
+        if target.adapter is None:
+            return JSONResponse(self._base())
+        record = await offload(self._deps.store.record, target.adapter)
+        if target.version_prefix is None:
+            return JSONResponse(self._adapter(model, record.created, record.version))
+        kept = [version for version in record.versions if version.version.startswith(target.version_prefix)]
+        if len(kept) != 1:
+            raise AdapterNotFound("the adapter keeps no version, or several, whose digest starts like this")
+        return JSONResponse(self._adapter(model, kept[0].created, kept[0].version))
+
+    def _base(self) -> dict[str, Any]:
+        base = self._deps.base
+        return self._model(base.name, base.created, root=base.base_id, parent=None)
+
+    def _adapter(self, name: str, created: int, version: str) -> dict[str, Any]:
+        return self._model(name, created, root=version, parent=self._deps.base.name)
+
+    def _model(self, name: str, created: int, *, root: str, parent: str | None) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": created,
+            "owned_by": "loramux",
+            "root": root,
+            "parent": parent,
+            "max_model_len": self._deps.base.context,
+        }

@@ -1,0 +1,63 @@
+"""GET /health, /ready, /metrics and /metrics/vllm: for those who run the server."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+
+from loramux_adapters.errors import StoreUnavailable
+from loramux_server.api.auth import Access, access
+from loramux_server.api.deps import Deps
+from loramux_server.api.offload import offload
+from loramux_server.api.ports import RecordPort
+from loramux_server.metrics import CONTENT_TYPE
+from loramux_server.metrics_vllm import LoraRequests, render_vllm
+
+logger = logging.getLogger(__name__)
+
+
+class Operations:
+    def __init__(self, deps: Deps) -> None:
+        self._deps = deps
+
+    @access(Access.PUBLIC)
+    async def health(self, request: Request) -> Response:
+        """503 means: restart me."""
+        alive = self._deps.engine.alive
+        return JSONResponse({"status": "ok" if alive else "dead"}, 200 if alive else 503)
+
+    @access(Access.PUBLIC)
+    async def ready(self, request: Request) -> Response:
+        """503 means: send no requests now."""
+        ready = self._deps.engine.ready
+        return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
+
+    async def metrics_vllm(self, request: Request) -> Response:
+        return Response(await offload(self._scrape_vllm), headers={"content-type": CONTENT_TYPE})
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(await offload(self._scrape), headers={"content-type": CONTENT_TYPE})
+
+    def _scrape(self) -> bytes:
+        metrics = self._deps.metrics
+        records = self._records()
+        if records is not None:
+            metrics.registered({record.name for record in records})
+        return metrics.render()
+
+    def _scrape_vllm(self) -> bytes:
+        metrics, records = self._deps.metrics, self._records()
+        adapters = None if records is None else LoraRequests.of(metrics.levels(), records)
+        return render_vllm(metrics, self._deps.base.name, adapters, time.time())
+
+    def _records(self) -> Sequence[RecordPort] | None:
+        """None if the store cannot be read now: what is measured elsewhere is needed all the more then."""
+        try:
+            return self._deps.store.records()
+        except StoreUnavailable as error:
+            logger.warning("metrics are shown without what the store knows: %s", error)
+            return None

@@ -1,0 +1,126 @@
+"""The base id: what a base model is, whatever device it runs on and however kernels pack its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from loramux_server.errors import BaseModelError
+
+# Recorded in checkpoints but without influence on what the model computes.
+_CONFIG_NOISE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures"}
+_TOKENIZER_KEYS = {
+    *("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_eos_token", "add_prefix_space"),
+    *("chat_template", "added_tokens_decoder", "legacy", "clean_up_tokenization_spaces"),
+}
+_CHUNK = 1 << 22  # bytes read at a time
+_TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja"]
+
+
+def compute_base_id(directory: Path, recipe: dict[str, Any]) -> str:
+    """sha256, hex, over the source weights, the config, the tokenizer and the quantization recipe.
+
+    Weights count by tensor name, dtype, shape and bytes, so sharding and file metadata do not matter.
+
+    Raises:
+        BaseModelError: the directory holds no safetensors weights, or they cannot be read.
+    """
+    digest = hashlib.sha256(b"loramux base id 1\n")
+    _add(digest, "recipe", _canonical(recipe))
+    config = _read_json(directory / "config.json")
+    _add(digest, "config", _canonical({key: config[key] for key in config if key not in _CONFIG_NOISE}))
+    tokenizer_config = directory / "tokenizer_config.json"
+    if tokenizer_config.is_file():
+        settings = _read_json(tokenizer_config)
+        _add(digest, "tokenizer", _canonical({key: settings[key] for key in settings if key in _TOKENIZER_KEYS}))
+    for name in _TOKENIZER_FILES:
+        if (directory / name).is_file():
+            _add(digest, name, hashlib.sha256((directory / name).read_bytes()).digest())
+    for name, summary in sorted(_tensor_digests(directory).items()):
+        _add(digest, name, summary)
+    return digest.hexdigest()
+
+
+def cached_base_id(directory: Path, recipe: dict[str, Any], cache_dir: Path) -> str:
+    """`compute_base_id`, remembered in `cache_dir` for as long as the checkpoint's files keep size and time."""
+    files = sorted(path for path in directory.iterdir() if path.is_file())
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    key = hashlib.sha256(_canonical([str(directory.resolve()), stats, recipe])).hexdigest()
+    remembered = cache_dir / "base-ids" / key
+    if remembered.is_file() and len(base_id := remembered.read_text().strip()) == 64:
+        return base_id
+    base_id = compute_base_id(directory, recipe)
+    try:
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        partial = remembered.with_suffix(".partial")
+        partial.write_text(base_id)
+        partial.replace(remembered)
+    except OSError as error:
+        raise BaseModelError(
+            f"the cache directory cannot be used ({error.strerror}); choose one with --cache-dir"
+        ) from error
+    return base_id
+
+
+def _tensor_digests(directory: Path) -> dict[str, bytes]:
+    """Tensor name -> digest of (dtype, shape, bytes), over every safetensors file of the checkpoint."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise BaseModelError(
+            "the base holds no safetensors weights; pickled checkpoints (.bin, .pt) are not loaded, convert them"
+        )
+    found: dict[str, bytes] = {}
+    for path in files:
+        try:
+            found |= _digests_of_file(path)
+        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+            raise BaseModelError(f"{path.name} of the base is not a readable safetensors file: {error}") from error
+    return found
+
+
+def _digests_of_file(path: Path) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > size - 8:
+            raise ValueError("its header is longer than the file (a git-lfs pointer, perhaps, or a broken download)")
+        header = json.loads(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("its header is not a JSON object")
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = (int(offset) for offset in entry["data_offsets"])
+            if not 0 <= begin <= end <= size - 8 - length:
+                raise ValueError(f"it is cut short: tensor {name} is not complete")
+            digest = hashlib.sha256(_canonical([entry["dtype"], entry["shape"]]))
+            file.seek(8 + length + begin)
+            for start in range(begin, end, _CHUNK):
+                digest.update(file.read(min(_CHUNK, end - start)))
+            found[name] = digest.digest()
+    return found
+
+
+def _add(digest: hashlib._Hash, label: str, content: bytes) -> None:
+    """Length-prefixed, so that no two different inputs can run together into the same bytes."""
+    for part in (label.encode(), content):
+        digest.update(struct.pack("<Q", len(part)))
+        digest.update(part)
+
+
+def _canonical(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"{path.name} of the base cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise BaseModelError(f"{path.name} of the base is not a JSON object")
+    return value

@@ -1,0 +1,245 @@
+"""Loads the base model: the one loader for serving, training and evaluation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn.modules import Linear4bit
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from loramux_adapters.base_info import BaseInfo
+from loramux_server.base.identity import cached_base_id
+from loramux_server.base.source import BaseSource, Report, resolve_base
+from loramux_server.base.support import unsupported_config, unsupported_modules
+from loramux_server.errors import BaseModelError
+
+BLOCK = 64  # weights that share one scale in NF4
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """The resident base.
+
+    Attributes:
+        model: transformers' causal language model, in eval mode.
+        linears: module path -> (in_features, out_features) of every linear layer, output head included.
+        floats: name -> tensor of the weights that stayed in 16 bit (embeddings, head, norms).
+        bytes_16bit: what all weights take in 16 bit.
+        stages: (what, seconds) of each part of loading.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    config: Any
+    base_id: str
+    name: str
+    source: BaseSource
+    device: torch.device
+    linears: Mapping[str, tuple[int, int]]
+    floats: Mapping[str, torch.Tensor]
+    bytes_16bit: int
+    stages: list[tuple[str, float]] = field(default_factory=list)
+
+    def info(self) -> BaseInfo:
+        """The base as the adapter package sees it."""
+
+        def tensor_equals(name: str, tensor: torch.Tensor) -> bool:
+            held = self.floats.get(name)
+            if held is None or held.shape != tensor.shape:
+                return False
+            return bool(torch.equal(held.float().cpu(), tensor.float()))
+
+        return BaseInfo(self.base_id, dict(self.linears), tensor_equals)
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens that the model was built for."""
+        return int(getattr(self.config, "max_position_embeddings", 0) or 1 << 20)
+
+
+def quantization_recipe(config: Any) -> dict[str, Any]:
+    """The recipe as it enters the base id."""
+    return {
+        "type": "nf4",
+        "block": BLOCK,
+        "double_quantization": True,
+        "kept": ["lm_head"],
+        "dtype": "bfloat16",
+        "model_type": config.model_type,
+    }
+
+
+def load_base_model(spec: str, *, device: torch.device, cache_dir: Path, report: Report) -> BaseModel:
+    """The base in NF4 with double quantization and bf16 compute, ready to run.
+
+    Args:
+        spec: embedded name, checkpoint directory, .gguf file or hub id.
+        report: receives one line for each slow stage.
+    Raises:
+        BaseModelError: it cannot be found, read or served correctly.
+    """
+    stages: list[tuple[str, float]] = []
+    source = _timed(stages, "find the base", lambda: resolve_base(spec, cache_dir, report))
+    try:
+        config = AutoConfig.from_pretrained(source.directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(f"the base's config cannot be read: {_first_line(error)}") from error
+    _refuse(source.name, unsupported_config(config))
+    _refuse(source.name, unsupported_modules(_skeleton(config)))
+    recipe = quantization_recipe(config)
+    base_id = _timed(stages, "base id", lambda: cached_base_id(source.directory, recipe, cache_dir))
+    report("loading and quantizing the base to NF4")
+    model = _timed(stages, "load and quantize", lambda: _load_nf4(source.directory, device))
+    _check_quantized(model, source.name)
+    _choose_kernels(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(f"the base's tokenizer cannot be read: {_first_line(error)}") from error
+    return BaseModel(
+        model=model,
+        tokenizer=tokenizer,
+        config=model.config,
+        base_id=base_id,
+        name=source.name,
+        source=source,
+        device=device,
+        linears={
+            path: (module.in_features, module.out_features)
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Linear)
+        },
+        floats=_kept_floats(model),
+        bytes_16bit=_bytes_16bit(model),
+        stages=stages,
+    )
+
+
+def _skeleton(config: Any) -> nn.Module:
+    """The model without weights, and before bitsandbytes replaces any layer."""
+    try:
+        with torch.device("meta"):
+            factory: Any = AutoModelForCausalLM
+            model: nn.Module = factory.from_config(config, trust_remote_code=False)
+    except (ValueError, KeyError) as error:
+        raise BaseModelError(
+            f"the base is no causal language model that is known here: {_first_line(error)}"
+        ) from error
+    return model
+
+
+def _load_nf4(directory: Path, device: torch.device) -> Any:
+    untyped: Any = BitsAndBytesConfig
+    recipe = untyped(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            quantization_config=recipe,
+            dtype=torch.bfloat16,
+            device_map={"": str(device)},
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except torch.OutOfMemoryError as error:
+        raise BaseModelError(f"the base does not fit into the memory of {device}; use a smaller base") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BaseModelError(f"the base cannot be loaded: {_first_line(error)}") from error
+    return _settle(model.eval())
+
+
+def _settle(model: Any) -> Any:
+    """Copies what still points into the mapped checkpoint, so that the file can be unmapped."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type == "cpu" and tensor.is_floating_point():
+            tensor.data = tensor.data.clone()
+    return model
+
+
+def _check_quantized(model: Any, name: str) -> None:
+    """What is described as NF4 must be NF4: every linear layer but the output head, with doubly quantized scales."""
+    head = model.get_output_embeddings()
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            state = getattr(module.weight, "quant_state", None)
+            if not isinstance(module, Linear4bit) or state is None or state.quant_type != "nf4" or not state.nested:
+                raise BaseModelError(f"base {name}: layer {path} was not quantized to NF4")
+
+
+def _choose_kernels(model: nn.Module) -> None:
+    """Layers whose shape the packed CPU kernel cannot take run on the unpacked one (dequantize, then multiply)."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit) and (module.out_features % 32 or module.in_features % BLOCK):
+            module.support_avx512bf16_for_cpu = False
+
+
+def kernel_paths(model: nn.Module, device: torch.device) -> str:
+    """How the quantized layers of this model are multiplied on this machine, for the start-up report."""
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    if device.type != "cpu":
+        return "NF4 bitsandbytes CUDA"
+    packed = sum(bool(layer.support_avx512bf16_for_cpu) for layer in layers)
+    if packed == len(layers):
+        return "NF4 packed AVX512-BF16"
+    return "NF4 dequantize" if packed == 0 else f"NF4 packed AVX512-BF16 ({len(layers) - packed} layers dequantize)"
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Exact bytes of all weights, quantization constants and buffers as they lie in memory; shared ones count once."""
+    tensors: dict[int, int] = {}
+
+    def add(tensor: object) -> None:
+        if isinstance(tensor, torch.Tensor) and tensor.numel():
+            storage = tensor.untyped_storage()
+            tensors[storage.data_ptr()] = storage.nbytes()
+
+    for parameter in [*model.parameters(), *model.buffers()]:
+        add(parameter)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            state = getattr(module.weight, "quant_state", None)
+            for part in (state, getattr(state, "state2", None)):
+                for name in ("absmax", "code", "offset"):
+                    add(getattr(part, name, None))
+    return sum(tensors.values())
+
+
+def _bytes_16bit(model: nn.Module) -> int:
+    quantized = {id(m.weight): m.in_features * m.out_features for m in model.modules() if isinstance(m, Linear4bit)}
+    return sum(2 * quantized.get(id(parameter), parameter.numel()) for parameter in model.parameters())
+
+
+def _kept_floats(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every name of every weight that stayed in 16 bit; tied weights appear under each of their names."""
+    return {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.dtype in (torch.bfloat16, torch.float16, torch.float32) and parameter.numel()
+    }
+
+
+def _refuse(name: str, reasons: list[str]) -> None:
+    if reasons:
+        raise BaseModelError(f"base {name} cannot be served correctly: {'; '.join(reasons)}")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _timed(stages: list[tuple[str, float]], what: str, work: Any) -> Any:
+    start = time.perf_counter()
+    result = work()
+    stages.append((what, time.perf_counter() - start))
+    return result

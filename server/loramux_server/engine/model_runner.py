@@ -1,0 +1,111 @@
+"""Whatever runs on the device happens here: slot loads, one forward of the batch, sampling."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from loramux_adapters.host_cache import HostAdapter
+from loramux_adapters.lora_linear import AdapterSlots
+from loramux_adapters.ops import LoraRows
+from loramux_server.engine.attention import Attend, AttentionStep, use_our_attention
+from loramux_server.engine.kv_cache import KVCache
+from loramux_server.engine.sampler import Sampler
+from loramux_server.engine.sequence import Batch, SampledToken, SlotLoad
+from loramux_server.errors import SequenceFailed
+
+
+class ModelRunner:
+    """Runs batches on the base model. Owner of model, slots, cache and sampler: the engine thread.
+
+    transformers' own model code runs unchanged, on packed tokens [1, rows] with explicit positions; attention and the
+    cache behind it are ours (attention.py), and so is every linear layer's delta (LoRALinear).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        slots: AdapterSlots,
+        cache: KVCache,
+        attend: Attend,
+        host_adapter: Callable[[str], HostAdapter | None],
+        device: torch.device,
+    ) -> None:
+        """`host_adapter` gives a version that is held in host memory, or None if it no longer is."""
+        use_our_attention(model)
+        self._model: Any = model
+        self._slots = slots
+        self._cache = cache
+        self._attend = attend
+        self._host_adapter = host_adapter
+        self._device = device
+        self._sampler = Sampler()
+
+    def run(self, batch: Batch) -> list[SampledToken]:
+        """One step: a token for each row with `samples`, in row order.
+
+        Raises:
+            SequenceFailed: a version that a slot load names is not in host memory any more.
+        """
+        for load in batch.slot_loads:
+            started = time.perf_counter()
+            self._load(load)
+            load.seconds = time.perf_counter() - started
+        logits = self.forward(batch)
+        sequences = [row.sequence for row in batch.rows if row.samples]
+        return self._sampler.sample(logits, sequences) if sequences else []
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Logits [rows with samples, vocabulary]; keys and values of all rows are in the cache afterwards."""
+        tokens: list[int] = []
+        sequence: list[int] = []
+        position: list[int] = []
+        heads: list[int] = []
+        runs: list[tuple[int, int, int, int]] = []
+        width = max(len(row.sequence.blocks) for row in batch.rows)
+        tables = torch.zeros(len(batch.rows), width, dtype=torch.int32)
+        for index, row in enumerate(batch.rows):
+            first, count = row.sequence.num_computed, row.num_tokens
+            runs.append((index, len(tokens), count, first))
+            tokens += row.sequence.tokens_from(first, count)
+            sequence += [index] * count
+            position += range(first, first + count)
+            tables[index, : len(row.sequence.blocks)] = torch.tensor(row.sequence.blocks, dtype=torch.int32)
+            if row.samples:
+                heads.append(len(tokens) - 1)
+        step = AttentionStep(
+            cache=self._cache,
+            attend=self._attend,
+            tables=tables.to(self._device),
+            sequence=torch.tensor(sequence, dtype=torch.int32, device=self._device),
+            position=torch.tensor(position, dtype=torch.int32, device=self._device),
+            runs=tuple(runs),
+        )
+        self._slots.set_lora(
+            LoraRows.build([(row.sequence.slot, row.num_tokens) for row in batch.rows]),
+            LoraRows.build([(row.sequence.slot, 1) for row in batch.rows if row.samples]),
+        )
+        try:
+            output = self._model(
+                input_ids=torch.tensor([tokens], device=self._device),
+                position_ids=torch.tensor([position], device=self._device),
+                logits_to_keep=torch.tensor(heads, dtype=torch.long, device=self._device),
+                use_cache=False,
+                loramux_step=step,
+            )
+        finally:
+            self._slots.reset_lora()
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    def _load(self, load: SlotLoad) -> None:
+        adapter = self._host_adapter(load.version)
+        if adapter is None:
+            raise SequenceFailed(f"adapter version {load.version[:12]} left host memory before it was copied")
+        self._slots.load(load.slot, adapter)

@@ -1,0 +1,177 @@
+"""What runs in the next step: continuous batching with chunked prefill. Plain Python; admission.py says who may start.
+
+One step of the engine is `prefetch`, `schedule`, the runner's forward, then `commit` (it worked) or `roll_back` (it
+did not), then `finish` for every sequence that ended.
+
+    tokens of a step:  | one per decode, always | prefill chunks in order of admission, up to max_batch_tokens in all |
+
+A sequence starts only when there is a token for it, so at most one is between two chunks of its prompt, and whatever
+runs is in every batch. So a step that fails leaves no running sequence behind, and no slot half loaded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from collections.abc import Sequence as ReadOnlyList
+
+from loramux_adapters.slots import SlotTable, bucket_of
+from loramux_server.engine.admission import Admission, HostView, SchedulerConfig
+from loramux_server.engine.kv_blocks import KVBlocks
+from loramux_server.engine.sequence import Batch, ScheduledSequence, Sequence, SequenceStatus
+from loramux_server.errors import RequestError
+
+__all__ = ["HostView", "Scheduler", "SchedulerConfig"]
+
+
+class Scheduler:
+    """Queues, and who holds which KV blocks and slots. Owner: the engine thread (`check_fits`: any thread)."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        blocks: KVBlocks,
+        slots: SlotTable,
+        host: HostView,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config
+        self.blocks = blocks
+        self.slots = slots
+        self._host = host
+        self._clock = clock
+        self._admission = Admission(config, blocks, slots, host, clock)
+        self._running: list[Sequence] = []  # in order of admission
+        self._step: Batch | None = None  # scheduled, and neither committed nor rolled back yet
+
+    @property
+    def running(self) -> ReadOnlyList[Sequence]:
+        """Sequences that hold KV blocks, in order of admission."""
+        return self._running
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        """Sequences that have not started, in order of arrival."""
+        return [entry.sequence for entry in self._admission]
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._admission)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running) or len(self._admission) > 0
+
+    def check_fits(self, sequence: Sequence) -> None:
+        """Raises RequestError if the sequence could not start even on an idle server. Reads constants only."""
+        if not sequence.prompt:
+            raise RequestError("the prompt has no tokens", param="prompt", code="empty_prompt")
+        if sequence.params.max_tokens < 1:
+            raise RequestError("max_tokens must be at least 1", param="max_tokens")
+        if self.blocks.blocks_for(sequence.max_total) > self.blocks.num_blocks:
+            raise RequestError(
+                f"the prompt has {len(sequence.prompt)} tokens and max_tokens is {sequence.params.max_tokens}, "
+                f"the server's KV cache has room for {self.blocks.num_blocks * self.blocks.block_size} in all",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        if sequence.version is not None and not self.slots.fits(sequence.rank):
+            raise RequestError(
+                f"the adapter's rank {sequence.rank} takes {bucket_of(sequence.rank)} rows, "
+                f"the server's adapter memory has {self.slots.rows}",
+                param="model",
+                code="adapter_too_large",
+            )
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence for which `check_fits` passed."""
+        self._admission.add(sequence)
+
+    def abort(self, ids: Collection[str]) -> list[Sequence]:
+        """Ends these sequences, waiting or running, between two steps and returns them; other ids are ignored."""
+        assert self._step is None, "a step is under way"
+        aborted = [sequence for sequence in self._running if sequence.id in ids]
+        for sequence in aborted:
+            self.finish(sequence)
+        return aborted + self._admission.remove(ids)
+
+    def prefetch(self) -> list[tuple[Sequence, str]]:
+        """Asks for adapters that waiting sequences need; returns those whose load failed, finished, with the reason."""
+        return self._admission.prefetch()
+
+    def schedule(self) -> Batch:
+        """The next step, to be followed by `commit` or `roll_back`.
+
+        A batch without rows needs neither: nothing can run until a load ends or something arrives.
+        """
+        assert self._step is None, "the last step was neither committed nor rolled back"
+        rows = [ScheduledSequence(sequence, 1, samples=True) for sequence in self._running if not sequence.in_prefill]
+        tokens = self.config.max_batch_tokens - len(rows)
+        prefilling = [sequence for sequence in self._running if sequence.in_prefill]
+        left = tokens - sum(len(sequence.prompt) - sequence.num_computed for sequence in prefilling)
+        admitted = self._admission.admit(self.config.max_num_seqs - len(self._running), left)
+        self._running += admitted.sequences
+        for sequence in prefilling + admitted.sequences:
+            rest = len(sequence.prompt) - sequence.num_computed
+            chunk = min(rest, tokens)
+            assert chunk > 0, "whoever has started runs in every step"
+            rows.append(ScheduledSequence(sequence, chunk, samples=chunk == rest))
+            tokens -= chunk
+        now = self._clock()
+        for row in rows:
+            if row.sequence.scheduled_at is None:
+                row.sequence.scheduled_at = now
+        rows.sort(key=lambda row: -1 if row.sequence.slot is None else row.sequence.slot.offset)
+        batch = Batch(rows, admitted.slot_loads)
+        if rows:
+            self._step = batch
+        return batch
+
+    def commit(self, batch: Batch) -> None:
+        """The step worked: its tokens are in the cache, its slot loads are resident."""
+        self._close(batch)
+        for row in batch.rows:
+            row.sequence.num_computed += row.num_tokens
+
+    def roll_back(self, batch: Batch) -> list[Sequence]:
+        """The step failed: finishes and returns its sequences; what it loaded is not believed to be resident."""
+        self._close(batch)
+        sequences = [row.sequence for row in batch.rows]
+        for sequence in sequences:
+            self.finish(sequence)
+        for load in batch.slot_loads:
+            self.slots.drop(load.version)
+        return sequences
+
+    def finish(self, sequence: Sequence) -> None:
+        """Ends a running sequence: its blocks are free, its slot is unpinned (the adapter stays resident)."""
+        self._running.remove(sequence)
+        self.blocks.free(sequence.blocks)
+        sequence.blocks = []
+        if sequence.version is not None:
+            self.slots.release(sequence.version)
+        sequence.slot = None
+        sequence.status = SequenceStatus.FINISHED
+
+    def check_integrity(self) -> None:
+        """Asserts that blocks and slots are held by running sequences and by nobody else."""
+        self.blocks.check_integrity()
+        self.slots.check_integrity()
+        self._admission.check_integrity()
+        assert len(self._running) <= self.config.max_num_seqs
+        held = [block for sequence in self._running for block in sequence.blocks]
+        assert len(held) == len(set(held)) == self.blocks.used, "KV blocks are shared or lost"
+        for sequence in self._running:
+            assert sequence.status is SequenceStatus.RUNNING
+            assert len(sequence.blocks) == self.blocks.blocks_for(sequence.max_total)
+            assert sequence.num_computed < sequence.num_tokens <= sequence.max_total + 1
+            assert sequence.slot == (None if sequence.version is None else self.slots.lookup(sequence.version))
+        versions = {sequence.version for sequence in self._running if sequence.version is not None}
+        assert versions == set(self.slots.pinned), "slots are pinned by nobody, or used without a pin"
+
+    def _close(self, batch: Batch) -> None:
+        """Ends the step: the copies in `batch.slot_loads` were made, or never will be, so their host pins go."""
+        assert self._step is batch, "not the step under way"
+        self._step = None
+        for load in batch.slot_loads:
+            self._host.unpin(load.version)

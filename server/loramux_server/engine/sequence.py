@@ -1,0 +1,180 @@
+"""A sequence: one prompt and its reply, as the engine sees it, and the messages around it. No torch here."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loramux_adapters.slots import Slot
+
+
+class FinishReason(Enum):
+    """Why a reply ended; always the true cause."""
+
+    STOP = "stop"  # the model's end token, or a stop string that the API found
+    LENGTH = "length"  # max_tokens or the context is used up
+    ABORT = "abort"  # the client left
+    ERROR = "error"  # the engine gave it up; `TokenOutput.error` says why
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. `temperature` 0 is greedy; the others then have no effect.
+
+    Attributes:
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of most likely tokens whose probability reaches this; 1.0 keeps all.
+        min_p: keep tokens at least this share of the most likely one's probability; 0.0 keeps all.
+        seed: of this sequence's own generator; None draws one from the operating system.
+        max_tokens: most tokens in the reply, at least 1.
+        logprobs: how many alternatives to report beside each chosen token; None reports nothing.
+        stop_token_ids: the reply ends, with reason "stop", when one of these is chosen; that one is not delivered.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int = 16
+    logprobs: int | None = None
+    stop_token_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log probability of the chosen token (before temperature and filters) and of the most likely ones."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """What one step produced for one sequence: engine thread -> event loop.
+
+    Attributes:
+        token_id: the new token; None when the sequence ended without one (abort, error).
+        finish_reason: set on the last output of a sequence, and only there.
+        error: for the client, with reason ERROR: one sentence, no path, no traceback.
+        queue_seconds: submit to first scheduled, set on the first token's output.
+        first_token_seconds: submit to first token, set on the first token's output.
+    """
+
+    token_id: int | None = None
+    logprob: TokenLogprob | None = None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    queue_seconds: float | None = None
+    first_token_seconds: float | None = None
+
+
+class SequenceStatus(Enum):
+    WAITING = "waiting"  # in the scheduler's queue
+    RUNNING = "running"  # holds KV blocks (and a slot, if it has an adapter)
+    FINISHED = "finished"
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One prompt and its reply. Built by the API, then owned by the engine thread until it is FINISHED.
+
+    Attributes:
+        id: the request id, unique among live sequences.
+        prompt: token ids, at least one.
+        version: digest of the adapter version; None runs the bare base.
+        rank: the adapter's largest rank (0 for the base): what it needs in the device's slots.
+        nbytes: bound of what the adapter takes in host memory (0 for the base).
+        adapter: the name it was asked for under, for logs and metrics; None for the base.
+    """
+
+    id: str
+    prompt: list[int]
+    params: SamplingParams
+    version: str | None = None
+    rank: int = 0
+    nbytes: int = 0
+    adapter: str | None = None
+    arrived: float = field(default_factory=time.monotonic)
+
+    # filled by the scheduler
+    status: SequenceStatus = SequenceStatus.WAITING
+    slot: Slot | None = None
+    blocks: list[int] = field(default_factory=list)
+    num_computed: int = 0  # tokens of prompt + output whose keys and values are in the cache
+    scheduled_at: float | None = None  # first time in a batch
+
+    # filled by the engine's update
+    output: list[int] = field(default_factory=list)
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and reply so far."""
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def max_total(self) -> int:
+        """Most tokens that will ever need a place in the cache (the last one chosen is never fed back)."""
+        return len(self.prompt) + self.params.max_tokens - 1
+
+    @property
+    def in_prefill(self) -> bool:
+        """True while part of the prompt is not in the cache yet."""
+        return self.num_computed < len(self.prompt)
+
+    def tokens_from(self, start: int, count: int) -> list[int]:
+        """Token ids at positions [start, start + count) of prompt + output."""
+        if start >= len(self.prompt):
+            start -= len(self.prompt)
+            return self.output[start : start + count]
+        return (self.prompt[start : start + count] + self.output[: max(0, start + count - len(self.prompt))])[:count]
+
+
+@dataclass(slots=True)
+class ScheduledSequence:
+    """A sequence's part of one batch: the scheduler says which tokens run, the runner reads it."""
+
+    sequence: Sequence
+    num_tokens: int  # tokens fed this step, at positions [num_computed, num_computed + num_tokens)
+    samples: bool  # True if the last of them is the newest token, so that this step chooses the next one
+
+
+@dataclass(slots=True)
+class SlotLoad:
+    """The runner copies this version into this slot before the step's forward."""
+
+    slot: Slot
+    version: str
+    seconds: float = 0.0  # filled by the runner: how long the copy took
+
+
+@dataclass(slots=True)
+class Batch:
+    """One engine step. Filled by the scheduler, read by the runner.
+
+    Attributes:
+        rows: base rows first, then by slot, so that each adapter's tokens are one contiguous run.
+        slot_loads: applied before the forward, in this order.
+    """
+
+    rows: list[ScheduledSequence] = field(default_factory=list)
+    slot_loads: list[SlotLoad] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """Runner -> engine: the token chosen for one row with `samples`; `error` instead if that row alone failed."""
+
+    token_id: int
+    logprob: TokenLogprob | None = None
+    error: str | None = None

@@ -1,0 +1,183 @@
+"""What is checked on the user's own machine before the first request: the model's answers, and their independence.
+
+Both checks run the real runner on the real base, for a few seconds at most. The cache and the slots hold nothing yet,
+so they use what they need and leave it empty.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+
+from loramux_adapters.host_cache import HostAdapter
+from loramux_adapters.lora_linear import AdapterSlots
+from loramux_adapters.slots import SMALLEST_RANK, Slot
+from loramux_server.engine.attention import ATTENTION_NAME
+from loramux_server.engine.kv_cache import BLOCK_SIZE
+from loramux_server.engine.model_runner import ModelRunner
+from loramux_server.engine.sequence import Batch, SamplingParams, ScheduledSequence, Sequence
+from loramux_server.errors import BaseModelError
+
+# Our attention and transformers' eager one round differently in bf16, which is up to a tenth of the logits' spread on
+# random tokens. A wrong mask, position or scale is off by as much as the spread itself.
+TOLERANCE = 0.15
+_CHUNK = 7
+_LENGTH = 6 * _CHUNK  # more than two blocks, so that block tables matter
+_LONGEST_WINDOW = 128  # a sliding window up to this is crossed
+_PROMPTS = (_LENGTH, 7, 1, 3 * BLOCK_SIZE, 19)
+_LARGEST_RANK = 32
+
+
+@dataclass(frozen=True, slots=True)
+class StartCheck:
+    """Result of the checks.
+
+    Attributes:
+        difference: root mean square difference of the logits to those of transformers' own attention, as a share of
+            the logits' standard deviation.
+        batch_invariant: True if every row of a mixed batch, with adapters and without, had exactly the logits it has
+            alone.
+    """
+
+    difference: float
+    batch_invariant: bool
+
+
+class Checker:
+    """Runs the checks on a runner that nobody uses yet."""
+
+    def __init__(
+        self, runner: ModelRunner, slots: AdapterSlots, model: Any, *, vocabulary: int, num_blocks: int, rows: int
+    ) -> None:
+        """
+        Args:
+            model: the model inside `runner`, whose attention is switched to transformers' own and back.
+            vocabulary: token ids to draw from.
+            num_blocks: blocks of the cache.
+            rows: sequences that will share a step at most.
+        """
+        self._runner = runner
+        self._slots = slots
+        self._model = model
+        self._vocabulary = vocabulary
+        self._num_blocks = num_blocks
+        self._rows = rows
+        self._random = torch.Generator().manual_seed(0)
+
+    def run(self) -> StartCheck:
+        """Both checks.
+
+        Raises:
+            BaseModelError: the model does not run, or does not give transformers' own answers, through our attention
+                and cache; or the cache is too small to try.
+        """
+        needed = sum(_blocks(length) for length in _PROMPTS)
+        if needed > self._num_blocks:
+            raise BaseModelError(
+                f"the KV cache has {self._num_blocks} blocks; at least {needed} are needed (--kv-cache-mib)"
+            )
+        try:
+            difference = self._difference_to_transformers()
+            invariant = self._is_batch_invariant()
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise BaseModelError(f"this model does not run through loramux: {error}") from error
+        if not difference <= TOLERANCE:
+            raise BaseModelError(
+                f"this model's answers through loramux differ from transformers' own (by {difference:.0%} of the "
+                f"logits' spread, allowed {TOLERANCE:.0%}); it uses something that loramux does not support"
+            )
+        return StartCheck(difference, invariant)
+
+    def _difference_to_transformers(self) -> float:
+        """Over the ends of all chunks of a prompt that is longer than a short sliding window."""
+        window = getattr(self._model.config, "sliding_window", None) or 0
+        length = _LENGTH if window > _LONGEST_WINDOW else max(_LENGTH, -(-(window + 2 * _CHUNK) // _CHUNK) * _CHUNK)
+        prompt = self._prompt(min(length, self._num_blocks * BLOCK_SIZE // _CHUNK * _CHUNK))
+        ours = torch.stack(list(self._logits_in_chunks(prompt, _CHUNK, None))).float()
+        self._model.set_attn_implementation("eager")
+        try:
+            with torch.inference_mode():
+                tokens = torch.tensor([prompt], device=self._model.device)
+                theirs = self._model(input_ids=tokens, use_cache=False).logits[0, _CHUNK - 1 :: _CHUNK].float()
+        finally:
+            self._model.set_attn_implementation(ATTENTION_NAME)
+        return float((ours - theirs).square().mean().sqrt() / theirs.std())
+
+    def _is_batch_invariant(self) -> bool:
+        loaded = self._load_adapters()
+        slots: list[Slot | None] = [None, *loaded]
+        try:
+            kinds = [(self._prompt(length), slots[index % len(slots)]) for index, length in enumerate(_PROMPTS)]
+            alone = [list(self._logits_in_chunks(p, 5 + i, slot))[-1] for i, (p, slot) in enumerate(kinds)]
+            per_round = sum(_blocks(length) for length in _PROMPTS)
+            most = len(kinds) * (self._num_blocks // per_round)
+            company = list(islice(cycle(range(len(kinds))), max(len(kinds), min(self._rows, most))))
+            company.sort(key=lambda kind: slots.index(kinds[kind][1]))
+            return self._all_equal(company, kinds, alone)
+        finally:
+            for slot in loaded:
+                self._slots.load(slot, HostAdapter("", slot.rank, 0, {}))
+
+    def _all_equal(
+        self, company: list[int], kinds: list[tuple[list[int], Slot | None]], alone: list[torch.Tensor]
+    ) -> bool:
+        """All prompts at once, and then their last tokens as decodes of one step, against each alone."""
+        sequences, start = [], 0
+        for kind in company:
+            sequences.append(_sequence(kinds[kind][0], start, kinds[kind][1]))
+            start += len(sequences[-1].blocks)
+        together = self._runner.forward(Batch([ScheduledSequence(s, len(s.prompt), samples=True) for s in sequences]))
+        for sequence in sequences:
+            sequence.num_computed = len(sequence.prompt) - 1
+        again = self._runner.forward(Batch([ScheduledSequence(s, 1, samples=True) for s in sequences]))
+        return all(
+            torch.equal(alone[kind], together[row]) and torch.equal(alone[kind], again[row])
+            for row, kind in enumerate(company)
+        )
+
+    def _load_adapters(self) -> list[Slot]:
+        """Random adapters of the smallest rank and of a large one, on every layer, as far as there is room."""
+        rows = self._slots.rows
+        large = min(_LARGEST_RANK, 1 << max(0, (rows // 2).bit_length() - 1))
+        places = [Slot(0, SMALLEST_RANK)] if rows >= SMALLEST_RANK else []
+        if large >= SMALLEST_RANK:
+            places.append(Slot(large, large))
+        for slot in places:
+            arenas = {path: layer.arena for path, layer in self._slots.layers.items()}
+            modules = {
+                path: (self._matrix(slot.rank, arena.a.shape[1]), self._matrix(slot.rank, arena.bt.shape[1]))
+                for path, arena in arenas.items()
+            }
+            self._slots.load(slot, HostAdapter("", slot.rank, 0, modules))
+        return places
+
+    def _matrix(self, rank: int, size: int) -> torch.Tensor:
+        values: torch.Tensor = torch.randn(rank, size, generator=self._random) / math.sqrt(size)
+        return values.bfloat16()
+
+    def _prompt(self, length: int) -> list[int]:
+        return [int(token) for token in torch.randint(0, self._vocabulary, (length,), generator=self._random)]
+
+    def _logits_in_chunks(self, prompt: list[int], chunk: int, slot: Slot | None) -> Iterator[torch.Tensor]:
+        """Logits [vocabulary] at the end of each chunk of the prompt."""
+        sequence = _sequence(prompt, 0, slot)
+        while sequence.num_computed < len(prompt):
+            count = min(chunk, len(prompt) - sequence.num_computed)
+            yield self._runner.forward(Batch([ScheduledSequence(sequence, count, samples=True)]))[0]
+            sequence.num_computed += count
+
+
+def _blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK_SIZE)
+
+
+def _sequence(prompt: list[int], first_block: int, slot: Slot | None) -> Sequence:
+    sequence = Sequence("start-check", prompt, SamplingParams(temperature=0.0, max_tokens=1))
+    sequence.blocks = list(range(first_block, first_block + _blocks(len(prompt))))
+    sequence.slot = slot
+    return sequence

@@ -1,0 +1,80 @@
+"""What the engine tells the metrics, and when."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Protocol
+
+from loramux_server.engine.sequence import Batch, Sequence
+
+
+class EngineMetrics(Protocol):
+    """The part of the metrics that the engine thread feeds. `adapter` is the name asked for, None for the base."""
+
+    def step_done(self, batch_size: int, distinct_adapters: int, seconds: float) -> None:
+        """A forward of `batch_size` sequences took this long."""
+
+    def queued(self, seconds: float) -> None:
+        """A sequence ran for the first time, this long after it arrived."""
+
+    def first_token(self, seconds: float) -> None:
+        """A sequence's first token was chosen, this long after it arrived."""
+
+    def inter_token(self, seconds: float) -> None:
+        """Another token of a sequence was delivered, this long after the one before."""
+
+    def tokens(self, adapter: str | None, prompt: int, generated: int) -> None:
+        """In one step: prompt tokens that were computed, reply tokens that were delivered."""
+
+    def slot_loaded(self, seconds: float) -> None:
+        """A version was copied to the device."""
+
+    def evicted(self, count: int) -> None:
+        """Versions left the device to make room."""
+
+    def aborted(self) -> None:
+        """A sequence was aborted, waiting or running."""
+
+
+class StepMetrics:
+    """Gathers one step and reports it. Owner: the engine thread."""
+
+    def __init__(self, metrics: EngineMetrics) -> None:
+        self._metrics = metrics
+        self._generated: Counter[str | None] = Counter()  # delivered in this step, by adapter
+        self._evictions = 0  # reported so far
+
+    def token_chosen(self, sequence: Sequence, delivered: bool, now: float) -> None:
+        """Stamps the sequence. A stop token counts for the time to the first token, and for nothing else."""
+        if sequence.first_token_at is None:
+            sequence.first_token_at = now
+            self._metrics.first_token(now - sequence.arrived)
+        elif delivered and sequence.last_token_at is not None:
+            self._metrics.inter_token(now - sequence.last_token_at)
+        if delivered:
+            sequence.last_token_at = now
+            self._generated[sequence.adapter] += 1
+
+    def step_done(self, batch: Batch, seconds: float, evictions: int) -> None:
+        """Reports a committed step. `evictions`: all there ever were."""
+        prompt: Counter[str | None] = Counter()
+        for row in batch.rows:
+            sequence = row.sequence
+            before = sequence.num_computed - row.num_tokens
+            if before < len(sequence.prompt):
+                prompt[sequence.adapter] += row.num_tokens
+            if before == 0 and sequence.scheduled_at is not None:
+                self._metrics.queued(sequence.scheduled_at - sequence.arrived)
+        for adapter in prompt.keys() | self._generated.keys():
+            self._metrics.tokens(adapter, prompt[adapter], self._generated[adapter])
+        self._generated.clear()
+        versions = {row.sequence.version for row in batch.rows} - {None}
+        self._metrics.step_done(len(batch.rows), len(versions), seconds)
+        for load in batch.slot_loads:
+            self._metrics.slot_loaded(load.seconds)
+        if evictions > self._evictions:
+            self._metrics.evicted(evictions - self._evictions)
+            self._evictions = evictions
+
+    def aborted(self) -> None:
+        self._metrics.aborted()

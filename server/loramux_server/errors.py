@@ -1,0 +1,59 @@
+"""Errors of the server package. The HTTP status of each is decided in one table in `api/errors.py`.
+
+LoramuxError
+├── ConfigError               a flag, environment variable or config file entry is wrong (before anything starts)
+├── CommandFailed             a command line's work cannot be done (port in use, no server answers, it refuses)
+├── BaseModelError            the base cannot be loaded, or cannot be served correctly
+├── RequestError              the client's request cannot be served as it stands; carries `param` and `code`
+├── ServerBusy                the inbox is full; try again later
+├── ServerDraining            the server is shutting down and takes no new work
+├── EngineDead                the engine thread has stopped; only a restart helps
+└── SequenceFailed            the engine gave this sequence up (its step failed, its adapter could not be read)
+"""
+
+from __future__ import annotations
+
+
+class LoramuxError(Exception):
+    """Base class: everything this package raises on purpose."""
+
+
+class ConfigError(LoramuxError):
+    """A setting is wrong; the message names it and says what is allowed."""
+
+
+class CommandFailed(LoramuxError):
+    """What a command was asked to do cannot be done; the message says why in one line."""
+
+
+class BaseModelError(LoramuxError):
+    """The base model cannot be loaded or cannot be served correctly; the message says why."""
+
+
+class RequestError(LoramuxError):
+    """The request is malformed or out of range (HTTP 400, or 404 for `code="model_not_found"`)."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        self.param = param
+        self.code = code
+        super().__init__(message)
+
+
+class ServerBusy(LoramuxError):
+    """The bounded inbox is full. `retry_after` is in seconds."""
+
+    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+        self.retry_after = retry_after
+        super().__init__(message)
+
+
+class ServerDraining(ServerBusy):
+    """The server finishes what runs and takes no new work."""
+
+
+class EngineDead(LoramuxError):
+    """The engine thread has ended."""
+
+
+class SequenceFailed(LoramuxError):
+    """This sequence ended with an error on the engine's side; others go on."""

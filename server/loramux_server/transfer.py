@@ -1,0 +1,165 @@
+"""An adapter directory on its way between client and server: a multipart body out, a tar.gz archive in."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import secrets
+import shutil
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from loramux_server.errors import CommandFailed
+
+PARTS = {
+    "config": "adapter_config.json",
+    "weights": "adapter_model.safetensors",
+    "card": "card.json",
+    "fingerprint": "fingerprint.json",
+}
+REQUIRED = ("config", "weights")
+CHUNK_BYTES = 256 * 1024
+MAX_PADDING_BYTES = 1 << 20  # tar fills its last block with zeros
+MAX_EXTRACTED_BYTES = 16 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A multipart/form-data body made of an adapter directory's files; its length is known before it is read.
+
+    Attributes:
+        parts: (header bytes, file, file's size) of each part, in the order they are sent.
+    """
+
+    boundary: str
+    parts: list[tuple[bytes, Path, int]]
+
+    @classmethod
+    def of(cls, directory: Path) -> Upload:
+        """Raises CommandFailed if the directory is not a PEFT adapter with safetensors weights."""
+        if not directory.is_dir():
+            raise CommandFailed(f"{directory} is not a directory")
+        for part in REQUIRED:
+            if not (directory / PARTS[part]).is_file():
+                only_pickle = part == "weights" and (directory / "adapter_model.bin").exists()
+                hint = "; adapter_model.bin is a pickle, save with safe_serialization=True" if only_pickle else ""
+                raise CommandFailed(f"{directory} holds no {PARTS[part]}{hint}")
+        boundary = secrets.token_hex(16)
+        parts = []
+        for part, filename in PARTS.items():
+            path = directory / filename
+            if path.is_file():
+                disposition = f'form-data; name="{part}"; filename="{filename}"'
+                head = (
+                    f"--{boundary}\r\ncontent-disposition: {disposition}\r\ncontent-type: {_media_type(path)}\r\n\r\n"
+                )
+                parts.append((head.encode(), path, path.stat().st_size))
+        return cls(boundary, parts)
+
+    @property
+    def content_type(self) -> str:
+        return f"multipart/form-data; boundary={self.boundary}"
+
+    @property
+    def length(self) -> int:
+        """Bytes of the whole body."""
+        return sum(len(head) + size + len(b"\r\n") for head, _, size in self.parts) + len(self._end)
+
+    def __iter__(self) -> Iterator[bytes]:
+        """The body in pieces. Raises CommandFailed if a file is shorter than it was."""
+        for head, path, size in self.parts:
+            yield head
+            with path.open("rb") as file:
+                left = size
+                while left:
+                    chunk = file.read(min(CHUNK_BYTES, left))
+                    if not chunk:
+                        raise CommandFailed(f"{path} became shorter while it was sent")
+                    left -= len(chunk)
+                    yield chunk
+            yield b"\r\n"
+        yield self._end
+
+    @property
+    def _end(self) -> bytes:
+        return f"--{self.boundary}--\r\n".encode()
+
+
+def _media_type(path: Path) -> str:
+    return "application/json" if path.suffix == ".json" else "application/octet-stream"
+
+
+def extract(archive: IO[bytes], target: Path, *, max_bytes: int = MAX_EXTRACTED_BYTES) -> list[str]:
+    """Unpacks an adapter archive into a new directory, all of it or nothing, and returns the names of its files.
+
+    Only regular files with an adapter's file names are written, whatever folder they stand in; anything else in the
+    archive is refused.
+
+    Args:
+        archive: a tar.gz stream, read once from front to back.
+        target: must not exist yet, or be an empty directory.
+        max_bytes: most bytes to write in all.
+
+    Raises:
+        CommandFailed: the target is in the way, or the archive is damaged, too large, or holds what it should not.
+    """
+    check_target(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".loramux-", dir=target.parent))
+    except OSError as error:
+        raise CommandFailed(f"cannot write to {target.parent}: {error.strerror}") from error
+    try:
+        names = _unpack(archive, staging, max_bytes)
+        staging.chmod(0o755)
+        os.replace(staging, target)  # takes the place of an empty directory, fails for any other
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise CommandFailed(f"the archive that the server sent is damaged: {error}") from error
+    except (ConnectionError, TimeoutError):
+        raise  # of the stream, not of the disk: the caller knows its other end
+    except OSError as error:
+        raise CommandFailed(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return names
+
+
+def check_target(target: Path) -> None:
+    """Raises CommandFailed unless the directory is absent or empty."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise CommandFailed(f"{target} exists and is not a directory")
+    if target.exists() and any(target.iterdir()):
+        raise CommandFailed(f"{target} is not empty; name a new directory")
+
+
+def _unpack(archive: IO[bytes], staging: Path, max_bytes: int) -> list[str]:
+    names: list[str] = []
+    unzipped = gzip.GzipFile(fileobj=archive)
+    with tarfile.open(fileobj=unzipped, mode="r|") as tar:
+        for member in tar:
+            if member.isdir():
+                continue
+            name = Path(member.name).name
+            if not member.isreg() or name not in PARTS.values() or name in names:
+                raise CommandFailed(
+                    f"the archive that the server sent holds {member.name!r}, which is not expected there"
+                )
+            max_bytes -= member.size
+            if max_bytes < 0:
+                raise CommandFailed("the archive that the server sent is larger than an adapter can be")
+            source = tar.extractfile(member)
+            assert source is not None  # a regular file
+            with (staging / name).open("xb") as file:
+                shutil.copyfileobj(source, file, CHUNK_BYTES)
+            names.append(name)
+    if len(unzipped.read(MAX_PADDING_BYTES + 1)) > MAX_PADDING_BYTES:  # reading to the end checks the checksum
+        raise CommandFailed("the archive that the server sent has something behind its end")
+    missing = [PARTS[part] for part in REQUIRED if PARTS[part] not in names]
+    if missing:
+        raise CommandFailed(f"the archive that the server sent holds no {' and no '.join(missing)}")
+    return names

@@ -1,0 +1,16 @@
+"""Fixtures of every test. Nothing heavy is imported here: policy tests run in milliseconds."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# As the server does, and before PyTorch is imported: its threads must not spin while others use the same cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """Tests marked `anyio` run on asyncio, as the server does."""
+    return "asyncio"

@@ -1,0 +1,93 @@
+"""The promise: a reply is the same, bit for bit, alone in the server or in any mixed batch."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from real_adapters import ADAPTERS
+from real_server import BASE, RealServer
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, in a village by the sea, there lived a fisherman who",
+    "Water boils at",
+    # longer than one step's token budget, so that it is prefilled in chunks beside running decodes
+    " ".join(
+        f"Item {number} of the list costs {number * 7 % 31} euros and weighs {number % 9} kilos."
+        for number in range(12)
+    ),
+]
+
+
+def requests() -> list[dict[str, Any]]:
+    """Base and adapter rows, greedy and seeded, of different lengths."""
+    made = []
+    for index, model in enumerate([*ADAPTERS, BASE, BASE, BASE, BASE]):
+        sampling = {"temperature": 0} if index % 3 else {"temperature": 0.8, "seed": index, "top_p": 0.9}
+        made.append(
+            {
+                "model": model,
+                "prompt": PROMPTS[index % len(PROMPTS)],
+                "max_tokens": 8 + index % 5,
+                "logprobs": 3,
+                **sampling,
+            }
+        )
+    return made
+
+
+def ask(server: RealServer, body: dict[str, Any]) -> tuple[Any, ...]:
+    """All that a reply says about its tokens."""
+    with server.client() as client:
+        response = client.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    choice = response.json()["choices"][0]
+    logprobs = choice["logprobs"]
+    return (
+        choice["text"],
+        choice["finish_reason"],
+        logprobs["tokens"],
+        logprobs["token_logprobs"],
+        logprobs["top_logprobs"],
+    )
+
+
+def test_every_reply_of_a_mixed_batch_equals_the_same_request_alone(server: RealServer) -> None:
+    bodies = requests()
+    alone = [ask(server, body) for body in bodies]
+    assert len({str(reply) for reply in alone}) == len(bodies), "adapters or prompts without effect prove nothing"
+
+    stop = threading.Event()
+
+    def come_and_go(worker: int) -> int:
+        """Keeps the batch changing: short requests of changing adapters until the others are done."""
+        count = 0
+        while not stop.is_set():
+            model = ADAPTERS[(worker * 5 + count) % len(ADAPTERS)]
+            ask(server, {"model": model, "prompt": PROMPTS[count % 3], "max_tokens": 2, "logprobs": 0})
+            count += 1
+        return count
+
+    steps = server.metric("loramux_batch_adapters_count")
+    distinct = server.metric("loramux_batch_adapters_sum")
+    with ThreadPoolExecutor(len(bodies) + 4) as pool:
+        noise = [pool.submit(come_and_go, worker) for worker in range(4)]
+        replies = [pool.submit(ask, server, body) for body in [*bodies, *bodies]]
+        together = [reply.result() for reply in replies]
+        stop.set()
+        assert sum(future.result() for future in noise) > 4
+    steps = server.metric("loramux_batch_adapters_count") - steps
+    distinct = server.metric("loramux_batch_adapters_sum") - distinct
+    assert distinct / steps > 4, "the batches were not mixed"
+
+    for body, expected, first, second in zip(
+        bodies, alone, together[: len(bodies)], together[len(bodies) :], strict=True
+    ):
+        assert first == expected, body
+        assert second == expected, body
+
+
+def test_the_server_says_that_it_checked_this(server: RealServer) -> None:
+    assert any("the same, bit for bit" in line for line in server.lines)

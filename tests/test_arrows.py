@@ -1,0 +1,203 @@
+"""The architecture's rules, read from the source: who may import whom, and what no module may do.
+
+Imports that only a type checker sees (`if TYPE_CHECKING:`) are no arrows, except between the packages: there, even a
+type of the server's in the adapter package would turn an arrow around.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SERVER = ROOT / "server" / "loramux_server"
+ADAPTERS = ROOT / "adapters" / "loramux_adapters"
+LOADTESTS = ROOT / "loadtests"
+MAX_LINES = 300
+
+TORCH_FREE = (
+    "adapters/loramux_adapters/slots.py",
+    "server/loramux_server/api",
+    "server/loramux_server/config.py",
+    "server/loramux_server/metrics.py",
+    "server/loramux_server/settings.py",
+    "server/loramux_server/engine/client.py",
+    "server/loramux_server/engine/engine.py",
+    "server/loramux_server/engine/kv_blocks.py",
+    "server/loramux_server/engine/scheduler.py",
+    "server/loramux_server/engine/sequence.py",
+)
+DEVICE_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+PARTS = ("Engine", "EngineClient", "ModelRunner", "AdapterStore", "HostCache", "Metrics", "load_base_model")
+
+
+def modules(*places: Path) -> list[Path]:
+    """The source files in these folders or at these paths; a path that does not exist holds none."""
+    found: list[Path] = []
+    for place in places:
+        found += sorted(place.rglob("*.py")) if place.is_dir() else [place] if place.exists() else []
+    return found
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def is_wiring(path: Path) -> bool:
+    """True for the modules that may build objects, read the environment and print."""
+    return path.parent == SERVER and path.stem.startswith(("cli", "wiring", "__main__"))
+
+
+def walk(tree: ast.AST, *, type_checking: bool) -> Iterator[ast.AST]:
+    """Every node, without the bodies of `if TYPE_CHECKING:` unless they are asked for."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING") and not type_checking:
+            for other in node.orelse:
+                yield other
+                yield from walk(other, type_checking=type_checking)
+            continue
+        yield node
+        yield from walk(node, type_checking=type_checking)
+
+
+def imports(path: Path, *, type_checking: bool = False) -> set[str]:
+    """Full names of what a module imports, relative imports resolved, those inside functions included."""
+    package = list(path.relative_to(ROOT).with_suffix("").parts[:-1])
+    package = package[1:] if package[0] in ("server", "adapters") else package
+    names: set[str] = set()
+    for node in walk(tree_of(path), type_checking=type_checking):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*start, *([node.module] if node.module else [])])
+            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def offences(paths: list[Path], wrong: Callable[[str], bool], *, type_checking: bool = False) -> list[str]:
+    """`file imports name` for every import that is wrong."""
+    return [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in paths
+        for name in sorted(imports(path, type_checking=type_checking))
+        if wrong(name)
+    ]
+
+
+def within(*packages: str) -> Callable[[str], bool]:
+    return lambda name: any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def test_the_sources_are_where_these_rules_look_for_them() -> None:
+    assert SERVER / "engine" / "sequence.py" in modules(SERVER)
+    assert ADAPTERS / "errors.py" in modules(ADAPTERS)
+    assert "torch" in imports(ADAPTERS / "base_info.py", type_checking=True)
+    assert "torch" not in imports(ADAPTERS / "base_info.py")
+
+
+def test_relative_imports_are_resolved() -> None:
+    assert "loadtests.sweep" in imports(LOADTESTS / "__main__.py")
+
+
+def test_the_adapter_package_knows_nothing_of_the_server() -> None:
+    assert offences(modules(ADAPTERS), within("loramux_server"), type_checking=True) == []
+
+
+def test_load_tests_import_nothing_of_ours() -> None:
+    assert offences(modules(LOADTESTS), within("loramux_server", "loramux_adapters"), type_checking=True) == []
+
+
+def test_policy_and_the_api_do_not_touch_the_device() -> None:
+    assert offences(modules(*(ROOT / path for path in TORCH_FREE)), within(*DEVICE_LIBRARIES)) == []
+
+
+def test_the_engine_gets_its_runner_passed_in() -> None:
+    device_side = within(
+        *(f"loramux_server.engine.{name}" for name in ("model_runner", "kv_cache", "attention", "sampler"))
+    )
+    policy = [SERVER / "engine" / f"{name}.py" for name in ("client", "engine", "kv_blocks", "scheduler", "sequence")]
+
+    assert offences(modules(*policy), device_side) == []
+
+
+def test_the_engine_knows_nothing_of_http() -> None:
+    assert offences(modules(SERVER / "engine"), within("loramux_server.api", "fastapi", "starlette", "uvicorn")) == []
+
+
+def test_the_api_reaches_the_engine_through_its_facade_alone() -> None:
+    inside = within(*(f"loramux_server.engine.{name}" for name in ("engine", "scheduler", "kv_blocks", "model_runner")))
+
+    assert offences(modules(SERVER / "api"), inside) == []
+
+
+def test_nothing_below_the_command_line_imports_it() -> None:
+    below = [path for path in modules(SERVER, ADAPTERS) if not is_wiring(path)]
+
+    assert offences(below, lambda name: name.startswith(("loramux_server.cli", "loramux_server.wiring"))) == []
+
+
+def test_the_server_never_imports_peft_and_never_loads_a_pickle() -> None:
+    served = [path for path in modules(SERVER, ADAPTERS) if "training" not in path.parts]
+
+    assert offences(served, within("peft")) == []
+    assert offences(modules(SERVER, ADAPTERS), within("pickle", "dill", "cloudpickle", "shelve", "marshal")) == []
+
+
+def test_torch_load_is_called_nowhere() -> None:
+    calls = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in modules(SERVER, ADAPTERS)
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.hub.load")
+    ]
+
+    assert calls == []
+
+
+def test_parts_are_put_together_in_the_wiring_alone() -> None:
+    built = [
+        f"{path.relative_to(ROOT)}:{node.lineno} builds {node.func.id}"
+        for path in modules(SERVER, ADAPTERS)
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in PARTS
+        if not is_wiring(path) and "training" not in path.parts
+    ]
+
+    assert built == []
+
+
+def test_the_environment_is_read_on_the_command_line_alone() -> None:
+    read = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in modules(SERVER, ADAPTERS)
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv")
+        if not is_wiring(path)
+    ]
+
+    assert read == []
+
+
+def test_nothing_prints_but_the_command_line() -> None:
+    prints = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in modules(SERVER, ADAPTERS)
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+        if not is_wiring(path)
+    ]
+
+    assert prints == []
+
+
+@pytest.mark.parametrize("place", [SERVER, ADAPTERS, LOADTESTS], ids=lambda place: place.name)
+def test_no_file_is_longer_than_a_reader_can_hold(place: Path) -> None:
+    lengths = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in modules(place)}
+
+    assert {name: length for name, length in lengths.items() if length >= MAX_LINES} == {}

@@ -1,0 +1,132 @@
+"""Sampling: filters, seeds, log probabilities, and rows that do not influence one another."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from loramux_server.engine.sampler import Sampler, candidates, report_logprob, uniform
+from loramux_server.engine.sequence import SamplingParams, Sequence
+
+LOGITS = torch.tensor([0.0, 3.0, 1.0, 2.0, -1.0])
+PROBABILITIES = LOGITS.softmax(-1)
+
+
+def sequence(params: SamplingParams, drawn: int = 0, name: str = "s") -> Sequence:
+    made = Sequence(name, [1], params)
+    made.output = [0] * drawn
+    return made
+
+
+def draws(params: SamplingParams, count: int) -> list[int]:
+    """The first `count` tokens a sequence would get if its logits never changed."""
+    sampler = Sampler()
+    rows = [sequence(params, drawn) for drawn in range(count)]
+    return [token.token_id for token in sampler.sample(LOGITS.expand(count, -1), rows)]
+
+
+def test_temperature_zero_takes_the_most_likely() -> None:
+    assert set(draws(SamplingParams(temperature=0.0), 5)) == {1}
+
+
+def test_frequencies_follow_the_distribution() -> None:
+    count = 20000
+    seen = Counter(draws(SamplingParams(seed=7), count))
+    for token, probability in enumerate(PROBABILITIES.tolist()):
+        error = math.sqrt(probability * (1 - probability) / count)
+        assert abs(seen[token] / count - probability) < 5 * error
+
+
+def test_temperature_sharpens_and_flattens() -> None:
+    cold, hot = (Counter(draws(SamplingParams(seed=1, temperature=t), 2000))[1] for t in (0.3, 2.0))
+    assert cold > 1800 > 1000 > hot
+
+
+@pytest.mark.parametrize(
+    ("params", "allowed"),
+    [
+        (SamplingParams(top_k=2), {1, 3}),
+        (SamplingParams(top_k=1), {1}),
+        (SamplingParams(top_p=0.6), {1}),
+        (SamplingParams(top_p=0.7), {1, 3}),
+        (SamplingParams(top_p=0.0), {1}),
+        (SamplingParams(min_p=0.3), {1, 3}),
+        (SamplingParams(min_p=0.1), {1, 2, 3}),
+        (SamplingParams(top_k=3, top_p=0.95, min_p=0.2), {1, 3}),
+        (SamplingParams(top_k=99, top_p=1.0), {0, 1, 2, 3, 4}),
+    ],
+)
+def test_filters_keep_the_right_tokens(params: SamplingParams, allowed: set[int]) -> None:
+    _, tokens = candidates(LOGITS, params)
+    assert allowed == (set(range(5)) if tokens is None else set(tokens.tolist()))
+
+
+def test_top_p_is_right_also_where_the_first_thousand_do_not_reach_it() -> None:
+    logits = torch.randn(5000, generator=torch.Generator().manual_seed(0)) * 0.01  # nearly flat
+    _, tokens = candidates(logits, SamplingParams(top_p=0.9))
+    assert tokens is not None
+    mass = logits.double().softmax(-1)
+    assert mass[tokens].sum() >= 0.9 > mass[tokens[:-1]].sum()
+    assert len(tokens) > 4000
+
+
+def test_a_filtered_draw_stays_inside_the_filter() -> None:
+    assert set(draws(SamplingParams(seed=3, top_k=2), 500)) == {1, 3}
+
+
+def test_the_same_seed_gives_the_same_tokens_whatever_else_runs() -> None:
+    params = SamplingParams(seed=11)
+    alone = draws(params, 30)
+    sampler = Sampler()
+    logits = torch.randn(7, 5)
+    logits[4] = LOGITS
+    company = []
+    for drawn in range(30):
+        rows = [sequence(SamplingParams(), name=f"other-{i}") for i in range(7)]
+        rows[4] = sequence(params, drawn)
+        company.append(sampler.sample(logits, rows)[4].token_id)
+    assert company == alone
+    assert draws(SamplingParams(seed=12), 30) != alone
+
+
+def test_without_a_seed_two_sequences_differ() -> None:
+    sampler = Sampler()
+    first, second = (
+        [sampler.sample(LOGITS[None], [sequence(SamplingParams(), i, name)])[0].token_id for i in range(40)]
+        for name in ("a", "b")
+    )
+    assert first != second
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63)])
+def test_every_seed_gives_numbers_in_range(seed: int) -> None:
+    numbers = [uniform(seed, index) for index in range(1000)]
+    assert 0 <= min(numbers) and max(numbers) < 1
+    assert abs(sum(numbers) / 1000 - 0.5) < 0.05
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_fails_alone(bad: float) -> None:
+    logits = LOGITS.repeat(3, 1)
+    logits[1, 2] = bad
+    rows = [sequence(SamplingParams(temperature=0.0), name=str(i)) for i in range(3)]
+    tokens = Sampler().sample(logits, rows)
+    assert [token.error is None for token in tokens] == [True, False, True]
+    assert tokens[0].token_id == tokens[2].token_id == 1
+
+
+def test_log_probabilities_are_the_models_own_before_temperature() -> None:
+    params = SamplingParams(temperature=0.5, seed=1, logprobs=2)
+    token = Sampler().sample(LOGITS[None].bfloat16(), [sequence(params)])[0]
+    assert token.logprob is not None
+    assert token.logprob.logprob == pytest.approx(math.log(PROBABILITIES[token.token_id]), abs=1e-6)
+    assert [index for index, _ in token.logprob.top] == [1, 3]
+
+
+def test_asking_for_no_alternatives_still_reports_the_chosen_one() -> None:
+    reported = report_logprob(LOGITS, 3, 0)
+    assert reported.top == ()
+    assert reported.logprob == pytest.approx(math.log(PROBABILITIES[3]), abs=1e-6)

@@ -1,0 +1,178 @@
+"""The scheduler under arbitrary schedules: no leak, no starvation, no wrong adapter, whatever comes and goes."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+
+from fakes_engine import sequence, solo_reply
+from fakes_scheduler import Bench
+from loramux_server.engine.scheduler import SchedulerConfig
+from loramux_server.engine.sequence import Sequence
+
+RANKS = {"a": 1, "b": 8, "c": 6, "d": 12, "e": 16, "f": 32, "g": 8, "h": 9, "i": 24, "j": 3}
+LONGEST_PROMPT, MOST_TOKENS = 12, 8
+ROWS, BLOCKS, BLOCK_SIZE = 40, 10, 2  # the longest sequence takes all blocks, the widest adapter most rows
+CROWD = 12  # sequences that wait at any time, or more
+
+configs = st.builds(
+    SchedulerConfig,
+    max_num_seqs=st.integers(1, 6),
+    max_batch_tokens=st.integers(1, 16),
+    max_passed_over=st.integers(0, 5),
+    max_wait_seconds=st.sampled_from([0.0, 3.0, 1e9]),
+    max_prefetch=st.integers(1, 4),
+    max_prefetch_bytes=st.integers(1, 60),  # an adapter takes a byte for each rank
+)
+
+
+@st.composite
+def kinds(draw: st.DrawFn) -> tuple[int, int, str | None]:
+    """(prompt, max_tokens, version) that an idle server can run."""
+    prompt = draw(st.integers(1, LONGEST_PROMPT))
+    return prompt, draw(st.integers(1, MOST_TOKENS)), draw(st.sampled_from([None, *RANKS]))
+
+
+def build(id: str, kind: tuple[int, int, str | None]) -> Sequence:
+    prompt, max_tokens, version = kind
+    rank = RANKS.get(version or "", 0)
+    return sequence(id, prompt=prompt, max_tokens=max_tokens, version=version, rank=rank, nbytes=rank)
+
+
+class Loads:
+    """Loads that take a number of ticks, many at a time."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        self._left: dict[str, int] = {}
+        self.latency: dict[str, int] = {}
+
+    def tick(self) -> None:
+        for version in self._bench.host.loading:
+            left = self._left.setdefault(version, self.latency.get(version, 0))
+            if left == 0:
+                del self._left[version]
+                self._bench.host.end_load(version)
+            else:
+                self._left[version] = left - 1
+
+
+class Schedules(RuleBasedStateMachine):
+    """Arrivals, aborts, loads of any length that may fail, failing steps, evictions from host memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bench: Bench
+        self.begun = False
+        self.sequences: dict[str, Sequence] = {}
+
+    @precondition(lambda self: not self.begun)
+    @rule(config=configs, broken=st.sets(st.sampled_from(sorted(RANKS)), max_size=2))
+    def begin(self, config: SchedulerConfig, broken: set[str]) -> None:
+        self.begun = True
+        self.bench = Bench(config, rows=ROWS, num_blocks=BLOCKS, block_size=BLOCK_SIZE, instant=False)
+        self.bench.host.broken = broken
+        self.loads = Loads(self.bench)
+
+    @precondition(lambda self: self.begun)
+    @rule(arrivals=st.lists(kinds(), min_size=1, max_size=4))
+    def arrive(self, arrivals: list[tuple[int, int, str | None]]) -> None:
+        for kind in arrivals:
+            one = build(str(len(self.sequences)), kind)
+            self.sequences[one.id] = one
+            self.bench.add(one)
+
+    @precondition(lambda self: self.begun)
+    @rule(version=st.sampled_from(sorted(RANKS)), latency=st.integers(0, 6))
+    def change_latency(self, version: str, latency: int) -> None:
+        self.loads.latency[version] = latency
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.bench.abort(data.draw(st.sets(st.sampled_from(sorted(self.sequences)), min_size=1, max_size=3)))
+
+    @precondition(lambda self: self.begun)
+    @rule(steps=st.integers(1, 5), seconds=st.sampled_from([0.0, 1.0]))
+    def run_steps(self, steps: int, seconds: float) -> None:
+        for _ in range(steps):
+            self.bench.clock.advance(seconds)
+            self.bench.step()
+            self.loads.tick()
+
+    @precondition(lambda self: self.begun)
+    @rule()
+    def break_a_step(self) -> None:
+        self.bench.step(fails=True)
+
+    @precondition(lambda self: self.begun)
+    @rule()
+    def evict_from_host_memory(self) -> None:
+        self.bench.host.evict_unpinned()
+
+    def teardown(self) -> None:
+        """Once arrivals stop, all end: a step does at least one token of work unless everybody waits for a load."""
+        if not self.begun:
+            return
+        work = sum(len(one.prompt) + one.params.max_tokens for one in self.sequences.values())
+        idle = sum(1 + self.loads.latency.get(one.version or "", 0) for one in self.sequences.values())
+        for _ in range(work + idle + 1):
+            if not self.bench.scheduler.has_work:
+                break
+            self.bench.step()
+            self.loads.tick()
+        self.bench.check_empty()
+        assert self.bench.ended.keys() == self.sequences.keys()
+        for id, outcome in self.bench.ended.items():
+            one = self.sequences[id]
+            assert (outcome == "failed") <= (one.version in self.bench.host.broken)
+            reply = solo_reply(one)
+            assert one.output == reply if outcome == "done" else one.output == reply[: len(one.output)]
+
+
+TestSchedules = Schedules.TestCase
+TestSchedules.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+
+
+@given(
+    config=configs,
+    cold=st.lists(kinds(), min_size=1, max_size=8),
+    hot=st.lists(kinds(), min_size=1, max_size=3),
+    latency=st.integers(0, 5),
+    evicting=st.booleans(),
+)
+@settings(max_examples=80, deadline=None)
+def test_nothing_starves_while_a_hot_crowd_keeps_arriving(
+    config: SchedulerConfig,
+    cold: list[tuple[int, int, str | None]],
+    hot: list[tuple[int, int, str | None]],
+    latency: int,
+    evicting: bool,
+) -> None:
+    """Everyone who is blocked sees at most `max_passed_over` start before him, and waits for those that run.
+
+    So a sequence that is blocked starts within the time of that many whole sequences; and only those in the queue at
+    the same time can hold the host memory that it needs to begin its load.
+    """
+    bench = Bench(config, rows=ROWS, num_blocks=BLOCKS, block_size=BLOCK_SIZE, instant=False)
+    loads = Loads(bench)
+    loads.latency = dict.fromkeys(RANKS, latency)
+    for i in range(config.max_num_seqs):
+        bench.add(build(f"before {i}", hot[i % len(hot)]))
+    for i, kind in enumerate(cold):
+        bench.add(build(f"cold {i}", kind))
+    longest = LONGEST_PROMPT + MOST_TOKENS
+    others = config.max_num_seqs + config.max_passed_over + 1
+    bound = (len(cold) + config.max_num_seqs + CROWD) * (others * longest + latency + 2)
+    expected = {f"cold {i}" for i in range(len(cold))}
+    for number in range(bound):
+        while len(bench.waiting) < CROWD:
+            bench.add(build(f"hot {number} {len(bench.waiting)}", hot[number % len(hot)]))
+        if evicting:
+            bench.host.evict_unpinned()
+        bench.step()
+        loads.tick()
+        if expected <= bench.ended.keys():
+            break
+    assert expected <= bench.ended.keys()

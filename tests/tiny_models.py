@@ -1,0 +1,81 @@
+"""Tiny random models of many architectures, as real checkpoints: legal sizes for the packed NF4 kernel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import logging as transformers_logging
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 257,
+    "initializer_range": 0.2,  # large enough that positions and masks show in the logits
+}
+
+# architecture -> what its config says beyond COMMON
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 8},
+    "gemma": {},
+    "gemma2": {
+        "sliding_window": 8,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 32,
+    },
+    "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 32},
+    "phi3": {},
+    "granite": {"attention_multiplier": 0.1, "logits_scaling": 2.0, "residual_multiplier": 0.5},
+    "olmo2": {},
+    "smollm3": {},
+    "starcoder2": {"sliding_window": 8},
+    "gpt_neox": {},
+}
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+def tiny_config(architecture: str, **changes: Any) -> Any:
+    return AutoConfig.for_model(architecture, **(COMMON | ARCHITECTURES.get(architecture, {}) | changes))
+
+
+def save_tiny_model(directory: Path, architecture: str = "llama", *, seed: int = 0, **changes: Any) -> Path:
+    """Writes a random model with a byte-level tokenizer; `changes` go into its config."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(architecture, **changes), dtype=torch.bfloat16)
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    model.save_pretrained(directory)
+    if shown:
+        transformers_logging.enable_progress_bar()
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One id per byte, then <s> 256 and </s> 257."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={character: index for index, character in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
