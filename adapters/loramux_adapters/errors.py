@@ -7,6 +7,11 @@ AdapterError
 ├── AdapterTooLarge           more bytes than the operator allows
 ├── BaseMismatch              made for another base model
 ├── AdapterCorrupt            a stored version no longer matches its digest, or cannot be read
+├── TrainingError             a training or evaluation cannot be done as asked
+│   ├── RecipeError           the recipe contradicts itself, the base or the machine
+│   ├── DataError             the examples cannot be used; names file and line
+│   ├── CheckpointError       a checkpoint cannot be written, read or continued from
+│   └── MemoryShort           it does not fit into memory; says what to lower
 └── StoreUnavailable          the store's directory or index cannot be used (disk full, locked, permission)
 """
 
@@ -58,3 +63,23 @@ class AdapterCorrupt(AdapterError):
 
 class StoreUnavailable(AdapterError):
     """The store cannot be read or written now; what it already holds is untouched."""
+
+
+class TrainingError(AdapterError):
+    """A training, an evaluation or a merge cannot be done as asked."""
+
+
+class RecipeError(TrainingError):
+    """The recipe contradicts itself, or asks for what this base or machine cannot do."""
+
+
+class DataError(TrainingError):
+    """The examples cannot be used; the message names the file and, where there is one, the line."""
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint cannot be written, read, or continued from with this recipe, data and base."""
+
+
+class MemoryShort(TrainingError):
+    """It does not fit into memory; the message says what to lower."""

@@ -63,8 +63,10 @@ class BaseModel:
         return int(getattr(self.config, "max_position_embeddings", 0) or 1 << 20)
 
 
-def quantization_recipe(config: Any) -> dict[str, Any]:
+def quantization_recipe(config: Any, quantize: str = "nf4") -> dict[str, Any]:
     """The recipe as it enters the base id."""
+    if quantize == "none":
+        return {"type": "none", "dtype": "bfloat16", "model_type": config.model_type}
     return {
         "type": "nf4",
         "block": BLOCK,
@@ -75,12 +77,23 @@ def quantization_recipe(config: Any) -> dict[str, Any]:
     }
 
 
-def load_base_model(spec: str, *, device: torch.device, cache_dir: Path, report: Report) -> BaseModel:
+def load_base_model(
+    spec: str,
+    *,
+    device: torch.device,
+    cache_dir: Path,
+    report: Report,
+    quantize: str = "nf4",
+    training: bool = False,
+) -> BaseModel:
     """The base in NF4 with double quantization and bf16 compute, ready to run.
 
     Args:
         spec: embedded name, checkpoint directory, .gguf file or hub id.
         report: receives one line for each slow stage.
+        quantize: "nf4", or "none" for the 16-bit weights as they are, to compare with.
+        training: keep the weights as they were quantized. Otherwise the first forward on a CPU with AVX512-BF16 repacks
+            them for a faster kernel that has no backward: gradients would be silently wrong from then on.
     Raises:
         BaseModelError: it cannot be found, read or served correctly.
     """
@@ -92,12 +105,13 @@ def load_base_model(spec: str, *, device: torch.device, cache_dir: Path, report:
         raise BaseModelError(f"the base's config cannot be read: {_first_line(error)}") from error
     _refuse(source.name, unsupported_config(config))
     _refuse(source.name, unsupported_modules(_skeleton(config)))
-    recipe = quantization_recipe(config)
+    recipe = quantization_recipe(config, quantize)
     base_id = _timed(stages, "base id", lambda: cached_base_id(source.directory, recipe, cache_dir))
-    report("loading and quantizing the base to NF4")
-    model = _timed(stages, "load and quantize", lambda: _load_nf4(source.directory, device))
-    _check_quantized(model, source.name)
-    _choose_kernels(model)
+    report("loading the base in 16 bit" if quantize == "none" else "loading and quantizing the base to NF4")
+    model = _timed(stages, "load", lambda: _load(source.directory, device, quantize))
+    if quantize == "nf4":
+        _check_quantized(model, source.name)
+    _choose_kernels(model, training=training)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -134,9 +148,9 @@ def _skeleton(config: Any) -> nn.Module:
     return model
 
 
-def _load_nf4(directory: Path, device: torch.device) -> Any:
+def _load(directory: Path, device: torch.device, quantize: str) -> Any:
     untyped: Any = BitsAndBytesConfig
-    recipe = untyped(
+    nf4 = untyped(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -145,7 +159,7 @@ def _load_nf4(directory: Path, device: torch.device) -> Any:
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             directory,
-            quantization_config=recipe,
+            quantization_config=nf4 if quantize == "nf4" else None,
             dtype=torch.bfloat16,
             device_map={"": str(device)},
             local_files_only=True,
@@ -177,16 +191,18 @@ def _check_quantized(model: Any, name: str) -> None:
                 raise BaseModelError(f"base {name}: layer {path} was not quantized to NF4")
 
 
-def _choose_kernels(model: nn.Module) -> None:
-    """Layers whose shape the packed CPU kernel cannot take run on the unpacked one (dequantize, then multiply)."""
+def _choose_kernels(model: nn.Module, *, training: bool) -> None:
+    """Layers to train on, or of a shape the packed CPU kernel cannot take, run unpacked (dequantize, then multiply)."""
     for module in model.modules():
-        if isinstance(module, Linear4bit) and (module.out_features % 32 or module.in_features % BLOCK):
+        if isinstance(module, Linear4bit) and (training or module.out_features % 32 or module.in_features % BLOCK):
             module.support_avx512bf16_for_cpu = False
 
 
 def kernel_paths(model: nn.Module, device: torch.device) -> str:
     """How the quantized layers of this model are multiplied on this machine, for the start-up report."""
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    if not layers:
+        return "16 bit"
     if device.type != "cpu":
         return "NF4 bitsandbytes CUDA"
     packed = sum(bool(layer.support_avx512bf16_for_cpu) for layer in layers)
