@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import select
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -138,6 +140,15 @@ class Worker:
             self._process.wait()
 
 
+def _hush() -> None:
+    """Loading says nothing that a reader of the figures needs."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, required=True, help="directory of the base checkpoint")
     parser.add_argument(
@@ -151,6 +162,7 @@ def main(args: argparse.Namespace) -> int:
     # What libraries print must not mix with the answers.
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    _hush()
     adapters = {name: Path(directory) for name, _, directory in (item.partition("=") for item in args.adapter)}
     serve(Baselines(args.base, adapters, args.attention), sys.stdin, replies)
     return 0

@@ -175,7 +175,7 @@ def plot_comparison(path: Path, comparisons: Sequence[Comparison], memory: Memor
         once = dict(zip(labels, handles, strict=True))
         axes.legend(once.values(), once.keys(), fontsize="small")
     below = 0.0
-    for name, size in [*memory.pools.items(), ("libraries", memory.libraries)]:
+    for name, size in memory.pools.items():
         sizes.bar("accounted", size / 2**20, bottom=below, label=name)
         below += size / 2**20
     sizes.bar("resident", memory.process.get("rss", 0) / 2**20, color="tab:gray")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,20 +17,19 @@ class Memory:
     """Bytes of the server after its rounds.
 
     Attributes:
-        pools: what the server's metrics state, byte for byte.
-        libraries: resident size of a Python with the same libraries and no model: the stated overhead.
+        pools: what the server's metrics state: exact bytes of base, adapters and KV cache, and the overhead (libraries,
+            tokenizer, working memory) that it measured once, before its first request.
         process: resident size as the system counts it: rss, pss, private; empty where it does not tell.
         merged: the base merged in bf16 once for each adapter, the usual way without such a server.
     """
 
     pools: dict[str, int]
-    libraries: int
     process: dict[str, int]
     merged: int
 
     @property
     def accounted(self) -> int:
-        return sum(self.pools.values()) + self.libraries
+        return sum(self.pools.values())
 
     @property
     def off_by(self) -> float | None:
@@ -45,7 +42,7 @@ def read_memory(server: Server, base: Path, adapters: int) -> Memory:
     assert server.pid is not None
     checkpoint = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     metrics = server.call("GET", "/metrics").decode()
-    return Memory(pools(metrics), library_bytes(), resident_bytes(server.pid), adapters * checkpoint)
+    return Memory(pools(metrics), resident_bytes(server.pid), adapters * checkpoint)
 
 
 def pools(metrics: str) -> dict[str, int]:
@@ -68,25 +65,10 @@ def resident_bytes(pid: int) -> dict[str, int]:
     }
 
 
-def library_bytes() -> int:
-    """Resident size of a Python that has imported what such a server needs and computed once; 0 if nobody tells."""
-    code = (
-        "import os, torch, bitsandbytes, fastapi, uvicorn, prometheus_client\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM\n"
-        "ones = torch.ones(64, 64, dtype=torch.bfloat16)\n"
-        "torch.nn.functional.linear(ones, ones)\n"
-        "from loadtests.memory import resident_bytes\n"
-        "print(resident_bytes(os.getpid()).get('rss', 0))\n"
-    )
-    printed = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
-    return int(printed.split()[-1])
-
-
 def memory_table(memory: Memory, adapters: int) -> str:
     """Parts, sum, what the system says and whether they agree."""
     rows = [["memory", "MiB"]]
     rows += [[f"pool {pool}", _mebibytes(size)] for pool, size in memory.pools.items()]
-    rows += [["libraries, no model (stated overhead)", _mebibytes(memory.libraries)]]
     rows += [["accounted", _mebibytes(memory.accounted)]]
     rows += [[f"process {kind}", _mebibytes(size)] for kind, size in memory.process.items()]
     rows += [[f"{adapters} merged bf16 copies would take", _mebibytes(memory.merged)]]

@@ -207,7 +207,7 @@ def test_memory_is_read_from_metrics_and_held_against_the_resident_size() -> Non
         'loramux_other{pool="kv"} 3\n'
     )
     assert pools(page) == {"base": 104857600, "kv": 50000000}
-    memory = Memory({"base": 100}, libraries=100, process={"rss": 230}, merged=900)
+    memory = Memory({"base": 100, "overhead": 100}, process={"rss": 230}, merged=900)
     assert memory.off_by == pytest.approx(0.15)
     assert "NOT within 10%" in memory_table(memory, 16)
 

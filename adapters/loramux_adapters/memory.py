@@ -5,13 +5,29 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import mmap
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-import numpy
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+
+
+def mapping(nbytes: int) -> torch.Tensor:
+    """[nbytes] uint8 zeros in host memory, a mapping of its own: all of it goes back to the system with its last view.
+
+    Raises:
+        MemoryError: there is no room for it.
+    """
+    try:
+        return torch.frombuffer(
+            mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8
+        )[:nbytes]
+    except OSError as error:
+        raise MemoryError(f"{nbytes} bytes of host memory cannot be had") from error
 
 
 def reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -25,8 +41,13 @@ def reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    size = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(numpy.zeros(size, dtype=numpy.uint8)).view(dtype).view(shape)
+    return mapping(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+
+
+def resident_bytes() -> int:
+    """Bytes of this process that lie in memory, files it has mapped included; 0 where the system does not tell."""
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else 0
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from loramux_adapters.config_format import AdapterConfig, scale_of
 from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.format import WEIGHTS_FILE, Pair, pair_up, read_config, read_header
 from loramux_adapters.host_cache import HostAdapter
+from loramux_adapters.memory import mapping
 
 
 def load_host_adapter(directory: Path, version: str) -> HostAdapter:
@@ -23,13 +24,15 @@ def load_host_adapter(directory: Path, version: str) -> HostAdapter:
     layout = pair_up(read_header(directory / WEIGHTS_FILE))
     if layout.reasons:
         raise AdapterRejected(layout.reasons)
-    modules = {module: (a, bt) for module, a, bt in read_modules(directory, config, layout.pairs)}
-    return HostAdapter(
-        version=version,
-        rank=max((pair.rank for pair in layout.pairs.values()), default=0),
-        nbytes=sum(a.nbytes + bt.nbytes for a, bt in modules.values()),
-        modules=modules,
-    )
+    values = sum(pair.rank * (pair.a.shape[1] + pair.b.shape[0]) for pair in layout.pairs.values())
+    nbytes = values * torch.bfloat16.itemsize
+    free = mapping(nbytes).view(torch.bfloat16)  # one block, so that an eviction leaves no holes behind
+    modules = {}
+    for module, a, bt in read_modules(directory, config, layout.pairs):
+        held_a, held_bt, free = free.split([a.numel(), bt.numel(), free.numel() - a.numel() - bt.numel()])
+        modules[module] = (held_a.view_as(a).copy_(a), held_bt.view_as(bt).copy_(bt))
+    rank = max((pair.rank for pair in layout.pairs.values()), default=0)
+    return HostAdapter(version=version, rank=rank, nbytes=nbytes, modules=modules)
 
 
 def read_modules(

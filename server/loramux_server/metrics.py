@@ -25,7 +25,7 @@ _LOAD = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2
 _SEQUENCES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024)
 _ADAPTERS = (0, 1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256)
 
-POOLS = ("base", "adapter_device", "adapter_host", "kv")
+POOLS = ("base", "adapter_device", "adapter_host", "kv", "overhead")
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from loramux_adapters.base_info import BaseInfo
 from loramux_adapters.host_cache import HostCache
 from loramux_adapters.lora_linear import AdapterSlots, head_path, row_bytes
+from loramux_adapters.memory import resident_bytes as process_bytes
 from loramux_adapters.memory import returning_memory
 from loramux_adapters.ops import select_add_lora
 from loramux_adapters.slots import SMALLEST_RANK, SlotTable
@@ -24,7 +25,7 @@ from loramux_adapters.verify import Checked, check_adapter
 from loramux_server.api.app import create_app
 from loramux_server.api.deps import Base, Deps, Keys, Limits
 from loramux_server.api.ports import CheckPort
-from loramux_server.base.loader import BaseModel, kernel_paths, load_base_model, resident_bytes
+from loramux_server.base.loader import BaseModel, load_base_model, resident_bytes
 from loramux_server.base.tokenizer import BaseTokenizer
 from loramux_server.config import ServeConfig, is_loopback
 from loramux_server.engine.attention import probe_kv_shape, select_attend
@@ -40,8 +41,7 @@ from loramux_server.errors import BaseModelError, ConfigError
 from loramux_server.metrics import Levels, Metrics
 from loramux_server.preload import preload
 from loramux_server.startup import Stages
-
-MIB = 2**20
+from loramux_server.wiring_summary import MIB, summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,6 @@ class Server:
         self.store.close()
 
 
-@returning_memory()
 def build(config: ServeConfig, stages: Stages) -> Server:
     """Loads the base and puts everything around it. Slow; run it beside the event loop.
 
@@ -81,8 +80,9 @@ def build(config: ServeConfig, stages: Stages) -> Server:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     cache_dir = config.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "loramux"
-    with stages.stage("load the base"):
+    with stages.stage("load the base"), returning_memory():
         base = load_base_model(config.base, device=device, cache_dir=cache_dir, report=stages.note)
+        shape = probe_kv_shape(base.model, device)  # its forward also packs the weights for the kernels in use
     name = config.served_model_name or base.name
     metrics = Metrics(config.metrics_adapter_labels)
     with stages.stage("open the adapter store"):
@@ -94,7 +94,7 @@ def build(config: ServeConfig, stages: Stages) -> Server:
             with stages.stage("publish the adapters to preload"):
                 preload(store, config.preload, base.info(), max_rank, note=stages.note)
         with stages.stage("check the base through the engine's own path"):
-            parts = _Device.build(config, base, store, metrics, rows)
+            parts = Device.build(config, base, shape, store, metrics, rows)
     except BaseException:
         store.close()
         raise
@@ -114,10 +114,12 @@ def build(config: ServeConfig, stages: Stages) -> Server:
     )
     adapters = [record.name for record in store.records() if record.name != name]
     metrics.registered(adapters)
+    overhead = _overhead(parts, base)
+    metrics.read_levels_from(_levels(parts, resident_bytes(base.model), overhead))
     return Server(
         app=app,
         models=[name, *adapters],
-        summary=_summary(config, base, parts, context),
+        summary=summary(config, base, parts, context, overhead),
         client=parts.client,
         store=store,
         host_cache=parts.host_cache,
@@ -125,7 +127,7 @@ def build(config: ServeConfig, stages: Stages) -> Server:
 
 
 @dataclass(frozen=True, slots=True)
-class _Device:
+class Device:
     """Everything between the store and the API."""
 
     slots: AdapterSlots
@@ -137,8 +139,9 @@ class _Device:
     lora_kernel: str
 
     @classmethod
-    def build(cls, config: ServeConfig, base: BaseModel, store: AdapterStore, metrics: Metrics, rows: int) -> _Device:
-        shape = probe_kv_shape(base.model, base.device)
+    def build(
+        cls, config: ServeConfig, base: BaseModel, shape: KVShape, store: AdapterStore, metrics: Metrics, rows: int
+    ) -> Device:
         attend, tiled, attention_kernel = select_attend(base.device, shape)
         add_lora, lora_kernel = select_add_lora(base.device, shape.dtype)
         try:
@@ -180,12 +183,29 @@ class _Device:
         )
         engine = Engine(scheduler, runner, inbox, metrics, watchdog_timeout=config.watchdog_timeout)
         client = EngineClient(engine, in_host=host_cache.holds)
-        device = cls(slots, cache, host_cache, client, checked, attention_kernel, lora_kernel)
-        metrics.read_levels_from(_levels(device, resident_bytes(base.model)))
-        return device
+        return cls(slots, cache, host_cache, client, checked, attention_kernel, lora_kernel)
+
+    def pools(self, base_bytes: int) -> dict[str, int]:
+        """Bytes held, by what they are held for."""
+        return {
+            "base": base_bytes,
+            "adapter_device": self.slots.held_bytes,
+            "adapter_host": self.host_cache.stats().nbytes,
+            "kv": self.cache.held_bytes(max(self.client.stats().kv_blocks_peak, self.checked.blocks)),
+        }
 
 
-def _levels(device: _Device, base_bytes: int) -> Callable[[], Levels]:
+def _overhead(device: Device, base: BaseModel) -> int:
+    """Bytes of this process that are in none of the pools: libraries, tokenizer, working memory of a full step.
+
+    Measured when the checks have run full batches and before the first request; 0 where the system does not tell.
+    """
+    pools = device.pools(resident_bytes(base.model))
+    ours = sum(pools.values()) if base.device.type == "cpu" else pools["adapter_host"]
+    return max(0, process_bytes() - ours)
+
+
+def _levels(device: Device, base_bytes: int, overhead: int) -> Callable[[], Levels]:
     """What the gauges show, read at each scrape."""
 
     def read() -> Levels:
@@ -200,12 +220,7 @@ def _levels(device: _Device, base_bytes: int) -> Callable[[], Levels]:
             device_versions=stats.resident,
             waiting_adapters=stats.waiting_adapters,
             adapters_host=host.entries,
-            pool_bytes={
-                "base": base_bytes,
-                "adapter_device": device.slots.held_bytes,
-                "adapter_host": host.nbytes,
-                "kv": device.cache.held_bytes(stats.kv_blocks_peak),
-            },
+            pool_bytes=device.pools(base_bytes) | {"overhead": overhead},
             base_bytes=base_bytes,
         )
 
@@ -254,44 +269,3 @@ def _checker(base: BaseInfo, max_rank: int) -> CheckPort:
         return check_adapter(directory, base, max_rank, force=force)
 
     return check
-
-
-def _summary(config: ServeConfig, base: BaseModel, device: _Device, context: int) -> list[str]:
-    """The memory table, the kernels in use and what was checked."""
-    nf4, slots = resident_bytes(base.model), device.slots
-    adapter_bytes = slots.rows * slots.row_bytes
-    rank16 = 16 * slots.row_bytes
-    full = device.cache.num_blocks // -(-context // BLOCK_SIZE)
-    table = [
-        (
-            "base in NF4",
-            nf4,
-            f"{base.bytes_16bit / MIB:,.0f} MiB in 16 bit, {base.bytes_16bit / nf4:.1f} times as much",
-        ),
-        (
-            "KV cache",
-            device.cache.nbytes,
-            f"up to; {device.cache.num_blocks * BLOCK_SIZE:,} tokens, {full} requests of the full {context:,} at once",
-        ),
-        (
-            "adapters",
-            adapter_bytes,
-            f"up to; {slots.rows // 16} of rank 16 on every layer, {rank16 / MIB:.1f} MiB each",
-        ),
-        ("adapters in host memory", config.host_cache_mib * MIB, "up to"),
-    ]
-    threads = f", {torch.get_num_threads()} threads" if base.device.type == "cpu" else ""
-    invariance = (
-        "checked here: a reply is the same, bit for bit, alone or in any batch"
-        if device.checked.batch_invariant
-        else "NOT given here: a reply may differ in the last bits with what else is in its batch"
-    )
-    return [
-        "",
-        f"base id  {base.base_id}",
-        *(f"  {what:<24} {size / MIB:>8,.0f} MiB  ({note})" for what, size, note in table),
-        f"device   {base.device}{threads}; {kernel_paths(base.model, base.device)}; "
-        f"attention {device.attention_kernel}; LoRA {device.lora_kernel} (stacks bf16, sums fp32)",
-        f"batch    {invariance}",
-        *(f"  {what:<24} {seconds:>8.1f} s" for what, seconds in base.stages),
-    ]

@@ -18,7 +18,7 @@ from loramux_server.api.errors import answer_to, http_answer
 from loramux_server.api.generation import Generation
 from loramux_server.api.models import Models
 from loramux_server.api.operations import Operations
-from loramux_server.errors import LoramuxError
+from loramux_server.errors import LoramuxError, ServerBusy
 
 CLIENT_GONE = 499  # nobody reads it; nginx's number, for the access log
 
@@ -64,7 +64,7 @@ def create_app(deps: Deps) -> FastAPI:
 
 async def _on_error(request: Request, error: Exception) -> Response:
     answer = answer_to(error)
-    if answer.status >= 500:
+    if answer.status >= 500 and not isinstance(error, ServerBusy):  # being full is no failure, and counted
         logger.error("request %s: %s: %s", request_id_of(request.scope), type(error).__name__, error)
     return answer.response()
 

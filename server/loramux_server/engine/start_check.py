@@ -42,10 +42,12 @@ class StartCheck:
             the logits' standard deviation.
         batch_invariant: True if every row of a mixed batch, with adapters and without, had exactly the logits it has
             alone.
+        blocks: KV blocks that the checks wrote to.
     """
 
     difference: float
     batch_invariant: bool
+    blocks: int
 
 
 class Checker:
@@ -68,6 +70,7 @@ class Checker:
         self._num_blocks = num_blocks
         self._rows = rows
         self._random = torch.Generator().manual_seed(0)
+        self._touched = 0  # KV blocks written to, from the first on
 
     def run(self) -> StartCheck:
         """Both checks.
@@ -91,7 +94,7 @@ class Checker:
                 f"this model's answers through loramux differ from transformers' own (by {difference:.0%} of the "
                 f"logits' spread, allowed {TOLERANCE:.0%}); it uses something that loramux does not support"
             )
-        return StartCheck(difference, invariant)
+        return StartCheck(difference, invariant, self._touched)
 
     def _difference_to_transformers(self) -> float:
         """Over the ends of all chunks of a prompt that is longer than a short sliding window."""
@@ -129,7 +132,7 @@ class Checker:
         """All prompts at once, and then their last tokens as decodes of one step, against each alone."""
         sequences, start = [], 0
         for kind in company:
-            sequences.append(_sequence(kinds[kind][0], start, kinds[kind][1]))
+            sequences.append(self._sequence(kinds[kind][0], start, kinds[kind][1]))
             start += len(sequences[-1].blocks)
         together = self._runner.forward(Batch([ScheduledSequence(s, len(s.prompt), samples=True) for s in sequences]))
         for sequence in sequences:
@@ -165,19 +168,19 @@ class Checker:
 
     def _logits_in_chunks(self, prompt: list[int], chunk: int, slot: Slot | None) -> Iterator[torch.Tensor]:
         """Logits [vocabulary] at the end of each chunk of the prompt."""
-        sequence = _sequence(prompt, 0, slot)
+        sequence = self._sequence(prompt, 0, slot)
         while sequence.num_computed < len(prompt):
             count = min(chunk, len(prompt) - sequence.num_computed)
             yield self._runner.forward(Batch([ScheduledSequence(sequence, count, samples=True)]))[0]
             sequence.num_computed += count
 
+    def _sequence(self, prompt: list[int], first_block: int, slot: Slot | None) -> Sequence:
+        sequence = Sequence("start-check", prompt, SamplingParams(temperature=0.0, max_tokens=1))
+        sequence.blocks = list(range(first_block, first_block + _blocks(len(prompt))))
+        sequence.slot = slot
+        self._touched = max(self._touched, first_block + len(sequence.blocks))
+        return sequence
+
 
 def _blocks(tokens: int) -> int:
     return -(-tokens // BLOCK_SIZE)
-
-
-def _sequence(prompt: list[int], first_block: int, slot: Slot | None) -> Sequence:
-    sequence = Sequence("start-check", prompt, SamplingParams(temperature=0.0, max_tokens=1))
-    sequence.blocks = list(range(first_block, first_block + _blocks(len(prompt))))
-    sequence.slot = slot
-    return sequence
