@@ -9,15 +9,15 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 from fastapi import FastAPI
 
-from loramux_adapters.errors import AdapterNotFound
+from loramux_adapters.errors import AdapterNotFound, PinRefused, RollbackImpossible
 from loramux_server.api.app import create_app
 from loramux_server.api.deps import Base, Deps, Keys, Limits
-from loramux_server.api.ports import Message
+from loramux_server.api.ports import LocalPort, Message
 from loramux_server.engine.sequence import FinishReason, TokenLogprob, TokenOutput
 from loramux_server.engine.sequence import Sequence as EngineSequence
 from loramux_server.metrics import Metrics
@@ -146,10 +146,14 @@ class FakeRecord:
     updated: int = 1_700_000_000
     base_verified: bool = True
     references: int = 0
+    corrupt: bool = False
+    pinned: bool = False
+    older: Sequence[FakeRecord] = ()
+    fingerprint: str = "none"
 
     @property
     def versions(self) -> Sequence[FakeRecord]:
-        return [self]
+        return [self, *self.older]
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,7 @@ class FakeStore:
     known: dict[str, FakeRecord] = field(default_factory=dict)
     leased: int = 0
     failure: Exception | None = None
+    pin_bytes: int = 1000
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)  # of what was published, by name
 
     def acquire(self, name: str, version_prefix: str | None = None) -> FakeLease:
@@ -196,6 +201,25 @@ class FakeStore:
         self.record(name)
         del self.known[name]
 
+    def rollback(self, name: str, version_prefix: str | None = None) -> FakePublished:
+        record = self.record(name)
+        older = [one for one in record.older if one.version.startswith(version_prefix or "")]
+        if version_prefix is not None and record.version.startswith(version_prefix):
+            return FakePublished(record.version, "unchanged")
+        if not older:
+            raise RollbackImpossible("no older version") if version_prefix is None else AdapterNotFound("no such one")
+        self.known[name] = older[0]
+        return FakePublished(older[0].version, "rolled_back")
+
+    def pin(self, name: str) -> None:
+        record = self.record(name)
+        if record.nbytes > self.pin_bytes:
+            raise PinRefused(name, record.nbytes, pinned=0, limit=self.pin_bytes)
+        self.known[name] = replace(record, pinned=True)
+
+    def unpin(self, name: str) -> None:
+        self.known[name] = replace(self.record(name), pinned=False)
+
     def directory(self, version: str) -> Path:
         return self.root / version
 
@@ -209,7 +233,7 @@ class FakeStore:
             shutil.rmtree(directory)
 
     def publish(
-        self, name: str, staging: FakeStaging, *, rank: int, base_id: str | None, target_modules: list[str]
+        self, name: str, staging: FakeStaging, *, rank: int, base_id: str | None, target_modules: list[str], proof: str
     ) -> FakePublished:
         if self.failure is not None:
             raise self.failure
@@ -217,7 +241,7 @@ class FakeStore:
         version = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
         old = self.known.get(name)
         self.files[name] = files
-        self.known[name] = FakeRecord(name, version, rank, target_modules)
+        self.known[name] = FakeRecord(name, version, rank, target_modules, fingerprint=proof)
         if old is None:
             return FakePublished(version, "created")
         return FakePublished(version, "unchanged" if old.version == version else "updated")
@@ -245,6 +269,24 @@ class FakeCheck:
         if self.failure is not None:
             raise self.failure
         return FakeChecked()
+
+
+@dataclass
+class FakeProve:
+    """Accepts everything, unless `failure` is set; `seen` are the flags of each call."""
+
+    failure: Exception | None = None
+    outcome: Literal["exact", "within_tolerance", "mismatch", "none"] = "none"
+    seen: list[dict[str, bool]] = field(default_factory=list)
+
+    async def __call__(
+        self, directory: Path, checked: Any, **flags: bool
+    ) -> Literal["exact", "within_tolerance", "mismatch", "none"]:
+        assert (directory / "adapter_model.safetensors").exists()
+        self.seen.append(flags)
+        if self.failure is not None:
+            raise self.failure
+        return self.outcome
 
 
 @dataclass
@@ -276,17 +318,22 @@ class Server:
         return 0.0
 
 
-def make_server(root: Path, *, keys: Keys | None = None, context: int = CONTEXT, **limits: Any) -> Server:
+def make_server(
+    root: Path, *, keys: Keys | None = None, context: int = CONTEXT, local: LocalPort | None = None, **limits: Any
+) -> Server:
     engine, store, check, tokenizer = FakeEngine(), FakeStore(root), FakeCheck(), FakeTokenizer()
     store.known["pirate"] = FakeRecord("pirate", VERSION)
     deps = Deps(
         engine=engine,
         store=store,
+        pins=store,
         tokenizer=tokenizer,
         check=check,
+        prove=FakeProve(),
         metrics=Metrics(),
         base=Base(BASE_NAME, base_id="ba5e" * 16, context=context, created=1_700_000_000),
         keys=keys or Keys(),
         limits=replace(Limits(), **limits),
+        local=local,
     )
     return Server(engine, store, check, tokenizer, deps.metrics, deps, create_app(deps))

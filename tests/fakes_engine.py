@@ -8,12 +8,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from loramux_adapters.host_cache import LoadState
-from loramux_adapters.slots import Slot
 from loramux_server.engine.kv_blocks import KVBlocks
-from loramux_server.engine.sequence import Batch, SampledToken, SamplingParams, ScheduledSequence, Sequence
+from loramux_server.engine.sequence import (
+    AdapterUse,
+    Batch,
+    SampledToken,
+    SamplingParams,
+    ScheduledSequence,
+    Sequence,
+)
 
 VOCABULARY = 1000
-Cell = tuple[str | None, int]  # what the fake cache holds for one position: version, token id
+Kind = tuple[tuple[str, float], ...]  # (version, factor) of each adapter
+Cell = tuple[Kind, int]  # what the fake cache holds for one position: adapters, token id
 
 
 class FakeClock:
@@ -110,13 +117,12 @@ class FakeRunner:
 
     def _forward(self, row: ScheduledSequence) -> SampledToken | None:
         sequence = row.sequence
-        if sequence.slot is not None:
-            self._check_slot(sequence, sequence.slot)
+        self._check_slots(sequence)
         tokens = sequence.tokens_from(sequence.num_computed, row.num_tokens)
         assert len(tokens) == row.num_tokens >= 1
         block_size = len(self.cache[0])
         for position, token in enumerate(tokens, sequence.num_computed):
-            self.cache[sequence.blocks[position // block_size]][position % block_size] = (sequence.version, token)
+            self.cache[sequence.blocks[position // block_size]][position % block_size] = (kind_of(sequence), token)
         if not row.samples:
             return None
         end = sequence.num_computed + row.num_tokens
@@ -124,9 +130,15 @@ class FakeRunner:
         cells = [self.cache[sequence.blocks[position // block_size]][position % block_size] for position in range(end)]
         return SampledToken(next_token(cells), error=self.row_errors.get(sequence.id))
 
-    def _check_slot(self, sequence: Sequence, slot: Slot) -> None:
-        held = set(self.arena[slot.offset : slot.offset + slot.rank])
-        assert held == {sequence.version}, f"{sequence.id} would compute with {held}"
+    def _check_slots(self, sequence: Sequence) -> None:
+        for use, scaled in zip(sequence.adapters, sequence.slots, strict=True):
+            held = set(self.arena[scaled.slot.offset : scaled.slot.offset + scaled.slot.rank])
+            assert held == {use.version}, f"{sequence.id} would compute with {held}"
+            assert scaled.scale == use.scale
+
+
+def kind_of(sequence: Sequence) -> Kind:
+    return tuple((use.version, use.scale) for use in sequence.adapters)
 
 
 def next_token(cells: Iterable[Cell | None]) -> int:
@@ -135,14 +147,14 @@ def next_token(cells: Iterable[Cell | None]) -> int:
 
 def solo_reply(sequence: Sequence) -> list[int]:
     """The tokens this sequence must get, whatever else runs."""
-    cells: list[Cell | None] = [(sequence.version, token) for token in sequence.prompt]
+    cells: list[Cell | None] = [(kind_of(sequence), token) for token in sequence.prompt]
     reply: list[int] = []
     while len(reply) < sequence.params.max_tokens:
         token = next_token(cells)
         if token in sequence.params.stop_token_ids:
             break
         reply.append(token)
-        cells.append((sequence.version, token))
+        cells.append((kind_of(sequence), token))
     return reply
 
 
@@ -189,9 +201,13 @@ def sequence(
     rank: int = 8,
     nbytes: int = 0,
     stop: Iterable[int] = (),
+    uses: Iterable[AdapterUse] = (),
+    background: bool = False,
+    arrived: float = 0.0,
 ) -> Sequence:
-    """A sequence whose prompt is `prompt` tokens that only it has."""
+    """A sequence whose prompt is `prompt` tokens that only it has; with one adapter, `version`, or with `uses`."""
     tokens = [zlib.crc32(f"{id} {position}".encode()) % VOCABULARY for position in range(prompt)]
     params = SamplingParams(max_tokens=max_tokens, stop_token_ids=frozenset(stop))
-    rank, nbytes = (0, 0) if version is None else (rank, nbytes)
-    return Sequence(id, tokens, params, version, rank, nbytes, adapter=version, arrived=0.0)
+    adapters = tuple(uses) if version is None else (AdapterUse(version, rank, nbytes),)
+    name = "+".join(use.version for use in adapters) or None
+    return Sequence(id, tokens, params, adapters, adapter=name, background=background, arrived=arrived)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from fakes_engine import FakeClock, FakeHost, FakeRunner
+from fakes_engine import FakeClock, FakeHost, FakeRunner, Kind, kind_of
 from loramux_adapters.slots import SlotTable
 from loramux_server.engine.kv_blocks import KVBlocks
 from loramux_server.engine.scheduler import Scheduler, SchedulerConfig
@@ -77,7 +77,7 @@ class Bench:
 
     def check(self) -> None:
         self.scheduler.check_integrity()
-        waiting = {sequence.version for sequence in self.scheduler.waiting}
+        waiting = {use.version for sequence in self.scheduler.waiting for use in sequence.adapters}
         assert self.host.pinned <= waiting, "the host cache holds what nobody waits for"
 
     def check_empty(self) -> None:
@@ -88,17 +88,22 @@ class Bench:
     def _check_batch(self, batch: Batch) -> None:
         config = self.scheduler.config
         decodes = [row for row in batch.rows if not row.sequence.in_prefill]
-        assert batch.num_tokens <= max(config.max_batch_tokens, len(decodes))
+        most = max(config.max_batch_tokens, sum(not row.sequence.gives_way for row in decodes))
+        background = [row for row in batch.rows if row.sequence.gives_way]
+        assert batch.num_tokens <= most + (len(background) > 0)
+        assert sum(row.num_tokens for row in background) <= config.max_background_tokens
         assert all(row.num_tokens == 1 and row.samples for row in decodes)
-        due = {sequence.id for sequence in self.scheduler.running if not sequence.in_prefill}
-        assert due == {row.sequence.id for row in decodes}, "a decode was left out"
-        runs: list[str | None] = []
+        due = {one.id for one in self.scheduler.running if not one.in_prefill and not one.gives_way}
+        assert due == {row.sequence.id for row in decodes if not row.sequence.gives_way}, "a decode was left out"
+        late = {one.id for one in self.scheduler.running if one.gives_way}
+        assert bool(late) == bool(background), "who has started goes on"
+        runs: list[Kind] = []
         for row in batch.rows:
-            if not runs or runs[-1] != row.sequence.version:
-                runs.append(row.sequence.version)
-        assert len(runs) == len(set(runs)), "an adapter's rows are not contiguous"
-        assert None not in runs[1:], "base rows come first"
-        assert {load.version for load in batch.slot_loads} <= set(runs)
+            if not runs or runs[-1] != kind_of(row.sequence):
+                runs.append(kind_of(row.sequence))
+        assert len(runs) == len(set(runs)), "the rows of the same adapters are not contiguous"
+        assert () not in runs[1:], "base rows come first"
+        assert {load.version for load in batch.slot_loads} <= {version for run in runs for version, _ in run}
 
 
 def rows_of(batch: Batch) -> list[tuple[str, int, bool]]:

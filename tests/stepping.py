@@ -10,7 +10,7 @@ from torch import nn
 from loramux_adapters.host_cache import HostAdapter
 from loramux_adapters.lora_linear import AdapterSlots, head_path
 from loramux_adapters.ops import select_add_lora
-from loramux_adapters.slots import Slot
+from loramux_adapters.slots import ScaledSlot, Slot
 from loramux_server.engine.attention import Attend, probe_kv_shape, select_attend
 from loramux_server.engine.kv_cache import BLOCK_SIZE, KVCache
 from loramux_server.engine.model_runner import ModelRunner
@@ -53,10 +53,15 @@ class Stepper:
         self.slots.load(slot, adapter)
 
     def sequence(
-        self, name: str, prompt: Sequence[int], slot: Slot | None = None, params: SamplingParams = GREEDY
+        self,
+        name: str,
+        prompt: Sequence[int],
+        slot: Slot | tuple[ScaledSlot, ...] | None = None,
+        params: SamplingParams = GREEDY,
     ) -> EngineSequence:
+        """`slot`: None for the base, an adapter's slot, or those of several with their factors."""
         sequence = EngineSequence(name, list(prompt), params)
-        sequence.slot = slot
+        sequence.slots = (ScaledSlot(slot),) if isinstance(slot, Slot) else slot or ()
         sequence.blocks = [self._free.pop() for _ in range(-(-sequence.max_total // BLOCK_SIZE))]
         return sequence
 
@@ -66,7 +71,7 @@ class Stepper:
     def logits(self, rows: Sequence[tuple[EngineSequence, int]], loads: Sequence[SlotLoad] = ()) -> torch.Tensor:
         """One forward of (sequence, tokens to feed): logits of every row, whose tokens then count as computed."""
         scheduled = [ScheduledSequence(sequence, count, samples=True) for sequence, count in rows]
-        scheduled.sort(key=lambda row: -1 if row.sequence.slot is None else row.sequence.slot.offset)
+        scheduled.sort(key=lambda row: row.sequence.slots)
         order = {id(row.sequence): index for index, row in enumerate(scheduled)}
         logits = self.runner.forward(Batch(scheduled, list(loads)))
         for sequence, count in rows:

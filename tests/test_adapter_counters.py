@@ -97,3 +97,11 @@ def test_the_sum_over_adapters_never_goes_back_and_labels_stay_bounded(events: l
         now = generated(counters)
         assert sum(now.values()) == total
         assert len(now) <= 2 + 2
+
+
+def test_sums_of_adapters_have_one_label_whatever_they_are_made_of() -> None:
+    counters = AdapterCounters(1)
+    for name in ("a+b", "b+c", "composed"):
+        counters.claim(name)
+        counters.count_tokens(name, 1, 2)
+    assert generated(counters) == {"base": 0, "other": 0, "composed": 4, "adapter:composed": 2}

@@ -6,7 +6,9 @@ import pytest
 
 from fakes_engine import sequence
 from fakes_scheduler import Bench
+from loramux_adapters.slots import Slot
 from loramux_server.engine.admission import SchedulerConfig
+from loramux_server.engine.sequence import AdapterUse, Sequence
 from loramux_server.errors import ConfigError
 
 
@@ -218,6 +220,93 @@ def test_a_sequence_aborted_while_it_waits_leaves_with_its_pin() -> None:
     assert bench.host.pinned == set()
     bench.step()
     assert bench.ended == {"wide": "aborted", "later": "done"}
+
+
+def sum_of(id: str, versions: str, *, rank: int = 8, max_tokens: int = 3) -> Sequence:
+    """A sequence of one adapter for each letter."""
+    return sequence(id, max_tokens=max_tokens, uses=[AdapterUse(version, rank, 1, 0.5) for version in versions])
+
+
+def test_a_sequence_of_several_adapters_starts_when_all_are_loaded_with_a_slot_for_each() -> None:
+    bench = Bench(instant=False)
+    one = sum_of("ab", "ab", max_tokens=2)
+    bench.add(one, sequence("base", max_tokens=1))
+    bench.step()
+    bench.host.end_load("a")
+    bench.step()
+    assert bench.waiting == ["ab"] and bench.host.pinned == {"a", "b"}
+    assert not bench.slots.pinned, "it holds nothing of the device while it waits"
+    bench.host.end_load("b")
+    batch = bench.step()
+    assert [(load.version, load.slot) for load in batch.slot_loads] == [("a", Slot(0, 8)), ("b", Slot(8, 8))]
+    assert [(scaled.slot, scaled.scale) for scaled in one.slots] == [(Slot(0, 8), 0.5), (Slot(8, 8), 0.5)]
+    assert bench.host.pinned == set()
+    bench.step()
+    bench.check_empty()
+
+
+def test_one_failed_load_of_several_ends_the_sequence_and_gives_the_others_back() -> None:
+    bench = Bench(instant=False)
+    bench.host.broken = {"b"}
+    bench.add(sum_of("abc", "abc"), sum_of("ac", "ac"))
+    bench.step()
+    for version in "abc":
+        bench.host.end_load(version)
+    bench.step()
+    assert bench.ended == {"abc": "failed"} and bench.reasons["abc"] == "version b is broken"
+    assert bench.running == ["ac"] and bench.host.pinned == set()
+
+
+def test_a_sequence_that_lacks_one_of_its_slots_takes_none_and_then_is_a_barrier() -> None:
+    bench = Bench(SchedulerConfig(max_passed_over=1), rows=24)
+    bench.add(sequence("holder", version="h", max_tokens=40))
+    bench.step()
+    bench.add(sum_of("abc", "abc", max_tokens=1))
+    bench.add(*(sequence(str(i), version=f"v{i}", max_tokens=1) for i in range(3)))
+    bench.step()
+    assert set(bench.ended) == {"0"} and bench.slots.pinned == ["h"]
+    bench.step()
+    assert bench.waiting == ["abc", "1", "2"]
+    bench.abort({"holder"})
+    bench.step()
+    assert bench.ended["abc"] == "done"
+
+
+def test_adapters_left_lying_in_each_others_way_are_loaded_anew_rather_than_waited_for() -> None:
+    bench = Bench(rows=32)
+    for version in "axb":
+        bench.add(sequence(version, version=version, max_tokens=1))
+        bench.step()
+    assert bench.slots.lookup("b") == Slot(16, 8)
+    wide = AdapterUse("wide", 16, 1)
+    bench.add(sequence("sum", max_tokens=1, uses=[AdapterUse("a", 8), AdapterUse("b", 8), wide]))
+    batch = bench.step()
+    assert bench.ended["sum"] == "done" and {load.version for load in batch.slot_loads} == {"a", "b", "wide"}
+    bench.check_empty()
+
+
+def test_the_adapters_of_one_sequence_may_be_held_whatever_the_limit_and_nobody_gets_more_beside_them() -> None:
+    bench = Bench(SchedulerConfig(max_prefetch=2, max_prefetch_bytes=2), instant=False)
+    bench.add(sequence("first", version="f", max_tokens=1), sum_of("abc", "abc"), sequence("d", version="d"))
+    bench.step()
+    assert bench.host.pinned == {"f"}, "what one sequence needs is held together or not at all"
+    bench.host.end_load("f")
+    bench.run(2)
+    assert bench.host.pinned == {"a", "b", "c"}
+    for version in "abc":
+        bench.host.end_load(version)
+    bench.run(2)
+    assert "abc" in bench.running and bench.host.pinned == {"d"}
+
+
+def test_two_uses_of_one_version_share_its_slot() -> None:
+    bench = Bench(rows=8)
+    one = sequence("twice", max_tokens=2, uses=[AdapterUse("v", 8, 1, 0.5), AdapterUse("v", 8, 1, 2.0)])
+    bench.add(one)
+    bench.step()
+    assert [scaled.scale for scaled in one.slots] == [0.5, 2.0] and bench.slots.rows_used == 8
+    bench.step()
+    bench.check_empty()
 
 
 @pytest.mark.parametrize("field", ["max_num_seqs", "max_batch_tokens", "max_prefetch", "max_prefetch_bytes"])

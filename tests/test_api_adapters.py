@@ -11,10 +11,11 @@ from typing import Any
 import httpx
 import pytest
 
-from fakes_api import BASE_NAME, VERSION, FakeCheck, FakeChecked, Server, make_server
+from fakes_api import BASE_NAME, VERSION, FakeCheck, FakeChecked, FakeProve, Server, make_server
 from loramux_adapters.errors import AdapterRejected, BaseMismatch, StoreUnavailable
 from loramux_server.api.app import create_app
 from loramux_server.api.deps import Deps
+from loramux_server.errors import ServerBusy
 from raw_call import RawCall
 
 FILES = {"config": b"{}", "weights": b"w" * 1000}
@@ -53,12 +54,27 @@ async def test_an_adapter_is_shown_with_everything_there_is_to_know(server: Serv
         "target_modules": ["q_proj"],
         "bytes": 1000,
         "tier": "device",
+        "pinned": False,
+        "corrupt": False,
         "base": BASE_NAME,
         "base_verified": True,
+        "fingerprint": "none",
         "requests": 0,
         "created": 1_700_000_000,
         "updated": 1_700_000_000,
-        "versions": [{"version": VERSION, "created": 1_700_000_000, "current": True, "tier": "device"}],
+        "versions": [
+            {
+                "version": VERSION,
+                "created": 1_700_000_000,
+                "bytes": 1000,
+                "rank": 8,
+                "verified": True,
+                "fingerprint": "none",
+                "corrupt": False,
+                "current": True,
+                "tier": "device",
+            }
+        ],
     }
 
 
@@ -73,6 +89,7 @@ async def test_a_mere_check_stores_nothing(server: Server) -> None:
         "rank": 4,
         "target_modules": ["q_proj", "v_proj"],
         "base_verified": False,
+        "fingerprint": "none",
     }
     assert "new" not in server.store.known
     assert server.check.seen == [["adapter_config.json", "adapter_model.safetensors"]]
@@ -238,3 +255,35 @@ async def test_a_client_that_leaves_during_the_check_publishes_nothing(server: S
     await leaving
     assert "new" not in server.store.known
     assert list(server.store.root.iterdir()) == []
+
+
+@pytest.mark.anyio
+async def test_an_upload_is_tried_out_and_the_outcome_is_stored_and_shown(server: Server) -> None:
+    prove = server.deps.prove
+    assert isinstance(prove, FakeProve)
+    prove.outcome = "within_tolerance"
+    async with server.client() as client:
+        reply = await client.put("/v1/adapters/new?validate_only=true", files=FILES)
+        assert reply.json()["fingerprint"] == "within_tolerance" and "new" not in server.store.known
+        reply = await client.put("/v1/adapters/new?allow_no_effect=true", files=FILES)
+        assert reply.status_code == 201
+        shown = (await client.get("/v1/adapters/new")).json()
+    assert shown["fingerprint"] == shown["versions"][0]["fingerprint"] == "within_tolerance"
+    assert prove.seen == [{"force": False, "allow_no_effect": False}, {"force": False, "allow_no_effect": True}]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("failure", "status", "code"),
+    [(AdapterRejected(["it has no effect"]), 422, "adapter_rejected"), (ServerBusy("no time"), 503, "server_busy")],
+)
+async def test_an_upload_that_fails_its_proof_is_not_stored(
+    server: Server, failure: Exception, status: int, code: str
+) -> None:
+    prove = server.deps.prove
+    assert isinstance(prove, FakeProve)
+    prove.failure = failure
+    async with server.client() as client:
+        reply = await client.put("/v1/adapters/new", files=FILES)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
+    assert "new" not in server.store.known

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from fakes_api import BASE_NAME, CONTEXT, VERSION, Server, make_server
+from loramux_server.engine.sequence import AdapterUse
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
@@ -84,7 +85,7 @@ async def test_a_model_has_several_spellings(server: Server, model: str, adapter
     assert reply.status_code == 200 and reply.json()["model"] == model
     sequence = server.engine.sequences[0]
     assert sequence.adapter == adapter
-    assert (sequence.version, sequence.rank) == ((VERSION, 8) if adapter else (None, 0))
+    assert sequence.adapters == ((AdapterUse(VERSION, 8, 1000),) if adapter else ())
     assert server.store.leased == 0
 
 

@@ -224,3 +224,17 @@ def test_a_damaged_archive_is_refused_or_read_and_never_anything_else(
         unpacked(tmp_path_factory.mktemp("fuzz"), packed)
     except (AdapterRejected, AdapterTooLarge) as error:
         assert str(error).isprintable()
+
+
+@pytest.mark.parametrize("name", ["", "./", "/"])
+def test_a_file_without_a_name_is_refused(tmp_path: Path, name: str) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for known, content in FILES.items():
+            archive.writestr(known, content)
+        archive.writestr(zipfile.ZipInfo(name), b"x")
+    if name.endswith("/"):  # an empty directory, if anything
+        assert unpacked(tmp_path, buffer.getvalue()).keys() == FILES.keys()
+    else:
+        with pytest.raises(AdapterRejected, match="a name"):
+            unpacked(tmp_path, buffer.getvalue())

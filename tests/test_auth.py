@@ -159,7 +159,7 @@ async def test_every_route_but_two_asks_for_a_key(tmp_path: Path) -> None:
                 expected = 200 if path in PUBLIC_PATHS else 401
                 assert reply.status_code == expected, (method, path)
                 checked += 1
-    assert checked == 13
+    assert checked == 16
 
 
 @pytest.mark.anyio
@@ -183,6 +183,9 @@ async def test_management_routes_are_those_that_change_or_give_out_adapters(tmp_
         ("PUT", "/v1/adapters/{name}"),
         ("DELETE", "/v1/adapters/{name}"),
         ("GET", "/v1/adapters/{name}/archive"),
+        ("POST", "/v1/adapters/{name}/rollback"),
+        ("POST", "/v1/adapters/{name}/pin"),
+        ("DELETE", "/v1/adapters/{name}/pin"),
     }
 
 

@@ -62,7 +62,7 @@ class FakeServer:
                 self.wfile.write(content)
                 self.close_connection = True
 
-            do_GET = do_PUT = do_DELETE = answer
+            do_GET = do_PUT = do_POST = do_DELETE = answer
 
             def log_message(self, format: str, *args: object) -> None:
                 pass
@@ -240,6 +240,33 @@ def test_rm_unregisters(server: FakeServer, capsys: pytest.CaptureFixture[str]) 
 
     server.answers["DELETE /v1/adapters/spam"] = (204, b"")
     assert loramux(server, "rm", "spam") == 0
+
+
+def test_rollback_goes_to_the_version_before_or_to_a_named_one(
+    server: FakeServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.answers["POST /v1/adapters/spam/rollback"] = (200, {"version": VERSION, "outcome": "rolled_back"})
+    server.answers["POST /v1/adapters/spam/rollback?version=3f786850"] = (
+        200,
+        {"version": VERSION, "outcome": "unchanged"},
+    )
+    assert loramux(server, "rollback", "spam") == 0
+    assert loramux(server, "rollback", "spam", "--version", "3f786850") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "spam rolled back to version 3f786850e387",
+        "spam already is version 3f786850e387",
+    ]
+
+
+def test_pin_and_unpin(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    server.answers["POST /v1/adapters/spam/pin"] = (200, SPAM)
+    server.answers["DELETE /v1/adapters/spam/pin"] = (200, SPAM)
+    assert loramux(server, "pin", "spam") == 0
+    assert loramux(server, "unpin", "spam") == 0
+    assert capsys.readouterr().out == "spam pinned\nspam unpinned\n"
+    server.answers["POST /v1/adapters/spam/pin"] = (409, {"error": {"message": "unpin others"}})
+    assert loramux(server, "pin", "spam") == 1
+    assert capsys.readouterr().err == "loramux: the server refused (409): unpin others\n"
 
 
 def test_an_unknown_adapter_is_told_with_the_servers_words(

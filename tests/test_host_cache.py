@@ -173,3 +173,67 @@ def test_closing_ends_the_loader_and_keeps_what_is_held(disk: Disk) -> None:
     with pytest.raises(RuntimeError, match="closed"):
         cache.request("b")
     assert not any(thread.name == "adapter-loader" for thread in threading.enumerate())
+
+
+def test_what_is_kept_is_loaded_and_stays_over_the_budget_until_it_is_kept_no_more(
+    cache: HostCache, disk: Disk
+) -> None:
+    cache.keep({"a", "b"})
+    for _ in "ab":
+        disk.let_one_load_end()
+    fill(cache, disk, "c", "d")  # room for two
+    assert [version for version in "abcd" if cache.holds(version)] == ["a", "b"]
+    cache.keep({"b", "a"})
+    assert len(disk.loads) == 4, "nothing is loaded twice"
+    cache.keep({"b"})
+    fill(cache, disk, "c", "d")
+    assert [version for version in "abcd" if cache.holds(version)] == ["b", "d"]
+
+
+def test_a_kept_version_whose_load_failed_is_tried_again_when_it_is_asked_for(cache: HostCache, disk: Disk) -> None:
+    disk.failures["a"] = AdapterCorrupt("no")
+    cache.keep({"a"})
+    disk.let_one_load_end()
+    cache.pin("a")
+    assert cache.request("a") is LoadState.LOADING
+    disk.let_one_load_end()
+    assert cache.request("a") is LoadState.READY
+
+
+@pytest.mark.parametrize("until", ["now", "its load ends", "its last pin ends", "it is kept no more"])
+def test_a_discarded_version_leaves_as_soon_as_nothing_holds_it(cache: HostCache, disk: Disk, until: str) -> None:
+    if until == "its load ends":
+        cache.request("a")
+        cache.discard("a")
+        disk.let_one_load_end()
+    else:
+        fill(cache, disk, "a")
+        if until == "its last pin ends":
+            cache.pin("a")
+        elif until == "it is kept no more":
+            cache.keep({"a"})
+        cache.discard("a")
+        if until != "now":
+            assert cache.holds("a")
+        if until == "its last pin ends":
+            cache.unpin("a")
+        elif until == "it is kept no more":
+            cache.keep(())
+    assert not cache.holds("a") and cache.stats().nbytes == 0 and cache.stats().evictions == 0
+
+
+def test_a_discarded_version_that_is_asked_for_again_stays(cache: HostCache, disk: Disk) -> None:
+    fill(cache, disk, "a")
+    cache.pin("a")
+    cache.discard("a")
+    assert cache.request("a") is LoadState.READY
+    cache.unpin("a")
+    assert cache.holds("a")
+
+
+def test_pins_on_what_is_held_are_hits_and_others_are_misses(cache: HostCache, disk: Disk) -> None:
+    cache.pin("a")
+    fill(cache, disk, "a")
+    cache.pin("a")
+    cache.pin("a")
+    assert (cache.stats().hits, cache.stats().misses) == (2, 1)

@@ -12,7 +12,7 @@ from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.host_cache import HostAdapter
 from loramux_adapters.lora_linear import AdapterSlots, LoRALinear, linears, row_bytes
 from loramux_adapters.ops import LoraRows, select_add_lora
-from loramux_adapters.slots import Slot
+from loramux_adapters.slots import ScaledSlot, Slot
 
 SHAPES = {"first": (64, 96), "second": (96, 64), "head": (64, 160)}
 
@@ -67,8 +67,8 @@ def test_each_row_gets_its_own_adapter_in_layers_and_head() -> None:
     slots.load(Slot(16, 16), second)
     x = torch.randn(6, 64).bfloat16()
     keep = [1, 3, 5]
-    rows = [(None, 2), (Slot(8, 8), 2), (Slot(16, 16), 2)]
-    slots.set_lora(LoraRows.build(rows), LoraRows.build([(slot, 1) for slot, _ in rows]))
+    rows = [((), 2), ((ScaledSlot(Slot(8, 8)),), 2), ((ScaledSlot(Slot(16, 16)),), 2)]
+    slots.set_lora(LoraRows.build(rows), LoraRows.build([(slots_of_row, 1) for slots_of_row, _ in rows]))
     together = net(x, keep)
     slots.reset_lora()
     for index, expected in enumerate([Net(), merged(first), merged(second)]):
@@ -94,7 +94,7 @@ def test_what_an_adapter_does_not_fill_is_empty_whoever_was_there_before() -> No
         if before is not None:
             slots.load(slot, before)
         slots.load(slot, adapter(3, small, seed=6))
-        rows = LoraRows.build([(slot, 2)])
+        rows = LoraRows.build([((ScaledSlot(slot),), 2)])
         slots.set_lora(rows, rows)
         results.append(net(x, [0, 1]))
         arena = slots.layers["second"].arena

@@ -33,6 +33,9 @@ def use_everything(metrics: Metrics) -> None:
     metrics.request_finished(None, "rejected", 0.0)
     metrics.request_refused()
     metrics.registered({"pirate", "haiku"})
+    metrics.stored(versions=5, corrupt=1, pinned=2)
+    metrics.verified("unverified")
+    metrics.watch_failed()
 
 
 def test_the_engine_can_use_it() -> None:
@@ -68,13 +71,19 @@ def test_every_event_is_counted_under_its_name() -> None:
         "loramux_request_duration_seconds_count": 2,
         "loramux_request_duration_seconds_sum": 2.0,
         "loramux_adapters_registered": 2,
+        "loramux_adapters_pinned": 2,
+        "loramux_adapter_versions": 5,
+        "loramux_adapter_versions_corrupt": 1,
+        'loramux_adapter_verifications_total{outcome="unverified"}': 1,
+        'loramux_adapter_verifications_total{outcome="rejected"}': 0,
+        "loramux_watch_failures_total": 1,
     }
     assert {name: values[name] for name in expected} == pytest.approx(expected)
 
 
 def test_levels_are_asked_for_at_each_scrape() -> None:
     metrics = Metrics()
-    levels = Levels(3, 4, 5, 20, 2, 6, {"base": 100, "kv": 50}, base_bytes=99)
+    levels = Levels(3, 4, 5, 20, 2, 6, {"base": 100, "kv": 50}, base_bytes=99, lookups={("host", "miss"): 7})
     metrics.read_levels_from(lambda: levels)
     values = samples(metrics)
     expected = {
@@ -88,6 +97,8 @@ def test_levels_are_asked_for_at_each_scrape() -> None:
         "loramux_base_memory_bytes": 99,
         'loramux_pool_bytes{pool="base"}': 100,
         'loramux_pool_bytes{pool="adapter_host"}': 0,
+        'loramux_adapter_lookups_total{result="miss",tier="host"}': 7,
+        'loramux_adapter_lookups_total{result="hit",tier="device"}': 0,
     }
     assert {name: values[name] for name in expected} == expected
     assert sum(name.startswith("loramux_pool_bytes") for name in values) == len(POOLS)

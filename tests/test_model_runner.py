@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from adapter_files import write_adapter
+from loramux_adapters.host_cache import HostAdapter
 from loramux_adapters.ops import Arena, LoraRows, add_lora_segments
-from loramux_adapters.slots import Slot
+from loramux_adapters.slots import ScaledSlot, Slot
 from loramux_adapters.weights import load_host_adapter
 from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.engine.attention import AttentionParams, AttentionStep, attend_reference, probe_kv_shape
@@ -24,6 +25,10 @@ from tiny_models import save_tiny_model
 
 CPU = torch.device("cpu")
 SLOTS = [None, Slot(0, 8), Slot(16, 16), Slot(32, 32), Slot(8, 8)]
+SUMS = [
+    (ScaledSlot(Slot(16, 16), 0.7), ScaledSlot(Slot(0, 8), -0.4)),
+    tuple(ScaledSlot(slot, 0.3) for slot in SLOTS if slot is not None),
+]
 
 
 @pytest.fixture
@@ -51,21 +56,22 @@ def loaded(base: BaseModel, tmp_path: Path) -> Stepper:
 
 def prompts() -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(0, 256, (length,), generator=generator).tolist() for length in (40, 7, 19, 33, 1)]
+    return [torch.randint(0, 256, (length,), generator=generator).tolist() for length in (40, 7, 19, 33, 1, 12, 26)]
 
 
 def test_a_mixed_batch_gives_every_row_the_logits_it_has_alone(base: BaseModel, tmp_path: Path) -> None:
     stepper = loaded(base, tmp_path)
     alone = []
-    for index, (prompt, slot) in enumerate(zip(prompts(), SLOTS, strict=True)):
+    for index, (prompt, slot) in enumerate(zip(prompts(), [*SLOTS, *SUMS], strict=True)):
         sequence = stepper.sequence(f"alone-{index}", prompt, slot)
         alone.append(torch.stack(stepper.greedy(sequence, 5, chunk=6)))
         stepper.release(sequence)
     assert len({tuple(logits[0].tolist()) for logits in alone}) == len(alone)
 
-    sequences = [stepper.sequence(f"s-{i}", p, s) for i, (p, s) in enumerate(zip(prompts(), SLOTS, strict=True))]
+    kinds = enumerate(zip(prompts(), [*SLOTS, *SUMS], strict=True))
+    sequences = [stepper.sequence(f"s-{i}", prompt, slots) for i, (prompt, slots) in kinds]
     seen: list[list[torch.Tensor]] = [[] for _ in sequences]
-    for step in range(12):  # they start one after the other, in chunks that change, beside those that decode
+    for step in range(14):  # they start one after the other, in chunks that change, beside those that decode
         rows = []
         for sequence in sequences[: step + 1]:
             left = len(sequence.prompt) - sequence.num_computed
@@ -82,6 +88,36 @@ def test_a_mixed_batch_gives_every_row_the_logits_it_has_alone(base: BaseModel, 
                 sequence.output.append(int(row.argmax()))
     for expected, got in zip(alone, seen, strict=True):
         assert torch.equal(torch.stack(got[:5]), expected)
+
+
+def test_a_sum_of_adapters_has_the_bits_of_the_one_adapter_that_computes_it(base: BaseModel, tmp_path: Path) -> None:
+    """Factors that are powers of two make the oracle exact: one adapter with the rows of both, scaled."""
+    stepper = Stepper(base.model)
+    linears, kinds = dict(base.linears), [(16, None, 0.5), (8, ["q_proj", "o_proj", "down_proj", "lm_head"], -2.0)]
+    parts = []
+    for index, (rank, targets, _) in enumerate(kinds):
+        directory = write_adapter(tmp_path / str(index), linears, rank=rank, targets=targets, seed=index, std_b=0.2)
+        parts.append(load_host_adapter(directory, str(index)))
+    rows: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for part, (_, _, scale) in zip(parts, kinds, strict=True):
+        for path, (a, bt) in part.modules.items():
+            rows.setdefault(path, []).append((a, bt * scale))
+    modules = {
+        path: (torch.cat([a for a, _ in both]), torch.cat([bt for _, bt in both])) for path, both in rows.items()
+    }
+    adapters = [*parts, HostAdapter("sum", 24, 0, modules)]
+    for slot, adapter in zip((Slot(0, 16), Slot(16, 8), Slot(32, 32)), adapters, strict=True):
+        stepper.load(slot, adapter)
+    prompt = prompts()[2]
+    sums = (ScaledSlot(Slot(0, 16), 0.5), ScaledSlot(Slot(16, 8), -2.0))
+    composed = torch.stack(stepper.greedy(stepper.sequence("sum", prompt, sums), 6))
+    expected = torch.stack(stepper.greedy(stepper.sequence("one", prompt, Slot(32, 32)), 6))
+    assert torch.equal(composed, expected)
+    for other in (None, Slot(0, 16), Slot(16, 8)):
+        assert not torch.equal(composed[0], stepper.prefill(stepper.sequence("other", prompt, other), 99))
+    single = stepper.sequence("single", prompt, (ScaledSlot(Slot(0, 16), 1.0),))
+    plain = stepper.sequence("plain", prompt, Slot(0, 16))
+    assert torch.equal(stepper.prefill(single, 99), stepper.prefill(plain, 99))
 
 
 def test_slot_loads_of_a_batch_are_applied_before_its_forward(base: BaseModel, tmp_path: Path) -> None:
@@ -156,6 +192,20 @@ def test_adapters_are_part_of_the_check_of_the_promise(base: BaseModel, monkeypa
         monkeypatch.setattr(layer, "_add_lora", nosy)
     assert not check(stepper, base).batch_invariant
     assert not any(layer.arena.targeted.any() or layer.arena.a.any() for layer in stepper.slots.layers.values())
+
+
+def test_sums_of_adapters_are_part_of_the_check_of_the_promise(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nosy(y: torch.Tensor, x: torch.Tensor, arena: Arena, rows: LoraRows) -> None:
+        add_lora_segments(y, x, arena, rows)
+        if any(len(segment.slots) > 1 for segment in rows.segments):
+            y += x.mean() * 0.05 * (len(rows.segments) > 1)
+
+    stepper = Stepper(base.model)
+    for layer in stepper.slots.layers.values():
+        monkeypatch.setattr(layer, "_add_lora", nosy)
+    assert not check(stepper, base).batch_invariant
 
 
 def test_a_layer_that_runs_on_other_rows_than_the_step_is_refused_not_misread(base: BaseModel) -> None:

@@ -15,7 +15,7 @@ from loramux_adapters.ops import (
     native_library,
     select_add_lora,
 )
-from loramux_adapters.slots import SMALLEST_RANK, Slot
+from loramux_adapters.slots import SMALLEST_RANK, ScaledSlot, Slot
 
 ROWS = 512
 # how many of 24 rows each of the adapters gets; style after Punica's benchmarks
@@ -26,6 +26,7 @@ POPULARITY = {
     "identical": [24],
     "skewed": [20, 1, 1, 1, 1],
 }
+SCALES = [0.7, -1.5, 1.0, 0.0, 0.25]
 RANKS = [8, 16, 32, 64, 8, 16, 32, 8, 8, 16, 8, 8]
 
 
@@ -48,13 +49,30 @@ def make_arena(inputs: int, outputs: int) -> Arena:
 
 
 def make_rows(counts: list[int], base_rows: int = 2) -> LoraRows:
-    slots: list[tuple[Slot | None, int]] = [(None, base_rows)]
+    slots: list[tuple[tuple[ScaledSlot, ...], int]] = [((), base_rows)]
     offset = 0
     for count, rank in zip(counts, RANKS, strict=False):
         offset = -(-offset // rank) * rank
-        slots.append((Slot(offset, rank), count))
+        slots.append(((ScaledSlot(Slot(offset, rank)),), count))
         offset += rank
     rows = LoraRows.build(slots)
+    assert rows is not None
+    return rows
+
+
+def make_sums(counts: list[int], ranks: list[int], base_rows: int = 2) -> LoraRows:
+    """Rows of one to five adapters of these ranks each, which several of them share, with factors of any sign."""
+    slots, offset = [], 0
+    for rank in ranks:
+        offset = -(-offset // rank) * rank
+        slots.append(Slot(offset, rank))
+        offset += rank
+    assert offset <= ROWS
+    runs: list[tuple[tuple[ScaledSlot, ...], int]] = [((), base_rows)]
+    for index, count in enumerate(counts):
+        chosen = [slots[(index + step) % len(slots)] for step in range(1 + index % min(5, len(slots)))]
+        runs.append((tuple(ScaledSlot(slot, SCALES[(index + i) % 5]) for i, slot in enumerate(chosen)), count))
+    rows = LoraRows.build(runs)
     assert rows is not None
     return rows
 
@@ -69,9 +87,9 @@ def test_the_compiled_kernel_was_built_so_that_the_tests_below_cover_it() -> Non
 @pytest.mark.parametrize(("inputs", "outputs"), [(576, 192), (64, 320), (50, 33)])
 def test_a_fast_path_equals_the_loop(path: str, popularity: str, inputs: int, outputs: int) -> None:
     arena, rows = make_arena(inputs, outputs), make_rows(POPULARITY[popularity])
-    arena.targeted[rows.segments[-1].slot.offset // SMALLEST_RANK] = 0
-    x = torch.randn(len(rows.rank), inputs).bfloat16()
-    y = torch.randn(len(rows.rank), outputs).bfloat16()
+    arena.targeted[rows.segments[-1].slots[0].slot.offset // SMALLEST_RANK] = 0
+    x = torch.randn(rows.num_rows, inputs).bfloat16()
+    y = torch.randn(rows.num_rows, outputs).bfloat16()
     expected, got = y.clone(), y.clone()
     add_lora_loop(expected, x, arena, rows)
     paths()[path](got, x, arena, rows)
@@ -86,10 +104,12 @@ def test_a_fast_path_equals_the_loop(path: str, popularity: str, inputs: int, ou
 
 @pytest.mark.parametrize("path", ["native", "native portable"])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_row_has_the_same_bits_alone_and_in_any_batch(path: str, threads: int) -> None:
-    arena, rows = make_arena(576, 192), make_rows(POPULARITY["zipf"])
-    x = torch.randn(len(rows.rank), 576).bfloat16()
-    y = torch.randn(len(rows.rank), 192).bfloat16()
+@pytest.mark.parametrize("composed", [False, True])
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(path: str, threads: int, composed: bool) -> None:
+    rows = make_sums(POPULARITY["zipf"], RANKS) if composed else make_rows(POPULARITY["zipf"])
+    arena = make_arena(576, 192)
+    x = torch.randn(rows.num_rows, 576).bfloat16()
+    y = torch.randn(rows.num_rows, 192).bfloat16()
     together = y.clone()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -99,7 +119,7 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(path: str, threads: int)
         torch.set_num_threads(before)
     for segment in rows.segments:
         for t in range(segment.start, segment.stop):
-            alone, row = y[t : t + 1].clone(), LoraRows.build([(segment.slot, 1)])
+            alone, row = y[t : t + 1].clone(), LoraRows.build([(segment.slots, 1)])
             assert row is not None
             paths()[path](alone, x[t : t + 1].contiguous(), arena, row)
             assert torch.equal(alone[0], together[t])
@@ -112,7 +132,7 @@ def test_a_broken_adapter_harms_only_its_own_rows(path: str) -> None:
     y = torch.randn(8, 96).bfloat16()
     clean = y.clone()
     paths()[path](clean, x, arena, rows)
-    slot = rows.segments[1].slot
+    slot = rows.segments[1].slots[0].slot
     arena.a[slot.offset] = float("nan")
     arena.bt[slot.offset + 1] = float("inf")
     broken = y.clone()
@@ -132,14 +152,80 @@ def test_the_compiled_kernel_refuses_what_it_would_misread() -> None:
 
 
 def test_rows_without_any_adapter_make_no_work() -> None:
-    assert LoraRows.build([(None, 3), (None, 1)]) is None
+    assert LoraRows.build([((), 3), ((), 1)]) is None
     assert LoraRows.build([]) is None
 
 
-def test_neighbours_with_one_adapter_become_one_segment() -> None:
-    slot = Slot(8, 8)
-    rows = LoraRows.build([(None, 1), (slot, 2), (slot, 3), (Slot(16, 16), 1)])
+def test_neighbours_with_the_same_adapters_become_one_segment() -> None:
+    one, two = (ScaledSlot(Slot(8, 8)),), (ScaledSlot(Slot(8, 8)), ScaledSlot(Slot(16, 16), -0.5))
+    rows = LoraRows.build([((), 1), (one, 2), (one, 1), (two, 1), (two, 1)])
     assert rows is not None
-    assert [(s.start, s.stop, s.slot) for s in rows.segments] == [(1, 6, slot), (6, 7, Slot(16, 16))]
-    assert rows.offset.tolist() == [0, 8, 8, 8, 8, 8, 16]
-    assert rows.rank.tolist() == [0, 8, 8, 8, 8, 8, 16]
+    assert [(s.start, s.stop, s.slots) for s in rows.segments] == [(1, 4, one), (4, 6, two)]
+    assert rows.num_rows == 6
+    assert rows.first.tolist() == [0, 0, 1, 2, 3, 5, 7]
+    assert rows.offset.tolist() == [8, 8, 8, 8, 16, 8, 16]
+    assert rows.rank.tolist() == [8, 8, 8, 8, 16, 8, 16]
+    assert rows.scale.tolist() == [1, 1, 1, 1, -0.5, 1, -0.5]
+
+
+@pytest.mark.parametrize("path", ["segments", "native", "native portable"])
+@pytest.mark.parametrize("popularity", POPULARITY)
+@pytest.mark.parametrize("ranks", [[8], [256, 8], [64, 32, 16, 8], [8] * 9, [128, 64, 8, 16, 8]], ids=str)
+@pytest.mark.parametrize(("inputs", "outputs"), [(576, 192), (50, 33)])
+def test_a_row_of_several_adapters_gets_the_sum_of_their_scaled_deltas(
+    path: str, popularity: str, ranks: list[int], inputs: int, outputs: int
+) -> None:
+    arena, rows = make_arena(inputs, outputs), make_sums(POPULARITY[popularity], ranks)
+    arena.targeted[rows.segments[-1].slots[-1].slot.offset // SMALLEST_RANK] = 0
+    x = torch.randn(rows.num_rows, inputs).bfloat16()
+    y = torch.randn(rows.num_rows, outputs).bfloat16()
+    expected, got = y.clone(), y.clone()
+    for segment in rows.segments:  # in double precision, and not by way of the loop
+        run = slice(segment.start, segment.stop)
+        total = y[run].double()
+        for entry in segment.slots:
+            window = slice(entry.slot.offset, entry.slot.offset + entry.slot.rank)
+            if arena.targeted[window.start // SMALLEST_RANK]:
+                total += entry.scale * (x[run].double() @ arena.a[window].double().T @ arena.bt[window].double())
+        expected[run] = total.bfloat16()
+    reference = y.clone()
+    add_lora_loop(reference, x, arena, rows)
+    paths()[path](got, x, arena, rows)
+    assert (reference.float() - expected.float()).abs().max() <= 0.07, "the loop itself"
+    # one bf16 rounding of values up to about 16 (compiled), three for each adapter (tensor)
+    assert (got.float() - expected.float()).abs().max() <= (0.07 if path.startswith("native") else 0.3)
+    assert (got.float() - expected.float()).abs().mean() <= 0.01
+    assert torch.equal(got[:2], y[:2])
+
+
+@pytest.mark.parametrize("path", ["segments", "native", "native portable"])
+def test_a_factor_of_one_changes_no_bit_and_one_of_zero_adds_nothing(path: str) -> None:
+    arena = make_arena(576, 192)
+    x, y = torch.randn(3, 576).bfloat16(), torch.randn(3, 192).bfloat16()
+    first, second = Slot(0, 16), Slot(64, 64)
+    results = []
+    for slots in ([(first, 1.0)], [(first, 1.0), (second, 0.0)], [(second, 0.0), (first, 1.0)]):
+        rows = LoraRows.build([(tuple(ScaledSlot(slot, scale) for slot, scale in slots), 3)])
+        assert rows is not None
+        got = y.clone()
+        paths()[path](got, x, arena, rows)
+        results.append(got)
+    assert not torch.equal(results[0], y)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("path", ["native", "native portable"])
+def test_an_adapter_that_does_not_target_the_layer_leaves_no_trace_wherever_it_stands(path: str) -> None:
+    arena = make_arena(64, 96)
+    arena.targeted[8] = 0
+    absent, present = ScaledSlot(Slot(64, 8), 3.0), [ScaledSlot(Slot(0, 16), 0.5), ScaledSlot(Slot(16, 8), -1.0)]
+    x, y = torch.randn(1, 64).bfloat16(), torch.randn(1, 96).bfloat16()
+    results = []
+    for slots in (present, [absent, *present], [present[0], absent, present[1]], [*present, absent], [absent]):
+        rows = LoraRows.build([(tuple(slots), 1)])
+        assert rows is not None
+        got = y.clone()
+        paths()[path](got, x, arena, rows)
+        results.append(got)
+    assert all(torch.equal(results[0], other) for other in results[1:4])
+    assert not torch.equal(results[0], y) and torch.equal(results[4], y)

@@ -130,3 +130,25 @@ def test_asking_for_no_alternatives_still_reports_the_chosen_one() -> None:
     reported = report_logprob(LOGITS, 3, 0)
     assert reported.top == ()
     assert reported.logprob == pytest.approx(math.log(PROBABILITIES[3]), abs=1e-6)
+
+
+def test_forced_tokens_are_the_reply_and_are_scored_beside_the_likeliest() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0]] * 2)
+    one = Sequence("forced", [1], SamplingParams(temperature=0.0, logprobs=1, max_tokens=2, forced=(2, 1)))
+    first = Sampler().sample(logits[:1], [one])[0]
+    one.output.append(first.token_id)
+    second = Sampler().sample(logits[:1], [one])[0]
+    assert [first.token_id, second.token_id] == [2, 1]
+    assert first.logprob is not None and second.logprob is not None
+    ((best, value),) = first.logprob.top
+    assert best == 1 and value == second.logprob.logprob > first.logprob.logprob
+
+
+def test_a_digest_tells_the_smallest_difference_in_any_logit() -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=1, digests=True)
+    logits = torch.zeros(3, 1000)
+    logits[:, 5] = 80.0
+    logits[1, 7] = -1e-30  # far too unlikely to show in any log probability
+    tokens = Sampler().sample(logits, [Sequence(str(row), [1], params) for row in range(3)])
+    assert tokens[0].digest == tokens[2].digest != tokens[1].digest
+    assert Sampler().sample(logits[:1], [Sequence("x", [1], SamplingParams())])[0].digest is None

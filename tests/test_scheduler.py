@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from fakes_engine import sequence, solo_reply
 from fakes_scheduler import Bench, rows_of
 from loramux_server.engine.scheduler import SchedulerConfig
-from loramux_server.engine.sequence import SequenceStatus, SlotLoad
+from loramux_server.engine.sequence import AdapterUse, Sequence, SequenceStatus, SlotLoad, composed
 from loramux_server.errors import RequestError
 
 
@@ -150,8 +153,96 @@ def test_what_could_never_start_is_refused_at_once(prompt: int, max_tokens: int,
     assert error.value.param == param
 
 
+def test_adapters_that_together_exceed_the_device_are_refused_at_once() -> None:
+    bench = Bench(rows=32)
+    uses = [AdapterUse("a", 16), AdapterUse("b", 8), AdapterUse("c", 9)]
+    with pytest.raises(RequestError, match="16, 8, 9 together take 40 rows") as error:
+        bench.add(sequence("x", uses=uses))
+    assert error.value.param == "adapters"
+    bench.add(sequence("y", max_tokens=1, uses=[*uses[:2], AdapterUse("b", 8, scale=2.0)]))
+    bench.step()
+    assert bench.ended == {"y": "done"}
+
+
+def test_rows_of_the_same_sum_are_one_run() -> None:
+    bench = Bench()
+    a, b = AdapterUse("a", 8), AdapterUse("b", 8)
+    kinds = [[a, b], [a], [b], [a, b], [], [a, replace(b, scale=2.0)], [a]]
+    bench.add(*(sequence(str(index), uses=uses) for index, uses in enumerate(kinds)))
+    batch = bench.step()
+    assert [row.sequence.id for row in batch.rows] == ["4", "1", "6", "0", "3", "5", "2"]
+
+
+def test_the_order_in_which_adapters_are_named_does_not_matter() -> None:
+    a, b, none = AdapterUse("a", 8, scale=0.7), AdapterUse("b", 8, scale=-1.0), AdapterUse("c", 8, scale=0.0)
+    assert composed([a, b]) == composed([b, none, a]) == (a, b)
+
+
 def test_what_just_fits_an_idle_server_is_taken() -> None:
     bench = Bench(rows=32, num_blocks=4, block_size=4)
     bench.add(sequence("x", prompt=10, max_tokens=7, version="v", rank=32))
     bench.run(7)
     assert bench.ended == {"x": "done"}
+
+
+def own(id: str, **fields: Any) -> Sequence:
+    return sequence(id, background=True, **fields)
+
+
+def test_the_servers_own_work_runs_on_the_tokens_that_are_left_and_on_few_of_them() -> None:
+    bench = Bench(SchedulerConfig(max_batch_tokens=10, max_background_tokens=3))
+    bench.add(sequence("user", prompt=4, max_tokens=9), own("own", prompt=8, max_tokens=2))
+    assert sorted(rows_of(bench.step())) == [("own", 3, False), ("user", 4, True)]
+    bench.add(sequence("long", prompt=30, max_tokens=1))
+    assert sorted(rows_of(bench.step())) == [("long", 9, False), ("own", 1, False), ("user", 1, True)]
+    bench.run(3)
+    assert sorted(rows_of(bench.step())) == [("own", 1, True), ("user", 1, True)]
+    assert bench.ended["own"] == "done" and bench.ended["long"] == "done"
+
+
+def test_the_servers_own_work_does_not_start_while_somebody_waits_for_a_seat_and_takes_none() -> None:
+    bench = Bench(SchedulerConfig(max_num_seqs=1, max_background_wait_seconds=50))
+    bench.add(sequence("a", max_tokens=3), sequence("b", max_tokens=3), own("own", max_tokens=9))
+    bench.step()
+    assert bench.running == ["a"]
+    bench.run(2)
+    bench.step()
+    assert bench.running == ["b", "own"]
+    bench.add(sequence("c", max_tokens=3))
+    bench.run(3)
+    assert bench.running == ["own", "c"], "it took no seat of theirs"
+
+
+def test_the_servers_own_work_joins_the_queue_when_it_has_waited_for_long() -> None:
+    bench = Bench(SchedulerConfig(max_num_seqs=1, max_background_wait_seconds=50))
+    bench.add(sequence("a", max_tokens=3), own("own", version="v", max_tokens=1), sequence("b", max_tokens=3))
+    bench.step()
+    assert bench.host.pinned == {"v"}
+    bench.clock.advance(50)
+    bench.step()
+    bench.add(sequence("c", max_tokens=3))
+    bench.run(5)
+    assert bench.running == ["own"] or bench.ended.get("own") == "done"
+    assert bench.waiting == ["c"]
+
+
+def test_what_the_servers_own_work_holds_in_host_memory_is_not_taken_from_others() -> None:
+    bench = Bench(SchedulerConfig(max_prefetch=1), instant=False)
+    bench.add(own("own", version="v"), sequence("user", version="w"))
+    bench.step()
+    assert bench.host.pinned == {"v", "w"}
+    bench.abort({"own"})
+    assert bench.host.pinned == {"w"}
+
+
+def test_the_servers_own_work_survives_a_failed_step_that_it_sat_out() -> None:
+    bench = Bench(SchedulerConfig(max_batch_tokens=4, max_background_tokens=2))
+    bench.add(own("one", prompt=2, max_tokens=9), own("two", prompt=1, version="v", max_tokens=9))
+    bench.run(2)
+    bench.add(sequence("user", prompt=9, max_tokens=1))
+    batch = bench.step(fails=True)
+    assert [row.sequence.id for row in batch.rows] == ["user", "one"]
+    assert bench.running == ["two"]
+    bench.run(10)
+    assert bench.ended == {"user": "broken", "one": "broken", "two": "done"}
+    bench.check_empty()

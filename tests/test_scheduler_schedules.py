@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from fakes_engine import sequence, solo_reply
 from fakes_scheduler import Bench
+from loramux_adapters.slots import bucket_of
 from loramux_server.engine.scheduler import SchedulerConfig
-from loramux_server.engine.sequence import Sequence
+from loramux_server.engine.sequence import AdapterUse, Sequence, composed
 
 RANKS = {"a": 1, "b": 8, "c": 6, "d": 12, "e": 16, "f": 32, "g": 8, "h": 9, "i": 24, "j": 3}
 LONGEST_PROMPT, MOST_TOKENS = 12, 8
@@ -24,20 +27,32 @@ configs = st.builds(
     max_wait_seconds=st.sampled_from([0.0, 3.0, 1e9]),
     max_prefetch=st.integers(1, 4),
     max_prefetch_bytes=st.integers(1, 60),  # an adapter takes a byte for each rank
+    max_background_tokens=st.integers(1, 4),
+    max_background_wait_seconds=st.sampled_from([0.0, 5.0, 1e9]),
 )
 
 
+Kind = tuple[int, int, list[tuple[str, float]]]  # prompt, max_tokens, (version, factor) of each adapter
+
+
+def fits(uses: list[tuple[str, float]]) -> bool:
+    return sum(bucket_of(RANKS[version]) for version in {version for version, _ in uses}) <= ROWS
+
+
 @st.composite
-def kinds(draw: st.DrawFn) -> tuple[int, int, str | None]:
-    """(prompt, max_tokens, version) that an idle server can run."""
-    prompt = draw(st.integers(1, LONGEST_PROMPT))
-    return prompt, draw(st.integers(1, MOST_TOKENS)), draw(st.sampled_from([None, *RANKS]))
+def kinds(draw: st.DrawFn) -> Kind:
+    """What an idle server can run: the base, one adapter, or several of them, maybe one of them twice."""
+    one = st.tuples(st.sampled_from(sorted(RANKS)), st.sampled_from([1.0, 0.5, -2.0]))
+    uses = draw(st.one_of(st.just([]), st.lists(one, min_size=1, max_size=1), st.lists(one, max_size=5).filter(fits)))
+    return draw(st.integers(1, LONGEST_PROMPT)), draw(st.integers(1, MOST_TOKENS)), uses
 
 
-def build(id: str, kind: tuple[int, int, str | None]) -> Sequence:
-    prompt, max_tokens, version = kind
-    rank = RANKS.get(version or "", 0)
-    return sequence(id, prompt=prompt, max_tokens=max_tokens, version=version, rank=rank, nbytes=rank)
+def build(id: str, kind: Kind, *, background: bool = False, arrived: float = 0.0) -> Sequence:
+    prompt, max_tokens, pairs = kind
+    uses = [AdapterUse(version, RANKS[version], RANKS[version], scale) for version, scale in pairs]
+    return sequence(
+        id, prompt=prompt, max_tokens=max_tokens, uses=composed(uses), background=background, arrived=arrived
+    )
 
 
 class Loads:
@@ -76,10 +91,11 @@ class Schedules(RuleBasedStateMachine):
         self.loads = Loads(self.bench)
 
     @precondition(lambda self: self.begun)
-    @rule(arrivals=st.lists(kinds(), min_size=1, max_size=4))
-    def arrive(self, arrivals: list[tuple[int, int, str | None]]) -> None:
-        for kind in arrivals:
-            one = build(str(len(self.sequences)), kind)
+    @rule(arrivals=st.lists(st.tuples(kinds(), st.sampled_from([False, False, True])), min_size=1, max_size=4))
+    def arrive(self, arrivals: list[tuple[Kind, bool]]) -> None:
+        for kind, background in arrivals:
+            now = self.bench.clock.now
+            one = build(str(len(self.sequences)), kind, background=background, arrived=now)
             self.sequences[one.id] = one
             self.bench.add(one)
 
@@ -116,7 +132,9 @@ class Schedules(RuleBasedStateMachine):
         if not self.begun:
             return
         work = sum(len(one.prompt) + one.params.max_tokens for one in self.sequences.values())
-        idle = sum(1 + self.loads.latency.get(one.version or "", 0) for one in self.sequences.values())
+        idle = sum(
+            1 + sum(self.loads.latency.get(use.version, 0) for use in one.adapters) for one in self.sequences.values()
+        )
         for _ in range(work + idle + 1):
             if not self.bench.scheduler.has_work:
                 break
@@ -126,13 +144,45 @@ class Schedules(RuleBasedStateMachine):
         assert self.bench.ended.keys() == self.sequences.keys()
         for id, outcome in self.bench.ended.items():
             one = self.sequences[id]
-            assert (outcome == "failed") <= (one.version in self.bench.host.broken)
+            broken = self.bench.host.broken & {use.version for use in one.adapters}
+            assert (outcome == "failed") <= (len(broken) > 0)
             reply = solo_reply(one)
             assert one.output == reply if outcome == "done" else one.output == reply[: len(one.output)]
 
 
 TestSchedules = Schedules.TestCase
 TestSchedules.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+
+
+@given(
+    config=configs,
+    hot=st.lists(kinds(), min_size=1, max_size=3),
+    own=st.lists(kinds(), min_size=1, max_size=4),
+    latency=st.integers(0, 5),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_servers_own_work_ends_although_a_hot_crowd_keeps_arriving(
+    config: SchedulerConfig, hot: list[Kind], own: list[Kind], latency: int
+) -> None:
+    """It gives way for a while, and is then served like all others."""
+    patient = replace(config, max_background_wait_seconds=10.0)
+    bench = Bench(patient, rows=ROWS, num_blocks=BLOCKS, block_size=BLOCK_SIZE, instant=False)
+    loads = Loads(bench)
+    loads.latency = dict.fromkeys(RANKS, latency)
+    for i, kind in enumerate(own):
+        bench.add(build(f"own {i}", kind, background=True))
+    others = config.max_num_seqs + config.max_passed_over + 1
+    bound = 10 + (len(own) + config.max_num_seqs + CROWD) * (others * (LONGEST_PROMPT + MOST_TOKENS) + latency + 2)
+    expected = {f"own {i}" for i in range(len(own))}
+    for number in range(bound):
+        while len(bench.waiting) < CROWD:
+            bench.add(build(f"hot {number} {len(bench.waiting)}", hot[number % len(hot)], arrived=bench.clock.now))
+        bench.clock.advance(1.0)
+        bench.step()
+        loads.tick()
+        if expected <= bench.ended.keys():
+            break
+    assert expected <= bench.ended.keys()
 
 
 @given(
@@ -145,8 +195,8 @@ TestSchedules.settings = settings(max_examples=80, stateful_step_count=30, deadl
 @settings(max_examples=80, deadline=None)
 def test_nothing_starves_while_a_hot_crowd_keeps_arriving(
     config: SchedulerConfig,
-    cold: list[tuple[int, int, str | None]],
-    hot: list[tuple[int, int, str | None]],
+    cold: list[Kind],
+    hot: list[Kind],
     latency: int,
     evicting: bool,
 ) -> None:

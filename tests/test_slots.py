@@ -47,6 +47,12 @@ def test_fits_asks_about_an_empty_table() -> None:
     assert not SlotTable(0).fits(1)
 
 
+def test_several_fit_if_their_buckets_together_do() -> None:
+    table = SlotTable(56)
+    assert table.fits(32, 9, 8) and table.fits(8, 32, 16) and table.fits(*[8] * 7) and table.fits()
+    assert not table.fits(32, 32) and not table.fits(*[8] * 8)
+
+
 def test_a_new_version_must_be_loaded_and_a_resident_one_need_not() -> None:
     table = SlotTable(16)
     assert acquired(table, "a", 4) == Acquired(Slot(0, 8), is_new=True)
@@ -179,6 +185,47 @@ def test_dropping_forgets_an_unpinned_version_and_nothing_else() -> None:
     assert acquired(table, "c", 8).slot == Slot(0, 8)
 
 
+def test_several_versions_are_placed_together_or_not_at_all() -> None:
+    table = SlotTable(32)
+    acquired(table, "busy", 8)
+    place(table, "idle", 16)
+    assert table.acquire_all({"a": 16, "b": 16}) is None
+    table.check_integrity()
+    assert table.resident == ["busy", "idle"] and table.evictions == 0, "nothing is evicted in vain"
+    got = table.acquire_all({"a": 8, "b": 16})
+    assert got == {"a": Acquired(Slot(8, 8), is_new=True), "b": Acquired(Slot(16, 16), is_new=True, evicted=("idle",))}
+    assert table.pinned == ["busy", "a", "b"]
+
+
+def test_what_is_resident_stays_where_it_is_if_the_rest_finds_room() -> None:
+    table = SlotTable(32)
+    place(table, "a", 8)
+    got = table.acquire_all({"b": 16, "a": 8})
+    assert got is not None
+    assert got["a"] == Acquired(Slot(0, 8), is_new=False) and got["b"].slot == Slot(16, 16)
+
+
+def test_residents_in_each_others_way_are_placed_anew_so_that_what_fits_is_never_stuck() -> None:
+    table = SlotTable(32)
+    for version in ("a", "x", "b"):
+        place(table, version, 8)
+    assert [table.lookup(version) for version in "ab"] == [Slot(0, 8), Slot(16, 8)]
+    got = table.acquire_all({"a": 8, "b": 8, "wide": 16})
+    table.check_integrity()
+    assert got is not None and all(one.is_new for one in got.values())
+    assert table.evictions == 1, "only x has left"
+
+
+def test_a_resident_that_another_uses_is_not_moved() -> None:
+    table = SlotTable(32)
+    acquired(table, "x", 8), place(table, "y", 8), acquired(table, "b", 8)
+    assert table.lookup("b") == Slot(16, 8)
+    assert table.acquire_all({"b": 8, "wide": 16}) is None
+    table.release("b"), table.release("x")
+    got = table.acquire_all({"b": 8, "wide": 16})
+    assert got is not None and got["b"] == Acquired(Slot(16, 8), is_new=False) and got["wide"].slot == Slot(0, 16)
+
+
 class Slots(RuleBasedStateMachine):
     """Acquire, release and drop in any order, against the plainest description of what must hold."""
 
@@ -204,6 +251,26 @@ class Slots(RuleBasedStateMachine):
         if result.is_new:
             self.arena[result.slot.offset : result.slot.offset + result.slot.rank] = [version] * result.slot.rank
         self.pins[version] = self.pins.get(version, 0) + 1
+
+    @rule(versions=st.sets(st.sampled_from("abcdefghijk"), min_size=2, max_size=4))
+    def acquire_all(self, versions: set[str]) -> None:
+        before = self.table.resident
+        result = self.table.acquire_all({version: self.rank_of(version) for version in sorted(versions)})
+        pinned = [self.table.lookup(version) for version, pins in self.pins.items() if pins]
+        if result is None:
+            rows = {row for slot in pinned if slot for row in range(slot.offset, slot.offset + slot.rank)}
+            free = [version for version in versions if not self.pins.get(version)]
+            assert not can_place([bucket_of(self.rank_of(version)) for version in free], rows)
+            assert self.table.resident == before
+            return
+        assert result.keys() == versions
+        for version, got in result.items():
+            assert not any(self.pins.get(evicted) for evicted in got.evicted)
+            assert version in before or got.is_new
+            if got.is_new:
+                assert not self.pins.get(version), "moved while in use"
+                self.arena[got.slot.offset : got.slot.offset + got.slot.rank] = [version] * got.slot.rank
+            self.pins[version] = self.pins.get(version, 0) + 1
 
     def some_window_is_unpinned(self, size: int) -> bool:
         taken = [self.table.lookup(version) for version, pins in self.pins.items() if pins]
@@ -231,5 +298,68 @@ class Slots(RuleBasedStateMachine):
             assert set(self.arena[slot.offset : slot.offset + slot.rank]) == {version}
 
 
+def can_place(sizes: list[int], taken: set[int]) -> bool:
+    """By trying everything: whether windows of these sizes fit beside the rows that are taken."""
+    if not sizes:
+        return True
+    windows = [range(offset, offset + sizes[0]) for offset in range(0, 72 - sizes[0] + 1, sizes[0])]
+    return any(taken.isdisjoint(window) and can_place(sizes[1:], taken | set(window)) for window in windows)
+
+
 TestSlots = Slots.TestCase
 TestSlots.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_a_retired_version_leaves_at_once_or_with_its_last_pin() -> None:
+    table = SlotTable(16)
+    place(table, "idle", 8)
+    acquired(table, "busy", 8)
+    acquired(table, "busy", 8)
+    for version in ("idle", "busy", "unknown"):
+        table.retire(version)
+    assert table.resident == ["busy"] and len(table) == 1
+    table.release("busy")
+    assert table.resident == ["busy"]
+    table.release("busy")
+    assert table.resident == [] and table.evictions == 0
+    table.check_integrity()
+
+
+def test_a_retired_version_that_is_acquired_again_stays() -> None:
+    table = SlotTable(16)
+    acquired(table, "a", 8)
+    table.retire("a")
+    acquired(table, "a", 8)
+    table.release("a")
+    table.release("a")
+    assert table.resident == ["a"]
+
+
+def test_a_kept_version_is_not_evicted_while_there_is_another_way() -> None:
+    table = SlotTable(24)
+    for version in "abc":
+        place(table, version, 8)
+    table.keep({"a"})
+    assert acquired(table, "d", 8).evicted == ("b",)
+    assert acquired(table, "e", 8).evicted == ("c",)
+    assert table.acquire("f", 8) is None, "d and e will end; a stays meanwhile"
+    table.release("d")
+    assert acquired(table, "f", 8).evicted == ("d",)
+    assert table.lookup("a") is not None
+    table.keep(())
+    assert acquired(table, "g", 8).evicted == ("a",)
+
+
+def test_a_kept_version_gives_way_to_one_that_has_no_window_without_it() -> None:
+    table = SlotTable(32)
+    place(table, "a", 8)
+    table.keep({"a"})
+    assert acquired(table, "wide", 32).evicted == ("a",)
+
+
+def test_found_and_missing_versions_are_counted() -> None:
+    table = SlotTable(16)
+    place(table, "a", 8)
+    place(table, "a", 8)
+    place(table, "b", 8)
+    assert (table.hits, table.misses) == (1, 2)

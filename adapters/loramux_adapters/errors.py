@@ -6,6 +6,8 @@ AdapterError
 ├── AdapterRejected           the files cannot be served on this base; carries every reason
 ├── AdapterTooLarge           more bytes than the operator allows
 ├── BaseMismatch              made for another base model
+├── RollbackImpossible        there is no version to go back to, or it cannot be served
+├── PinRefused                what is pinned already leaves no room for it in host memory
 ├── AdapterCorrupt            a stored version no longer matches its digest, or cannot be read
 ├── TrainingError             a training or evaluation cannot be done as asked
 │   ├── RecipeError           the recipe contradicts itself, the base or the machine
@@ -55,6 +57,21 @@ class BaseMismatch(AdapterError):
         self.adapter_base_id = adapter_base_id
         self.served_base_id = served_base_id
         super().__init__(f"the adapter was made for base {adapter_base_id}, this server holds base {served_base_id}")
+
+
+class RollbackImpossible(AdapterError):
+    """The name keeps no older version than the one it points at, or that one cannot be served any more."""
+
+
+class PinRefused(AdapterError):
+    """Pinned adapters never leave host memory, so together they must fit the part of it that is set apart for them."""
+
+    def __init__(self, name: str, nbytes: int, *, pinned: int, limit: int) -> None:
+        """`pinned`: bytes of those that are pinned already, of `limit`."""
+        super().__init__(
+            f"the adapter {name} has {nbytes} bytes, and pinned ones have {pinned} of the {limit} bytes of host memory "
+            "that they may have: unpin others, or start the server with a larger --host-cache-mib"
+        )
 
 
 class AdapterCorrupt(AdapterError):

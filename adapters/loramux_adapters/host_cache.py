@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from queue import SimpleQueue
@@ -45,7 +45,10 @@ class LoadState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class HostCacheStats:
-    """A snapshot. `entries` and `nbytes` are what is held now, `pinned` how many versions have a pin."""
+    """A snapshot. `entries` and `nbytes` are what is held now, `pinned` how many versions have a pin.
+
+    `hits` and `misses`: pins taken on versions that were held, and on versions that were not.
+    """
 
     entries: int
     nbytes: int
@@ -54,6 +57,8 @@ class HostCacheStats:
     loads: int
     failures: int
     evictions: int
+    hits: int
+    misses: int
 
 
 class HostCacheObserver(Protocol):
@@ -66,8 +71,8 @@ class HostCacheObserver(Protocol):
 class HostCache:
     """Versions in host memory.
 
-    Any thread may call any method; loads run on the one loader thread, which this object owns. What is pinned stays,
-    over the budget if need be; everything else leaves, least recently used first, until the rest fits.
+    Any thread may call any method; loads run on the one loader thread, which this object owns. What is pinned or kept
+    stays, over the budget if need be; everything else leaves, least recently used first, until the rest fits.
     """
 
     def __init__(
@@ -86,10 +91,12 @@ class HostCache:
         self._entries: OrderedDict[str, HostAdapter] = OrderedDict()  # least recently used first
         self._nbytes = 0
         self._pins: Counter[str] = Counter()
+        self._kept: frozenset[str] = frozenset()  # stay without a pin
+        self._unwanted: set[str] = set()  # leave when their load or their last pin ends
         self._loading: set[str] = set()
         self._failures: dict[str, str] = {}  # of pinned versions only
         self._unreported: set[str] = set()  # those that `request` has not told anyone of
-        self._loads = self._failed = self._evictions = 0
+        self._loads = self._failed = self._evictions = self._hits = self._misses = 0
         self._closed = False
         self._queue: SimpleQueue[str | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="adapter-loader", daemon=True)
@@ -102,6 +109,7 @@ class HostCache:
         after their last pin, tries again.
         """
         with self._lock:
+            self._unwanted.discard(version)
             if version in self._entries:
                 self._entries.move_to_end(version)
                 return LoadState.READY
@@ -110,11 +118,7 @@ class HostCache:
             if version in self._unreported:
                 self._unreported.remove(version)
                 return LoadState.FAILED
-            if self._closed:
-                raise RuntimeError("the host cache is closed")
-            self._failures.pop(version, None)
-            self._loading.add(version)
-            self._queue.put(version)
+            self._start_load(version)
             return LoadState.LOADING
 
     def failure(self, version: str) -> str | None:
@@ -139,6 +143,10 @@ class HostCache:
         """Keep the version from being evicted, now or once it is loaded. Pins are counted."""
         with self._lock:
             self._pins[version] += 1
+            if version in self._entries:
+                self._hits += 1
+            else:
+                self._misses += 1
 
     def unpin(self, version: str) -> None:
         """Take one pin back; the version stays until its room is needed."""
@@ -149,8 +157,34 @@ class HostCache:
                 del self._pins[version]
                 self._failures.pop(version, None)
                 self._unreported.discard(version)
+                self._drop_unwanted(version)
             evicted = self._make_room()
         self._report_evicted(evicted)
+
+    def keep(self, versions: Collection[str]) -> None:
+        """Hold these, and none of those named before, as if each had a pin; what is not there is loaded.
+
+        A load that fails is tried again when somebody asks for the version.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            added = [version for version in versions if version not in self._kept]
+            self._kept = frozenset(versions)
+            self._unwanted -= self._kept
+            for version in added:
+                if version not in self._entries and version not in self._loading:
+                    self._start_load(version)
+            for version in list(self._unwanted):
+                self._drop_unwanted(version)
+            evicted = self._make_room()
+        self._report_evicted(evicted)
+
+    def discard(self, version: str) -> None:
+        """Nobody will ask for this version again: it leaves now, or when its load or its last pin ends."""
+        with self._lock:
+            self._unwanted.add(version)
+            self._drop_unwanted(version)
 
     def stats(self) -> HostCacheStats:
         with self._lock:
@@ -162,6 +196,8 @@ class HostCache:
                 loads=self._loads,
                 failures=self._failed,
                 evictions=self._evictions,
+                hits=self._hits,
+                misses=self._misses,
             )
 
     def close(self) -> None:
@@ -178,7 +214,10 @@ class HostCache:
             assert not self._loading & self._entries.keys()
             assert all(count > 0 for count in self._pins.values())
             assert self._unreported <= self._failures.keys() <= self._pins.keys()
-            assert self._nbytes <= self._budget_bytes or all(version in self._pins for version in self._entries)
+            assert self._nbytes <= self._budget_bytes or all(
+                version in self._pins or version in self._kept for version in self._entries
+            )
+            assert not any(self._is_free(version) for version in self._unwanted)
 
     def _run(self) -> None:
         while (version := self._queue.get()) is not None and not self._closed:
@@ -194,6 +233,7 @@ class HostCache:
                     self._nbytes += adapter.nbytes
                     self._loads += 1
                     evicted = self._make_room()
+                self._drop_unwanted(version)
             if self._observer is not None and adapter is not None:
                 self._observer.loaded(time.monotonic() - started)
             self._report_evicted(evicted)
@@ -216,6 +256,24 @@ class HostCache:
             self._unreported.add(version)
             self._failures[version] = failure
 
+    def _start_load(self, version: str) -> None:
+        """With the lock held."""
+        if self._closed:
+            raise RuntimeError("the host cache is closed")
+        self._failures.pop(version, None)
+        self._loading.add(version)
+        self._queue.put(version)
+
+    def _is_free(self, version: str) -> bool:
+        return version not in self._pins and version not in self._loading and version not in self._kept
+
+    def _drop_unwanted(self, version: str) -> None:
+        """With the lock held."""
+        if version in self._unwanted and self._is_free(version):
+            self._unwanted.remove(version)
+            adapter = self._entries.pop(version, None)
+            self._nbytes -= 0 if adapter is None else adapter.nbytes
+
     def _make_room(self) -> int:
         """Evict unpinned versions until the budget holds; returns how many left. Called with the lock held."""
         victims = []
@@ -223,7 +281,7 @@ class HostCache:
         for version, adapter in self._entries.items():
             if nbytes <= self._budget_bytes:
                 break
-            if version not in self._pins:
+            if version not in self._pins and version not in self._kept:
                 victims.append(version)
                 nbytes -= adapter.nbytes
         for version in victims:

@@ -1,13 +1,14 @@
 """Adds LoRA deltas to the output of a linear layer for a batch in which every row may use another adapter.
 
-Semantics of every `add_lora_*` here, for each token row t of x that has an adapter which targets this layer, with
-o = offset[t], r = rank[t]:
+Semantics of every `add_lora_*` here, for each token row t of x, over its entries e in [first[t], first[t + 1]) whose
+adapter targets this layer, with o = offset[e], r = rank[e]:
 
-    y[t] += (x[t] @ a[o : o + r].T) @ bt[o : o + r]
+    y[t] += sum_e scale[e] * (x[t] @ a[o : o + r].T) @ bt[o : o + r]
 
-Stacks are bf16 with alpha/r folded into `bt`; sums are fp32. The compiled kernel keeps the rank-r intermediate in
-fp32 and rounds once, into y; the tensor path rounds the intermediate and the delta to bf16 as well. With the compiled
-kernel each row's bits depend on that row alone: on its adapter and its input, never on the batch around it.
+Stacks are bf16 with alpha/r folded into `bt`; sums are fp32, in the order of the entries. The compiled kernel keeps the
+rank-r intermediate in fp32 and rounds once, into y; the tensor path rounds each intermediate and delta to bf16 as well.
+With the compiled kernel each row's bits depend on that row alone: on its adapters and its input, never on the batch
+around it. A scale of 1.0 changes no bit.
 
 The idea of applying many adapters to one batch by segments is Punica's (https://arxiv.org/abs/2310.18547) and
 S-LoRA's (https://arxiv.org/abs/2311.03285).
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 
 from loramux_adapters.native import load_library
-from loramux_adapters.slots import SMALLEST_RANK, Slot
+from loramux_adapters.slots import SMALLEST_RANK, ScaledSlot, Slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,46 +44,65 @@ class Arena:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of token rows [start, stop) that use the adapter in `slot`."""
+    """A run of token rows [start, stop) that use the same adapters, with the same factors, in the same order."""
 
     start: int
     stop: int
-    slot: Slot
+    slots: tuple[ScaledSlot, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class LoraRows:
-    """Which adapter each token row of one step uses.
+    """Which adapters each token row of one step uses.
 
     Attributes:
         segments: runs of rows in order; rows outside of them use the base alone.
-        offset: [rows] int32, first arena row of the row's adapter; 0 without one.
-        rank: [rows] int32, arena rows of the row's adapter; 0 without one.
+        first: [rows + 1] int32; the entries of row t are [first[t], first[t + 1]).
+        offset: [entries] int32, first arena row of the entry's adapter.
+        rank: [entries] int32, arena rows of the entry's adapter.
+        scale: [entries] fp32, factor of the entry's delta.
+        addresses: of these four tensors, taken once for all layers of a step.
     """
 
     segments: tuple[Segment, ...]
+    first: torch.Tensor
     offset: torch.Tensor
     rank: torch.Tensor
+    scale: torch.Tensor
+    addresses: tuple[int, int, int, int]
 
     @classmethod
-    def build(cls, slots: Sequence[tuple[Slot | None, int]]) -> LoraRows | None:
-        """From (slot, number of token rows) in row order; None if no row has an adapter."""
+    def build(cls, runs: Sequence[tuple[tuple[ScaledSlot, ...], int]]) -> LoraRows | None:
+        """From (adapters, number of token rows) in row order; None if no row has an adapter."""
         segments: list[Segment] = []
-        offsets: list[int] = []
-        ranks: list[int] = []
-        for slot, count in slots:
-            start = len(offsets)
-            offsets += [slot.offset if slot else 0] * count
-            ranks += [slot.rank if slot else 0] * count
-            if slot is None or count == 0:
+        entries: list[ScaledSlot] = []
+        first = [0]
+        for slots, count in runs:
+            start = len(first) - 1
+            for _ in range(count):
+                entries += slots
+                first.append(len(entries))
+            if not slots or count == 0:
                 continue
-            if segments and segments[-1].slot == slot and segments[-1].stop == start:
-                segments[-1] = Segment(segments[-1].start, start + count, slot)
+            if segments and segments[-1].slots == slots and segments[-1].stop == start:
+                segments[-1] = Segment(segments[-1].start, start + count, slots)
             else:
-                segments.append(Segment(start, start + count, slot))
+                segments.append(Segment(start, start + count, slots))
         if not segments:
             return None
-        return cls(tuple(segments), torch.tensor(offsets, dtype=torch.int32), torch.tensor(ranks, dtype=torch.int32))
+        tensors = (
+            torch.tensor(first, dtype=torch.int32),
+            torch.tensor([entry.slot.offset for entry in entries], dtype=torch.int32),
+            torch.tensor([entry.slot.rank for entry in entries], dtype=torch.int32),
+            torch.tensor([entry.scale for entry in entries], dtype=torch.float32),
+        )
+        a, b, c, d = (tensor.data_ptr() for tensor in tensors)
+        return cls(tuple(segments), *tensors, (a, b, c, d))
+
+    @property
+    def num_rows(self) -> int:
+        """Token rows, those without an adapter included."""
+        return self.first.shape[0] - 1
 
 
 AddLora = Callable[[torch.Tensor, torch.Tensor, Arena, LoraRows], None]
@@ -91,25 +111,34 @@ AddLora = Callable[[torch.Tensor, torch.Tensor, Arena, LoraRows], None]
 def add_lora_loop(y: torch.Tensor, x: torch.Tensor, arena: Arena, rows: LoraRows) -> None:
     """The slow reference: one row at a time, all in fp32, one rounding at the end. y [rows, out] changed in place."""
     for segment in rows.segments:
-        slot = segment.slot
-        if not arena.targeted[slot.offset // SMALLEST_RANK]:
-            continue
-        a = arena.a[slot.offset : slot.offset + slot.rank].float()
-        bt = arena.bt[slot.offset : slot.offset + slot.rank].float()
         for t in range(segment.start, segment.stop):
-            y[t] = (y[t].float() + (x[t].float() @ a.T) @ bt).to(y.dtype)
+            total = y[t].float()
+            for entry in segment.slots:
+                if arena.targeted[entry.slot.offset // SMALLEST_RANK]:
+                    a, bt = _weights(arena, entry.slot)
+                    total += entry.scale * (x[t].float() @ a.float().T) @ bt.float()
+            y[t] = total.to(y.dtype)
 
 
 def add_lora_segments(y: torch.Tensor, x: torch.Tensor, arena: Arena, rows: LoraRows) -> None:
-    """The tensor path of every device: two products per adapter in the batch, on views of the resident stacks."""
+    """The tensor path of every device: two products per adapter and segment, on views of the resident stacks."""
     _check_rows(y, x, rows)
     for segment in rows.segments:
-        slot = segment.slot
-        if not arena.targeted[slot.offset // SMALLEST_RANK]:
-            continue
-        a = arena.a[slot.offset : slot.offset + slot.rank]
-        bt = arena.bt[slot.offset : slot.offset + slot.rank]
-        y[segment.start : segment.stop] += (x[segment.start : segment.stop] @ a.T) @ bt
+        run = slice(segment.start, segment.stop)
+        delta: torch.Tensor | None = None  # of the first adapter in bf16, of several in fp32
+        for entry in segment.slots:
+            if arena.targeted[entry.slot.offset // SMALLEST_RANK]:
+                a, bt = _weights(arena, entry.slot)
+                part = ((x[run] @ a.T) * entry.scale) @ bt
+                delta = part if delta is None else delta.float() + part.float()
+        if delta is not None:
+            y[run] += delta
+
+
+def _weights(arena: Arena, slot: Slot) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [rank, in] and B transposed [rank, out], as views."""
+    window = slice(slot.offset, slot.offset + slot.rank)
+    return arena.a[window], arena.bt[window]
 
 
 class NativeAddLora:
@@ -121,7 +150,7 @@ class NativeAddLora:
     def __init__(self, library: ctypes.CDLL, *, portable: bool | None = None) -> None:
         self._call = library.loramux_add_lora
         pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-        self._call.argtypes = [pointer] * 7 + [size] * 3 + [flag] * 2
+        self._call.argtypes = [pointer] * 9 + [size] * 3 + [flag] * 2
         self._call.restype = None
         vector = bool(library.loramux_lora_has_avx512bf16())
         self.portable = not vector if portable is None else portable
@@ -136,8 +165,7 @@ class NativeAddLora:
             x.data_ptr(),
             arena.a.data_ptr(),
             arena.bt.data_ptr(),
-            rows.offset.data_ptr(),
-            rows.rank.data_ptr(),
+            *rows.addresses,
             arena.targeted.data_ptr(),
             x.shape[0],
             x.shape[1],
@@ -149,8 +177,8 @@ class NativeAddLora:
 
 def _check_rows(y: torch.Tensor, x: torch.Tensor, rows: LoraRows) -> None:
     """A layer that runs on other rows than the step's tokens would get other requests' adapters."""
-    if not x.shape[0] == y.shape[0] == rows.offset.shape[0]:
-        raise ValueError(f"the layer runs on {x.shape[0]} rows, the step has {rows.offset.shape[0]}")
+    if not x.shape[0] == y.shape[0] == rows.num_rows:
+        raise ValueError(f"the layer runs on {x.shape[0]} rows, the step has {rows.num_rows}")
 
 
 def native_library() -> ctypes.CDLL | None:

@@ -12,6 +12,7 @@ windows of a smaller one below it, as in a buddy allocator:
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 SMALLEST_RANK = 8  # rows of the smallest slot; every slot's rank is this times a power of two
@@ -23,6 +24,14 @@ class Slot:
 
     offset: int
     rank: int
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ScaledSlot:
+    """An adapter's part in a token row: where it sits, and the factor of its delta."""
+
+    slot: Slot
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +54,7 @@ class _Resident:
     slot: Slot
     pins: int
     used: int  # the table's clock at the last acquire or release
+    retired: bool = False  # leaves with its last pin
 
 
 def bucket_of(rank: int) -> int:
@@ -62,15 +72,18 @@ class SlotTable:
         if rows < 0:
             raise ValueError(f"the arena cannot have {rows} rows")
         self.rows = rows
-        self.evictions = 0  # since the start
+        self.evictions = 0  # since the start, as are these two: acquired versions that were resident, and that were not
+        self.hits = self.misses = 0
+        self._kept: frozenset[str] = frozenset()  # not evicted as long as there is another way
         self._residents: dict[str, _Resident] = {}
         self._units: list[str | None] = [None] * (rows // SMALLEST_RANK)  # who holds each SMALLEST_RANK rows
         self._clock = 0
         self._full_from: int | None = None  # no window of this size or larger since the last release
 
-    def fits(self, rank: int) -> bool:
-        """True if an adapter of this rank could be placed in an empty table. Reads constants only."""
-        return bucket_of(rank) <= self.rows
+    def fits(self, *ranks: int) -> bool:
+        """True if adapters of these ranks could be placed together in an empty table. Reads constants only."""
+        # Aligned windows, placed from the largest to the smallest, leave no gap between them.
+        return sum(bucket_of(rank) for rank in ranks) <= self.rows // SMALLEST_RANK * SMALLEST_RANK
 
     def lookup(self, version: str) -> Slot | None:
         """Where the version is resident, without touching it; None if it is not."""
@@ -88,24 +101,37 @@ class SlotTable:
         resident = self._residents.get(version)
         if resident is not None:
             assert resident.slot.rank == size, f"{version} is resident with another rank"
-            resident.pins += 1
-            self._touch(resident)
-            return Acquired(resident.slot, is_new=False)
+            return self._pin(version)
         if self._full_from is not None and size >= self._full_from:
             return None
         slot = self._free_window(size) or self._stalest_window(size)
         if slot is None:
             self._full_from = size
             return None
-        evicted = tuple(self._holders(slot))
-        for name in evicted:
-            self._remove(name)
-        self.evictions += len(evicted)
-        resident = _Resident(slot, pins=1, used=0)
-        self._touch(resident)
-        self._residents[version] = resident
-        self._fill(slot, version)
-        return Acquired(slot, is_new=True, evicted=evicted)
+        return self._place(version, slot)
+
+    def acquire_all(self, wanted: Mapping[str, int]) -> dict[str, Acquired] | None:
+        """Pins a slot for each of these versions (version -> rank), or changes nothing and returns None.
+
+        A version of theirs that is resident stays where it is if the others find room around it. Else those of them
+        that nobody pins are placed anew with the rest, and are `is_new` again: so whatever `fits` is placed as soon as
+        nobody else pins anything, wherever its parts were left lying.
+        """
+        if len(wanted) == 1:
+            ((version, rank),) = wanted.items()
+            only = self.acquire(version, rank)
+            return None if only is None else {version: only}
+        present = [version for version in wanted if version in self._residents]
+        pinned = [version for version in present if self._residents[version].pins]
+        plan = self._plan(wanted, present)
+        if plan is None and len(pinned) < len(present):
+            plan = self._plan(wanted, pinned)
+        if plan is None:
+            return None
+        for version in plan.keys() & self._residents.keys():
+            self._remove(version)
+        acquired = {version: self._place(version, slot) for version, slot in plan.items()}
+        return acquired | {version: self._pin(version) for version in wanted if version not in plan}
 
     def release(self, version: str) -> None:
         """Takes one pin back. The version stays resident; without pins it may be evicted, least recently used first."""
@@ -114,12 +140,35 @@ class SlotTable:
         resident.pins -= 1
         self._full_from = None
         self._touch(resident)
+        if resident.retired and not resident.pins:
+            self._remove(version)
+
+    def retire(self, version: str) -> None:
+        """Nobody will ask for this version again: it leaves now, or with its last pin. Acquiring it takes that back."""
+        resident = self._residents.get(version)
+        if resident is not None and resident.pins:
+            resident.retired = True
+        else:
+            self.drop(version)
+            self._full_from = None
+
+    def keep(self, versions: Collection[str]) -> None:
+        """Evict these only for a version that has no window without one of them; replaces what was said before.
+
+        So they never keep another version out for good, however they lie.
+        """
+        self._kept = frozenset(versions)
+        self._full_from = None
 
     def drop(self, version: str) -> None:
         """Forgets an unpinned resident (its copy failed, or it was deleted). No-op if it is pinned or not resident."""
         resident = self._residents.get(version)
         if resident is not None and resident.pins == 0:
             self._remove(version)
+
+    def __len__(self) -> int:
+        """How many versions are resident."""
+        return len(self._residents)
 
     @property
     def resident(self) -> list[str]:
@@ -149,9 +198,49 @@ class SlotTable:
                 expected[unit] = version
         assert expected == self._units, "the map of units is out of date"
 
-    def _free_window(self, size: int) -> Slot | None:
+    def _pin(self, version: str) -> Acquired:
+        resident = self._residents[version]
+        resident.pins += 1
+        resident.retired = False
+        self.hits += 1
+        self._touch(resident)
+        return Acquired(resident.slot, is_new=False)
+
+    def _place(self, version: str, slot: Slot) -> Acquired:
+        """Puts a version that is not resident into a window in which nobody is pinned."""
+        evicted = tuple(self._holders(slot))
+        for name in evicted:
+            self._remove(name)
+        self.evictions += len(evicted)
+        self.misses += 1
+        resident = _Resident(slot, pins=1, used=0)
+        self._touch(resident)
+        self._residents[version] = resident
+        self._fill(slot, version)
+        return Acquired(slot, is_new=True, evicted=evicted)
+
+    def _plan(self, wanted: Mapping[str, int], staying: Collection[str]) -> dict[str, Slot] | None:
+        """A window for each version but those that stay, touching no pinned slot, none that stays, and no other.
+
+        The largest are placed first. Of one size, every window that is left is as good as the next for what follows:
+        each holds as many smaller ones. So there is a plan if there is any way to place them.
+        """
+        sizes = {version: bucket_of(rank) for version, rank in wanted.items() if version not in staying}
+        if self._full_from is not None and any(size >= self._full_from for size in sizes.values()):
+            return None
+        taken = {unit for version in staying for unit in _units_of(self._residents[version].slot)}
+        plan: dict[str, Slot] = {}
+        for version, size in sorted(sizes.items(), key=lambda item: -item[1]):
+            window = self._free_window(size, taken) or self._stalest_window(size, taken)
+            if window is None:
+                return None
+            plan[version] = window
+            taken.update(_units_of(window))
+        return plan
+
+    def _free_window(self, size: int, taken: Collection[int] = ()) -> Slot | None:
         """The free window whose free neighbourhood is smallest, so that big windows stay whole; then the lowest."""
-        free = [window for window in self._windows(size) if not self._holders(window)]
+        free = [window for window in self._windows(size, taken) if not self._holders(window)]
         return min(free, key=lambda window: (self._free_around(window), window.offset), default=None)
 
     def _free_around(self, window: Slot) -> int:
@@ -163,10 +252,14 @@ class SlotTable:
                 return window.rank
             window = wider
 
-    def _stalest_window(self, size: int) -> Slot | None:
-        """Among the windows that touch no pinned slot, the one whose last use is longest ago; then the lowest."""
+    def _stalest_window(self, size: int, taken: Collection[int] = ()) -> Slot | None:
+        """Among the windows that touch no pinned slot, the one whose last use is longest ago; then the lowest.
+
+        Windows with a kept version count only where there is no other, pinned ones included: those come free again.
+        """
+        windows = self._windows(size, taken)
         stalest: tuple[int, Slot] | None = None
-        for window in self._windows(size):
+        for window in [one for one in windows if not self._kept & self._holders(one).keys()] or windows:
             holders = [self._residents[version] for version in self._holders(window)]
             if any(holder.pins for holder in holders):
                 continue
@@ -175,8 +268,10 @@ class SlotTable:
                 stalest = last_used, window
         return None if stalest is None else stalest[1]
 
-    def _windows(self, size: int) -> list[Slot]:
-        return [Slot(offset, size) for offset in range(0, self.rows - size + 1, size)]
+    def _windows(self, size: int, taken: Collection[int] = ()) -> list[Slot]:
+        """All windows of this size without a unit that is taken."""
+        windows = [Slot(offset, size) for offset in range(0, self.rows - size + 1, size)]
+        return [one for one in windows if not any(unit in taken for unit in _units_of(one))] if taken else windows
 
     def _holders(self, window: Slot) -> dict[str, None]:
         """Residents that overlap the window, in order of offset."""

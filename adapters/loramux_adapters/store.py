@@ -7,46 +7,34 @@ after a crash at any point the index is right, and what it does not mention is l
 from __future__ import annotations
 
 import errno
-import logging
-import re
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loramux_adapters.errors import (
-    AdapterCorrupt,
-    AdapterNotFound,
-    AdapterRejected,
-    BaseMismatch,
-    InvalidAdapterName,
-    StoreUnavailable,
-)
+from loramux_adapters.errors import AdapterCorrupt, AdapterRejected, PinRefused, StoreUnavailable
 from loramux_adapters.format import digest_of, read_config
+from loramux_adapters.store_choice import NAME_PATTERN, check_name, check_servable, chosen, previous, unknown
+from loramux_adapters.store_copy import AdapterCopy, install_copy, link_all
 from loramux_adapters.store_files import Staging, VersionFiles
-from loramux_adapters.store_index import KeptVersion, StoreIndex, Upload, storage_errors
+from loramux_adapters.store_index import StoreIndex, storage_errors
+from loramux_adapters.store_leases import Leases
 from loramux_adapters.store_records import AdapterRecord, Lease, Published, VersionRecord, adapter_record
+from loramux_adapters.store_rows import KeptVersion, Upload
+from loramux_adapters.store_upkeep import StoreUpkeep
 
 if TYPE_CHECKING:
     from loramux_adapters.host_cache import HostAdapter
 
 __all__ = ["NAME_PATTERN", "AdapterRecord", "AdapterStore", "Lease", "Published", "Staging", "VersionRecord"]
 
-logger = logging.getLogger(__name__)
-
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
-_VERSION_PREFIX = re.compile(r"[0-9a-f]{8,64}")
 
 
 class AdapterStore:
-    """Any thread may call any method. Leases live in this object; everything else is on disk.
-
-    Locks are taken in one order: the index's write lock, then `_lease_lock`, then the index's read lock.
-    """
+    """Any thread may call any method. Leases live in this object; everything else is on disk."""
 
     def __init__(
         self,
@@ -56,26 +44,27 @@ class AdapterStore:
         reserved_names: Collection[str] = (),
         served_base_id: str | None = None,
         keep_versions: int = 2,
+        pin_bytes: int | None = None,
         busy_timeout: float = 5.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Open or create the store, as its owner; raises `StoreUnavailable`, also if another process owns it.
 
         The owner leases versions, collects them, and begins by removing what a crash left behind. With `owner` False
-        this is a tool's view beside it: to list, publish and delete; what that leaves unkept goes when an owner opens.
+        this is a tool's view beside it: to list, publish and delete; what that leaves unkept goes when an owner opens,
+        or notices it (`refresh`).
         `reserved_names`: not for adapters; one that has such a name from before is shadowed. `served_base_id`: uploads
         are recorded as checked against it, and versions checked against another are not leased. `keep_versions`: how
-        many each name keeps. `busy_timeout`: seconds to wait for another process's write.
+        many each name keeps. `pin_bytes`: most that pinned adapters may have in all; None is no limit. `busy_timeout`:
+        seconds to wait for another process's write.
         """
         assert keep_versions >= 1
         self._reserved_names = frozenset(reserved_names)
         self._served_base_id = served_base_id
         self._keep_versions = keep_versions
+        self._pin_bytes = pin_bytes
         self._clock = clock
-        self._lease_lock = threading.Lock()
-        self._leases: Counter[str] = Counter()  # by version
-        self._leases_by_name: Counter[str] = Counter()
-        self._unkept: set[str] = set()  # versions that no name keeps, whose files stay for the sake of a lease
+        self._leases = Leases()
         with storage_errors("opening"):
             self._files = VersionFiles(root, owner=owner)
         try:
@@ -84,9 +73,9 @@ class AdapterStore:
         except StoreUnavailable:
             self._files.close()
             raise
+        self._upkeep = StoreUpkeep(self._index, self._files, self._leases)
         try:
-            self._remove_leftovers()
-            self._warn_of_reserved_names()
+            self._upkeep.open(self._reserved_names)
         except StoreUnavailable:
             self.close()
             raise
@@ -98,12 +87,7 @@ class AdapterStore:
 
     def check_name(self, name: str) -> None:
         """Raises `InvalidAdapterName` for a name that an adapter cannot have."""
-        if not NAME_PATTERN.fullmatch(name):
-            raise InvalidAdapterName(
-                "an adapter's name is 1 to 63 characters of A-Z a-z 0-9 . _ - and starts with a letter or a digit"
-            )
-        if name in self._reserved_names:
-            raise InvalidAdapterName(f"the name {name} belongs to the base model")
+        check_name(name, self._reserved_names)
 
     @contextmanager
     def stage(self) -> Iterator[Staging]:
@@ -122,14 +106,23 @@ class AdapterStore:
                 raise StoreUnavailable(f"the upload could not be written: {error.strerror}") from error
 
     def publish(
-        self, name: str, staging: Staging, *, rank: int, base_id: str | None, target_modules: list[str]
+        self,
+        name: str,
+        staging: Staging,
+        *,
+        rank: int,
+        base_id: str | None,
+        target_modules: list[str],
+        proof: str = "none",
     ) -> Published:
         """Make the staged files the current version of `name`, durably and all at once.
 
-        `rank`, `base_id` and `target_modules` are what `verify.check_adapter` found. A version the name already points
-        at is left as it is. Raises `InvalidAdapterName`, `AdapterRejected`, `StoreUnavailable`; then nothing changed.
+        `rank`, `base_id`, `target_modules`: what `verify.check_adapter` found; `proof`: how the fingerprint replayed.
+        A version the name already points at is left as it is, unless its files were damaged: then they are replaced.
+        Raises `InvalidAdapterName`, `AdapterRejected`, `StoreUnavailable`; then nothing changed.
         """
         self.check_name(name)
+        unkept: set[str] = set()
         with storage_errors("publishing"):
             digest = digest_of(read_config(staging.directory), staging.directory)
             upload = Upload(
@@ -141,18 +134,58 @@ class AdapterStore:
                 base_id=base_id,
                 checked_base=self._served_base_id,
                 created=int(self._clock()),
+                fingerprint=proof,
             )
             is_broken = self._files.is_broken(digest)
             with self._index.write() as index:
-                previous = index.current_digest(name)
+                before = index.current_digest(name)
+                is_repair = is_broken or index.is_corrupt(digest)
                 self._files.install(staging, digest, replace=is_broken)
-                if previous == digest:
-                    index.confirm(name, digest, base_id, self._served_base_id)
-                    return Published(name, digest, "unchanged")
-                index.keep(upload)
-                unkept = index.forget_old(name, self._keep_versions)
-        self._collect(unkept)
-        return Published(name, digest, "created" if previous is None else "updated")
+                if before == digest:
+                    index.confirm(upload)
+                else:
+                    index.keep(upload)
+                    unkept = index.forget_old(name, self._keep_versions)
+            if is_repair:
+                self._files.release_quarantine(digest)
+        self._changed(unkept)
+        if before == digest:
+            return Published(name, digest, "repaired" if is_repair else "unchanged")
+        return Published(name, digest, "created" if before is None else "updated")
+
+    def rollback(self, name: str, version_prefix: str | None = None) -> Published:
+        """Point a name at the version before its current one, or at the kept one whose digest starts with the prefix.
+
+        Raises `AdapterNotFound`, `RollbackImpossible`, `AdapterCorrupt`, `BaseMismatch`, `StoreUnavailable`; then
+        nothing changed.
+        """
+        with storage_errors("rolling back"), self._index.write() as index:
+            kept = index.kept(name)
+            row = previous(name, kept) if version_prefix is None else chosen(name, kept, version_prefix)
+            check_servable(row, self._served_base_id)
+            if not row.current:
+                index.point(name, row.upload.digest, int(self._clock()))
+        self._changed(())
+        return Published(name, row.upload.digest, "unchanged" if row.current else "rolled_back")
+
+    def pin(self, name: str) -> None:
+        """Mark a name as one to keep in memory, whichever version it points at, until `unpin`.
+
+        Raises `AdapterNotFound`, `PinRefused`, `StoreUnavailable`.
+        """
+        with storage_errors("pinning"), self._index.write() as index:
+            nbytes = chosen(name, index.kept(name), None).upload.nbytes
+            pinned = index.pinned_bytes(without=name)
+            if self._pin_bytes is not None and pinned + nbytes > self._pin_bytes:
+                raise PinRefused(name, nbytes, pinned=pinned, limit=self._pin_bytes)
+            index.pin(name, True)
+
+    def unpin(self, name: str) -> None:
+        """Raises `AdapterNotFound`, `StoreUnavailable`."""
+        with storage_errors("unpinning"), self._index.write() as index:
+            if index.current_digest(name) is None:
+                raise unknown(name)
+            index.pin(name, False)
 
     def delete(self, name: str) -> None:
         """Unregister a name at once; files that nobody else keeps go with their last lease.
@@ -161,125 +194,106 @@ class AdapterStore:
         """
         with storage_errors("deleting"), self._index.write() as index:
             if index.current_digest(name) is None:
-                raise _unknown(name)
+                raise unknown(name)
             unkept = index.remove(name)
-        self._collect(unkept)
+        self._changed(unkept)
 
     def acquire(self, name: str, version_prefix: str | None = None) -> Lease:
         """Lease the current version of `name`, or the kept one whose digest starts with `version_prefix`.
 
-        Lookup and lease are one step: nothing can be removed in between. Raises `AdapterNotFound`, `BaseMismatch` if
-        the version was checked against another base than the served one, `StoreUnavailable`.
+        Lookup and lease are one step: nothing can be removed in between. Raises `AdapterNotFound`, `AdapterCorrupt`,
+        `BaseMismatch` if the version was checked against another base than the served one, `StoreUnavailable`.
         """
-        if version_prefix is not None and not _VERSION_PREFIX.fullmatch(version_prefix):
-            raise AdapterNotFound("a version is named by the first 8 to 64 characters of its digest, in lower-case hex")
-        with storage_errors("looking up a name"), self._lease_lock:
-            upload = self._find(name, version_prefix)
-            self._leases[upload.digest] += 1
-            self._leases_by_name[name] += 1
-        return Lease(name, upload.digest, upload.rank, upload.nbytes, self._release)
+        with storage_errors("looking up a name"), self._leases.lock:
+            row = chosen(name, self._index.kept(name), version_prefix)
+            check_servable(row, self._served_base_id)
+            self._leases.add(name, row.upload.digest)
+        return Lease(name, row.upload.digest, row.upload.rank, row.upload.nbytes, self._release)
 
     def record(self, name: str) -> AdapterRecord:
         """Raises `AdapterNotFound`, `StoreUnavailable`."""
         with storage_errors("listing"):
             kept = self._index.kept(name)
         if not kept:
-            raise _unknown(name)
+            raise unknown(name)
         return self._record(kept)
 
-    def records(self) -> list[AdapterRecord]:
-        """All adapters, by name. Raises `StoreUnavailable`."""
+    def records(self, *, pinned: bool = False) -> list[AdapterRecord]:
+        """All adapters, or all that are pinned, by name. Raises `StoreUnavailable`."""
         with storage_errors("listing"):
-            rows = self._index.all_kept()
-        by_name: dict[str, list[KeptVersion]] = {}
-        for row in rows:
-            by_name.setdefault(row.upload.name, []).append(row)
-        return [self._record(kept) for kept in by_name.values()]
+            rows = self._index.all_kept(pinned=pinned)
+        return [self._record(list(kept)) for _, kept in groupby(rows, key=lambda row: row.upload.name)]
 
     def directory(self, version: str) -> Path:
         """Where a version's files are: for reading, and while it is kept or leased."""
         return self._files.directory(version)
 
     def load(self, version: str) -> HostAdapter:
-        """Read a version into host memory, in a loader thread. Raises `AdapterCorrupt` if it is not as published."""
+        """Read a version into host memory, in a loader thread.
+
+        Raises `AdapterCorrupt` if it is not as published; damaged for good, it is set aside until it is uploaded again.
+        """
         from loramux_adapters.weights import load_host_adapter  # torch: who only lists and publishes is spared it
 
         directory = self._files.directory(version)
         try:
             if digest_of(read_config(directory), directory) != version:
-                raise AdapterCorrupt(f"the stored files of version {version[:12]} are not those that were published")
+                raise AdapterRejected(["they have another digest"])
             return load_host_adapter(directory, version)
         except (AdapterRejected, OSError) as error:
-            raise AdapterCorrupt(f"the stored files of version {version[:12]} cannot be read") from error
+            self._upkeep.set_aside(version)
+            raise AdapterCorrupt(f"the stored files of version {version[:12]} cannot be read as published") from error
 
-    def _find(self, name: str, version_prefix: str | None) -> Upload:
-        kept = self._index.kept(name)
-        if not kept:
-            raise _unknown(name)
-        if version_prefix is None:
-            found = [row.upload for row in kept if row.current]
-        else:
-            found = [row.upload for row in kept if row.upload.digest.startswith(version_prefix)]
-        if len(found) != 1:
-            many = "more than one version" if found else "no version"
-            raise AdapterNotFound(f"the adapter {name} keeps {many} whose digest starts with {version_prefix}")
-        checked, served = found[0].checked_base, self._served_base_id
-        if checked is not None and served is not None and checked != served:
-            raise BaseMismatch(checked, served)
-        return found[0]
+    def tell_retired(self, listener: Callable[[str], None]) -> None:
+        """Have `listener` called with each version that can leave the memories: no name points at it, nobody uses it.
+
+        It is called by whichever thread made it so, under no lock, and has to be quick.
+        """
+        self._upkeep.tell_retired(listener)
+
+    def refresh(self) -> bool:
+        """Take notice of what other processes changed; to be called every second or so. Returns whether anything did.
+
+        Lookups see them at once, without this; it makes versions leave memory and disk. Raises `StoreUnavailable`.
+        """
+        return self._upkeep.refresh()
+
+    @contextmanager
+    def snapshot(self) -> Iterator[tuple[Path, list[KeptVersion]]]:
+        """All that is kept at one moment: a directory <digest>/<files> and the rows, by name, newest first.
+
+        Versions known to be damaged have no directory. What is published or deleted meanwhile changes nothing in it.
+        Raises `StoreUnavailable`.
+        """
+        with self.stage() as staging:
+            with storage_errors("taking a snapshot"):
+                rows = link_all(self._index, self._files, staging.directory)
+            yield staging.directory, rows
+
+    def restore(self, copy: AdapterCopy, *, replace: bool) -> bool:
+        """Enter a name with all its versions at once; False if it is there already and not to be replaced.
+
+        Raises `InvalidAdapterName`, `AdapterCorrupt` if files do not have the digest they should have,
+        `AdapterRejected`, `StoreUnavailable`; then nothing changed.
+        """
+        self.check_name(copy.name)
+        with storage_errors("restoring"):
+            unkept = install_copy(self._index, self._files, copy, replace=replace)
+        self._changed(unkept or ())
+        return unkept is not None
 
     def _record(self, kept: list[KeptVersion]) -> AdapterRecord:
-        with self._lease_lock:
-            references = self._leases_by_name[kept[0].upload.name]
+        references = self._leases.of_name(kept[0].upload.name)
         return adapter_record(kept, served_base_id=self._served_base_id, references=references)
 
     def _release(self, lease: Lease) -> None:
-        with self._lease_lock:
-            for counter, key in ((self._leases, lease.version), (self._leases_by_name, lease.name)):
-                counter[key] -= 1
-                if counter[key] == 0:
-                    del counter[key]
-            is_last = lease.version in self._unkept and lease.version not in self._leases
-        if is_last:
-            self._collect([lease.version])
+        ended = self._leases.end(lease.name, lease.version)
+        if ended.retired:
+            self._upkeep.retired(lease.version)
+        if ended.unkept:
+            self._upkeep.collect([lease.version])
 
-    def _collect(self, versions: Iterable[str]) -> None:
-        """Remove the files of versions that no name keeps and nobody leases; what is leased goes with its last lease.
-
-        What cannot be removed now is left to the next opening.
-        """
-        for version in versions:
-            try:
-                with storage_errors("removing a version"):
-                    outgoing = self._withdraw(version)
-                    if outgoing is not None:
-                        self._files.erase(outgoing)
-            except StoreUnavailable as error:
-                logger.warning("version %.12s stays on disk: %s", version, error)
-
-    def _withdraw(self, version: str) -> Path | None:
-        with self._index.write() as index, self._lease_lock:
-            self._unkept.discard(version)
-            if version in index.digests() or not self._files.is_owner:
-                return None
-            if version in self._leases:
-                self._unkept.add(version)
-                return None
-            return self._files.withdraw(version)
-
-    def _warn_of_reserved_names(self) -> None:
-        with storage_errors("listing"):
-            shadowed = [name for name in sorted(self._reserved_names) if self._index.kept(name)]
-        for name in shadowed:
-            logger.warning("the adapter %s is shadowed by the base model, which is now served under its name", name)
-
-    def _remove_leftovers(self) -> None:
-        if self._files.is_owner:
-            with storage_errors("removing leftovers"), self._index.write() as index:
-                self._files.remove_leftovers(keep=index.digests())
-
-
-def _unknown(name: str) -> AdapterNotFound:
-    return AdapterNotFound(
-        f"there is no adapter {name}" if NAME_PATTERN.fullmatch(name) else "no adapter has this name"
-    )
+    def _changed(self, unkept: Collection[str]) -> None:
+        """The index has changed: these versions are in it no more."""
+        self._upkeep.note_change()
+        self._upkeep.collect(unkept)

@@ -2,11 +2,13 @@
 
 <root>/versions/<digest>/   adapter_config.json, adapter_model.safetensors, card.json?, fingerprint.json?; never changed
 <root>/staging/             uploads on their way in, and versions on their way out
+<root>/quarantine/<digest>/ what was found damaged where a version belongs, until it is uploaded again or forgotten
 <root>/lock                 held by the store's owner, the one process that removes what is no longer needed
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -24,6 +26,8 @@ from loramux_adapters.safetensors_header import open_regular
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _INCOMING = "incoming-"
 _OUTGOING = "outgoing-"
+# Of a file that is lost, in contrast to one that cannot be read at this moment (too many open files, say).
+_LOST = (errno.ENOENT, errno.EIO, errno.ELOOP, errno.ENOTDIR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,8 @@ class VersionFiles:
         self._staging = root / "staging"
         self._versions.mkdir(parents=True, exist_ok=True)
         self._staging.mkdir(exist_ok=True)
+        self._quarantine = root / "quarantine"
+        self._quarantine.mkdir(exist_ok=True)
         _sync(root)
         self._lock = open(root / "lock", "ab")
         self.is_owner = owner
@@ -89,14 +95,28 @@ class VersionFiles:
         _sync(staging.directory)
         return nbytes
 
+    def exists(self, digest: str) -> bool:
+        """Whether anything is where the version's files belong."""
+        return self.directory(digest).exists()
+
+    def stored(self) -> set[str]:
+        """The digests for which there are files."""
+        return {path.name for path in self._versions.iterdir() if _DIGEST.fullmatch(path.name)}
+
     def is_broken(self, digest: str) -> bool:
-        """Whether the version's files are there but no longer have this digest; reads all of them."""
+        """Whether the version's files are there but no longer have this digest; reads all of them.
+
+        Raises OSError if that cannot be told now.
+        """
         directory = self.directory(digest)
         if not directory.exists():
             return False
         try:
             return digest_of(read_config(directory), directory) != digest
-        except (AdapterRejected, OSError):
+        except (AdapterRejected, OSError) as error:
+            cause = error.__cause__ if isinstance(error, AdapterRejected) else error
+            if isinstance(cause, OSError) and cause.errno not in _LOST:
+                raise cause from None
             return True
 
     def install(self, staging: Staging, digest: str, *, replace: bool) -> None:
@@ -123,15 +143,40 @@ class VersionFiles:
         os.rename(directory, outgoing)
         return outgoing
 
+    def quarantine(self, digest: str) -> Path:
+        """Move a version's files aside, if there are any; returns where they are then."""
+        aside = self._quarantine / digest
+        if self.exists(digest):
+            self.release_quarantine(digest)
+            os.rename(self.directory(digest), aside)
+        return aside
+
+    def release_quarantine(self, digest: str) -> None:
+        """Free the disk of what was set aside, if anything was."""
+        aside = self._quarantine / digest
+        if aside.exists():
+            shutil.rmtree(aside)
+
+    def link(self, digest: str, target: Path) -> None:
+        """Give a version's files a second name in a new directory: they stay readable if the version goes."""
+        target.mkdir()
+        for path in self.directory(digest).iterdir():
+            os.link(path, target / path.name, follow_symlinks=False)
+
     def erase(self, outgoing: Path) -> None:
         """Free the disk of what was withdrawn; large files take a moment."""
         shutil.rmtree(outgoing)
 
-    def remove_leftovers(self, keep: Collection[str]) -> None:
-        """Remove staging directories whose process is gone, and versions that are not in `keep`; nothing else."""
-        for path in list(self._versions.iterdir()):
-            if _DIGEST.fullmatch(path.name) and path.name not in keep:
-                self.withdraw(path.name)
+    def remove_leftovers(self, keep: Collection[str], corrupt: Collection[str]) -> None:
+        """Remove staging directories whose process is gone, and versions that are not in `keep`; nothing else.
+
+        Of what was set aside, that of the versions in `corrupt` stays.
+        """
+        for digest in self.stored() - set(keep):
+            self.withdraw(digest)
+        for path in list(self._quarantine.iterdir()):
+            if _DIGEST.fullmatch(path.name) and path.name not in corrupt:
+                shutil.rmtree(path)
         for path in list(self._staging.iterdir()):
             if path.name.startswith(_OUTGOING) or (path.name.startswith(_INCOMING) and _is_abandoned(path)):
                 shutil.rmtree(path)

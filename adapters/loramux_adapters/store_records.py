@@ -6,21 +6,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from loramux_adapters.store_index import KeptVersion, Upload
+from loramux_adapters.store_rows import KeptVersion
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """`outcome`: "unchanged" if the name already pointed at this version."""
+    """What a name points at now.
+
+    `outcome`: "unchanged" if it already did; "repaired" if, besides, the version's stored files had been damaged.
+    """
 
     name: str
     version: str
-    outcome: Literal["created", "updated", "unchanged"]
+    outcome: Literal["created", "updated", "unchanged", "repaired", "rolled_back"]
 
 
 @dataclass(frozen=True, slots=True)
 class VersionRecord:
-    """A version that a name keeps. `created`: when the name got it, unix seconds; `nbytes`: of its files."""
+    """A version that a name keeps. `created`: when the name got it, unix seconds; `nbytes`: of its files;
+    `corrupt`: they were found damaged, and the version cannot be used until it is uploaded again; `fingerprint`: how
+    the one it came with was replayed, "none" if nobody has.
+    """
 
     version: str
     rank: int
@@ -28,6 +34,8 @@ class VersionRecord:
     nbytes: int
     created: int
     base_verified: bool
+    corrupt: bool
+    fingerprint: str = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +43,9 @@ class AdapterRecord:
     """A name, the version it points at, and those it keeps.
 
     Attributes:
-        version, rank, target_modules, nbytes, base_verified: of the current version.
+        version, rank, target_modules, nbytes, base_verified, corrupt, fingerprint: of the current version.
         created, updated: of the name, unix seconds.
+        pinned: it is to stay in memory.
         versions: newest first, the current one among them.
         references: leases that are open under this name, on whichever version.
     """
@@ -49,8 +58,11 @@ class AdapterRecord:
     created: int
     updated: int
     base_verified: bool
+    corrupt: bool
+    pinned: bool
     versions: list[VersionRecord]
     references: int
+    fingerprint: str = "none"
 
 
 class Lease:
@@ -82,7 +94,7 @@ class Lease:
 
 def adapter_record(kept: Sequence[KeptVersion], *, served_base_id: str | None, references: int) -> AdapterRecord:
     """The record of one name from the versions it keeps, newest first."""
-    versions = [_version_record(version.upload, served_base_id) for version in kept]
+    versions = [_version_record(row, served_base_id) for row in kept]
     ((current, shown),) = ((row, record) for row, record in zip(kept, versions, strict=True) if row.current)
     return AdapterRecord(
         name=current.upload.name,
@@ -93,12 +105,16 @@ def adapter_record(kept: Sequence[KeptVersion], *, served_base_id: str | None, r
         created=current.name_created,
         updated=current.name_updated,
         base_verified=shown.base_verified,
+        corrupt=shown.corrupt,
+        pinned=current.name_pinned,
         versions=versions,
         references=references,
+        fingerprint=shown.fingerprint,
     )
 
 
-def _version_record(upload: Upload, served_base_id: str | None) -> VersionRecord:
+def _version_record(row: KeptVersion, served_base_id: str | None) -> VersionRecord:
+    upload = row.upload
     return VersionRecord(
         version=upload.digest,
         rank=upload.rank,
@@ -106,4 +122,6 @@ def _version_record(upload: Upload, served_base_id: str | None) -> VersionRecord
         nbytes=upload.nbytes,
         created=upload.created,
         base_verified=upload.base_id is not None and upload.base_id == (served_base_id or upload.base_id),
+        corrupt=row.corrupt,
+        fingerprint=upload.fingerprint,
     )

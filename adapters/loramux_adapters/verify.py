@@ -58,6 +58,7 @@ class Checked:
         target_modules: last parts of the module paths that carry weights ("q_proj"), sorted.
         base_id: that the adapter names, None if it names none.
         base_verified: it names the base that is served.
+        fingerprint: how its fingerprint was replayed; "none" until somebody does.
     """
 
     config: AdapterConfig
@@ -65,6 +66,7 @@ class Checked:
     target_modules: list[str]
     base_id: str | None
     base_verified: bool
+    fingerprint: str = "none"
 
 
 def check_adapter(directory: Path, base: BaseInfo, max_rank: int, *, force: bool = False) -> Checked:

@@ -11,13 +11,18 @@ from prometheus_client.registry import Collector
 
 BASE = "base"  # rows without an adapter
 OTHER = "other"  # adapters beyond the bound, and what folded series once counted
+COMPOSED = "composed"  # the sum of several adapters: a name with a "+" in it, which no adapter has
 UNKNOWN = "unknown"  # requests refused before it was known which model they meant
 OUTCOMES = ("stop", "length", "abort", "error", "rejected")
 
 
 def label_of(name: str) -> str:
     """The label value of an adapter. No name holds a `:`, so the reserved values stay free."""
-    return f"adapter:{name}" if name in (BASE, OTHER, UNKNOWN) else name
+    return f"adapter:{name}" if name in (BASE, OTHER, COMPOSED, UNKNOWN) else name
+
+
+def _is_composed(name: str) -> bool:
+    return "+" in name
 
 
 @dataclass(slots=True)
@@ -39,7 +44,8 @@ class _Counts:
 class AdapterCounters(Collector):
     """Requests and tokens by adapter. Any thread, under its lock; each call is a dictionary look-up and an addition.
 
-    The first `bound` names that are claimed have a label of their own until they are retired (deleted); others count as
+    A request of several adapters counts once, as `composed`, and under none of their names. Of single adapters, the
+    first `bound` names that are claimed have a label of their own until they are retired (deleted); others count as
     `other`. A retired name's series stays as it is until its place is needed for another name; only then are its
     counts moved into `other`, in one step, so a sum over adapters never decreases. A name that returns before that goes
     on where it was. Only `claim` gives out places: a request that outlives its deleted adapter takes none.
@@ -52,6 +58,7 @@ class AdapterCounters(Collector):
         self._retired: dict[str, None] = {}  # the part of `_named` that may be replaced, longest retired first
         self._base = _Counts(requests=dict.fromkeys(OUTCOMES, 0))
         self._other = _Counts()
+        self._composed = _Counts()
         self._unknown = _Counts()
 
     def claim(self, name: str) -> None:
@@ -59,6 +66,8 @@ class AdapterCounters(Collector):
         with self._lock:
             if name in self._named:
                 self._retired.pop(name, None)
+                return
+            if _is_composed(name):
                 return
             if len(self._named) >= self._bound:
                 if not self._retired:
@@ -98,11 +107,14 @@ class AdapterCounters(Collector):
             self._unknown.requests[outcome] = self._unknown.requests.get(outcome, 0) + 1
 
     def _of(self, adapter: str | None) -> _Counts:
-        return self._base if adapter is None else self._named.get(adapter, self._other)
+        if adapter is None:
+            return self._base
+        return self._composed if _is_composed(adapter) else self._named.get(adapter, self._other)
 
     def _snapshot(self) -> list[tuple[str, _Counts]]:
         with self._lock:
             rows = [(BASE, self._base), (OTHER, self._other), (UNKNOWN, self._unknown)]
+            rows += [(COMPOSED, self._composed)] if self._composed != _Counts() else []
             rows += [(label_of(name), counts) for name, counts in self._named.items()]
             return [(label, counts.copy()) for label, counts in rows]
 

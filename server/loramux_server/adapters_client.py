@@ -54,6 +54,18 @@ class AdaptersClient:
         """Unregisters the adapter; requests that run on it finish."""
         self._call("DELETE", _path(name))
 
+    def rollback(self, name: str, version: str | None = None) -> dict[str, Any]:
+        """Points the adapter at the version before, or at the kept one whose digest starts with `version`."""
+        query = "?" + urlencode({"version": version}) if version is not None else ""
+        return self._call("POST", _path(name) + "/rollback" + query).body
+
+    def pin(self, name: str) -> None:
+        """Keeps the adapter in memory."""
+        self._call("POST", _path(name) + "/pin")
+
+    def unpin(self, name: str) -> None:
+        self._call("DELETE", _path(name) + "/pin")
+
     def push(
         self,
         name: str,

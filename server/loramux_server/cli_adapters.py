@@ -1,4 +1,4 @@
-"""`loramux adapters push|pull|list|show|rm`: the adapters of a running server, through its HTTP API."""
+"""`loramux adapters push|pull|list|show|rollback|pin|unpin|rm`: adapters of a running server, through its HTTP API."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from loramux_server import cli_backup
 from loramux_server.adapters_client import AdaptersClient
 
 URL_VARIABLE = "LORAMUX_URL"
@@ -23,8 +24,8 @@ SHORT_VERSION = 12  # digits of a digest, enough to tell versions apart
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "adapters",
-        help="manage the adapters of a running server",
-        description="Manage the adapters of a running server through its HTTP API.",
+        help="manage the adapters of a running server, back up its store",
+        description="Manage the adapters of a running server through its HTTP API, and back up and restore its store.",
         epilog=f"A key is taken from {KEY_VARIABLES[0]}, or else from {KEY_VARIABLES[1]}.",
         allow_abbrev=False,
     )
@@ -48,8 +49,20 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     show.add_argument("name", metavar="NAME")
     show.add_argument("--json", action="store_true", help="print the server's own JSON")
 
+    rollback = _action(actions, "rollback", _rollback, "go back to the version before, for requests from now on")
+    rollback.add_argument("name", metavar="NAME")
+    rollback.add_argument("--version", metavar="DIGEST", help="go to this kept version; its first 8 digits are enough")
+
+    pin = _action(actions, "pin", _pin, "keep an adapter in memory, whichever version it points at")
+    pin.add_argument("name", metavar="NAME")
+
+    unpin = _action(actions, "unpin", _unpin, "let an adapter leave memory when others need the room")
+    unpin.add_argument("name", metavar="NAME")
+
     remove = _action(actions, "rm", _remove, "unregister an adapter; requests that run on it finish")
     remove.add_argument("name", metavar="NAME")
+
+    cli_backup.add_actions(actions)
 
 
 def _action(
@@ -66,7 +79,7 @@ def _action(
         act(args, AdaptersClient(args.url or environ.get(URL_VARIABLE) or DEFAULT_URL, key))
         return 0
 
-    parser.set_defaults(run=run, parser=parser, flags=["--url", "--name", "--validate-only", "--json"])
+    parser.set_defaults(run=run, parser=parser, flags=["--url", "--name", "--validate-only", "--version", "--json"])
     return parser
 
 
@@ -108,6 +121,22 @@ def _show(args: argparse.Namespace, client: AdaptersClient) -> None:
     for field, value in adapter.items():
         text = value if isinstance(value, str) else json.dumps(value)
         print(f"{field:<{width}}  {text}")
+
+
+def _rollback(args: argparse.Namespace, client: AdaptersClient) -> None:
+    reply = client.rollback(args.name, args.version)
+    done = "already is" if reply.get("outcome") == "unchanged" else "rolled back to"
+    print(f"{args.name} {done} version {_short(reply.get('version'))}")
+
+
+def _pin(args: argparse.Namespace, client: AdaptersClient) -> None:
+    client.pin(args.name)
+    print(f"{args.name} pinned")
+
+
+def _unpin(args: argparse.Namespace, client: AdaptersClient) -> None:
+    client.unpin(args.name)
+    print(f"{args.name} unpinned")
 
 
 def _remove(args: argparse.Namespace, client: AdaptersClient) -> None:

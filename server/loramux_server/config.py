@@ -58,6 +58,24 @@ class ServeConfig:
         "directory whose subdirectories are adapters to publish at start, but for names that can be served already",
         group="adapters",
     )
+    watch_dir: Path | None = setting(
+        None,
+        "directory whose subdirectories are published under their names, now and whenever one changes; one that "
+        "disappears unregisters nothing",
+        group="adapters",
+    )
+    watch_seconds: float = setting(
+        2.0, "how often --watch-dir is looked at, in seconds", group="adapters", between=(0, 3600)
+    )
+    lora_path_root: Path | None = setting(
+        None,
+        "directory below which vLLM's load_lora_adapter may load; without it there is no such call",
+        group="adapters",
+        unset="no such call",
+    )
+    keep_versions: int = setting(
+        2, "versions that each adapter keeps, to go back to", group="adapters", between=(1, 1000)
+    )
     max_lora_rank: int = setting(256, "largest rank an adapter may have", group="adapters", between=(1, 4096))
     max_upload_mib: int = setting(1024, "largest upload, in MiB", group="adapters", between=(1, 1 << 20))
     adapter_memory_mib: int = setting(512, "device memory for adapters, in MiB", group="adapters", between=(1, 1 << 20))
@@ -125,6 +143,8 @@ class ServeConfig:
                 "--served-model-name must start with a letter or digit and hold only letters, digits and ._/-, "
                 f"not {self.served_model_name!r} (`:` and `@` separate a base, an adapter and a version)"
             )
+        if self.watch_seconds < 0.1:
+            raise ConfigError(f"--watch-seconds must be at least 0.1, not {self.watch_seconds}")
         if self.max_batch_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"--max-batch-tokens ({self.max_batch_tokens}) must be at least --max-num-seqs ({self.max_num_seqs}): "

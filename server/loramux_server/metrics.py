@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from loramux_server.adapter_counters import AdapterCounters
+from loramux_server.levels import POOLS, Levels, LevelsCollector
+
+__all__ = ["CONTENT_TYPE", "POOLS", "VERIFICATIONS", "HostCacheMetrics", "Levels", "Metrics"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -23,37 +25,9 @@ _REQUEST = (0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 45
 _QUEUE = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 _LOAD = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _SEQUENCES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024)
+# What can come of checking an adapter: it names this base, no base, or another one but was forced; it was refused.
+VERIFICATIONS = ("verified", "unverified", "forced", "rejected", "base_mismatch")
 _ADAPTERS = (0, 1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256)
-
-POOLS = ("base", "adapter_device", "adapter_host", "kv", "overhead")
-
-
-@dataclass(frozen=True, slots=True)
-class Levels:
-    """How full everything is at one moment; asked for once per scrape.
-
-    Attributes:
-        running, waiting: sequences that hold KV blocks, and sequences in the queue.
-        kv_blocks_used, kv_blocks: blocks of the KV cache, taken and in all.
-        adapters_device, adapters_host: adapter versions resident there.
-        pool_bytes: bytes held, by pool (`POOLS`).
-        base_bytes: size of the resident base model.
-        slot_rows: rank rows of the device's adapter memory.
-        device_versions: the versions resident there.
-        waiting_adapters: names that sequences in the queue asked for.
-    """
-
-    running: int = 0
-    waiting: int = 0
-    kv_blocks_used: int = 0
-    kv_blocks: int = 0
-    adapters_device: int = 0
-    adapters_host: int = 0
-    pool_bytes: Mapping[str, int] = field(default_factory=dict)
-    base_bytes: int = 0
-    slot_rows: int = 0
-    device_versions: Collection[str] = ()
-    waiting_adapters: Collection[str] = ()
 
 
 class Metrics:
@@ -66,7 +40,7 @@ class Metrics:
         """`adapter_labels` bounds the adapters that have a label of their own; see `AdapterCounters`."""
         registry = CollectorRegistry()
         self._adapters = AdapterCounters(adapter_labels)
-        self._levels = _LevelsCollector()
+        self._levels = LevelsCollector()
         registry.register(self._adapters)
         registry.register(self._levels)
         self._exposed = _WithoutCreated(registry)
@@ -103,7 +77,36 @@ class Metrics:
             registry=registry,
         )
         self._aborts = Counter("loramux_aborts", "Requests whose client left before the end", registry=registry)
-        self._registered = Gauge("loramux_adapters_registered", "Adapters in the store", registry=registry)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(name, text, registry=registry)
+
+        self._registered = gauge("loramux_adapters_registered", "Adapters in the store")
+        self._pinned = gauge("loramux_adapters_pinned", "Adapters in the store that are to stay in memory")
+        self._versions = gauge("loramux_adapter_versions", "Adapter versions that the store keeps")
+        self._corrupt = gauge("loramux_adapter_versions_corrupt", "Kept versions whose stored files are damaged")
+        self._verifications = Counter(
+            "loramux_adapter_verifications",
+            "Adapters that were checked against the base, by outcome",
+            labelnames=["outcome"],
+            registry=registry,
+        )
+        for outcome in VERIFICATIONS:
+            self._verifications.labels(outcome)
+        proofs = Counter(
+            "loramux_adapter_proofs",
+            "Adapters that were tried out on the engine, by effect (acts, none) and by how their fingerprint replayed",
+            labelnames=["effect", "fingerprint"],
+            registry=registry,
+        )
+        self._proofs = {
+            (acts, outcome): proofs.labels("acts" if acts else "none", outcome)
+            for acts in (True, False)
+            for outcome in ("exact", "within_tolerance", "mismatch", "none")
+        }
+        self._watch_failures = Counter(
+            "loramux_watch_failures", "Changes in the watched directory that could not be published", registry=registry
+        )
 
     # engine thread
 
@@ -170,6 +173,24 @@ class Metrics:
         self._registered.set(len(names))
         self._adapters.retire_all_but(names)
 
+    def stored(self, *, versions: int, corrupt: int, pinned: int) -> None:
+        """What the store keeps now: distinct versions, those of them that are damaged, and pinned names."""
+        self._versions.set(versions)
+        self._corrupt.set(corrupt)
+        self._pinned.set(pinned)
+
+    def verified(self, outcome: str) -> None:
+        """An adapter was checked; outcome is one of `VERIFICATIONS`."""
+        self._verifications.labels(outcome).inc()
+
+    def proved(self, *, acts: bool, fingerprint: str) -> None:
+        """An adapter was tried out: whether it changes any logit, and how its fingerprint replayed."""
+        self._proofs[acts, fingerprint].inc()
+
+    def watch_failed(self) -> None:
+        """A change in the watched directory could not be published."""
+        self._watch_failures.inc()
+
     # composition root
 
     def read_levels_from(self, source: Callable[[], Levels]) -> None:
@@ -200,38 +221,6 @@ class HostCacheMetrics:
 
     def evicted(self) -> None:
         self._evictions.inc()
-
-
-class _LevelsCollector(Collector):
-    """Gauges that are read, not kept: one consistent snapshot per scrape."""
-
-    def __init__(self) -> None:
-        self.source: Callable[[], Levels] = Levels
-
-    def describe(self) -> Iterable[Metric]:
-        return self._families(Levels())
-
-    def collect(self) -> Iterator[Metric]:
-        yield from self._families(self.source())
-
-    def _families(self, levels: Levels) -> list[Metric]:
-        usage = levels.kv_blocks_used / levels.kv_blocks if levels.kv_blocks else 0.0
-        pools = GaugeMetricFamily("loramux_pool_bytes", "Memory held, by pool", labels=["pool"])
-        for pool in POOLS:
-            pools.add_metric([pool], levels.pool_bytes.get(pool, 0))
-        return [
-            GaugeMetricFamily("loramux_requests_running", "Sequences in the batch", value=levels.running),
-            GaugeMetricFamily("loramux_requests_waiting", "Sequences in the queue", value=levels.waiting),
-            GaugeMetricFamily("loramux_kv_blocks_used", "KV cache blocks in use", value=levels.kv_blocks_used),
-            GaugeMetricFamily("loramux_kv_blocks", "KV cache blocks in all", value=levels.kv_blocks),
-            GaugeMetricFamily("loramux_kv_usage_ratio", "Share of the KV cache in use, 0 to 1", value=usage),
-            GaugeMetricFamily(
-                "loramux_adapters_device", "Adapter versions on the device", value=levels.adapters_device
-            ),
-            GaugeMetricFamily("loramux_adapters_host", "Adapter versions in host memory", value=levels.adapters_host),
-            GaugeMetricFamily("loramux_base_memory_bytes", "Size of the resident base model", value=levels.base_bytes),
-            pools,
-        ]
 
 
 class _WithoutCreated(Collector):

@@ -1,4 +1,4 @@
-"""Publishes adapters from a directory at start, through the same check as an upload."""
+"""Publishes adapters that lie in directories, through the same check as an upload; at start, those of --preload."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from loramux_adapters.base_info import BaseInfo
-from loramux_adapters.errors import AdapterError, AdapterNotFound, BaseMismatch
-from loramux_adapters.store import AdapterStore
-from loramux_adapters.verify import check_adapter
+from loramux_adapters.errors import AdapterCorrupt, AdapterError, AdapterNotFound, BaseMismatch
+from loramux_adapters.format import CONFIG_FILE, KNOWN_FILES
+from loramux_adapters.store import AdapterStore, Published
+from loramux_adapters.verify import Checked, check_adapter
 from loramux_server.errors import ConfigError
-
-FILES = ("adapter_config.json", "adapter_model.safetensors", "card.json", "fingerprint.json")
 
 
 def preload(
@@ -20,8 +19,8 @@ def preload(
 ) -> None:
     """Publishes every subdirectory that holds an adapter under its own name, unless that name can be used already.
 
-    A registered adapter that was checked against another base cannot: it is replaced. An adapter that cannot be read,
-    or not be served on this base, is left out, with a note; the server starts all the same.
+    A registered adapter that was checked against another base, or whose files are damaged, cannot: it is replaced. An
+    adapter that cannot be read, or not be served on this base, is left out, with a note; the server starts anyway.
     Raises:
         ConfigError: there is no such directory, or it cannot be read.
     """
@@ -31,34 +30,50 @@ def preload(
         raise ConfigError(f"--preload: cannot read the directory {directory}: {error.strerror}") from error
     for source in sources:
         try:
-            if (source / FILES[0]).is_file() and not _is_usable(store, source.name):
+            if (source / CONFIG_FILE).is_file() and not is_usable(store, source.name):
                 note(_publish(store, source, base, max_rank))
         except (AdapterError, OSError) as error:
             note(f"left out {source.name}: {error}")
 
 
-def _is_usable(store: AdapterStore, name: str) -> bool:
+def is_usable(store: AdapterStore, name: str) -> bool:
     """Whether requests for this name are served as the store is now."""
     try:
         store.acquire(name).release()
-    except (AdapterNotFound, BaseMismatch):
+    except (AdapterNotFound, AdapterCorrupt, BaseMismatch):
         return False
     return True
 
 
-def _publish(store: AdapterStore, source: Path, base: BaseInfo, max_rank: int) -> str:
-    """Returns what was done, in one line."""
-    store.check_name(source.name)
+def publish_files(
+    store: AdapterStore, name: str, fill: Callable[[Path], object], check: Callable[[Path], Checked]
+) -> tuple[Published, Checked]:
+    """Has `fill` put an adapter's files into a fresh directory, checks them there, and makes them the current version.
+
+    Raises what `fill` and `check` raise, and InvalidAdapterName, AdapterRejected, StoreUnavailable.
+    """
+    store.check_name(name)
     with store.stage() as staging:
-        for name in FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, staging.directory / name)
-        checked = check_adapter(staging.directory, base, max_rank)
-        store.publish(
-            source.name,
+        fill(staging.directory)
+        checked = check(staging.directory)
+        published = store.publish(
+            name,
             staging,
             rank=checked.rank,
             base_id=checked.base_id,
             target_modules=checked.target_modules,
+            proof=checked.fingerprint,
         )
+    return published, checked
+
+
+def _publish(store: AdapterStore, source: Path, base: BaseInfo, max_rank: int) -> str:
+    """Returns what was done, in one line."""
+
+    def fill(target: Path) -> None:
+        for name in KNOWN_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, target / name)
+
+    _, checked = publish_files(store, source.name, fill, lambda files: check_adapter(files, base, max_rank))
     return f"published {source.name} (rank {checked.rank}, {', '.join(checked.target_modules)})"

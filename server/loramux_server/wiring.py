@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import time
@@ -13,18 +14,16 @@ import torch
 from fastapi import FastAPI
 from transformers.utils import logging as transformers_logging
 
-from loramux_adapters.base_info import BaseInfo
 from loramux_adapters.host_cache import HostCache
-from loramux_adapters.lora_linear import AdapterSlots, head_path, row_bytes
+from loramux_adapters.lora_linear import AdapterSlots, head_path
 from loramux_adapters.memory import resident_bytes as process_bytes
 from loramux_adapters.memory import returning_memory
 from loramux_adapters.ops import select_add_lora
-from loramux_adapters.slots import SMALLEST_RANK, SlotTable
+from loramux_adapters.slots import SlotTable
+from loramux_adapters.staged import StagedVersions
 from loramux_adapters.store import AdapterStore
-from loramux_adapters.verify import Checked, check_adapter
 from loramux_server.api.app import create_app
 from loramux_server.api.deps import Base, Deps, Keys, Limits
-from loramux_server.api.ports import CheckPort
 from loramux_server.base.loader import BaseModel, load_base_model, resident_bytes
 from loramux_server.base.tokenizer import BaseTokenizer
 from loramux_server.config import ServeConfig, is_loopback
@@ -37,10 +36,14 @@ from loramux_server.engine.kv_cache import BLOCK_SIZE, KVCache, KVShape
 from loramux_server.engine.model_runner import ModelRunner
 from loramux_server.engine.scheduler import Scheduler, SchedulerConfig
 from loramux_server.engine.start_check import Checker, StartCheck
-from loramux_server.errors import BaseModelError, ConfigError
+from loramux_server.errors import ConfigError
 from loramux_server.metrics import Levels, Metrics
+from loramux_server.numerics import numerics_id
 from loramux_server.preload import preload
+from loramux_server.proof import Prover
 from loramux_server.startup import Stages
+from loramux_server.wiring_lifecycle import CountedCheck, Lifecycle, pin_bytes
+from loramux_server.wiring_sizes import arena_rows, device_of, num_blocks, vocabulary_of
 from loramux_server.wiring_summary import MIB, summary
 
 
@@ -54,14 +57,17 @@ class Server:
     client: EngineClient
     store: AdapterStore
     host_cache: HostCache
+    lifecycle: Lifecycle
 
     async def start(self) -> None:
         await self.client.start()
+        self.lifecycle.start()
 
     async def drain(self, timeout: float) -> None:
         await self.client.drain(timeout)
 
     async def stop(self) -> None:
+        await asyncio.to_thread(self.lifecycle.stop)
         await self.client.drain(0.0)
         self.host_cache.close()
         self.store.close()
@@ -76,7 +82,7 @@ def build(config: ServeConfig, stages: Stages) -> Server:
     """
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    device = _device(config.device)
+    device = device_of(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     cache_dir = config.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "loramux"
@@ -86,8 +92,14 @@ def build(config: ServeConfig, stages: Stages) -> Server:
     name = config.served_model_name or base.name
     metrics = Metrics(config.metrics_adapter_labels)
     with stages.stage("open the adapter store"):
-        store = AdapterStore(config.adapter_dir, reserved_names=[name], served_base_id=base.base_id)
-    rows = _arena_rows(config, base)
+        store = AdapterStore(
+            config.adapter_dir,
+            reserved_names=[name],
+            served_base_id=base.base_id,
+            keep_versions=config.keep_versions,
+            pin_bytes=pin_bytes(config),
+        )
+    rows = arena_rows(config, base)
     max_rank = min(config.max_lora_rank, 1 << (rows.bit_length() - 1))
     try:
         if config.preload is not None:
@@ -95,21 +107,41 @@ def build(config: ServeConfig, stages: Stages) -> Server:
                 preload(store, config.preload, base.info(), max_rank, note=stages.note)
         with stages.stage("check the base through the engine's own path"):
             parts = Device.build(config, base, shape, store, metrics, rows)
+        check = CountedCheck(base.info(), max_rank, metrics)
+        context = min(config.max_model_len, base.context_length, parts.cache.num_blocks * BLOCK_SIZE)
+
+        def build_prover(forget: Callable[[str], None]) -> Prover:
+            return Prover(
+                parts.client.generate,
+                parts.staged.holding,
+                forget,
+                metrics,
+                base_id=base.base_id,
+                numerics_id=numerics_id(base, parts.attention_kernel, parts.lora_kernel),
+                vocabulary=vocabulary_of(base),
+                context=context,
+            )
+
+        lifecycle = Lifecycle.build(
+            config, store, parts.host_cache, parts.inbox, check, metrics, build_prover, rows=parts.slots.rows
+        )
     except BaseException:
         store.close()
         raise
-    tokenizer = BaseTokenizer(base.tokenizer, getattr(base.model, "generation_config", None), _vocabulary(base))
-    context = min(config.max_model_len, base.context_length, parts.cache.num_blocks * BLOCK_SIZE)
+    tokenizer = BaseTokenizer(base.tokenizer, getattr(base.model, "generation_config", None), vocabulary_of(base))
     app = create_app(
         Deps(
             engine=parts.client,
             store=store,
             tokenizer=tokenizer,
-            check=_checker(base.info(), max_rank),
+            pins=lifecycle.pins,
+            check=check,
+            prove=lifecycle.prover.prove,
             metrics=metrics,
             base=Base(name=name, base_id=base.base_id, context=context, created=int(time.time())),
             keys=Keys(config.api_key, config.admin_key, check_host=is_loopback(config.host)),
             limits=Limits(upload_bytes=config.max_upload_mib * MIB, request_seconds=config.request_timeout),
+            local=lifecycle.local,
         )
     )
     adapters = [record.name for record in store.records() if record.name != name]
@@ -123,6 +155,7 @@ def build(config: ServeConfig, stages: Stages) -> Server:
         client=parts.client,
         store=store,
         host_cache=parts.host_cache,
+        lifecycle=lifecycle,
     )
 
 
@@ -132,7 +165,9 @@ class Device:
 
     slots: AdapterSlots
     cache: KVCache
+    staged: StagedVersions
     host_cache: HostCache
+    inbox: Inbox
     client: EngineClient
     checked: StartCheck
     attention_kernel: str
@@ -146,15 +181,16 @@ class Device:
         add_lora, lora_kernel = select_add_lora(base.device, shape.dtype)
         try:
             slots = AdapterSlots(base.model, rows, add_lora, head=head_path(base.model))
-            cache = KVCache(shape, _num_blocks(config, shape), base.device, tiled=tiled)
+            cache = KVCache(shape, num_blocks(config, shape), base.device, tiled=tiled)
         except (MemoryError, RuntimeError) as error:
             raise ConfigError(
                 f"there is no room on {base.device} for --adapter-memory-mib {config.adapter_memory_mib} and "
                 f"--kv-cache-mib {config.kv_cache_mib}; lower one of them"
             ) from error
         inbox = Inbox(config.max_waiting)
+        staged = StagedVersions(store.load)
         host_cache = HostCache(
-            store.load, config.host_cache_mib * MIB, on_ready=inbox.wake, observer=metrics.host_cache()
+            staged.load, config.host_cache_mib * MIB, on_ready=inbox.wake, observer=metrics.host_cache()
         )
         runner = ModelRunner(
             base.model, slots=slots, cache=cache, attend=attend, host_adapter=host_cache.get, device=base.device
@@ -164,7 +200,7 @@ class Device:
                 runner,
                 slots,
                 base.model,
-                vocabulary=_vocabulary(base),
+                vocabulary=vocabulary_of(base),
                 num_blocks=cache.num_blocks,
                 rows=config.max_num_seqs,
             ).run()
@@ -175,7 +211,7 @@ class Device:
             SchedulerConfig(
                 max_num_seqs=config.max_num_seqs,
                 max_batch_tokens=config.max_batch_tokens,
-                max_prefetch_bytes=config.host_cache_mib * MIB,
+                max_prefetch_bytes=config.host_cache_mib * MIB - pin_bytes(config),
             ),
             KVBlocks(cache.num_blocks, BLOCK_SIZE),
             SlotTable(slots.rows),
@@ -183,7 +219,7 @@ class Device:
         )
         engine = Engine(scheduler, runner, inbox, metrics, watchdog_timeout=config.watchdog_timeout)
         client = EngineClient(engine, in_host=host_cache.holds)
-        return cls(slots, cache, host_cache, client, checked, attention_kernel, lora_kernel)
+        return cls(slots, cache, staged, host_cache, inbox, client, checked, attention_kernel, lora_kernel)
 
     def pools(self, base_bytes: int) -> dict[str, int]:
         """Bytes held, by what they are held for."""
@@ -219,53 +255,15 @@ def _levels(device: Device, base_bytes: int, overhead: int) -> Callable[[], Leve
             slot_rows=stats.slot_rows_total,
             device_versions=stats.resident,
             waiting_adapters=stats.waiting_adapters,
+            lookups={
+                ("device", "hit"): stats.slot_hits,
+                ("device", "miss"): stats.slot_misses,
+                ("host", "hit"): host.hits,
+                ("host", "miss"): host.misses,
+            },
             adapters_host=host.entries,
             pool_bytes=device.pools(base_bytes) | {"overhead": overhead},
             base_bytes=base_bytes,
         )
 
     return read
-
-
-def _device(wanted: str) -> torch.device:
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise ConfigError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-    return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and available) else "cpu")
-
-
-def _arena_rows(config: ServeConfig, base: BaseModel) -> int:
-    """Rank rows that fit into the memory given to adapters, a multiple of the smallest slot."""
-    row = row_bytes(dict(base.linears))
-    rows = config.adapter_memory_mib * MIB // row // SMALLEST_RANK * SMALLEST_RANK
-    if rows == 0:
-        raise ConfigError(
-            f"--adapter-memory-mib {config.adapter_memory_mib} holds no adapter: rank {SMALLEST_RANK} on every layer "
-            f"of this base takes {row * SMALLEST_RANK / MIB:.1f} MiB"
-        )
-    return rows
-
-
-def _num_blocks(config: ServeConfig, shape: KVShape) -> int:
-    blocks = config.kv_cache_mib * MIB // shape.block_bytes
-    if blocks == 0:
-        raise ConfigError(f"--kv-cache-mib {config.kv_cache_mib} holds not even {BLOCK_SIZE} tokens of this base")
-    return blocks
-
-
-def _vocabulary(base: BaseModel) -> int:
-    """Ids that have an embedding."""
-    embedding = base.model.get_input_embeddings()  # type: ignore[operator]
-    size = int(embedding.num_embeddings)
-    if size < 1:
-        raise BaseModelError("the base has no token embeddings")
-    return size
-
-
-def _checker(base: BaseInfo, max_rank: int) -> CheckPort:
-    """The upload check, bound to the base that is served."""
-
-    def check(directory: Path, *, force: bool) -> Checked:
-        return check_adapter(directory, base, max_rank, force=force)
-
-    return check

@@ -21,14 +21,23 @@ PROMPTS = [
 ]
 
 
+# sums of two, three and eight adapters of different rank and targets
+SUMS = [[(0, 0.7), (1, 0.5)], [(4, 1.0), (2, -0.3), (9, 0.25)], [(index, 0.4) for index in range(5, 13)]]
+
+
+def listed(parts: list[tuple[int, float]]) -> list[dict[str, Any]]:
+    """The field `adapters` for these."""
+    return [{"name": ADAPTERS[index], "scale": scale} for index, scale in parts]
+
+
 def requests() -> list[dict[str, Any]]:
-    """Base and adapter rows, greedy and seeded, of different lengths."""
+    """Base rows, rows of one adapter and of several, greedy and seeded, of different lengths."""
     made = []
-    for index, model in enumerate([*ADAPTERS, BASE, BASE, BASE, BASE]):
+    for index, model in enumerate([*ADAPTERS, BASE, BASE, BASE, BASE, *map(listed, SUMS)]):
         sampling = {"temperature": 0} if index % 3 else {"temperature": 0.8, "seed": index, "top_p": 0.9}
         made.append(
             {
-                "model": model,
+                **({"model": model} if isinstance(model, str) else {"model": BASE, "adapters": model}),
                 "prompt": PROMPTS[index % len(PROMPTS)],
                 "max_tokens": 8 + index % 5,
                 "logprobs": 3,
@@ -87,6 +96,33 @@ def test_every_reply_of_a_mixed_batch_equals_the_same_request_alone(server: Real
     ):
         assert first == expected, body
         assert second == expected, body
+
+
+def test_a_sum_is_the_same_in_any_order_and_a_sum_of_one_is_that_adapter(server: RealServer) -> None:
+    body = {"prompt": PROMPTS[1], "max_tokens": 8, "temperature": 0, "logprobs": 3}
+    parts = listed(SUMS[1])
+    assert ask(server, body | {"model": BASE, "adapters": parts}) == ask(
+        server, body | {"model": BASE, "adapters": parts[::-1]}
+    )
+    plain = ask(server, body | {"model": ADAPTERS[4]})
+    assert ask(server, body | {"model": BASE, "adapters": listed([(4, 1.0)])}) == plain
+    assert ask(server, body | {"model": BASE, "adapters": listed([(4, 1.0), (2, 0.0)])}) == plain
+    assert ask(server, body | {"model": BASE, "adapters": listed([(4, 0.0)])}) == ask(server, body | {"model": BASE})
+    assert ask(server, body | {"model": BASE, "adapters": listed([(4, 0.5)])}) != plain
+
+
+def test_a_sum_names_the_versions_that_answered_and_is_refused_whole_if_one_is_unknown(server: RealServer) -> None:
+    parts = listed([(index, 1.0) for index in range(8)])
+    body = {"model": BASE, "prompt": "x", "max_tokens": 1, "adapters": parts}
+    with server.client() as client:
+        response = client.post("/v1/completions", json=body)
+        assert response.status_code == 200
+        known = server.adapters()
+        named = ",".join(f"{part['name']}@{known[part['name']]['version']}" for part in parts)
+        assert response.headers["x-loramux-adapter-version"] == named
+        body["adapters"] = [*parts[:7], {"name": "nobody", "scale": 1.0}]
+        assert client.post("/v1/completions", json=body).status_code == 404
+        assert all(adapter["requests"] == 0 for adapter in server.adapters().values())
 
 
 def test_the_server_says_that_it_checked_this(server: RealServer) -> None:

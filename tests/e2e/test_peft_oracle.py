@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from real_adapters import ADAPTERS
 
-from loramux_adapters.slots import Slot, bucket_of
+from loramux_adapters.slots import ScaledSlot, Slot, bucket_of
 from loramux_adapters.weights import load_host_adapter
 from loramux_server.base.loader import load_base_model
 from loramux_server.base.source import EMBEDDED_NAME
@@ -19,6 +20,7 @@ from stepping import Stepper
 
 PROMPT = "The three things that every good cook knows about bread are"
 TOKENS = 8
+SUM = {ADAPTERS[1]: 0.7, ADAPTERS[4]: -0.5, ADAPTERS[10]: 1.5}  # of different rank and targets
 MEAN, MAX, GAP = 0.1, 0.4, 0.25  # tolerances between kernels that round differently
 
 
@@ -53,10 +55,18 @@ def test_a_mixed_batch_agrees_with_peft(adapter_dirs: dict[str, Path], embedded_
         peft_model.set_adapter(name)
         peft_model.eval()
         oracle[name] = peft_greedy(peft_model, prompt)
+    peft_model.base_model.set_adapter(list(SUM))
+    for module in peft_model.modules():
+        if isinstance(module, LoraLayer):
+            for name, scale in SUM.items():
+                module.set_scale(name, scale)
+    peft_model.eval()
+    oracle["sum"] = peft_greedy(peft_model, prompt)
     plain = peft_model.unload()
 
     stepper = Stepper(plain, rows=1024)
     rows: dict[str, Sequence] = {"base": stepper.sequence("base", prompt)}
+    slots: dict[str, Slot] = {}
     offset = 0
     for name in names:
         adapter = load_host_adapter(adapter_dirs[name], name)
@@ -65,7 +75,9 @@ def test_a_mixed_batch_agrees_with_peft(adapter_dirs: dict[str, Path], embedded_
         slot = Slot(offset, rank)
         offset += rank
         stepper.load(slot, adapter)
+        slots[name] = slot
         rows[name] = stepper.sequence(name, prompt, slot)
+    rows["sum"] = stepper.sequence("sum", prompt, tuple(ScaledSlot(slots[name], scale) for name, scale in SUM.items()))
 
     # teacher-forced along the oracle's tokens, all rows in one batch
     sequences = list(rows.values())

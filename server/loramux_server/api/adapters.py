@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import Request, Response
@@ -30,26 +31,27 @@ class Adapters:
 
     async def list(self, request: Request) -> Response:
         records = await offload(self._deps.store.records)
-        return JSONResponse({"object": "list", "data": [self._json(record) for record in records]})
+        return JSONResponse({"object": "list", "data": [record_json(self._deps, record) for record in records]})
 
     async def show(self, request: Request) -> Response:
         record = await offload(self._deps.store.record, self._name_of(request))
-        return JSONResponse(self._json(record))
+        return JSONResponse(record_json(self._deps, record))
 
     @access(Access.ADMIN)
     async def put(self, request: Request) -> Response:
         """201 for a new adapter, 200 for a new version of one, for one that is there already, and for a mere check."""
         name = self._name_of(request)
-        flags = _flags(request, ("validate_only", "force"))
+        flags = _flags(request, ("validate_only", "force", "allow_no_effect"))
         store = self._deps.store
-        async with self._place(), entered(store.stage()) as staging:
+        async with self.place(), entered(store.stage()) as staging:
             await receive_upload(request, staging.directory, self._deps.limits)
             # A client that leaves while its files are checked publishes nothing.
-            checked = await until_gone(
-                request.receive, offload(self._deps.check, staging.directory, force=flags["force"])
+            checked, proof = await until_gone(
+                request.receive,
+                self._checked(staging.directory, force=flags["force"], allow_no_effect=flags["allow_no_effect"]),
             )
             if flags["validate_only"]:
-                return JSONResponse(_checked_json(name, checked))
+                return JSONResponse(_checked_json(name, checked, proof))
 
             def publish() -> PublishedPort:
                 return store.publish(
@@ -58,12 +60,15 @@ class Adapters:
                     rank=checked.rank,
                     base_id=checked.base_id,
                     target_modules=[*checked.target_modules],
+                    proof=proof,
                 )
 
             published = await offload(publish)
         record = await offload(store.record, name)
         status = 201 if published.outcome == "created" else 200
-        return JSONResponse(self._json(record) | {"outcome": published.outcome, "version": published.version}, status)
+        return JSONResponse(
+            record_json(self._deps, record) | {"outcome": published.outcome, "version": published.version}, status
+        )
 
     @access(Access.ADMIN)
     async def delete(self, request: Request) -> Response:
@@ -87,11 +92,16 @@ class Adapters:
         }
         return Stream(packed(store.directory(lease.version), name), release, headers)
 
+    async def _checked(self, directory: Path, *, force: bool, allow_no_effect: bool) -> tuple[CheckedPort, str]:
+        """What the check found, and how the fingerprint replays."""
+        checked = await offload(self._deps.check, directory, force=force)
+        return checked, await self._deps.prove(directory, checked, force=force, allow_no_effect=allow_no_effect)
+
     def _name_of(self, request: Request) -> str:
         return check_adapter_name(request.path_params["name"], self._deps.base.name)
 
     @asynccontextmanager
-    async def _place(self) -> AsyncIterator[None]:
+    async def place(self) -> AsyncIterator[None]:
         """One of the places for uploads. Raises ServerBusy if none becomes free in time."""
         seconds = self._deps.limits.upload_wait_seconds
         try:
@@ -104,34 +114,44 @@ class Adapters:
         finally:
             self._places.release()
 
-    def _json(self, record: RecordPort) -> dict[str, Any]:
-        return {
-            "id": record.name,
-            "object": "adapter",
-            "name": record.name,
-            "version": record.version,
-            "rank": record.rank,
-            "target_modules": [*record.target_modules],
-            "bytes": record.nbytes,
-            "tier": self._deps.engine.residency(record.version),
-            "base": self._deps.base.name,
-            "base_verified": record.base_verified,
-            "requests": record.references,
-            "created": record.created,
-            "updated": record.updated,
-            "versions": [
-                {
-                    "version": kept.version,
-                    "created": kept.created,
-                    "current": kept.version == record.version,
-                    "tier": self._deps.engine.residency(kept.version),
-                }
-                for kept in record.versions
-            ],
-        }
+
+def record_json(deps: Deps, record: RecordPort) -> dict[str, Any]:
+    """An adapter as clients see it."""
+    return {
+        "id": record.name,
+        "object": "adapter",
+        "name": record.name,
+        "version": record.version,
+        "rank": record.rank,
+        "target_modules": [*record.target_modules],
+        "bytes": record.nbytes,
+        "tier": deps.engine.residency(record.version),
+        "pinned": record.pinned,
+        "corrupt": record.corrupt,
+        "base": deps.base.name,
+        "base_verified": record.base_verified,
+        "fingerprint": record.fingerprint,
+        "requests": record.references,
+        "created": record.created,
+        "updated": record.updated,
+        "versions": [
+            {
+                "version": kept.version,
+                "created": kept.created,
+                "bytes": kept.nbytes,
+                "rank": kept.rank,
+                "verified": kept.base_verified,
+                "fingerprint": kept.fingerprint,
+                "corrupt": kept.corrupt,
+                "current": kept.version == record.version,
+                "tier": deps.engine.residency(kept.version),
+            }
+            for kept in record.versions
+        ],
+    }
 
 
-def _checked_json(name: str, checked: CheckedPort) -> dict[str, Any]:
+def _checked_json(name: str, checked: CheckedPort, proof: str) -> dict[str, Any]:
     return {
         "object": "adapter.validation",
         "name": name,
@@ -139,6 +159,7 @@ def _checked_json(name: str, checked: CheckedPort) -> dict[str, Any]:
         "rank": checked.rank,
         "target_modules": [*checked.target_modules],
         "base_verified": checked.base_verified,
+        "fingerprint": proof,
     }
 
 

@@ -1,4 +1,4 @@
-"""A checked request body -> a run: adapter leased, prompt encoded and measured, sequences built."""
+"""A checked request body -> a run: adapters leased, prompt encoded and measured, sequences built."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 
 from loramux_adapters.errors import AdapterError
 from loramux_server.api.deps import Deps
-from loramux_server.api.offload import offload, offload_or_undo
-from loramux_server.api.ports import LeasePort, Message
-from loramux_server.api.resolve import resolve
+from loramux_server.api.leases import Leases
+from loramux_server.api.offload import offload
+from loramux_server.api.ports import Message
+from loramux_server.api.resolve import resolve_all
 from loramux_server.api.runs import Choice, Run, give_back
 from loramux_server.api.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from loramux_server.detokenizer import Detokenizer
@@ -28,34 +29,30 @@ class Admission:
     def __init__(self, deps: Deps) -> None:
         self._deps = deps
 
-    async def lease(self, model: str) -> LeasePort | None:
-        """A reference on the version that `model` means; None for the base. Raises RequestError or AdapterError."""
-        target = resolve(model, self._deps.base.name)
-        name = target.adapter
-        if name is None:
-            return None
-        store, prefix = self._deps.store, target.version_prefix
-        lease = await offload_or_undo(lambda lease: lease.release(), lambda: store.acquire(name, prefix))
-        self._deps.metrics.request_started(name)
-        return lease
+    async def leases(self, body: GenerationRequest) -> Leases:
+        """References on the versions that the request means. Raises RequestError or AdapterError."""
+        targets = resolve_all(body.model, body.adapters, self._deps.base.name)
+        leases = await Leases.acquire(self._deps.store, targets, listed=body.adapters is not None)
+        self._deps.metrics.request_started(leases.adapter)
+        return leases
 
-    async def chat(self, body: ChatRequest, lease: LeasePort | None) -> Run:
-        """Takes the lease over, also when it raises RequestError."""
+    async def chat(self, body: ChatRequest, leases: Leases) -> Run:
+        """Takes the leases over, also when it raises RequestError."""
         messages = [{"role": message.role, "content": message.content} for message in body.messages]
         return await self._admit(
             body,
-            lease,
+            leases,
             prompts=lambda: [self._encoded_chat(messages)],
             param="messages",
             max_tokens=lambda prompt: body.longest_reply or self._deps.base.context - len(prompt),
             continues=False,
         )
 
-    async def completion(self, body: CompletionRequest, lease: LeasePort | None) -> Run:
-        """Takes the lease over, also when it raises RequestError."""
+    async def completion(self, body: CompletionRequest, leases: Leases) -> Run:
+        """Takes the leases over, also when it raises RequestError."""
         return await self._admit(
             body,
-            lease,
+            leases,
             prompts=lambda: [self._encoded(prompt) for prompt in body.prompts],
             param="prompt",
             max_tokens=lambda prompt: body.max_tokens or COMPLETION_MAX_TOKENS,
@@ -65,7 +62,7 @@ class Admission:
     async def _admit(
         self,
         body: GenerationRequest,
-        lease: LeasePort | None,
+        leases: Leases,
         *,
         prompts: Callable[[], list[list[int]]],
         param: str,
@@ -82,24 +79,24 @@ class Admission:
             for index, prompt in enumerate(encoded):
                 limit = max_tokens(prompt)
                 self._check_length(prompt, limit, param)
-                sequence = self._sequence(f"{identity}-{index}", prompt, limit, body, lease)
+                sequence = self._sequence(f"{identity}-{index}", prompt, limit, body, leases)
                 choices.append(Choice(index, sequence, self._detokenizer(body, prompt if continues else ())))
         except BaseException as error:
             if isinstance(error, Exception):
                 outcome = "rejected" if isinstance(error, LoramuxError | AdapterError) else "error"
-            await give_back(self._deps.metrics, lease, outcome, started)
+            await give_back(self._deps.metrics, leases, outcome, started)
             raise
         return Run(
             self._deps.engine,
             self._deps.metrics,
-            lease,
+            leases,
             choices,
             started=started,
             timeout=self._deps.limits.request_seconds,
         )
 
     def _sequence(
-        self, identity: str, prompt: list[int], max_tokens: int, body: GenerationRequest, lease: LeasePort | None
+        self, identity: str, prompt: list[int], max_tokens: int, body: GenerationRequest, leases: Leases
     ) -> EngineSequence:
         temperature = 1.0 if body.temperature is None else body.temperature
         params = SamplingParams(
@@ -112,17 +109,7 @@ class Admission:
             logprobs=body.alternatives,
             stop_token_ids=frozenset() if body.ignore_eos else self._deps.tokenizer.stop_ids,
         )
-        if lease is None:
-            return EngineSequence(identity, prompt, params)
-        return EngineSequence(
-            identity,
-            prompt,
-            params,
-            version=lease.version,
-            rank=lease.rank,
-            nbytes=lease.nbytes,
-            adapter=lease.name,
-        )
+        return EngineSequence(identity, prompt, params, leases.uses(), adapter=leases.adapter)
 
     def _detokenizer(self, body: GenerationRequest, context: Sequence[int]) -> Detokenizer:
         tokenizer = self._deps.tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -16,8 +17,10 @@ from loramux_server.api.deps import Deps
 from loramux_server.api.edge import REQUEST_ID, Edge, request_id_of
 from loramux_server.api.errors import answer_to, http_answer
 from loramux_server.api.generation import Generation
+from loramux_server.api.lifecycle import Lifecycle
 from loramux_server.api.models import Models
 from loramux_server.api.operations import Operations
+from loramux_server.api.vllm_adapters import VllmAdapters
 from loramux_server.errors import LoramuxError, ServerBusy
 
 CLIENT_GONE = 499  # nobody reads it; nginx's number, for the access log
@@ -36,7 +39,8 @@ def create_app(deps: Deps) -> FastAPI:
         dependencies=[Depends(Gate(deps.keys).authorize)],
     )
     generation, adapters, models, operations = Generation(deps), Adapters(deps), Models(deps), Operations(deps)
-    for method, path, endpoint in (
+    lifecycle = Lifecycle(deps)
+    routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
         ("POST", "/v1/chat/completions", generation.chat),
         ("POST", "/v1/completions", generation.completion),
         ("GET", "/v1/models", models.list),
@@ -46,11 +50,18 @@ def create_app(deps: Deps) -> FastAPI:
         ("PUT", "/v1/adapters/{name}", adapters.put),
         ("DELETE", "/v1/adapters/{name}", adapters.delete),
         ("GET", "/v1/adapters/{name}/archive", adapters.archive),
+        ("POST", "/v1/adapters/{name}/rollback", lifecycle.rollback),
+        ("POST", "/v1/adapters/{name}/pin", lifecycle.pin),
+        ("DELETE", "/v1/adapters/{name}/pin", lifecycle.unpin),
         ("GET", "/health", operations.health),
         ("GET", "/ready", operations.ready),
         ("GET", "/metrics", operations.metrics),
         ("GET", "/metrics/vllm", operations.metrics_vllm),
-    ):
+    ]
+    if deps.local is not None:
+        vllm = VllmAdapters(deps, deps.local, adapters)
+        routes += [("POST", "/v1/load_lora_adapter", vllm.load), ("POST", "/v1/unload_lora_adapter", vllm.unload)]
+    for method, path, endpoint in routes:
         app.add_api_route(path, endpoint, methods=[method], response_model=None)
     app.add_exception_handler(LoramuxError, _on_error)
     app.add_exception_handler(AdapterError, _on_error)

@@ -105,7 +105,7 @@ def _zip_members(archive: Path) -> Iterator[Iterator[Member]]:
         def members() -> Iterator[Member]:
             for entry in container.infolist():
                 mode = entry.external_attr >> 16
-                if entry.is_dir():
+                if entry.filename.endswith("/"):  # `is_dir` fails for an empty name
                     continue
                 if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
                     raise AdapterRejected(["the archive holds a link or another special file"])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Any
 
+from pydantic_core import from_json
 from starlette.requests import Request
 
 from loramux_server.api.errors import BodyStalled, BodyTooLarge
@@ -24,6 +26,18 @@ async def read_json(request: Request, *, limit: int, stall_seconds: float) -> by
         raise RequestError("the request needs 'Content-Type: application/json'", code="invalid_content_type")
     async with aclosing(blocks(request, limit=limit, too_large=BodyTooLarge(limit), stall_seconds=stall_seconds)) as it:
         return b"".join([block async for block in it])
+
+
+async def read_object(request: Request, *, limit: int, stall_seconds: float) -> dict[str, Any]:
+    """A JSON object; an empty body counts as an empty one. Raises what `read_json` raises."""
+    body = await read_json(request, limit=limit, stall_seconds=stall_seconds)
+    try:
+        value = from_json(body, allow_inf_nan=False) if body else {}
+    except ValueError as error:
+        raise RequestError("the body is not valid JSON", code="invalid_json") from error
+    if not isinstance(value, dict):
+        raise RequestError("the body must be a JSON object", code="invalid_json")
+    return value
 
 
 async def blocks(

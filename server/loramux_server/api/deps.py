@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from loramux_server.api.ports import CheckPort, EnginePort, StorePort, TokenizerPort
+from loramux_server.api.ports import CheckPort, EnginePort, LocalPort, PinsPort, ProvePort, StorePort, TokenizerPort
 from loramux_server.metrics import Metrics
 
 
@@ -64,11 +64,16 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Deps:
+    """`local`: where vLLM's calls load adapters from; without it there are no such calls."""
+
     engine: EnginePort
     store: StorePort
+    pins: PinsPort
     tokenizer: TokenizerPort
     check: CheckPort
+    prove: ProvePort
     metrics: Metrics
     base: Base
     keys: Keys = field(default_factory=Keys)
     limits: Limits = field(default_factory=Limits)
+    local: LocalPort | None = None

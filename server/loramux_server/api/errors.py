@@ -26,6 +26,8 @@ from loramux_adapters.errors import (
     AdapterTooLarge,
     BaseMismatch,
     InvalidAdapterName,
+    PinRefused,
+    RollbackImpossible,
     StoreUnavailable,
 )
 from loramux_server.errors import EngineDead, LoramuxError, RequestError, SequenceFailed, ServerBusy, ServerDraining
@@ -108,6 +110,8 @@ _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (SequenceFailed, 500, SERVER, "engine_error"),
     (InvalidAdapterName, 400, INVALID, "invalid_adapter_name"),
     (AdapterNotFound, 404, INVALID, MODEL_NOT_FOUND),
+    (RollbackImpossible, 409, INVALID, "rollback_impossible"),
+    (PinRefused, 409, INVALID, "pin_refused"),
     (BaseMismatch, 409, INVALID, "base_mismatch"),
     (AdapterTooLarge, 413, INVALID, "adapter_too_large"),
     (AdapterRejected, 422, INVALID, "adapter_rejected"),

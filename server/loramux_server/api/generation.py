@@ -23,7 +23,6 @@ from loramux_server.api.wire import ChatWire, CompletionWire, WholeChoice, Wire,
 from loramux_server.errors import LoramuxError
 
 VERSION = "x-loramux-adapter-version"
-BASE_VERSION = "base"  # what that header says of a reply without an adapter
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +35,15 @@ class Generation:
     async def chat(self, request: Request) -> Response:
         with self._refusals_counted():
             body = parse_chat(await self._read(request))
-            lease = await self._admission.lease(body.model)
-        run = await self._admission.chat(body, lease)
+            leases = await self._admission.leases(body)
+        run = await self._admission.chat(body, leases)
         return await self._reply(request, body, run, self._wire(ChatWire, body))
 
     async def completion(self, request: Request) -> Response:
         with self._refusals_counted():
             body = parse_completion(await self._read(request))
-            lease = await self._admission.lease(body.model)
-        run = await self._admission.completion(body, lease)
+            leases = await self._admission.leases(body)
+        run = await self._admission.completion(body, leases)
         return await self._reply(request, body, run, self._wire(CompletionWire, body))
 
     async def _read(self, request: Request) -> bytes:
@@ -69,7 +68,7 @@ class Generation:
 
     async def _reply(self, request: Request, body: GenerationRequest, run: Run, wire: Wire) -> Response:
         """Whole or streamed. The first piece is awaited either way, so that what fails before it has a real status."""
-        headers = {VERSION: BASE_VERSION if run.lease is None else run.lease.version}
+        headers = {VERSION: run.leases.version}
         handed_over = False
         try:
             if not body.stream:

@@ -30,7 +30,7 @@ class Models:
         """Takes whatever `model` of a generation request may be."""
         model = request.path_params["model"]
         target = resolve(model, self._deps.base.name)
-        if target.adapter is None:
+        if target is None:
             return JSONResponse(self._base())
         record = await offload(self._deps.store.record, target.adapter)
         if target.version_prefix is None:

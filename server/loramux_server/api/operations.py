@@ -47,6 +47,9 @@ class Operations:
         records = self._records()
         if records is not None:
             metrics.registered({record.name for record in records})
+            kept = {version.version: version.corrupt for record in records for version in record.versions}
+            pinned = sum(record.pinned for record in records)
+            metrics.stored(versions=len(kept), corrupt=sum(kept.values()), pinned=pinned)
         return metrics.render()
 
     def _scrape_vllm(self) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from loramux_server.engine.sequence import Sequence as EngineSequence
@@ -62,13 +62,30 @@ class LeasePort(Protocol):
 
 
 class VersionPort(Protocol):
-    """One stored version of an adapter."""
+    """One stored version of an adapter. `corrupt`: its files were found damaged."""
 
     @property
     def version(self) -> str: ...
 
     @property
     def created(self) -> int: ...
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def base_verified(self) -> bool: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """How the fingerprint it came with was replayed: exact, within_tolerance, mismatch or none."""
+        ...
+
+    @property
+    def corrupt(self) -> bool: ...
 
 
 class RecordPort(Protocol):
@@ -99,6 +116,17 @@ class RecordPort(Protocol):
     def base_verified(self) -> bool: ...
 
     @property
+    def fingerprint(self) -> str:
+        """How the fingerprint it came with was replayed: exact, within_tolerance, mismatch or none."""
+        ...
+
+    @property
+    def corrupt(self) -> bool: ...
+
+    @property
+    def pinned(self) -> bool: ...
+
+    @property
     def versions(self) -> Sequence[VersionPort]: ...
 
     @property
@@ -118,14 +146,14 @@ class PublishedPort(Protocol):
 
     @property
     def outcome(self) -> str:
-        """ "created", "updated" or "unchanged"."""
+        """ "created", "updated", "unchanged", "repaired" or "rolled_back"."""
         ...
 
 
 class StorePort(Protocol):
     """The adapter store. Every method may be called from any thread, and may wait for the disk.
 
-    Raises: AdapterNotFound, InvalidAdapterName, AdapterCorrupt, StoreUnavailable.
+    Raises: AdapterNotFound, InvalidAdapterName, AdapterCorrupt, RollbackImpossible, StoreUnavailable.
     """
 
     def acquire(self, name: str, version_prefix: str | None = None) -> LeasePort: ...
@@ -136,6 +164,8 @@ class StorePort(Protocol):
 
     def delete(self, name: str) -> None: ...
 
+    def rollback(self, name: str, version_prefix: str | None = None) -> PublishedPort: ...
+
     def directory(self, version: str) -> Path:
         """Where a version's files are, for reading while it is leased."""
         ...
@@ -144,8 +174,24 @@ class StorePort(Protocol):
     def stage(self) -> AbstractContextManager[Any]: ...
 
     def publish(
-        self, name: str, staging: Any, *, rank: int, base_id: str | None, target_modules: list[str]
+        self, name: str, staging: Any, *, rank: int, base_id: str | None, target_modules: list[str], proof: str
     ) -> PublishedPort: ...
+
+
+class PinsPort(Protocol):
+    """Names whose adapters stay in memory. Raises: AdapterNotFound, PinRefused, StoreUnavailable."""
+
+    def pin(self, name: str) -> None: ...
+
+    def unpin(self, name: str) -> None: ...
+
+
+class LocalPort(Protocol):
+    """Adapters in a directory of the server's machine, in a worker thread."""
+
+    def load(self, name: str, path: str) -> None:
+        """Publish what is at this path. Raises RequestError, AdapterNotFound, and what publishing raises."""
+        ...
 
 
 class CheckedPort(Protocol):
@@ -171,6 +217,17 @@ class CheckPort(Protocol):
     """
 
     def __call__(self, directory: Path, *, force: bool) -> CheckedPort: ...
+
+
+class ProvePort(Protocol):
+    """Tries the files of an upload out on the engine, once they are checked; says how their fingerprint replays.
+
+    Raises: AdapterRejected (no effect, or a fingerprint that does not replay), ServerBusy, EngineDead, SequenceFailed.
+    """
+
+    async def __call__(
+        self, directory: Path, checked: Any, *, force: bool, allow_no_effect: bool
+    ) -> Literal["exact", "within_tolerance", "mismatch", "none"]: ...
 
 
 class TokenizerPort(Protocol):

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from loramux_server.api.errors import RequestTimedOut
-from loramux_server.api.offload import offload, stop
-from loramux_server.api.ports import EnginePort, LeasePort
+from loramux_server.api.leases import Leases
+from loramux_server.api.offload import stop
+from loramux_server.api.ports import EnginePort
 from loramux_server.detokenizer import Detokenizer
 from loramux_server.engine.sequence import FinishReason, TokenLogprob, TokenOutput
 from loramux_server.engine.sequence import Sequence as EngineSequence
@@ -82,13 +83,13 @@ class Choice:
 
 
 class Run:
-    """Owns the adapter's lease and the sequences of a request. `aclose` gives everything back, however it ended."""
+    """Owns the adapters' leases and the sequences of a request. `aclose` gives everything back, however it ended."""
 
     def __init__(
         self,
         engine: EnginePort,
         metrics: Metrics,
-        lease: LeasePort | None,
+        leases: Leases,
         choices: list[Choice],
         *,
         started: float,
@@ -96,7 +97,7 @@ class Run:
     ) -> None:
         """`started` is on the monotonic clock; `timeout`, in seconds, counts from there."""
         self.choices = choices
-        self.lease = lease
+        self.leases = leases
         self._engine = engine
         self._metrics = metrics
         self._started = started
@@ -123,14 +124,14 @@ class Run:
         return min((c.first_token_seconds for c in self.choices if c.first_token_seconds is not None), default=None)
 
     async def aclose(self) -> None:
-        """Abort what still runs, release the lease, count the outcome. Once; further calls do nothing."""
+        """Abort what still runs, release the leases, count the outcome. Once; further calls do nothing."""
         if self._closed:
             return
         self._closed = True
         try:
             await self.pieces.aclose()
         finally:
-            await give_back(self._metrics, self.lease, self._outcome, self._started)
+            await give_back(self._metrics, self.leases, self._outcome, self._started)
 
     async def _generate(self) -> AsyncGenerator[Piece, None]:
         came = False
@@ -172,11 +173,10 @@ class Run:
                 await outputs.aclose()
 
 
-async def give_back(metrics: Metrics, lease: LeasePort | None, outcome: str, started: float) -> None:
+async def give_back(metrics: Metrics, leases: Leases, outcome: str, started: float) -> None:
     """The end of an admitted request."""
-    metrics.request_finished(lease.name if lease is not None else None, outcome, time.monotonic() - started)
-    if lease is not None:
-        await offload(lease.release)
+    metrics.request_finished(leases.adapter, outcome, time.monotonic() - started)
+    await leases.release()
 
 
 Follow = Callable[[], AsyncGenerator[Piece, None]]

@@ -17,6 +17,8 @@ MAX_PROMPTS = 64
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_MODEL_LENGTH = 512
+MAX_ADAPTERS = 8  # of one request
+MAX_SCALE = 100.0
 INT32_MAX = 2**31 - 1
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
@@ -83,10 +85,18 @@ class StreamOptions(_Body):
     include_usage: bool = False
 
 
+class AdapterPart(_Body):
+    """One adapter of a sum: its delta counts `scale` times."""
+
+    name: Annotated[str, Field(min_length=1, max_length=MAX_MODEL_LENGTH)]
+    scale: Annotated[float, Field(ge=-MAX_SCALE, le=MAX_SCALE)] = 1.0
+
+
 class GenerationRequest(_Body):
     """What chat and completions have in common. Null stands for the default everywhere."""
 
     model: Annotated[str, Field(min_length=1, max_length=MAX_MODEL_LENGTH)]
+    adapters: Annotated[list[AdapterPart], Field(min_length=1, max_length=MAX_ADAPTERS)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None

@@ -1,27 +1,35 @@
 """Who may start: the waiting queue, what each waiting sequence still lacks, and how long others may pass it.
 
 A sequence starts only with everything it will ever need: a seat, KV blocks for its whole length, and, if it has an
-adapter, a pinned slot. So nothing that runs can run out later, and there is no preemption.
+adapters, a pinned slot for each. So nothing that runs can run out later, and there is no preemption.
 
-    lacks its adapter in host memory (loading)   passed over by all behind it, always: a load ends by itself
-    lacks a slot or KV blocks (blocked)          passed over `max_passed_over` times or for `max_wait_seconds`, then it
+    lacks an adapter in host memory (loading)    passed over by all behind it, always: a load ends by itself
+    lacks slots or KV blocks (blocked)           passed over `max_passed_over` times or for `max_wait_seconds`, then it
                                                  is a barrier: nobody behind it starts before it does
     lacks a seat, or the step has no token left  nobody starts
 
-Nothing starves: while a barrier stands, no one new takes slots or blocks, what runs ends, and then it fits.
+Nothing starves: while a barrier stands, no one new takes slots or blocks, what runs ends, and then it fits. A sequence
+of several adapters takes its slots all at once, and holds all of them in host memory until then, on the device or not:
+so those that lie there in each other's way can be placed anew (`SlotTable.acquire_all`).
+
+Background sequences have a queue of their own. They start when no ordinary one could, beside its seats; and whoever
+has waited there for long joins the ordinary queue at its end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Protocol
 
 from loramux_adapters.host_cache import LoadState
-from loramux_adapters.slots import SlotTable
+from loramux_adapters.slots import ScaledSlot, SlotTable
 from loramux_server.engine.kv_blocks import KVBlocks
 from loramux_server.engine.sequence import Sequence, SequenceStatus, SlotLoad
 from loramux_server.errors import ConfigError
+
+_AT_LEAST_ONE = ("max_num_seqs", "max_batch_tokens", "max_prefetch", "max_prefetch_bytes", "max_background_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +44,8 @@ class SchedulerConfig:
         max_prefetch: distinct versions that waiting sequences may hold in host memory at the same time.
         max_prefetch_bytes: most that these may take there, or be about to once they are loaded; one is always held,
             whatever its size. What is held cannot be evicted, so it must fit the budget of the host cache.
+        max_background_tokens: most tokens of background sequences in one step, and of these sequences at a time.
+        max_background_wait_seconds: how long a background sequence gives way before it counts as an ordinary one.
     """
 
     max_num_seqs: int = 32
@@ -44,12 +54,14 @@ class SchedulerConfig:
     max_wait_seconds: float = 5.0
     max_prefetch: int = 16
     max_prefetch_bytes: int = 1 << 30
+    max_background_tokens: int = 8
+    max_background_wait_seconds: float = 5.0
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_batch_tokens", "max_prefetch", "max_prefetch_bytes"):
+        for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_passed_over", "max_wait_seconds"):
+        for name in ("max_passed_over", "max_wait_seconds", "max_background_wait_seconds"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} cannot be negative, got {getattr(self, name)}")
 
@@ -69,10 +81,10 @@ class HostView(Protocol):
 
 @dataclass(eq=False, slots=True)
 class Waiting:
-    """A sequence in the queue. `load` is None until the host cache is asked; from then on it pins its version there."""
+    """A sequence in the queue. `loads`: the versions that it pins in the host cache, none until that was asked."""
 
     sequence: Sequence
-    load: LoadState | None = None
+    loads: dict[str, LoadState] = field(default_factory=dict)
     blocked_since: float | None = None
     passed_over: int = 0
 
@@ -86,7 +98,7 @@ class Admitted:
 
 
 class Admission:
-    """The waiting queue, in order of arrival. Owner: the engine thread."""
+    """The waiting queues, in order of arrival. Owner: the engine thread."""
 
     def __init__(
         self, config: SchedulerConfig, blocks: KVBlocks, slots: SlotTable, host: HostView, clock: Callable[[], float]
@@ -97,50 +109,42 @@ class Admission:
         self._host = host
         self._clock = clock
         self._queue: list[Waiting] = []
+        self._background: list[Waiting] = []
 
     def __len__(self) -> int:
-        return len(self._queue)
+        return len(self._queue) + len(self._background)
 
     def __iter__(self) -> Iterator[Waiting]:
-        return iter(self._queue)
+        return chain(self._queue, self._background)
 
     def add(self, sequence: Sequence) -> None:
-        """Puts a new sequence at the end of the queue."""
+        """Puts a new sequence at the end of its queue."""
         assert sequence.status is SequenceStatus.WAITING, f"{sequence.id} has been scheduled before"
-        self._queue.append(Waiting(sequence))
+        (self._background if sequence.gives_way else self._queue).append(Waiting(sequence))
 
     def remove(self, ids: Collection[str]) -> list[Sequence]:
-        """Takes these out of the queue, with their host pins; ids that are not waiting are ignored."""
-        return self._leave([entry for entry in self._queue if entry.sequence.id in ids])
+        """Takes these out of the queues, with their host pins; ids that are not waiting are ignored."""
+        return self._leave([entry for entry in self if entry.sequence.id in ids])
 
     def prefetch(self) -> list[tuple[Sequence, str]]:
-        """Asks the host cache, in order of arrival, for versions that are in no slot, and pins them there.
+        """Asks the host cache, in order of arrival, for versions that it must have, and pins them there.
 
-        Whoever needs another one than those held, once they are `max_prefetch` or leave it too few bytes, has to wait
-        for some to be given up, and nobody behind it gets a hold either: else a steady stream for the versions held, or
-        for small ones, would shut it out.
-        Returns the sequences whose load failed, each with the reason; they have left the queue.
+        Whoever needs others than those held, once they are `max_prefetch` or leave it too few bytes, has to wait for
+        some to be given up, and nobody behind it gets a hold either: else a steady stream for the versions held, or for
+        small ones, would shut it out. What one sequence needs is held together or not at all.
+        Returns the sequences of which a load failed, each with the reason; they have left the queue.
         """
-        held = self._held()
-        is_full = False
+        self._promote()
+        self._hold(self._queue)
+        self._hold(self._background)
         states: dict[str, LoadState] = {}
-        for entry in self._queue:
-            version = entry.sequence.version
-            if version is None or entry.load is LoadState.READY:
-                continue
-            if entry.load is None:
-                if self._slots.lookup(version) is not None:
-                    continue
-                is_full = is_full or (version not in held and not self._has_room(held, entry.sequence.nbytes))
-                if is_full:
-                    continue
-                held[version] = entry.sequence.nbytes
-                self._host.pin(version)  # before the request, so that what is READY stays so
-            if version not in states:
-                states[version] = self._host.request(version)
-            entry.load = states[version]
-        failed = [entry for entry in self._queue if entry.load is LoadState.FAILED]
-        reasons = [self._host.failure(str(entry.sequence.version)) or "its adapter cannot be read" for entry in failed]
+        for entry in self:
+            for version in [one for one, state in entry.loads.items() if state is LoadState.LOADING]:
+                if version not in states:
+                    states[version] = self._host.request(version)
+                entry.loads[version] = states[version]
+        failed = [entry for entry in self if LoadState.FAILED in entry.loads.values()]
+        reasons = [self._reason(entry) for entry in failed]
         return list(zip(self._leave(failed), reasons, strict=True))
 
     def admit(self, seats: int, tokens: int) -> Admitted:
@@ -153,7 +157,7 @@ class Admission:
         for entry in self._queue:
             if len(admitted.sequences) == seats or tokens <= 0:
                 break
-            if not self._has_adapter(entry):
+            if not self._has_adapters(entry):
                 continue
             if self._start(entry, admitted):
                 tokens -= len(entry.sequence.prompt)
@@ -170,52 +174,99 @@ class Admission:
         self._queue = [entry for entry in self._queue if entry.sequence.status is SequenceStatus.WAITING]
         return admitted
 
+    def admit_background(self, seats: int, tokens: int) -> Admitted:
+        """The same for those that give way: none of them while an ordinary sequence lacks something but its adapter."""
+        admitted = Admitted()
+        if any(self._has_adapters(entry) for entry in self._queue):
+            return admitted
+        for entry in self._background:
+            if len(admitted.sequences) == seats or tokens <= 0:
+                break
+            if self._has_adapters(entry) and self._start(entry, admitted):
+                tokens -= len(entry.sequence.prompt)
+        self._background = [one for one in self._background if one.sequence.status is SequenceStatus.WAITING]
+        return admitted
+
     def check_integrity(self) -> None:
         """Asserts that who waits holds nothing of the device and pins the host cache only for an adapter."""
-        for entry in self._queue:
+        for entry in self:
             sequence = entry.sequence
             assert sequence.status is SequenceStatus.WAITING
-            assert not sequence.blocks and sequence.slot is None and sequence.num_computed == 0
-            assert entry.load is None or sequence.version is not None
-            assert entry.load is not LoadState.FAILED
+            assert not sequence.blocks and not sequence.slots and sequence.num_computed == 0
+            assert not entry.loads or entry.loads.keys() == {use.version for use in sequence.adapters}
+            assert LoadState.FAILED not in entry.loads.values()
             assert entry.passed_over <= self._config.max_passed_over
-        held = self._held()
-        assert len(held) <= self._config.max_prefetch
-        assert len(held) <= 1 or sum(held.values()) <= self._config.max_prefetch_bytes
+        for queue in (self._queue, self._background):
+            held = _held(queue)
+            assert self._is_within_limits(held) or any(held.keys() == entry.loads.keys() for entry in queue)
 
-    def _held(self) -> dict[str, int]:
-        """Bytes of each version that somebody in the queue pins in host memory, or has asked for there."""
-        return {
-            entry.sequence.version: entry.sequence.nbytes
-            for entry in self._queue
-            if entry.sequence.version is not None and entry.load is not None
-        }
+    def _promote(self) -> None:
+        """Background sequences that have waited long enough join the ordinary queue."""
+        latest = self._clock() - self._config.max_background_wait_seconds
+        for entry in [entry for entry in self._background if entry.sequence.arrived <= latest]:
+            entry.sequence.promoted = True
+            self._background.remove(entry)
+            for version in entry.loads:
+                self._host.unpin(version)  # among the ordinary ones it has to wait for its turn to hold anything
+            self._queue.append(Waiting(entry.sequence))
 
-    def _has_room(self, held: Mapping[str, int], nbytes: int) -> bool:
-        """Whether one more version may be held beside these; the first always may."""
+    def _hold(self, queue: list[Waiting]) -> None:
+        """Pins what entries of one queue need in host memory. Each queue has the whole limit: so neither waits for
+        what the other holds.
+        """
+        held = _held(queue)
+        for entry in queue:
+            if entry.loads:
+                continue
+            wanted = self._wanted(entry.sequence)
+            if not self._has_room(held, wanted):
+                break
+            held |= wanted
+            for version in wanted:
+                self._host.pin(version)  # before the request, so that what is READY stays so
+                entry.loads[version] = LoadState.LOADING
+
+    def _wanted(self, sequence: Sequence) -> dict[str, int]:
+        """Bytes of each version that the sequence must hold in host memory before it can start."""
+        wanted = {use.version: use.nbytes for use in sequence.adapters}
+        if len(wanted) == 1 and all(self._slots.lookup(version) is not None for version in wanted):
+            return {}
+        return wanted
+
+    def _has_room(self, held: Mapping[str, int], wanted: Mapping[str, int]) -> bool:
+        """Whether these may be held as well; whatever one sequence needs may always be held by itself."""
+        together = {**held, **wanted}
+        return self._is_within_limits(together) or together.keys() == wanted.keys() or not wanted
+
+    def _is_within_limits(self, held: Mapping[str, int]) -> bool:
         config = self._config
-        fits = len(held) < config.max_prefetch and sum(held.values()) + nbytes <= config.max_prefetch_bytes
-        return fits or not held
+        return len(held) <= config.max_prefetch and sum(held.values()) <= config.max_prefetch_bytes
 
-    def _has_adapter(self, entry: Waiting) -> bool:
-        version = entry.sequence.version
-        return version is None or entry.load is LoadState.READY or self._slots.lookup(version) is not None
+    def _has_adapters(self, entry: Waiting) -> bool:
+        """Whether all it needs can be had without waiting for the disk."""
+        if entry.loads and all(state is LoadState.READY for state in entry.loads.values()):
+            return True
+        return not self._wanted(entry.sequence)
+
+    def _reason(self, entry: Waiting) -> str:
+        failed = [version for version, state in entry.loads.items() if state is LoadState.FAILED]
+        return self._host.failure(failed[0]) or "its adapter cannot be read"
 
     def _start(self, entry: Waiting, admitted: Admitted) -> bool:
-        """Gives the sequence all it needs, or nothing. A host pin is handed on to the slot load, or given back."""
+        """Gives the sequence all it needs, or nothing. Host pins are handed on to the slot loads, or given back."""
         sequence = entry.sequence
         count = self._blocks.blocks_for(sequence.max_total)
         if not self._blocks.can_allocate(count):
             return False
-        if sequence.version is not None:
-            acquired = self._slots.acquire(sequence.version, sequence.rank)
-            if acquired is None:
-                return False
-            sequence.slot = acquired.slot
-            if acquired.is_new:
-                admitted.slot_loads.append(SlotLoad(acquired.slot, sequence.version))
-            elif entry.load is not None:
-                self._host.unpin(sequence.version)
+        acquired = self._slots.acquire_all({use.version: use.rank for use in sequence.adapters})
+        if acquired is None:
+            return False
+        sequence.slots = tuple(ScaledSlot(acquired[use.version].slot, use.scale) for use in sequence.adapters)
+        for version, got in acquired.items():
+            if got.is_new:
+                admitted.slot_loads.append(SlotLoad(got.slot, version))
+            elif version in entry.loads:
+                self._host.unpin(version)
         blocks = self._blocks.allocate(count)
         assert blocks is not None
         sequence.blocks = blocks
@@ -232,10 +283,15 @@ class Admission:
         """Takes entries out of the queue without starting them."""
         sequences = []
         for entry in leaving:
-            if entry.load is not None and entry.sequence.version is not None:
-                self._host.unpin(entry.sequence.version)
+            for version in entry.loads:
+                self._host.unpin(version)
             entry.sequence.status = SequenceStatus.FINISHED
             sequences.append(entry.sequence)
-        if leaving:
-            self._queue = [entry for entry in self._queue if entry.sequence.status is SequenceStatus.WAITING]
+        for queue in (self._queue, self._background) if leaving else ():
+            queue[:] = [entry for entry in queue if entry.sequence.status is SequenceStatus.WAITING]
         return sequences
+
+
+def _held(queue: list[Waiting]) -> dict[str, int]:
+    """Bytes of each version that somebody in the queue pins in host memory, or has asked for there."""
+    return {use.version: use.nbytes for entry in queue if entry.loads for use in entry.sequence.adapters}

@@ -11,12 +11,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 from loramux_server.engine.inbox import ENDED, EngineState, Inbox
 from loramux_server.engine.scheduler import Scheduler
 from loramux_server.engine.sequence import Batch, FinishReason, SampledToken, Sequence, TokenOutput
+from loramux_server.engine.stats import EngineStats
 from loramux_server.engine.step_metrics import EngineMetrics, StepMetrics
 from loramux_server.errors import EngineDead
 
@@ -39,30 +40,6 @@ class Runner(Protocol):
         It fills `SlotLoad.seconds`. What it keeps for a sequence may go once the sequence is FINISHED. Raising fails
         every sequence of the batch, and nothing of the step is believed to be on the device.
         """
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """A snapshot, published once per step.
-
-    Attributes:
-        waiting: sequences in the inbox or in the queue.
-        kv_blocks_peak: most blocks that were ever used at a time.
-        slot_rows_used: rank rows held by resident adapters, whether they are in use or not.
-        slot_rows_total: rank rows of the device's adapter memory.
-        resident: versions on the device.
-        waiting_adapters: names that sequences in the queue asked for.
-    """
-
-    running: int
-    waiting: int
-    kv_blocks_used: int
-    kv_blocks_total: int
-    kv_blocks_peak: int
-    slot_rows_used: int
-    slot_rows_total: int
-    resident: frozenset[str]
-    waiting_adapters: frozenset[str]
 
 
 class Engine:
@@ -185,8 +162,16 @@ class Engine:
         for sequence in mail.sequences:
             self._scheduler.add(sequence)
         for sequence in self._scheduler.abort(mail.aborted):
-            self._metrics.aborted()
+            if not sequence.background:
+                self._metrics.aborted()
             self._emit(sequence, TokenOutput(finish_reason=FinishReason.ABORT))
+        slots = self._scheduler.slots
+        if mail.kept is not None:
+            slots.keep(mail.kept)
+        for version in mail.retired:  # after the aborts: what they gave up can go
+            slots.retire(version)
+        if len(slots) != len(self._resident):  # some left without another in their place
+            self._resident = frozenset(slots.resident)
 
     def _prefetch(self) -> None:
         for sequence, reason in self._scheduler.prefetch():
@@ -244,7 +229,8 @@ class Engine:
         if not stops:
             sequence.output.append(token.token_id)
             is_last = len(sequence.output) == sequence.params.max_tokens
-            output = TokenOutput(token.token_id, token.logprob, FinishReason.LENGTH if is_last else None)
+            reason = FinishReason.LENGTH if is_last else None
+            output = TokenOutput(token.token_id, token.logprob, reason, digest=token.digest)
         if is_first and sequence.scheduled_at is not None:
             waited = sequence.scheduled_at - sequence.arrived
             return replace(output, queue_seconds=waited, first_token_seconds=now - sequence.arrived)
@@ -279,8 +265,12 @@ class Engine:
             kv_blocks_peak=blocks.peak,
             slot_rows_used=slots.rows_used,
             slot_rows_total=slots.rows,
+            slot_hits=slots.hits,
+            slot_misses=slots.misses,
             resident=self._resident,
-            waiting_adapters=frozenset(one.adapter for one in self._scheduler.waiting if one.adapter is not None),
+            waiting_adapters=frozenset(
+                name for one in self._scheduler.waiting if one.adapter for name in one.adapter.split("+")
+            ),
         )
 
 

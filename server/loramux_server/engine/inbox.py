@@ -1,4 +1,4 @@
-"""What other threads may say to the engine thread: take this sequence, abort that one, finish up, wake up."""
+"""What other threads may say to the engine thread: take this sequence, abort that one, drop a version, finish up."""
 
 from __future__ import annotations
 
@@ -26,10 +26,17 @@ ENDED = (EngineState.STOPPED, EngineState.DEAD)
 
 @dataclass(slots=True)
 class Mail:
-    """All that was said since the last `take`."""
+    """All that was said since the last `take`.
+
+    Attributes:
+        retired: versions that nobody will ask for again.
+        kept: versions to keep on the device where that is possible; None: as before.
+    """
 
     sequences: list[Sequence] = field(default_factory=list)
     aborted: set[str] = field(default_factory=set)
+    retired: set[str] = field(default_factory=set)
+    kept: frozenset[str] | None = None
 
 
 class Inbox:
@@ -88,6 +95,20 @@ class Inbox:
         """Any thread."""
         with self._lock:
             self._mail.aborted |= self._live
+        self._news.set()
+
+    def retire(self, version: str) -> None:
+        """Any thread. The version leaves its device slot before the next step, or when the last that uses it ends."""
+        with self._lock:
+            if self._state not in ENDED:
+                self._mail.retired.add(version)
+        self._news.set()
+
+    def keep(self, versions: frozenset[str]) -> None:
+        """Any thread. From the next step on these are evicted from the device only where there is no other way."""
+        with self._lock:
+            if self._state not in ENDED:
+                self._mail.kept = versions
         self._news.set()
 
     def drain(self) -> None:

@@ -88,8 +88,8 @@ class ModelRunner:
             runs=tuple(runs),
         )
         self._slots.set_lora(
-            LoraRows.build([(row.sequence.slot, row.num_tokens) for row in batch.rows]),
-            LoraRows.build([(row.sequence.slot, 1) for row in batch.rows if row.samples]),
+            LoraRows.build([(row.sequence.slots, row.num_tokens) for row in batch.rows]),
+            LoraRows.build([(row.sequence.slots, 1) for row in batch.rows if row.samples]),
         )
         try:
             output = self._model(

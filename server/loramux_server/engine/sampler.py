@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from loramux_server.engine.sequence import SampledToken, SamplingParams, Sequence, TokenLogprob
+from loramux_server.engine.sequence import NOT_FINITE, SampledToken, SamplingParams, Sequence, TokenLogprob
 
 _SORTED = 1024  # top-p looks at this many tokens first; only where they do not reach p is the whole row sorted
 _MASK = (1 << 64) - 1
@@ -37,11 +37,14 @@ class Sampler:
         for row, sequence in enumerate(sequences):
             params = sequence.params
             if not finite[row]:
-                sampled.append(SampledToken(-1, error="the model's output is not finite; the adapter may be broken"))
+                sampled.append(SampledToken(-1, error=NOT_FINITE))
                 continue
-            token = greedy[row] if params.temperature == 0 else self._draw(logits[row], sequence)
+            if params.forced:
+                token = params.forced[len(sequence.output)]
+            else:
+                token = greedy[row] if params.temperature == 0 else self._draw(logits[row], sequence)
             logprob = None if params.logprobs is None else report_logprob(logits[row], token, params.logprobs)
-            sampled.append(SampledToken(token, logprob))
+            sampled.append(SampledToken(token, logprob, digest=digest_of(logits[row]) if params.digests else None))
         return sampled
 
     def _draw(self, logits: torch.Tensor, sequence: Sequence) -> int:
@@ -57,6 +60,11 @@ class Sampler:
         # the last entry may round below the threshold; the draw must stay inside the candidates
         index = min(int(torch.searchsorted(mass, threshold, right=True)), mass.shape[0] - 1)
         return index if tokens is None else int(tokens[index])
+
+
+def digest_of(logits: torch.Tensor) -> bytes:
+    """The same for the same bits of logits [vocabulary] fp32, and for no others."""
+    return hashlib.blake2b(logits.cpu().numpy().tobytes(), digest_size=16).digest()
 
 
 def uniform(seed: int, index: int) -> float:

@@ -4,9 +4,11 @@ One step of the engine is `prefetch`, `schedule`, the runner's forward, then `co
 did not), then `finish` for every sequence that ended.
 
     tokens of a step:  | one per decode, always | prefill chunks in order of admission, up to max_batch_tokens in all |
+                       | background: of what is left at most max_background_tokens, but one for the first of them |
 
 A sequence starts only when there is a token for it, so at most one is between two chunks of its prompt, and whatever
-runs is in every batch. So a step that fails leaves no running sequence behind, and no slot half loaded.
+runs is in every batch. So a step that fails leaves no running sequence behind, and no slot half loaded. Background
+sequences alone may sit a step out; what they hold was loaded by a step that worked.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from collections.abc import Callable, Collection
 from collections.abc import Sequence as ReadOnlyList
 
 from loramux_adapters.slots import SlotTable, bucket_of
-from loramux_server.engine.admission import Admission, HostView, SchedulerConfig
+from loramux_server.engine.admission import Admission, Admitted, HostView, SchedulerConfig
 from loramux_server.engine.kv_blocks import KVBlocks
 from loramux_server.engine.sequence import Batch, ScheduledSequence, Sequence, SequenceStatus
 from loramux_server.errors import RequestError
@@ -75,11 +77,15 @@ class Scheduler:
                 param="max_tokens",
                 code="context_length_exceeded",
             )
-        if sequence.version is not None and not self.slots.fits(sequence.rank):
+        ranks = {use.version: use.rank for use in sequence.adapters}
+        if not self.slots.fits(*ranks.values()):
+            rows = sum(bucket_of(rank) for rank in ranks.values())
+            is_one = len(ranks) == 1
+            words = "the adapter's rank {} takes" if is_one else "the adapters' ranks {} together take"
             raise RequestError(
-                f"the adapter's rank {sequence.rank} takes {bucket_of(sequence.rank)} rows, "
+                f"{words.format(', '.join(map(str, ranks.values())))} {rows} rows, "
                 f"the server's adapter memory has {self.slots.rows}",
-                param="model",
+                param="model" if is_one else "adapters",
                 code="adapter_too_large",
             )
 
@@ -105,27 +111,45 @@ class Scheduler:
         A batch without rows needs neither: nothing can run until a load ends or something arrives.
         """
         assert self._step is None, "the last step was neither committed nor rolled back"
-        rows = [ScheduledSequence(sequence, 1, samples=True) for sequence in self._running if not sequence.in_prefill]
+        ordinary = [sequence for sequence in self._running if not sequence.gives_way]
+        rows = [_turn(sequence, 1) for sequence in ordinary if not sequence.in_prefill]
         tokens = self.config.max_batch_tokens - len(rows)
-        prefilling = [sequence for sequence in self._running if sequence.in_prefill]
-        left = tokens - sum(len(sequence.prompt) - sequence.num_computed for sequence in prefilling)
-        admitted = self._admission.admit(self.config.max_num_seqs - len(self._running), left)
+        prefilling = [sequence for sequence in ordinary if sequence.in_prefill]
+        left = tokens - sum(_rest(sequence) for sequence in prefilling)
+        admitted = self._admission.admit(self.config.max_num_seqs - len(ordinary), left)
         self._running += admitted.sequences
         for sequence in prefilling + admitted.sequences:
-            rest = len(sequence.prompt) - sequence.num_computed
-            chunk = min(rest, tokens)
-            assert chunk > 0, "whoever has started runs in every step"
-            rows.append(ScheduledSequence(sequence, chunk, samples=chunk == rest))
-            tokens -= chunk
+            assert tokens > 0, "whoever has started runs in every step"
+            rows.append(_turn(sequence, tokens))
+            tokens -= rows[-1].num_tokens
+        rows += self._background(tokens, admitted)
         now = self._clock()
         for row in rows:
             if row.sequence.scheduled_at is None:
                 row.sequence.scheduled_at = now
-        rows.sort(key=lambda row: -1 if row.sequence.slot is None else row.sequence.slot.offset)
+        rows.sort(key=lambda row: row.sequence.slots)
         batch = Batch(rows, admitted.slot_loads)
         if rows:
             self._step = batch
         return batch
+
+    def _background(self, tokens: int, admitted: Admitted) -> list[ScheduledSequence]:
+        """Turns of sequences that give way, those among them that start now; `tokens` are left in the step."""
+        waiting = [sequence for sequence in self._running if sequence.gives_way]
+        spare = min(tokens, self.config.max_background_tokens)
+        rows: list[ScheduledSequence] = []
+        for sequence in waiting:
+            if spare > 0 or not rows:  # the first has its turn in every step, so that whoever has started ends
+                rows.append(_turn(sequence, max(1, spare)))
+                spare -= rows[-1].num_tokens
+        started = self._admission.admit_background(self.config.max_background_tokens - len(waiting), spare)
+        for sequence in started.sequences:
+            assert spare > 0, "whoever starts runs at once"
+            rows.append(_turn(sequence, spare))
+            spare -= rows[-1].num_tokens
+        self._running += started.sequences
+        admitted.slot_loads += started.slot_loads
+        return rows
 
     def commit(self, batch: Batch) -> None:
         """The step worked: its tokens are in the cache, its slot loads are resident."""
@@ -144,13 +168,13 @@ class Scheduler:
         return sequences
 
     def finish(self, sequence: Sequence) -> None:
-        """Ends a running sequence: its blocks are free, its slot is unpinned (the adapter stays resident)."""
+        """Ends a running sequence: its blocks are free, its slots are unpinned (the adapters stay resident)."""
         self._running.remove(sequence)
         self.blocks.free(sequence.blocks)
         sequence.blocks = []
-        if sequence.version is not None:
-            self.slots.release(sequence.version)
-        sequence.slot = None
+        for version in {use.version for use in sequence.adapters}:
+            self.slots.release(version)
+        sequence.slots = ()
         sequence.status = SequenceStatus.FINISHED
 
     def check_integrity(self) -> None:
@@ -158,15 +182,18 @@ class Scheduler:
         self.blocks.check_integrity()
         self.slots.check_integrity()
         self._admission.check_integrity()
-        assert len(self._running) <= self.config.max_num_seqs
+        assert sum(not sequence.gives_way for sequence in self._running) <= self.config.max_num_seqs
+        assert sum(sequence.gives_way for sequence in self._running) <= self.config.max_background_tokens
         held = [block for sequence in self._running for block in sequence.blocks]
         assert len(held) == len(set(held)) == self.blocks.used, "KV blocks are shared or lost"
         for sequence in self._running:
             assert sequence.status is SequenceStatus.RUNNING
             assert len(sequence.blocks) == self.blocks.blocks_for(sequence.max_total)
             assert sequence.num_computed < sequence.num_tokens <= sequence.max_total + 1
-            assert sequence.slot == (None if sequence.version is None else self.slots.lookup(sequence.version))
-        versions = {sequence.version for sequence in self._running if sequence.version is not None}
+            assert [(one.slot, one.scale) for one in sequence.slots] == [
+                (self.slots.lookup(use.version), use.scale) for use in sequence.adapters
+            ]
+        versions = {use.version for sequence in self._running for use in sequence.adapters}
         assert versions == set(self.slots.pinned), "slots are pinned by nobody, or used without a pin"
 
     def _close(self, batch: Batch) -> None:
@@ -175,3 +202,16 @@ class Scheduler:
         self._step = None
         for load in batch.slot_loads:
             self._host.unpin(load.version)
+
+
+def _rest(sequence: Sequence) -> int:
+    """Tokens of its prompt that are not computed yet."""
+    return len(sequence.prompt) - sequence.num_computed
+
+
+def _turn(sequence: Sequence, tokens: int) -> ScheduledSequence:
+    """Its part of a step: its newest token, or as much of its prompt as it may have tokens."""
+    if not sequence.in_prefill:
+        return ScheduledSequence(sequence, 1, samples=True)
+    rest = _rest(sequence)
+    return ScheduledSequence(sequence, min(rest, tokens), samples=tokens >= rest)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from loramux_adapters.slots import Slot
+    from loramux_adapters.slots import ScaledSlot, Slot
+
+
+NOT_FINITE = "the model's output is not finite; the adapter may be broken"  # the error of a row, and of that row alone
 
 
 class FinishReason(Enum):
@@ -32,6 +36,9 @@ class SamplingParams:
         max_tokens: most tokens in the reply, at least 1.
         logprobs: how many alternatives to report beside each chosen token; None reports nothing.
         stop_token_ids: the reply ends, with reason "stop", when one of these is chosen; that one is not delivered.
+        forced: these tokens are the reply, whatever the model would choose, to hear how likely they are; as many as
+            `max_tokens`. Empty: the model's own choice.
+        digests: report a digest of all logits beside each token.
     """
 
     temperature: float = 1.0
@@ -42,6 +49,8 @@ class SamplingParams:
     max_tokens: int = 16
     logprobs: int | None = None
     stop_token_ids: frozenset[int] = frozenset()
+    forced: tuple[int, ...] = ()
+    digests: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +72,7 @@ class TokenOutput:
         error: for the client, with reason ERROR: one sentence, no path, no traceback.
         queue_seconds: submit to first scheduled, set on the first token's output.
         first_token_seconds: submit to first token, set on the first token's output.
+        digest: of the logits that the token was chosen from, where that was asked for.
     """
 
     token_id: int | None = None
@@ -71,11 +81,29 @@ class TokenOutput:
     error: str | None = None
     queue_seconds: float | None = None
     first_token_seconds: float | None = None
+    digest: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class AdapterUse:
+    """One adapter of a sequence.
+
+    Attributes:
+        version: digest of the adapter version.
+        rank: its largest rank: what it needs in the device's slots.
+        nbytes: bound of what it takes in host memory.
+        scale: factor of its delta.
+    """
+
+    version: str
+    rank: int
+    nbytes: int = 0
+    scale: float = 1.0
 
 
 class SequenceStatus(Enum):
     WAITING = "waiting"  # in the scheduler's queue
-    RUNNING = "running"  # holds KV blocks (and a slot, if it has an adapter)
+    RUNNING = "running"  # holds KV blocks, and a slot for each adapter
     FINISHED = "finished"
 
 
@@ -86,24 +114,24 @@ class Sequence:
     Attributes:
         id: the request id, unique among live sequences.
         prompt: token ids, at least one.
-        version: digest of the adapter version; None runs the bare base.
-        rank: the adapter's largest rank (0 for the base): what it needs in the device's slots.
-        nbytes: bound of what the adapter takes in host memory (0 for the base).
-        adapter: the name it was asked for under, for logs and metrics; None for the base.
+        adapters: the sum of their deltas is added to the base; none runs the bare base. Summed in this order, so that
+            who composes them must fix it: `composed` does.
+        adapter: the name it was asked for under, for logs and metrics, several joined by "+"; None for the base.
+        background: the server's own work. It runs on what ordinary sequences leave over, and metrics do not count it.
     """
 
     id: str
     prompt: list[int]
     params: SamplingParams
-    version: str | None = None
-    rank: int = 0
-    nbytes: int = 0
+    adapters: tuple[AdapterUse, ...] = ()
     adapter: str | None = None
+    background: bool = False
     arrived: float = field(default_factory=time.monotonic)
 
     # filled by the scheduler
     status: SequenceStatus = SequenceStatus.WAITING
-    slot: Slot | None = None
+    promoted: bool = False  # a background sequence that has waited so long that it counts as an ordinary one
+    slots: tuple[ScaledSlot, ...] = ()  # while it runs: one for each of `adapters`, in their order
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0  # tokens of prompt + output whose keys and values are in the cache
     scheduled_at: float | None = None  # first time in a batch
@@ -112,6 +140,11 @@ class Sequence:
     output: list[int] = field(default_factory=list)
     first_token_at: float | None = None
     last_token_at: float | None = None
+
+    @property
+    def gives_way(self) -> bool:
+        """It runs only where no ordinary sequence wants to."""
+        return self.background and not self.promoted
 
     @property
     def num_tokens(self) -> int:
@@ -134,6 +167,15 @@ class Sequence:
             start -= len(self.prompt)
             return self.output[start : start + count]
         return (self.prompt[start : start + count] + self.output[: max(0, start + count - len(self.prompt))])[:count]
+
+
+def composed(uses: Iterable[AdapterUse]) -> tuple[AdapterUse, ...]:
+    """The adapters of one sequence in the one order that depends on nothing but themselves.
+
+    Floating-point sums depend on their order; so the same adapters and factors give the same bits, however a client
+    lists them. An adapter with the factor 0 adds nothing and is left out.
+    """
+    return tuple(sorted(use for use in uses if use.scale != 0.0))
 
 
 @dataclass(slots=True)
@@ -159,7 +201,7 @@ class Batch:
     """One engine step. Filled by the scheduler, read by the runner.
 
     Attributes:
-        rows: base rows first, then by slot, so that each adapter's tokens are one contiguous run.
+        rows: base rows first, then by slots, so that the tokens of the same adapters are one contiguous run.
         slot_loads: applied before the forward, in this order.
     """
 
@@ -178,3 +220,4 @@ class SampledToken:
     token_id: int
     logprob: TokenLogprob | None = None
     error: str | None = None
+    digest: bytes | None = None

@@ -16,7 +16,7 @@ import torch
 
 from loramux_adapters.host_cache import HostAdapter
 from loramux_adapters.lora_linear import AdapterSlots
-from loramux_adapters.slots import SMALLEST_RANK, Slot
+from loramux_adapters.slots import SMALLEST_RANK, ScaledSlot, Slot
 from loramux_server.engine.attention import ATTENTION_NAME
 from loramux_server.engine.kv_cache import BLOCK_SIZE
 from loramux_server.engine.model_runner import ModelRunner
@@ -31,6 +31,9 @@ _LENGTH = 6 * _CHUNK  # more than two blocks, so that block tables matter
 _LONGEST_WINDOW = 128  # a sliding window up to this is crossed
 _PROMPTS = (_LENGTH, 7, 1, 3 * BLOCK_SIZE, 19)
 _LARGEST_RANK = 32
+_SCALES = (0.7, -0.45)  # of the two adapters, in the row that has both
+
+Slots = tuple[ScaledSlot, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +43,8 @@ class StartCheck:
     Attributes:
         difference: root mean square difference of the logits to those of transformers' own attention, as a share of
             the logits' standard deviation.
-        batch_invariant: True if every row of a mixed batch, with adapters and without, had exactly the logits it has
-            alone.
+        batch_invariant: True if every row of a mixed batch, with no adapter, one or two, had exactly the logits it
+            has alone.
         blocks: KV blocks that the checks wrote to.
     """
 
@@ -101,7 +104,7 @@ class Checker:
         window = getattr(self._model.config, "sliding_window", None) or 0
         length = _LENGTH if window > _LONGEST_WINDOW else max(_LENGTH, -(-(window + 2 * _CHUNK) // _CHUNK) * _CHUNK)
         prompt = self._prompt(min(length, self._num_blocks * BLOCK_SIZE // _CHUNK * _CHUNK))
-        ours = torch.stack(list(self._logits_in_chunks(prompt, _CHUNK, None))).float()
+        ours = torch.stack(list(self._logits_in_chunks(prompt, _CHUNK, ()))).float()
         self._model.set_attn_implementation("eager")
         try:
             with torch.inference_mode():
@@ -113,10 +116,12 @@ class Checker:
 
     def _is_batch_invariant(self) -> bool:
         loaded = self._load_adapters()
-        slots: list[Slot | None] = [None, *loaded]
+        slots: list[Slots] = [(), *((ScaledSlot(slot),) for slot in loaded)]
+        if len(loaded) > 1:
+            slots.append(tuple(ScaledSlot(slot, scale) for slot, scale in zip(loaded, _SCALES, strict=True)))
         try:
             kinds = [(self._prompt(length), slots[index % len(slots)]) for index, length in enumerate(_PROMPTS)]
-            alone = [list(self._logits_in_chunks(p, 5 + i, slot))[-1] for i, (p, slot) in enumerate(kinds)]
+            alone = [list(self._logits_in_chunks(p, 5 + i, each))[-1] for i, (p, each) in enumerate(kinds)]
             per_round = sum(_blocks(length) for length in _PROMPTS)
             most = len(kinds) * (self._num_blocks // per_round)
             company = list(islice(cycle(range(len(kinds))), max(len(kinds), min(self._rows, most))))
@@ -126,9 +131,7 @@ class Checker:
             for slot in loaded:
                 self._slots.load(slot, HostAdapter("", slot.rank, 0, {}))
 
-    def _all_equal(
-        self, company: list[int], kinds: list[tuple[list[int], Slot | None]], alone: list[torch.Tensor]
-    ) -> bool:
+    def _all_equal(self, company: list[int], kinds: list[tuple[list[int], Slots]], alone: list[torch.Tensor]) -> bool:
         """All prompts at once, and then their last tokens as decodes of one step, against each alone."""
         sequences, start = [], 0
         for kind in company:
@@ -166,18 +169,18 @@ class Checker:
     def _prompt(self, length: int) -> list[int]:
         return [int(token) for token in torch.randint(0, self._vocabulary, (length,), generator=self._random)]
 
-    def _logits_in_chunks(self, prompt: list[int], chunk: int, slot: Slot | None) -> Iterator[torch.Tensor]:
+    def _logits_in_chunks(self, prompt: list[int], chunk: int, slots: Slots) -> Iterator[torch.Tensor]:
         """Logits [vocabulary] at the end of each chunk of the prompt."""
-        sequence = self._sequence(prompt, 0, slot)
+        sequence = self._sequence(prompt, 0, slots)
         while sequence.num_computed < len(prompt):
             count = min(chunk, len(prompt) - sequence.num_computed)
             yield self._runner.forward(Batch([ScheduledSequence(sequence, count, samples=True)]))[0]
             sequence.num_computed += count
 
-    def _sequence(self, prompt: list[int], first_block: int, slot: Slot | None) -> Sequence:
+    def _sequence(self, prompt: list[int], first_block: int, slots: Slots) -> Sequence:
         sequence = Sequence("start-check", prompt, SamplingParams(temperature=0.0, max_tokens=1))
         sequence.blocks = list(range(first_block, first_block + _blocks(len(prompt))))
-        sequence.slot = slot
+        sequence.slots = slots
         self._touched = max(self._touched, first_block + len(sequence.blocks))
         return sequence
 

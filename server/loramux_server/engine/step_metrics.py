@@ -9,7 +9,7 @@ from loramux_server.engine.sequence import Batch, Sequence
 
 
 class EngineMetrics(Protocol):
-    """The part of the metrics that the engine thread feeds. `adapter` is the name asked for, None for the base."""
+    """The part of the metrics that the engine thread feeds. `adapter` is `Sequence.adapter`."""
 
     def step_done(self, batch_size: int, distinct_adapters: int, seconds: float) -> None:
         """A forward of `batch_size` sequences took this long."""
@@ -46,6 +46,9 @@ class StepMetrics:
 
     def token_chosen(self, sequence: Sequence, delivered: bool, now: float) -> None:
         """Stamps the sequence. A stop token counts for the time to the first token, and for nothing else."""
+        if sequence.background:
+            sequence.first_token_at = sequence.first_token_at or now
+            return
         if sequence.first_token_at is None:
             sequence.first_token_at = now
             self._metrics.first_token(now - sequence.arrived)
@@ -60,6 +63,8 @@ class StepMetrics:
         prompt: Counter[str | None] = Counter()
         for row in batch.rows:
             sequence = row.sequence
+            if sequence.background:
+                continue
             before = sequence.num_computed - row.num_tokens
             if before < len(sequence.prompt):
                 prompt[sequence.adapter] += row.num_tokens
@@ -68,7 +73,7 @@ class StepMetrics:
         for adapter in prompt.keys() | self._generated.keys():
             self._metrics.tokens(adapter, prompt[adapter], self._generated[adapter])
         self._generated.clear()
-        versions = {row.sequence.version for row in batch.rows} - {None}
+        versions = {use.version for row in batch.rows for use in row.sequence.adapters}
         self._metrics.step_done(len(batch.rows), len(versions), seconds)
         for load in batch.slot_loads:
             self._metrics.slot_loaded(load.seconds)
