@@ -128,11 +128,11 @@ class Side:
 
     def steps(self, batches: Sequence[Rows], learning_rate: float) -> float:
         """Trains on the batches; tokens per second, pads not counted."""
-        seconds = 0.0
+        seconds: float = 0.0
         for rows in batches:
             answer = self._ask({"op": "step", "rows": rows, "learning_rate": learning_rate})
             self.losses.append(answer["loss"])
-            seconds += answer["seconds"]
+            seconds += float(answer["seconds"])
         return sum(len(row["ids"]) for rows in batches for row in rows) / seconds
 
     def held_loss(self, batches: Sequence[Rows]) -> float:

@@ -69,6 +69,13 @@ def test_the_distance_to_the_reference_decides(spam: int, level: Level, words: s
     assert said(labelled(TRUTH, judged, {Role.REFERENCE: reference}), words) is level
 
 
+def test_what_may_be_better_by_chance_is_called_no_worse() -> None:
+    truth = [0] * 30 + [1] * 10
+    judged, reference = [1] * 2 + truth[2:], [0] * 2 + [1] * 3 + truth[5:]
+
+    assert said(labelled(truth, judged, {Role.REFERENCE: reference}), "No worse than the 16-bit") is Level.GOOD
+
+
 def test_a_difference_that_chance_may_make_is_said_to_be_one() -> None:
     evaluation = labelled(TRUTH, flipped(TRUTH, ham=3, spam=11), {Role.REFERENCE: flipped(TRUTH, ham=4, spam=9)})
 

@@ -17,7 +17,7 @@ from statistics import mean
 from typing import Any
 
 HERE = Path(__file__).parent
-SMALL = ("--target-modules", "q_proj,v_proj", "--learning-rate", "0.001")
+SMALL = ("--target-modules", "q_proj,v_proj", "--learning-rate", "0.001", "--max-steps", "110")
 
 
 @dataclass(frozen=True, slots=True)

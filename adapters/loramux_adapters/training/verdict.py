@@ -83,6 +83,8 @@ def _against_adapter(evaluation: Evaluation, comparison: Comparison) -> Remark:
     sure = "" if comparison.difference.is_significant else " The difference is within what chance does."
     if gain.low > 0:
         return Remark(Level.GOOD, f"Better than {what}: {shown}.")
+    if gain.value > close:
+        return Remark(Level.GOOD, f"No worse than {what}, perhaps better: {shown}.{sure}")
     if gain.value >= -close:
         return Remark(Level.GOOD, f"As good as {what} (within {close * scale:g} {unit}): {shown}.{sure}")
     if gain.value >= -far:
