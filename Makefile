@@ -11,7 +11,7 @@ SERVE_ARGS ?= --preload adapters/examples
 LOAD_ARGS ?= run --spawn
 TEST_ARGS ?=
 
-.PHONY: help install serve check test test-gpu load clean
+.PHONY: help install serve spam check test test-gpu load clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do printf 'make %-10s %s\n' "$$name" "$$text"; done
@@ -21,6 +21,9 @@ install: $(STAMP) ## make .venv with the tested versions of everything; done onc
 
 serve: $(STAMP) ## start a server on 127.0.0.1:8000 with the embedded base and the example adapters
 	@exec $(BIN)/loramux serve $(SERVE_ARGS)
+
+spam: $(STAMP) ## the whole story: fetch SMS Spam, train an adapter, score it, serve it, ask it; about 15 minutes
+	@$(BIN)/python adapters/examples/spam_story.py
 
 check: $(STAMP) ## formatting, lint and types
 	$(BIN)/ruff format --check .

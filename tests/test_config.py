@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from loramux_server.config import OTHER_VARIABLES, ServeConfig, is_loopback, load_config
+from loramux_server.command_settings import OTHER_VARIABLES
+from loramux_server.config import ServeConfig, is_loopback, load_config
 from loramux_server.errors import ConfigError
 from loramux_server.settings import fields_of
+from loramux_server.train_config import load_train_config
 
 
 def written(tmp_path: Path, text: str) -> str:
@@ -170,3 +172,27 @@ def test_keys_are_never_shown(tmp_path: Path) -> None:
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         ServeConfig().port = 1  # type: ignore[misc]
+
+
+def test_one_file_and_one_environment_serve_all_commands(tmp_path: Path) -> None:
+    file = written(
+        tmp_path, "[serve]\nport = 1111\n[train]\nrank = 4\nrslora = true\n[eval]\nlimit = 3\n[plan]\nseq = 64\n"
+    )
+    environ = {"LORAMUX_MAX_WAITING": "7", "LORAMUX_EPOCHS": "2", "LORAMUX_ONTO": "16bit", "LORAMUX_LIMIT": "5"}
+    served = load_config({}, environ, file)
+    assert (served.port, served.max_waiting) == (1111, 7)
+    trained = load_train_config({"data": "x.jsonl", "name": "x"}, environ, file)
+    assert (trained.rank, trained.rslora, trained.epochs) == (4, True, 2.0)
+    with pytest.raises(ConfigError, match="unknown environment variable LORAMUX_EPOCH; did you mean"):
+        load_train_config({}, {"LORAMUX_EPOCH": "2"})
+
+
+@pytest.mark.parametrize(("text", "meant"), [("yes", True), ("True", True), ("0", False), ("no", False)])
+def test_a_switch_is_set_in_words_in_the_environment(text: str, meant: bool) -> None:
+    config = load_train_config({"data": "x.jsonl", "name": "x"}, {"LORAMUX_RSLORA": text})
+    assert config.rslora is meant
+
+
+def test_a_switch_that_is_neither_on_nor_off_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--rslora must be true or false, not 'maybe'"):
+        load_train_config({"data": "x.jsonl", "name": "x"}, {"LORAMUX_RSLORA": "maybe"})

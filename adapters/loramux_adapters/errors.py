@@ -11,7 +11,7 @@ AdapterError
 ├── AdapterCorrupt            a stored version no longer matches its digest, or cannot be read
 ├── TrainingError             a training or evaluation cannot be done as asked
 │   ├── RecipeError           the recipe contradicts itself, the base or the machine
-│   ├── DataError             the examples cannot be used; names file and line
+│   ├── DataError             the examples cannot be used; names file and line (training/: LineError, OverlapError)
 │   ├── CheckpointError       a checkpoint cannot be written, read or continued from
 │   └── MemoryShort           it does not fit into memory; says what to lower
 └── StoreUnavailable          the store's directory or index cannot be used (disk full, locked, permission)

@@ -29,7 +29,8 @@ def load_host_adapter(directory: Path, version: str) -> HostAdapter:
     free = mapping(nbytes).view(torch.bfloat16)  # one block, so that an eviction leaves no holes behind
     modules = {}
     for module, a, bt in read_modules(directory, config, layout.pairs):
-        held_a, held_bt, free = free.split([a.numel(), bt.numel(), free.numel() - a.numel() - bt.numel()])
+        sizes = [a.numel(), bt.numel(), free.numel() - a.numel() - bt.numel()]
+        held_a, held_bt, free = torch.split(free, sizes)
         modules[module] = (held_a.view_as(a).copy_(a), held_bt.view_as(bt).copy_(bt))
     rank = max((pair.rank for pair in layout.pairs.values()), default=0)
     return HostAdapter(version=version, rank=rank, nbytes=nbytes, modules=modules)

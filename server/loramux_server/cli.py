@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 
 from loramux_adapters.errors import AdapterError
-from loramux_server import cli_adapters, cli_serve
+from loramux_server import cli_adapters, cli_eval, cli_merge, cli_plan, cli_serve, cli_train
 from loramux_server.errors import ConfigError, LoramuxError
 from loramux_server.settings import suggest
 
@@ -45,14 +45,14 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="loramux",
-        description="Serve many LoRA adapters over one resident NF4 base model.",
+        description="Serve many LoRA adapters over one resident NF4 base model, and train them on it.",
         epilog="`loramux COMMAND --help` explains a command.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"{DISTRIBUTION} {version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    cli_serve.add_parser(commands)
-    cli_adapters.add_parser(commands)
+    for command in (cli_serve, cli_adapters, cli_train, cli_eval, cli_plan, cli_merge):
+        command.add_parser(commands)
     about_help = "print the versions of loramux and of what it runs on"
     about = commands.add_parser("version", help=about_help, description=about_help.capitalize() + ".")
     about.set_defaults(run=_print_versions, parser=about, flags=[])

@@ -11,14 +11,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from loramux_server.base.source import EMBEDDED_NAME
+from loramux_server.command_settings import load_settings
 from loramux_server.errors import ConfigError
-from loramux_server.settings import fields_of, from_environment, from_flags, from_toml, setting
+from loramux_server.settings import fields_of, setting
 
-CONFIG_VARIABLE = "LORAMUX_CONFIG"
-OTHER_VARIABLES = (CONFIG_VARIABLE, "LORAMUX_URL")  # LORAMUX_URL is read by `loramux adapters`
 SERVED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,254}")
 
 
@@ -183,8 +181,4 @@ def load_config(flags: Mapping[str, object], environ: Mapping[str, str], config_
     Raises:
         ConfigError: any value, key or variable is wrong, or the values do not go together.
     """
-    path = config_file if config_file is not None else environ.get(CONFIG_VARIABLE)
-    in_file = from_toml(ServeConfig, Path(path), "serve") if path is not None else {}
-    in_environment = from_environment(ServeConfig, environ, also=OTHER_VARIABLES)
-    merged: dict[str, Any] = in_file | in_environment | from_flags(ServeConfig, flags)
-    return ServeConfig(**merged)
+    return load_settings(ServeConfig, "serve", flags, environ, config_file)

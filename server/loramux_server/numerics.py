@@ -1,4 +1,4 @@
-"""What decides the bits of a reply, besides base and adapter: the numerics id."""
+"""The numerics id: whoever has the same one computes the same bits."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ import torch
 
 from loramux_server.base.loader import BaseModel, kernel_paths
 
+_LIBRARIES = ("torch", "bitsandbytes", "transformers")
 _CPU_FEATURES = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16")  # what kernels choose their path by
 
 
 def numerics_id(base: BaseModel, attention: str, lora: str) -> str:
-    """Versions, kernel paths, and the kind of device. `attention` and `lora` are the names of the kernels in use."""
-    versions = " ".join(f"{name} {metadata.version(name)}" for name in ("torch", "bitsandbytes", "transformers"))
+    """What decides the bits of a reply besides base and adapter: versions, kernel paths, and the kind of device.
+
+    Args:
+        attention, lora: names of the kernels in use.
+    """
+    versions = " ".join(f"{name} {metadata.version(name)}" for name in _LIBRARIES)
     if base.device.type == "cpu":
         found = torch.cpu.get_capabilities()
         device = "cpu " + "+".join([str(found.get("architecture", "")), *(f for f in _CPU_FEATURES if found.get(f))])

@@ -20,7 +20,8 @@ from typing import Any, get_args, get_type_hints
 from loramux_server.errors import ConfigError
 
 ENV_PREFIX = "LORAMUX_"
-KINDS = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
+KINDS = {int: "a whole number", float: "a number", str: "text", Path: "a path", bool: "true or false"}
+_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,8 @@ class Field:
         """Raises ConfigError unless the value is of the right type and among the allowed ones."""
         if value is None and self.optional:
             return
-        is_kind = isinstance(value, (int, float) if self.kind is float else self.kind) and not isinstance(value, bool)
+        is_kind = isinstance(value, (int, float) if self.kind is float else self.kind)
+        is_kind &= isinstance(value, bool) == (self.kind is bool)
         if not is_kind:
             raise ConfigError(f"{self.label} must be {KINDS[self.kind]}{self._got(value)}")
         declared = self.setting
@@ -110,8 +112,8 @@ class Field:
     def parse(self, text: str) -> object:
         """The value that a flag's or a variable's text means."""
         try:
-            return self.kind(text)
-        except ValueError as error:
+            return _WORDS[text.lower()] if self.kind is bool else self.kind(text)
+        except (ValueError, KeyError) as error:
             raise ConfigError(f"{self.label} must be {KINDS[self.kind]}{self._got(text)}") from error
 
     def convert(self, value: object) -> object:
@@ -155,12 +157,17 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
         if declared.group not in groups:
             groups[declared.group] = parser.add_argument_group(declared.group)
         default = declared.unset if field.default is None else field.default
+        if field.kind is bool:
+            default = "yes" if default else "no"
         details = [f"default: {default}", declared.allowed, field.variable]
+        takes: dict[str, Any] = {"metavar": {int: "N", float: "X", Path: "PATH"}.get(field.kind, "TEXT")}
+        if field.kind is bool:
+            takes = {"action": argparse.BooleanOptionalAction}
         groups[declared.group].add_argument(
             field.flag,
             default=argparse.SUPPRESS,
-            metavar={int: "N", float: "X", Path: "PATH"}.get(field.kind, "TEXT"),
             help=f"{declared.help} ({'; '.join(part for part in details if part)})".replace("%", "%%"),
+            **takes,
         )
 
 
@@ -178,7 +185,7 @@ def from_environment(cls: type, environ: Mapping[str, str], *, also: Iterable[st
     by_variable = {field.variable: field for field in fields_of(cls).values()}
     values: dict[str, object] = {}
     for variable, text in environ.items():
-        if not variable.startswith(ENV_PREFIX) or variable in also:
+        if not variable.startswith(ENV_PREFIX) or (variable in also and variable not in by_variable):
             continue
         if variable not in by_variable:
             raise ConfigError(
@@ -193,8 +200,8 @@ def from_environment(cls: type, environ: Mapping[str, str], *, also: Iterable[st
     return values
 
 
-def from_toml(cls: type, path: Path, table: str) -> dict[str, object]:
-    """The settings in one table of a TOML file, which holds no other table.
+def from_toml(cls: type, path: Path, table: str, *, also: Iterable[str] = ()) -> dict[str, object]:
+    """The settings in one table of a TOML file. `also` names the tables that other parts read.
 
     Raises:
         ConfigError: the file cannot be read or parsed, a key is unknown, or a value has the wrong type.
@@ -210,7 +217,7 @@ def from_toml(cls: type, path: Path, table: str) -> dict[str, object]:
         if not isinstance(value, dict):
             hint = f"; settings belong under [{table}]" if key in fields else suggest(key, [table])
             raise ConfigError(f"config file {path}: unknown key {key} outside any table{hint}")
-        if key != table:
+        if key != table and key not in also:
             raise ConfigError(f"config file {path}: unknown table [{key}]; settings belong under [{table}]")
     values: dict[str, object] = {}
     for key, value in document.get(table, {}).items():

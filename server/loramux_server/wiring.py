@@ -88,7 +88,7 @@ def build(config: ServeConfig, stages: Stages) -> Server:
     cache_dir = config.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "loramux"
     with stages.stage("load the base"), returning_memory():
         base = load_base_model(config.base, device=device, cache_dir=cache_dir, report=stages.note)
-        shape = probe_kv_shape(base.model, device)  # its forward also packs the weights for the kernels in use
+        shape = probe_kv_shape(base.model, device)
     name = config.served_model_name or base.name
     metrics = Metrics(config.metrics_adapter_labels)
     with stages.stage("open the adapter store"):

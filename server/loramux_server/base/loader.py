@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from loramux_adapters.base_info import BaseInfo
 from loramux_server.base.identity import cached_base_id
+from loramux_server.base.packed_linear import pack
 from loramux_server.base.source import BaseSource, Report, resolve_base
 from loramux_server.base.support import unsupported_config, unsupported_modules
 from loramux_server.errors import BaseModelError
@@ -112,6 +113,8 @@ def load_base_model(
     if quantize == "nf4":
         _check_quantized(model, source.name)
     _choose_kernels(model, training=training)
+    if not training:
+        _timed(stages, "pack for the CPU kernel", lambda: pack(model))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

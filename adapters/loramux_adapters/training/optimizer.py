@@ -1,0 +1,105 @@
+"""AdamW over A and B, and its state as named tensors, so that a checkpoint needs no pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from loramux_adapters.errors import CheckpointError
+from loramux_adapters.training.recipe import Recipe
+
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
+PREFIX = "optimizer"
+SMALLEST_8_BIT, BLOCK = 4096, 256  # of bitsandbytes: weights of a tensor, weights that share a scale
+
+
+def make_optimizer(parameters: Mapping[str, nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW in fp32 on the CPU; bitsandbytes' paged 8-bit AdamW on CUDA, whose state can leave a full device."""
+    values = list(parameters.values())
+    options: dict[str, Any] = {
+        "lr": recipe.learning_rate,
+        "betas": BETAS,
+        "eps": EPSILON,
+        "weight_decay": recipe.weight_decay,
+    }
+    if values[0].device.type == "cpu":
+        return torch.optim.AdamW(values, fused=True, **options)
+    from bitsandbytes.optim import PagedAdamW8bit
+
+    paged: torch.optim.Optimizer = PagedAdamW8bit(values, **options)
+    return paged
+
+
+def state_bytes(parameters: Mapping[str, nn.Parameter]) -> int:
+    """Bytes that the optimizer will keep: two moments of each weight, in 8 bit on CUDA unless the tensor is small."""
+    total = 0
+    for parameter in parameters.values():
+        count = parameter.numel()
+        in_8_bit = parameter.device.type != "cpu" and count >= SMALLEST_8_BIT
+        total += 2 * (count + 4 * -(-count // BLOCK) if in_8_bit else 4 * count)
+    return total
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def read_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, torch.Tensor], dict[str, int | float]]:
+    """The state as tensors and as numbers, both under `optimizer/<what>/<parameter>`; empty before the first step."""
+    tensors: dict[str, torch.Tensor] = {}
+    numbers: dict[str, int | float] = {}
+    for name, parameter in parameters.items():
+        for what, value in optimizer.state[parameter].items():
+            key = f"{PREFIX}/{what}/{name}"
+            if isinstance(value, torch.Tensor):
+                tensors[key] = value.detach().cpu().contiguous().clone()  # bitsandbytes shares its tables
+            else:
+                numbers[key] = value
+    return tensors, numbers
+
+
+def write_state(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, torch.Tensor],
+    numbers: Mapping[str, int | float],
+) -> None:
+    """The inverse of `read_state`. Raises CheckpointError if the state is not one of these parameters."""
+    if not any(key.startswith(PREFIX + "/") for key in [*tensors, *numbers]):
+        return
+    for index, (name, parameter) in enumerate(parameters.items()):
+        state = _fresh_state(optimizer, parameter, index)
+        for what, value in state.items():
+            key = f"{PREFIX}/{what}/{name}"
+            found = tensors.get(key) if isinstance(value, torch.Tensor) else numbers.get(key)
+            if found is None or (isinstance(found, torch.Tensor) and found.shape != value.shape):
+                raise CheckpointError(
+                    f"the checkpoint holds no {what} of {name} as this optimizer keeps it; was it written on another "
+                    "kind of device?"
+                )
+            if isinstance(found, torch.Tensor):
+                value.copy_(found)
+            else:
+                state[what] = found
+        optimizer.state[parameter] = state
+
+
+def _fresh_state(optimizer: Any, parameter: nn.Parameter, index: int) -> dict[str, Any]:
+    """What the optimizer keeps of a parameter, as it is before the first step: the buffers to copy into."""
+    if hasattr(optimizer, "init_state"):  # bitsandbytes, whose buffers may be paged and must be its own
+        optimizer.init_state(optimizer.param_groups[0], parameter, 0, index)
+        state: dict[str, Any] = dict(optimizer.state[parameter])
+        # Its tables of values are shared by all parameters and the same in every run.
+        return state
+    return {
+        "step": torch.zeros((), dtype=torch.float32),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
