@@ -238,3 +238,9 @@ def test_a_file_without_a_name_is_refused(tmp_path: Path, name: str) -> None:
     else:
         with pytest.raises(AdapterRejected, match="a name"):
             unpacked(tmp_path, buffer.getvalue())
+
+
+@pytest.mark.parametrize("pack", [zipped, tarred])
+def test_a_name_that_no_file_system_takes_is_refused(tmp_path: Path, pack: Pack) -> None:
+    with pytest.raises(AdapterRejected, match="too long"):
+        unpacked(tmp_path, pack({**FILES, "x" * 300: b"?"}))

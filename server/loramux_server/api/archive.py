@@ -20,6 +20,7 @@ from loramux_server.api.tar_reader import TarRefused, tar_files
 CONFIG = "adapter_config.json"
 MAX_MEMBERS = 1000
 MAX_NAME = 1024
+MAX_PART_BYTES = 255  # of one component of a path, what file systems take
 _MAX_READ = 2**20  # of one call: what the directory of a zip may have
 _COPY = 64 * 2**10
 _ZIP, _GZIP = b"PK\x03\x04", b"\x1f\x8b"
@@ -121,7 +122,8 @@ def _zip_members(archive: Path) -> Iterator[Iterator[Member]]:
 def _safe(name: str) -> PurePosixPath:
     """The name as a relative path. Raises AdapterRejected if it could be taken for anything else."""
     parts = name.removeprefix("./").split("/")
-    if len(name) > MAX_NAME or any(part in ("", ".", "..") for part in parts) or not name.isprintable():
+    is_long = len(name) > MAX_NAME or len(parts[-1].encode(errors="replace")) > MAX_PART_BYTES
+    if is_long or any(part in ("", ".", "..") for part in parts) or not name.isprintable():
         raise AdapterRejected(["the archive holds a name that is absolute, too long, or leads out of it"])
     if "\\" in name or ":" in name:
         raise AdapterRejected(["the archive holds a name with a backslash or a colon"])
