@@ -136,10 +136,13 @@ class Side:
         return sum(len(row["ids"]) for rows in batches for row in rows) / seconds
 
     def held_loss(self, batches: Sequence[Rows]) -> float:
-        losses = [(self._ask({"op": "evaluate", "rows": rows})["loss"], rows) for rows in batches]
-        learned = [sum(row["learned"] for row in rows) for _, rows in losses]
-        total: float = sum(loss * count for (loss, _), count in zip(losses, learned, strict=True))
-        return total / sum(learned)
+        """Mean over all learned tokens of the batches."""
+        total, learned = 0.0, 0
+        for rows in batches:
+            count = sum(int(row["learned"]) for row in rows)
+            total += count * float(self._ask({"op": "evaluate", "rows": rows})["loss"])
+            learned += count
+        return total / learned
 
     def close(self) -> None:
         """End the process: its input ends, so it leaves; killed if it does not."""

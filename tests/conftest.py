@@ -5,6 +5,13 @@ from __future__ import annotations
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Whether a generated test passes must not depend on how busy the machine is.
+settings.register_profile(
+    "loramux", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("loramux")
 
 # As the server does, and before PyTorch is imported: its threads must not spin while others use the same cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

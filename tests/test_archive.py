@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramux_adapters.errors import AdapterRejected, AdapterTooLarge
@@ -208,7 +208,7 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
         unpacked(tmp_path, tar_of(member))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 @given(data=st.data())
 def test_a_damaged_archive_is_refused_or_read_and_never_anything_else(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter_files import TINY_LINEARS, write_adapter
@@ -255,7 +255,7 @@ def test_a_bomb_is_given_up_before_it_fills_the_disk(source: AdapterStore, open_
     assert target.records() == []
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300)
 @given(data=st.data())
 def test_a_backup_with_bytes_changed_anywhere_restores_only_what_is_sound(
     source: AdapterStore, open_store: Open, tmp_path: Path, data: st.DataObject

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -137,7 +137,7 @@ ENTRIES = st.builds(
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400)
 @given(
     header=st.dictionaries(st.text(max_size=3), ENTRIES | SCALARS, max_size=3),
     data=st.integers(0, 32).map(bytes),
@@ -158,7 +158,7 @@ def test_what_is_accepted_the_library_accepts_too(
         }
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300)
 @given(position=st.integers(0, 200), value=st.integers(0, 255), cut=st.integers(0, 300))
 def test_a_damaged_file_is_refused_or_still_sound(tmp_path: Path, position: int, value: int, cut: int) -> None:
     path = tmp_path / "w"

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fakes_api import Server, make_server
@@ -60,7 +60,7 @@ async def test_a_client_library_can_upload(server: Server) -> None:
     assert server.store.files["new"]["adapter_model.safetensors"] == WEIGHTS
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=60)
 @given(weights=st.binary(max_size=400), cuts=st.lists(st.integers(0, 900), max_size=12))
 def test_no_content_and_no_chunking_changes_what_is_stored(tmp_path: Path, weights: bytes, cuts: list[int]) -> None:
     body = part("config", CONFIG) + part("weights", weights + b"\r\n--Xb") + END
