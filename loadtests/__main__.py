@@ -7,13 +7,14 @@ import os
 import signal
 import sys
 
-from . import baselines, compare, make_adapters, sweep
+from . import baselines, compare, make_adapters, sweep, train_baseline
 from .errors import LoadTestError
 
 COMMANDS = {
     "run": (sweep, "measure a server: one scenario with --url, a sweep of ours with --spawn"),
     "compare": (compare, "ours beside transformers + peft on the same NF4 base, in interleaved rounds"),
     "baselines": (baselines, "the process that `compare` starts for the other side"),
+    "train": (train_baseline, "our training beside a plain peft + bitsandbytes loop, in interleaved rounds"),
     "make-adapters": (make_adapters, "write random PEFT adapters of a checkpoint's shapes"),
 }
 
