@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loramux_server.cli_adapters import KEY_VARIABLES
+from loramux_server.cli_environment import bound_spinning, cache_dir_of
 from loramux_server.cli_serve import configure_logging
 from loramux_server.csv_settings import columns_of
 from loramux_server.errors import CommandFailed
@@ -46,9 +46,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     config = load_eval_config(vars(args), environ, args.config)
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before PyTorch is imported; cli_serve says why
-    cache_dir = config.cache_dir or Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "loramux"
+    bound_spinning()
+    cache_dir = cache_dir_of(config.cache_dir, environ)
     key = next((environ[variable] for variable in KEY_VARIABLES if environ.get(variable)), None)
     configure_logging("info")
     stages = Stages(_write)
@@ -75,6 +74,7 @@ def evaluate_here(config: EvalConfig, stages: Stages, *, cache_dir: Path, skip_b
         from loramux_adapters.training.evaluated import Role
         from loramux_adapters.training.labels import labels_of
         from loramux_server import cli_eval_run as run
+        from loramux_server.base.device import device_of
         from loramux_server.evaluation import evaluate
     transformers_logging.disable_progress_bar()
     if config.threads is not None:
@@ -86,7 +86,7 @@ def evaluate_here(config: EvalConfig, stages: Stages, *, cache_dir: Path, skip_b
     quantize = config.quantize or run.trained_on(directory)
     bases = run.Bases(
         config.base,
-        device=run.device_of(config.device),
+        device=device_of(config.device),
         cache_dir=cache_dir,
         max_rank=run.largest_rank([directory, *others.values()]),
         report=stages.note,

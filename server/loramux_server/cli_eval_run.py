@@ -20,7 +20,6 @@ from loramux_adapters.training.examples import ExampleSet, read_examples
 from loramux_adapters.training.recipe import QUANTIZATIONS
 from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.base.source import Report
-from loramux_server.errors import ConfigError
 from loramux_server.evaluation import Contender, Progress, Subject
 from loramux_server.offline import Adapter, Offline
 from loramux_server.offline_scorer import OfflineScorer
@@ -128,14 +127,6 @@ def read_held(
         notes.append(f"Only the first {limit:,} of {len(held.examples):,} examples are used.")
         held = ExampleSet(held.examples[:limit], held.skipped, held.sha256, held.path)
     return held, read(train).examples if train is not None else (), notes
-
-
-def device_of(wanted: str) -> torch.device:
-    """Raises ConfigError."""
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise ConfigError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-    return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and available) else "cpu")
 
 
 def progress_on(stream: TextIO, clock: Callable[[], float] = time.monotonic) -> Progress:

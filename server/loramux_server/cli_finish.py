@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from loramux_adapters.errors import AdapterError
 from loramux_server.base.source import EMBEDDED_NAME
+from loramux_server.cli_environment import bound_spinning, cache_dir_of
 from loramux_server.cli_serve import configure_logging
 from loramux_server.csv_settings import columns_of
 from loramux_server.errors import ConfigError, LoramuxError
@@ -57,9 +58,8 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     environ = os.environ if environ is None else environ
     args = vars(_parser().parse_args(argv))
     settings = Settings(**{field.name: args[field.name] for field in fields(Settings)})
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before PyTorch is imported; cli_serve says why
-    cache_dir = settings.cache_dir or Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "loramux"
+    bound_spinning()
+    cache_dir = cache_dir_of(settings.cache_dir, environ)
     configure_logging("info")
     try:
         finish(settings, Stages(_write), cache_dir=cache_dir)
@@ -88,6 +88,7 @@ def finish(settings: Settings, stages: Stages, *, cache_dir: Path) -> Evaluation
         from loramux_adapters.training.labels import labels_of
         from loramux_adapters.training.report import summary, text_report, write_evaluation
         from loramux_server import cli_eval_run as run
+        from loramux_server.base.device import device_of
         from loramux_server.evaluation import evaluate
     transformers_logging.disable_progress_bar()
     if settings.threads is not None:
@@ -97,7 +98,7 @@ def finish(settings: Settings, stages: Stages, *, cache_dir: Path) -> Evaluation
     quantize = run.trained_on(directory)
     bases = run.Bases(
         settings.base,
-        device=run.device_of(settings.device),
+        device=device_of(settings.device),
         cache_dir=cache_dir,
         max_rank=run.largest_rank([directory]),
         report=stages.note,

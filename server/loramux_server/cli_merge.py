@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loramux_server.cli_environment import bound_spinning, cache_dir_of
 from loramux_server.cli_serve import configure_logging
 from loramux_server.command_settings import load_settings
-from loramux_server.errors import ConfigError
 from loramux_server.local_adapter import find_adapter
 from loramux_server.merge_config import MergeConfig
 from loramux_server.settings import add_flags, fields_of
@@ -83,7 +83,7 @@ def merge(config: MergeConfig) -> int:
     """
     assert config.adapter is not None and config.out is not None
     configure_logging("info")
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before PyTorch is imported; cli_serve says why
+    bound_spinning()
     adapter = find_adapter(config.adapter, DEFAULT_OUT)
     stages = Stages(_write)
     with stages.stage("import libraries"):
@@ -91,10 +91,11 @@ def merge(config: MergeConfig) -> int:
         from transformers.utils import logging as transformers_logging
 
         from loramux_adapters.training.merge import whole_directory
+        from loramux_server.base.device import device_of
     transformers_logging.disable_progress_bar()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    work = _Merge(config, adapter, _device(config.device), stages)
+    work = _Merge(config, adapter, device_of(config.device), stages)
     with whole_directory(config.out) as partial:
         merged, onto = work.write(partial)
         drift = work.measure(partial)
@@ -140,7 +141,8 @@ class _Merge:
             self._trained_on = "none"
         else:
             nf4 = quantization_recipe(base.config)
-            info = replace(info, base_id=cached_base_id(base.source.directory, nf4, _cache_dir(self._config)))
+            cache_dir = cache_dir_of(self._config.cache_dir, os.environ)
+            info = replace(info, base_id=cached_base_id(base.source.directory, nf4, cache_dir))
         checked = check_adapter(self._adapter, info, MAX_RANK)
         self._rank = checked.rank
         if not checked.base_verified:
@@ -183,7 +185,7 @@ class _Merge:
         return load_base_model(
             spec,
             device=self._device,
-            cache_dir=_cache_dir(self._config),
+            cache_dir=cache_dir_of(self._config.cache_dir, os.environ),
             report=self._stages.note,
             quantize=quantize,
         )
@@ -211,19 +213,6 @@ def _lines(config: MergeConfig, merged: Merged, onto: str, drift: Drift, from_gg
             f"NF4 undoes most of this adapter: use the checkpoint in 16 bit, serve the adapter itself{hint}",
         ]
     return [*lines, f"serve it with: loramux serve --base {config.out}"]
-
-
-def _device(wanted: str) -> torch.device:
-    import torch
-
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise ConfigError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-    return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and available) else "cpu")
-
-
-def _cache_dir(config: MergeConfig) -> Path:
-    return config.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "loramux"
 
 
 def _write(text: str) -> None:

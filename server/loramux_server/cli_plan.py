@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loramux_adapters.training.recipe import Recipe
+from loramux_server.cli_environment import cache_dir_of
 from loramux_server.command_settings import load_settings
 from loramux_server.errors import BaseModelError, ConfigError
 from loramux_server.plan_config import PlanConfig
@@ -90,7 +91,7 @@ def _skeleton(config: PlanConfig) -> Any:
 
     from loramux_server.base.source import resolve_base
 
-    cache_dir = config.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "loramux"
+    cache_dir = cache_dir_of(config.cache_dir, os.environ)
     directory = resolve_base(config.base, cache_dir, print).directory
     try:
         found = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)

@@ -22,6 +22,7 @@ from typing import Any, NoReturn, Protocol
 
 import uvicorn
 
+from loramux_server.cli_environment import bound_spinning
 from loramux_server.config import ServeConfig, load_config
 from loramux_server.settings import add_flags, fields_of
 from loramux_server.startup import ASGIApp, Door, Stages, in_daemon_thread, take_port, url_of
@@ -88,11 +89,7 @@ def serve(config: ServeConfig) -> int:
         LoramuxError, AdapterError: the base or the store cannot be used.
     """
     configure_logging(config.log_level)
-    # Before PyTorch is imported, which reads it once: its threads spin only briefly while they wait for each other.
-    # Without a bound, anything else on the same cores made steps up to ten times as long; without any spinning, a step
-    # of 32 sequences on 2 cores took 131 ms instead of 88 (tokens/s over HTTP: 197 and 283).
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    bound_spinning()
     with take_port(config.host, config.port) as listener:
         return asyncio.run(_serve(config, listener))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import shlex
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from loramux_adapters.training.run_dir import RunDirectory
 from loramux_server.adapters_client import AdaptersClient
 from loramux_server.base.source import EMBEDDED_NAME
 from loramux_server.cli_adapters import KEY_VARIABLES
+from loramux_server.cli_environment import bound_spinning, cache_dir_of
 from loramux_server.cli_serve import configure_logging
 from loramux_server.cli_train_data import read_material
 from loramux_server.errors import CommandFailed
@@ -72,9 +72,8 @@ def _run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     given = vars(args)
     permissions = Permissions(**{field.name: given[field.name] for field in fields(Permissions)})
     config = load_train_config(given, environ, args.config)
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before PyTorch is imported; cli_serve says why
-    cache_dir = config.cache_dir or Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "loramux"
+    bound_spinning()
+    cache_dir = cache_dir_of(config.cache_dir, environ)
     key = next((environ[variable] for variable in KEY_VARIABLES if environ.get(variable)), None)
     return train(config, permissions, cache_dir=cache_dir, key=key)
 

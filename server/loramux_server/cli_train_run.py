@@ -20,11 +20,12 @@ from loramux_adapters.training.optimizer import state_bytes
 from loramux_adapters.training.ports import Outcome, Plan
 from loramux_adapters.training.run_dir import RunDirectory
 from loramux_adapters.training.trainer import Trainer
+from loramux_server.base.device import device_of
 from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.base.originals import original_weights
 from loramux_server.cli_progress import MIB, Progress, duration
 from loramux_server.cli_train_data import Material, data_lines, render
-from loramux_server.errors import CommandFailed, ConfigError
+from loramux_server.errors import CommandFailed
 from loramux_server.startup import Stages
 from loramux_server.train_config import TrainConfig
 
@@ -46,7 +47,7 @@ def run_training(
     """
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    device = _device(config.device)
+    device = device_of(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     recipe = config.recipe()
@@ -180,13 +181,6 @@ def _on_signal(stop: Callable[[], None]) -> Iterator[None]:
     finally:
         for number in numbers:
             signal.signal(number, before[number])
-
-
-def _device(wanted: str) -> torch.device:
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise ConfigError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-    return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and available) else "cpu")
 
 
 def _device_in_words(device: torch.device) -> str:

@@ -13,6 +13,7 @@ from loramux_adapters.training.columns import Columns
 from loramux_adapters.training.recipe import BATCHINGS, INITS, QUANTIZATIONS, SAVED_DTYPES, SCHEDULES, Recipe
 from loramux_server.base.source import EMBEDDED_NAME
 from loramux_server.command_settings import load_settings
+from loramux_server.csv_settings import columns_of
 from loramux_server.errors import ConfigError
 from loramux_server.settings import fields_of, setting
 
@@ -167,19 +168,7 @@ class TrainConfig:
 
     def columns(self) -> Columns | None:
         """How CSV is read; None if no setting says so. Raises DataError."""
-        given = {
-            "prompt": self.csv_prompt,
-            "completion": self.csv_completion,
-            "template": self.csv_template,
-            "system": self.csv_system,
-            "delimiter": self.csv_delimiter,
-        }
-        texts = {name: text for name, text in given.items() if text is not None}
-        if not texts and self.csv_labels is None:
-            return None
-        if "prompt" not in texts or "completion" not in texts:
-            raise DataError("CSV needs both --csv-prompt and --csv-completion")
-        return Columns(**texts, labels=Columns.parse_labels(self.csv_labels or ""))
+        return columns_of(self)
 
 
 def load_train_config(

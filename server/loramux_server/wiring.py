@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from fastapi import FastAPI
@@ -24,8 +23,10 @@ from loramux_adapters.staged import StagedVersions
 from loramux_adapters.store import AdapterStore
 from loramux_server.api.app import create_app
 from loramux_server.api.deps import Base, Deps, Keys, Limits
+from loramux_server.base.device import device_of
 from loramux_server.base.loader import BaseModel, load_base_model, resident_bytes
 from loramux_server.base.tokenizer import BaseTokenizer
+from loramux_server.cli_environment import cache_dir_of
 from loramux_server.config import ServeConfig, is_loopback
 from loramux_server.engine.attention import probe_kv_shape, select_attend
 from loramux_server.engine.client import EngineClient
@@ -43,7 +44,7 @@ from loramux_server.preload import preload
 from loramux_server.proof import Prover
 from loramux_server.startup import Stages
 from loramux_server.wiring_lifecycle import CountedCheck, Lifecycle, pin_bytes
-from loramux_server.wiring_sizes import arena_rows, device_of, num_blocks, vocabulary_of
+from loramux_server.wiring_sizes import arena_rows, num_blocks, vocabulary_of
 from loramux_server.wiring_summary import MIB, summary
 
 
@@ -85,7 +86,7 @@ def build(config: ServeConfig, stages: Stages) -> Server:
     device = device_of(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    cache_dir = config.cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "loramux"
+    cache_dir = cache_dir_of(config.cache_dir, os.environ)
     with stages.stage("load the base"), returning_memory():
         base = load_base_model(config.base, device=device, cache_dir=cache_dir, report=stages.note)
         shape = probe_kv_shape(base.model, device)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from loramux_adapters.lora_linear import row_bytes
 from loramux_adapters.slots import SMALLEST_RANK
 from loramux_server.base.loader import BaseModel
@@ -11,14 +9,6 @@ from loramux_server.config import ServeConfig
 from loramux_server.engine.kv_cache import BLOCK_SIZE, KVShape
 from loramux_server.errors import BaseModelError, ConfigError
 from loramux_server.wiring_summary import MIB
-
-
-def device_of(wanted: str) -> torch.device:
-    """What `--device` means here."""
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise ConfigError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-    return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and available) else "cpu")
 
 
 def arena_rows(config: ServeConfig, base: BaseModel) -> int:

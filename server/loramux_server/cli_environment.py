@@ -1,0 +1,22 @@
+"""What every command takes from the process's environment before it begins."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def cache_dir_of(given: Path | None, environ: Mapping[str, str]) -> Path:
+    """Where a converted base is kept: what `--cache-dir` says, or the user's cache directory."""
+    return given or Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "loramux"
+
+
+def bound_spinning() -> None:
+    """To be called before PyTorch is imported, which reads it once: its threads spin briefly while they wait.
+
+    Without a bound, anything else on the same cores made steps up to ten times as long; without any spinning, a step of
+    32 sequences on 2 cores took 131 ms instead of 88 (tokens/s over HTTP: 197 and 283).
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
