@@ -147,6 +147,7 @@ class TracedConnection(sqlite3.Connection):
 def run(action: Callable[[AdapterStore, Path], None], root: Path, upload: Path, steps: Steps) -> None:
     connect = sqlite3.connect
     TracedConnection.steps = steps
+    # for all of this process, which does nothing else and is killed
     sqlite3.connect = lambda *args, **options: connect(*args, factory=TracedConnection, **options)  # type: ignore
     is_opening = action is ACTIONS["gc-opening"]
     if not is_opening:
