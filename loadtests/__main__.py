@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-from . import baselines, compare, make_adapters, sweep, train_baseline
+from . import baselines, compare, make_adapters, pauses, registry, replacing, sweep, train_baseline
 from .errors import LoadTestError
 
 COMMANDS = {
@@ -15,6 +15,9 @@ COMMANDS = {
     "compare": (compare, "ours beside transformers + peft on the same NF4 base, in interleaved rounds"),
     "baselines": (baselines, "the process that `compare` starts for the other side"),
     "train": (train_baseline, "our training beside a plain peft + bitsandbytes loop, in interleaved rounds"),
+    "registry": (registry, "thousands of registered adapters, room for a few: throughput, waiting, memory, start"),
+    "replace": (replacing, "one adapter replaced 1,000 times under load: every reply from a version that was current"),
+    "pauses": (pauses, "pauses between tokens while adapters are replaced, beside the quiet server"),
     "make-adapters": (make_adapters, "write random PEFT adapters of a checkpoint's shapes"),
 }
 

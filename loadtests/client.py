@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 from .errors import LoadTestError
 from .reply import split_reply
 from .workload import Request
+
+VERSION = "x-loramux-adapter-version"  # of a reply: the version of the adapter that answered
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +74,14 @@ def address_of(url: str) -> tuple[str, int]:
     return parts.hostname, parts.port or 80
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Outcome:
     """What became of one request. Times are seconds of the run's own clock.
 
     Attributes:
+        prompt: what was asked.
+        version: of the adapter that answered, as the server says; None where it says nothing.
+        text: the reply.
         stamps: when each event that carried text arrived; an event may carry more than one token.
         tokens: of the reply as the server's usage says; the number of events where the reply was cut.
         finish: the finish_reason; None where the reply did not come to its end.
@@ -84,8 +89,11 @@ class Outcome:
     """
 
     adapter: str | None
+    prompt: str
     started: float
     ended: float
+    version: str | None = None
+    text: str = ""
     stamps: list[float] = field(default_factory=list)
     prompt_tokens: int = 0
     tokens: int = 0
@@ -112,6 +120,7 @@ class Run:
     """A whole run: outcomes in the order in which requests were sent.
 
     Attributes:
+        began: when the run's own clock was 0, as `time.perf_counter` tells.
         seconds: first request sent to last reply ended.
         client_cpu_seconds: processor time of this process meanwhile: what the measuring took from the machine.
         cut: requests still open when time was up; their tokens count, they are no errors.
@@ -119,6 +128,7 @@ class Run:
 
     clients: int
     outcomes: list[Outcome]
+    began: float
     seconds: float
     client_cpu_seconds: float
     cut: int = 0
@@ -186,7 +196,7 @@ async def _client(target: Target, queue: Iterator[Request], deadline: float, rec
         record.received = exchange.received
 
 
-async def run_clients(target: Target, requests: Sequence[Request], *, clients: int, seconds: float) -> Run:
+async def run_clients(target: Target, requests: Iterable[Request], *, clients: int, seconds: float) -> Run:
     """Send the requests with `clients` closed-loop clients; what is open after `seconds` is cut off."""
     records: list[_Record] = []
     queue = iter(requests)
@@ -194,24 +204,32 @@ async def run_clients(target: Target, requests: Sequence[Request], *, clients: i
     await asyncio.gather(*(_client(target, queue, started + seconds, records) for _ in range(clients)))
     ended, cpu = time.perf_counter(), time.process_time() - cpu
     outcomes = [_read(record, started) for record in records]
-    return Run(clients, outcomes, ended - started, cpu, sum(record.cut for record in records))
+    return Run(clients, outcomes, started, ended - started, cpu, sum(record.cut for record in records))
 
 
 def _read(record: _Record, zero: float) -> Outcome:
     """Take one reply apart. Times become seconds since `zero`."""
-    outcome = Outcome(record.request.adapter, record.started - zero, record.ended - zero, error=record.error)
+    asked = record.request
+    outcome = Outcome(
+        adapter=asked.adapter,
+        prompt=asked.prompt,
+        started=record.started - zero,
+        ended=record.ended - zero,
+        error=record.error,
+    )
     if outcome.error is not None:
         return outcome
     try:
-        status, events = split_reply(record.received)
+        reply = split_reply(record.received)
     except ValueError as error:
         outcome.error = None if record.cut else str(error)
         return outcome
-    if status != 200:
-        outcome.error = f"status {status}"
+    if reply.status != 200:
+        outcome.error = f"status {reply.status}"
         return outcome
+    outcome.version = reply.headers.get(VERSION)
     done = False
-    for at, data in events:
+    for at, data in reply.events:
         if data == b"[DONE]":
             done = True
             continue
@@ -220,6 +238,7 @@ def _read(record: _Record, zero: float) -> Outcome:
             outcome.error = f"error event: {event['error'].get('message')}"
         for choice in event.get("choices", ()):
             if choice.get("text"):
+                outcome.text += choice["text"]
                 outcome.stamps.append(at - zero)
             outcome.finish = choice.get("finish_reason") or outcome.finish
         if usage := event.get("usage"):

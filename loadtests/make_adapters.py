@@ -72,12 +72,14 @@ def make_adapter(
     targets: Sequence[str] = LINEARS,
     strength: float = STRENGTH,
     seed: int = 0,
+    dtype: str = "float32",
     base_model_name: str = "",
 ) -> None:
-    """Write adapter_config.json and adapter_model.safetensors (fp32, as peft does).
+    """Write adapter_config.json and adapter_model.safetensors.
 
     Args:
         strength: size of an output's change for an input of unit variance, whatever the rank and width.
+        dtype: of the tensors, as numpy calls it; peft writes float32.
     """
     rng = np.random.default_rng(seed)
     alpha = 2 * rank
@@ -88,8 +90,8 @@ def make_adapter(
             name = f"base_model.model.model.layers.{layer}.{path}"
             down = rng.standard_normal((rank, wide_in), dtype=np.float32) / wide_in**0.5
             up = rng.standard_normal((wide_out, rank), dtype=np.float32) * (strength * rank / (alpha * rank**0.5))
-            tensors[f"{name}.lora_A.weight"] = down.astype(np.float32)
-            tensors[f"{name}.lora_B.weight"] = up.astype(np.float32)
+            tensors[f"{name}.lora_A.weight"] = down.astype(dtype)
+            tensors[f"{name}.lora_B.weight"] = up.astype(dtype)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
@@ -116,11 +118,13 @@ def make_adapters(
     targets: Sequence[str] = LINEARS,
     strength: float = STRENGTH,
     seed: int = 0,
+    dtype: str = "float32",
 ) -> dict[str, Path]:
     """One adapter per entry of `ranks`, each with other random weights; name -> directory below `root`."""
     made = {f"{prefix}{number:03d}": root / f"{prefix}{number:03d}" for number in range(len(ranks))}
     for number, (directory, rank) in enumerate(zip(made.values(), ranks, strict=True)):
-        make_adapter(directory, shapes, rank=rank, targets=targets, strength=strength, seed=seed * 100_003 + number)
+        own = seed * 100_003 + number
+        make_adapter(directory, shapes, rank=rank, targets=targets, strength=strength, seed=own, dtype=dtype)
     return made
 
 

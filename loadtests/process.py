@@ -67,13 +67,20 @@ class Server:
 
     def upload(self, name: str, directory: Path) -> None:
         """PUT a PEFT directory under `name`."""
-        body, content_type = multipart(
-            {
-                "config": (directory / "adapter_config.json").read_bytes(),
-                "weights": (directory / "adapter_model.safetensors").read_bytes(),
-            }
-        )
-        self.call("PUT", f"/v1/adapters/{name}", body, content_type)
+        self.put(name, adapter_parts(directory))
+
+    def put(self, name: str, parts: Mapping[str, bytes]) -> str:
+        """PUT an adapter's files; the version that they became."""
+        answer: dict[str, Any] = json.loads(self.call("PUT", f"/v1/adapters/{name}", *multipart(parts)))
+        return str(answer["version"])
+
+
+def adapter_parts(directory: Path, *, fingerprint: bool = True) -> dict[str, bytes]:
+    """An adapter's files, part by part of an upload; its fingerprint too if it has one and it is wanted."""
+    files = {"config": "adapter_config.json", "weights": "adapter_model.safetensors"}
+    if fingerprint and (directory / "fingerprint.json").exists():
+        files["fingerprint"] = "fingerprint.json"
+    return {part: (directory / name).read_bytes() for part, name in files.items()}
 
 
 def multipart(parts: Mapping[str, bytes]) -> tuple[bytes, str]:
@@ -90,21 +97,24 @@ def multipart(parts: Mapping[str, bytes]) -> tuple[bytes, str]:
 
 
 @contextmanager
-def started_server(base: Path | None, *, arguments: Sequence[str] = (), log: Path) -> Iterator[Server]:
-    """A fresh server with an empty adapter store, ready to answer; stopped at the end. It asks for no key.
+def started_server(
+    base: Path | None, *, arguments: Sequence[str] = (), log: Path, store: Path | None = None
+) -> Iterator[Server]:
+    """A fresh server, ready to answer; stopped at the end. It asks for no key.
 
     Args:
         base: what `--base` gets; None leaves the server its default.
         arguments: more flags of `serve`.
         log: where its output goes.
+        store: its adapter store; None gives it an empty one.
     """
     with ExitStack() as stack:
-        store = stack.enter_context(tempfile.TemporaryDirectory(prefix="loadtest-store-"))
+        store = store or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loadtest-store-")))
         log.parent.mkdir(parents=True, exist_ok=True)
         output = stack.enter_context(log.open("wb"))
         port = free_port()
         line = [find_command(), "serve", "--host", "127.0.0.1", "--port", str(port)]
-        line += ["--adapter-dir", store, *(["--base", str(base)] if base is not None else []), *arguments]
+        line += ["--adapter-dir", str(store), *(["--base", str(base)] if base is not None else []), *arguments]
         settings = {name: value for name, value in os.environ.items() if name not in KEYS}
         process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=settings)
         stack.callback(stop, process)
@@ -141,7 +151,7 @@ def wait_until_ready(server: Server, process: subprocess.Popen[bytes]) -> None:
             server.call("GET", "/ready")
             return
         except LoadTestError:
-            time.sleep(0.25)
+            time.sleep(0.1)
     raise LoadTestError(f"the server was not ready within {START_SECONDS:.0f} s")
 
 

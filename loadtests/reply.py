@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 
-def split_reply(received: Sequence[tuple[float, bytes]]) -> tuple[int, list[tuple[float, bytes]]]:
-    """Status and SSE data of a reply, each with the time at which its last byte arrived.
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a server answered.
+
+    Attributes:
+        headers: in lower case, names and values.
+        events: SSE data, each with the time at which its last byte arrived.
+    """
+
+    status: int
+    headers: dict[str, str]
+    events: list[tuple[float, bytes]]
+
+
+def split_reply(received: Sequence[tuple[float, bytes]]) -> Reply:
+    """What came, taken apart.
 
     Raises ValueError where the reply is no HTTP/1.1 reply, or ends before its head does.
     """
@@ -18,14 +33,13 @@ def split_reply(received: Sequence[tuple[float, bytes]]) -> tuple[int, list[tupl
     protocol, _, status = status_line.partition(b" ")
     if not protocol.startswith(b"HTTP/1.") or not status[:3].isdigit():
         raise ValueError("the reply is not HTTP/1.1")
-    headers = {
-        name.strip().lower(): value.strip().lower() for name, _, value in (line.partition(b":") for line in fields)
-    }
+    lines = [line.decode("latin-1").lower().partition(":") for line in fields]
+    headers = {name.strip(): value.strip() for name, _, value in lines}
     body_start = len(whole) - len(rest)
-    chunked = headers.get(b"transfer-encoding") == b"chunked"
+    chunked = headers.get("transfer-encoding") == "chunked"
     pieces = list(_chunks(whole, body_start) if chunked else _parts(received, body_start))
     arrivals = _Arrivals(received)
-    return int(status[:3]), [(arrivals.at(end), data) for end, data in _events(pieces)]
+    return Reply(int(status[:3]), headers, [(arrivals.at(end), data) for end, data in _events(pieces)])
 
 
 def _chunks(whole: bytes, place: int) -> Iterator[tuple[int, bytes]]:

@@ -318,6 +318,12 @@ class Server:
         return 0.0
 
 
+def usage_of(prompt: int, completion: int) -> dict[str, Any]:
+    """The `usage` of a reply whose prompt was not in the cache."""
+    counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return counts | {"prompt_tokens_details": {"cached_tokens": 0}}
+
+
 def make_server(
     root: Path, *, keys: Keys | None = None, context: int = CONTEXT, local: LocalPort | None = None, **limits: Any
 ) -> Server:

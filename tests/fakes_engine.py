@@ -182,6 +182,9 @@ class FakeMetrics:
     def tokens(self, adapter: str | None, prompt: int, generated: int) -> None:
         self.calls.append(("tokens", (adapter, prompt, generated)))
 
+    def prefix_looked_up(self, found: int, tokens: int) -> None:
+        self.calls.append(("prefix_looked_up", (found, tokens)))
+
     def slot_loaded(self, seconds: float) -> None:
         self.calls.append(("slot_loaded", (seconds,)))
 
@@ -196,6 +199,7 @@ def sequence(
     id: str,
     *,
     prompt: int = 4,
+    text: str | None = None,
     max_tokens: int = 3,
     version: str | None = None,
     rank: int = 8,
@@ -205,8 +209,11 @@ def sequence(
     background: bool = False,
     arrived: float = 0.0,
 ) -> Sequence:
-    """A sequence whose prompt is `prompt` tokens that only it has; with one adapter, `version`, or with `uses`."""
-    tokens = [zlib.crc32(f"{id} {position}".encode()) % VOCABULARY for position in range(prompt)]
+    """A sequence whose prompt is `prompt` tokens that only it has; with one adapter, `version`, or with `uses`.
+
+    With `text`, its prompt is what all prompts of this text begin with.
+    """
+    tokens = [zlib.crc32(f"{text or id} {position}".encode()) % VOCABULARY for position in range(prompt)]
     params = SamplingParams(max_tokens=max_tokens, stop_token_ids=frozenset(stop))
     adapters = tuple(uses) if version is None else (AdapterUse(version, rank, nbytes),)
     name = "+".join(use.version for use in adapters) or None

@@ -11,7 +11,8 @@ from loramux_adapters.slots import SlotTable
 from loramux_server.engine.engine import Engine
 from loramux_server.engine.inbox import Inbox
 from loramux_server.engine.kv_blocks import KVBlocks
-from loramux_server.engine.scheduler import Scheduler, SchedulerConfig
+from loramux_server.engine.scheduler import Scheduler
+from loramux_server.engine.scheduler_config import SchedulerConfig
 from loramux_server.engine.sequence import FinishReason, TokenOutput
 
 
@@ -66,6 +67,7 @@ class Rig:
         rows: int = 32,
         num_blocks: int = 64,
         block_size: int = 4,
+        max_kept: int = 0,
         max_waiting: int = 64,
         instant: bool = True,
         watchdog_timeout: float = 60.0,
@@ -74,7 +76,7 @@ class Rig:
         self.clock = FakeClock()
         self.inbox = Inbox(max_waiting)
         self.host = FakeHost(instant=instant, on_ready=self.inbox.wake)
-        self.blocks = KVBlocks(num_blocks, block_size)
+        self.blocks = KVBlocks(num_blocks, block_size, max_kept=max_kept)
         self.slots = SlotTable(rows)
         self.scheduler = Scheduler(config or SchedulerConfig(), self.blocks, self.slots, self.host, self.clock)
         self.runner = FakeRunner(rows, self.blocks, self.host)

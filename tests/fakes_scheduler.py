@@ -7,7 +7,8 @@ from collections.abc import Collection
 from fakes_engine import FakeClock, FakeHost, FakeRunner, Kind, kind_of
 from loramux_adapters.slots import SlotTable
 from loramux_server.engine.kv_blocks import KVBlocks
-from loramux_server.engine.scheduler import Scheduler, SchedulerConfig
+from loramux_server.engine.scheduler import Scheduler
+from loramux_server.engine.scheduler_config import SchedulerConfig
 from loramux_server.engine.sequence import Batch, Sequence
 
 
@@ -21,11 +22,12 @@ class Bench:
         rows: int = 32,
         num_blocks: int = 64,
         block_size: int = 4,
+        max_kept: int = 0,
         instant: bool = True,
     ) -> None:
         self.clock = FakeClock()
         self.host = FakeHost(instant=instant)
-        self.blocks = KVBlocks(num_blocks, block_size)
+        self.blocks = KVBlocks(num_blocks, block_size, max_kept=max_kept)
         self.slots = SlotTable(rows)
         self.scheduler = Scheduler(config or SchedulerConfig(), self.blocks, self.slots, self.host, self.clock)
         self.runner = FakeRunner(rows, self.blocks, self.host)

@@ -7,7 +7,7 @@ import pytest
 from fakes_engine import sequence
 from fakes_scheduler import Bench
 from loramux_adapters.slots import Slot
-from loramux_server.engine.admission import SchedulerConfig
+from loramux_server.engine.scheduler_config import SchedulerConfig
 from loramux_server.engine.sequence import AdapterUse, Sequence
 from loramux_server.errors import ConfigError
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fakes_api import BASE_NAME, CONTEXT, VERSION, Server, make_server
+from fakes_api import BASE_NAME, CONTEXT, VERSION, Server, make_server, usage_of
 from loramux_server.engine.sequence import AdapterUse
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -43,7 +43,7 @@ async def test_a_chat_reply_has_openais_shape(server: Server) -> None:
                 "finish_reason": "stop",
             }
         ],
-        "usage": {"prompt_tokens": prompt, "completion_tokens": 11, "total_tokens": prompt + 11},
+        "usage": usage_of(prompt, 11),
     }
 
 
@@ -57,7 +57,7 @@ async def test_a_completion_has_openais_shape(server: Server) -> None:
         "object": "text_completion",
         "model": BASE_NAME,
         "choices": [{"index": 0, "text": "Hello", "logprobs": None, "finish_reason": "length"}],
-        "usage": {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8},
+        "usage": usage_of(3, 5),
     }
 
 
@@ -152,7 +152,7 @@ async def test_several_prompts_give_several_choices_in_order(server: Server) -> 
         (1, "Hello"),
         (2, "Hello"),
     ]
-    assert body["usage"] == {"prompt_tokens": 6, "completion_tokens": 15, "total_tokens": 21}
+    assert body["usage"] == usage_of(6, 15)
     assert sorted(len(sequence.prompt) for sequence in server.engine.sequences) == [1, 2, 3]
     assert len({sequence.id for sequence in server.engine.sequences}) == 3
 

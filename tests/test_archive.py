@@ -161,6 +161,15 @@ def test_a_zip_that_lies_about_a_size_is_refused(tmp_path: Path, size: int) -> N
         unpacked(tmp_path, lie)
 
 
+@pytest.mark.parametrize("at", [2**31, 2**32 - 1])
+def test_a_zip_whose_directory_points_outside_of_the_file_is_refused(tmp_path: Path, at: int) -> None:
+    data = zipped(FILES)
+    end = data.rindex(b"PK\x05\x06")
+    lie = data[: end + 16] + at.to_bytes(4, "little") + data[end + 20 :]
+    with pytest.raises(AdapterRejected, match="damaged"):
+        unpacked(tmp_path, lie)
+
+
 def test_a_tar_header_that_announces_a_huge_extension_is_refused(tmp_path: Path) -> None:
     extension = tarfile.TarInfo("x")
     extension.type, extension.size = tarfile.XHDTYPE, 2**40

@@ -12,7 +12,7 @@ from fakes_engine import sequence, solo_reply
 from fakes_rig import Rig
 from loramux_server.engine.client import EngineClient
 from loramux_server.engine.engine import MAX_FAILED_STEPS
-from loramux_server.engine.scheduler import SchedulerConfig
+from loramux_server.engine.scheduler_config import SchedulerConfig
 from loramux_server.engine.sequence import FinishReason, Sequence, TokenOutput
 from loramux_server.errors import EngineDead, RequestError, ServerBusy, ServerDraining
 

@@ -76,6 +76,7 @@ def test_an_integer_in_the_file_is_fine_where_a_number_is_asked_for(tmp_path: Pa
         ({"log_level": "chatty"}, "--log-level must be one of debug, info, warning, error"),
         ({"base": ""}, "--base and --host must not be empty"),
         ({"served_model_name": "a:b"}, "--served-model-name must start with a letter or digit"),
+        ({"adapter_memory_mib": "2048"}, "--device-memory-mib 2048 leaves nothing for the KV cache"),
         ({"max_batch_tokens": "16"}, "--max-batch-tokens (16) must be at least --max-num-seqs (32)"),
     ],
 )

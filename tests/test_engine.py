@@ -12,7 +12,8 @@ from fakes_rig import Rig, eventually
 from loramux_adapters.errors import AdapterCorrupt
 from loramux_adapters.host_cache import HostAdapter, HostCache
 from loramux_server.engine.engine import Engine
-from loramux_server.engine.scheduler import Scheduler, SchedulerConfig
+from loramux_server.engine.scheduler import Scheduler
+from loramux_server.engine.scheduler_config import SchedulerConfig
 from loramux_server.engine.sequence import Batch, FinishReason
 from loramux_server.errors import RequestError, ServerBusy
 

@@ -11,7 +11,7 @@ from fakes_engine import sequence, solo_reply
 from fakes_rig import Rig, eventually
 from loramux_server.engine.engine import MAX_FAILED_STEPS
 from loramux_server.engine.inbox import EngineState
-from loramux_server.engine.scheduler import SchedulerConfig
+from loramux_server.engine.scheduler_config import SchedulerConfig
 from loramux_server.engine.sequence import Batch, FinishReason, SampledToken
 from loramux_server.errors import EngineDead, ServerDraining
 

@@ -122,9 +122,10 @@ async def test_time_is_bounded_and_what_is_cut_counts_its_tokens_but_no_error() 
 def test_an_event_is_timed_by_its_last_byte_however_the_network_cuts_it() -> None:
     body = b"".join(b"%x\r\n%s\r\n" % (len(it), it) for it in (b"data: one\n", b"\ndata: two\n\ndata: 3\n\n"))
     reply = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + body + b"0\r\n\r\n"
-    status, events = split_reply([(float(place), reply[place : place + 1]) for place in range(len(reply))])
+    taken = split_reply([(float(place), reply[place : place + 1]) for place in range(len(reply))])
     end = float(reply.index(b"data: 3\n\n") + len(b"data: 3\n\n") - 1)
-    assert (status, events) == (200, [(end, b"one"), (end, b"two"), (end, b"3")])
+    assert (taken.status, taken.headers) == (200, {"transfer-encoding": "chunked"})
+    assert taken.events == [(end, b"one"), (end, b"two"), (end, b"3")]
 
 
 # report
@@ -141,9 +142,11 @@ def test_percentiles_interpolate_and_jain_tells_equal_from_unequal() -> None:
 
 def make_run() -> Run:
     """Two adapters, one twice as fast as the other, and one request that failed."""
-    fast = Outcome("fast", 0.0, 1.0, [0.5, 0.75, 1.0], prompt_tokens=5, tokens=4, finish="length")
-    slow = Outcome("slow", 0.0, 2.0, [1.0, 2.0], prompt_tokens=5, tokens=4, finish="stop")
-    return Run(2, [fast, slow, Outcome(None, 0.0, 0.1, error="status 503")], seconds=2.0, client_cpu_seconds=0.1)
+    asked = {"prompt": "say", "started": 0.0, "prompt_tokens": 5, "tokens": 4}
+    fast = Outcome(adapter="fast", ended=1.0, stamps=[0.5, 0.75, 1.0], finish="length", **asked)
+    slow = Outcome(adapter="slow", ended=2.0, stamps=[1.0, 2.0], finish="stop", **asked)
+    failed = Outcome(adapter=None, prompt="say", started=0.0, ended=0.1, error="status 503")
+    return Run(2, [fast, slow, failed], began=0.0, seconds=2.0, client_cpu_seconds=0.1)
 
 
 def test_a_summary_counts_tokens_latencies_fairness_and_errors() -> None:
@@ -160,7 +163,7 @@ def test_a_summary_counts_tokens_latencies_fairness_and_errors() -> None:
 
 
 def test_a_report_is_a_table_a_json_file_and_a_picture(tmp_path: Path) -> None:
-    summaries = [summarize("two", make_run()), summarize("nothing", Run(1, [], 0.0, 0.0))]
+    summaries = [summarize("two", make_run()), summarize("nothing", Run(1, [], 0.0, 0.0, 0.0))]
     assert "two" in summary_table(summaries)
     data, picture = write_report(tmp_path / "results", "run", summaries, {"seed": 0})
     assert json.loads(data.read_text())["runs"][0]["errors"] == {"status 503": 1}

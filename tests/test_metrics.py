@@ -23,6 +23,7 @@ def use_everything(metrics: Metrics) -> None:
     metrics.request_started("pirate")
     metrics.tokens("pirate", 10, 1)
     metrics.tokens(None, 5, 2)
+    metrics.prefix_looked_up(16, 40)
     metrics.slot_loaded(0.002)
     metrics.evicted(3)
     metrics.aborted()
@@ -57,6 +58,8 @@ def test_every_event_is_counted_under_its_name() -> None:
         'loramux_generated_tokens_total{adapter="base"}': 2,
         "loramux_aborts_total": 1,
         "loramux_sequences_cancelled_total": 1,
+        "loramux_prefix_cache_queries_total": 40,
+        "loramux_prefix_cache_hits_total": 16,
         "loramux_slot_loads_total": 1,
         'loramux_adapter_evictions_total{tier="device"}': 3,
         'loramux_adapter_evictions_total{tier="host"}': 1,
@@ -83,13 +86,14 @@ def test_every_event_is_counted_under_its_name() -> None:
 
 def test_levels_are_asked_for_at_each_scrape() -> None:
     metrics = Metrics()
-    levels = Levels(3, 4, 5, 20, 2, 6, {"base": 100, "kv": 50}, base_bytes=99, lookups={("host", "miss"): 7})
+    levels = Levels(3, 4, 5, 7, 20, 2, 6, {"base": 100, "kv": 50}, base_bytes=99, lookups={("host", "miss"): 7})
     metrics.read_levels_from(lambda: levels)
     values = samples(metrics)
     expected = {
         "loramux_requests_running": 3,
         "loramux_requests_waiting": 4,
         "loramux_kv_blocks_used": 5,
+        "loramux_kv_blocks_kept": 7,
         "loramux_kv_blocks": 20,
         "loramux_kv_usage_ratio": 0.25,
         "loramux_adapters_device": 2,

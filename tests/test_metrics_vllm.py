@@ -15,6 +15,8 @@ FAMILIES = {
     "vllm:lora_requests_info": "gauge",
     "vllm:prompt_tokens": "counter",
     "vllm:generation_tokens": "counter",
+    "vllm:prefix_cache_queries": "counter",
+    "vllm:prefix_cache_hits": "counter",
     "vllm:request_success": "counter",
     "vllm:time_to_first_token_seconds": "histogram",
     "vllm:time_per_output_token_seconds": "histogram",
@@ -25,7 +27,8 @@ FAMILIES = {
 
 def used() -> Metrics:
     metrics = Metrics()
-    metrics.read_levels_from(lambda: Levels(3, 4, 5, 20))
+    metrics.read_levels_from(lambda: Levels(3, 4, 5, 0, 20))
+    metrics.prefix_looked_up(16, 40)
     metrics.first_token(0.2)
     metrics.inter_token(0.03)
     metrics.inter_token(0.05)
@@ -71,6 +74,8 @@ def test_values_are_those_of_our_own_metrics() -> None:
         "vllm:time_to_first_token_seconds_sum": 0.2,
         "vllm:time_per_output_token_seconds_count": 2,
         'vllm:time_per_output_token_seconds_bucket{le="0.03"}': 1,
+        "vllm:prefix_cache_queries_total": 40,
+        "vllm:prefix_cache_hits_total": 16,
         "vllm:request_queue_time_seconds_sum": 0.01,
         "vllm:e2e_request_latency_seconds_count": 4,
     }

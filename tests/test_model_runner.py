@@ -225,7 +225,7 @@ def test_the_output_head_is_found_whatever_it_is_called(tmp_path: Path) -> None:
 
 def test_a_cache_too_small_for_the_checks_says_which_setting_to_change(base: BaseModel) -> None:
     stepper = Stepper(base.model)
-    with pytest.raises(BaseModelError, match="--kv-cache-mib"):
+    with pytest.raises(BaseModelError, match="--device-memory-mib"):
         check(stepper, base, 3)
 
 

@@ -31,7 +31,8 @@ from loramux_server.engine.inbox import Inbox
 from loramux_server.engine.kv_blocks import KVBlocks
 from loramux_server.engine.kv_cache import BLOCK_SIZE, KVCache
 from loramux_server.engine.model_runner import ModelRunner
-from loramux_server.engine.scheduler import Scheduler, SchedulerConfig
+from loramux_server.engine.scheduler import Scheduler
+from loramux_server.engine.scheduler_config import SchedulerConfig
 from loramux_server.engine.sequence import AdapterUse, SamplingParams, Sequence
 from loramux_server.fingerprint_file import Fingerprint, Witness
 from loramux_server.proof import Prover

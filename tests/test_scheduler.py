@@ -9,7 +9,7 @@ import pytest
 
 from fakes_engine import sequence, solo_reply
 from fakes_scheduler import Bench, rows_of
-from loramux_server.engine.scheduler import SchedulerConfig
+from loramux_server.engine.scheduler_config import SchedulerConfig
 from loramux_server.engine.sequence import AdapterUse, Sequence, SequenceStatus, SlotLoad, composed
 from loramux_server.errors import RequestError
 

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from fakes_engine import sequence, solo_reply
 from fakes_scheduler import Bench
 from loramux_adapters.slots import bucket_of
-from loramux_server.engine.scheduler import SchedulerConfig
+from loramux_server.engine.scheduler_config import SchedulerConfig
 from loramux_server.engine.sequence import AdapterUse, Sequence, composed
 
 RANKS = {"a": 1, "b": 8, "c": 6, "d": 12, "e": 16, "f": 32, "g": 8, "h": 9, "i": 24, "j": 3}
@@ -32,7 +32,10 @@ configs = st.builds(
 )
 
 
-Kind = tuple[int, int, list[tuple[str, float]]]  # prompt, max_tokens, (version, factor) of each adapter
+TEXTS = (None, "x", "y")  # what a prompt says: something of its own, or what many others say too
+
+# text, length of the prompt, max_tokens, (version, factor) of each adapter
+Kind = tuple[str | None, int, int, list[tuple[str, float]]]
 
 
 def fits(uses: list[tuple[str, float]]) -> bool:
@@ -44,14 +47,21 @@ def kinds(draw: st.DrawFn) -> Kind:
     """What an idle server can run: the base, one adapter, or several of them, maybe one of them twice."""
     one = st.tuples(st.sampled_from(sorted(RANKS)), st.sampled_from([1.0, 0.5, -2.0]))
     uses = draw(st.one_of(st.just([]), st.lists(one, min_size=1, max_size=1), st.lists(one, max_size=5).filter(fits)))
-    return draw(st.integers(1, LONGEST_PROMPT)), draw(st.integers(1, MOST_TOKENS)), uses
+    text = draw(st.sampled_from(TEXTS))
+    return text, draw(st.integers(1, LONGEST_PROMPT)), draw(st.integers(1, MOST_TOKENS)), uses
 
 
 def build(id: str, kind: Kind, *, background: bool = False, arrived: float = 0.0) -> Sequence:
-    prompt, max_tokens, pairs = kind
+    text, prompt, max_tokens, pairs = kind
     uses = [AdapterUse(version, RANKS[version], RANKS[version], scale) for version, scale in pairs]
     return sequence(
-        id, prompt=prompt, max_tokens=max_tokens, uses=composed(uses), background=background, arrived=arrived
+        id,
+        text=text,
+        prompt=prompt,
+        max_tokens=max_tokens,
+        uses=composed(uses),
+        background=background,
+        arrived=arrived,
     )
 
 
@@ -83,10 +93,14 @@ class Schedules(RuleBasedStateMachine):
         self.sequences: dict[str, Sequence] = {}
 
     @precondition(lambda self: not self.begun)
-    @rule(config=configs, broken=st.sets(st.sampled_from(sorted(RANKS)), max_size=2))
-    def begin(self, config: SchedulerConfig, broken: set[str]) -> None:
+    @rule(
+        config=configs,
+        broken=st.sets(st.sampled_from(sorted(RANKS)), max_size=2),
+        kept=st.sampled_from([0, 1, 4, BLOCKS]),
+    )
+    def begin(self, config: SchedulerConfig, broken: set[str], kept: int) -> None:
         self.begun = True
-        self.bench = Bench(config, rows=ROWS, num_blocks=BLOCKS, block_size=BLOCK_SIZE, instant=False)
+        self.bench = Bench(config, rows=ROWS, num_blocks=BLOCKS, block_size=BLOCK_SIZE, max_kept=kept, instant=False)
         self.bench.host.broken = broken
         self.loads = Loads(self.bench)
 
@@ -166,7 +180,7 @@ def test_the_servers_own_work_ends_although_a_hot_crowd_keeps_arriving(
 ) -> None:
     """It gives way for a while, and is then served like all others."""
     patient = replace(config, max_background_wait_seconds=10.0)
-    bench = Bench(patient, rows=ROWS, num_blocks=BLOCKS, block_size=BLOCK_SIZE, instant=False)
+    bench = Bench(patient, rows=ROWS, num_blocks=BLOCKS, block_size=BLOCK_SIZE, max_kept=BLOCKS, instant=False)
     loads = Loads(bench)
     loads.latency = dict.fromkeys(RANKS, latency)
     for i, kind in enumerate(own):
@@ -205,7 +219,7 @@ def test_nothing_starves_while_a_hot_crowd_keeps_arriving(
     So a sequence that is blocked starts within the time of that many whole sequences; and only those in the queue at
     the same time can hold the host memory that it needs to begin its load.
     """
-    bench = Bench(config, rows=ROWS, num_blocks=BLOCKS, block_size=BLOCK_SIZE, instant=False)
+    bench = Bench(config, rows=ROWS, num_blocks=BLOCKS, block_size=BLOCK_SIZE, max_kept=BLOCKS, instant=False)
     loads = Loads(bench)
     loads.latency = dict.fromkeys(RANKS, latency)
     for i in range(config.max_num_seqs):

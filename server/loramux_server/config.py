@@ -76,7 +76,13 @@ class ServeConfig:
     )
     max_lora_rank: int = setting(256, "largest rank an adapter may have", group="adapters", between=(1, 4096))
     max_upload_mib: int = setting(1024, "largest upload, in MiB", group="adapters", between=(1, 1 << 20))
-    adapter_memory_mib: int = setting(512, "device memory for adapters, in MiB", group="adapters", between=(1, 1 << 20))
+    adapter_memory_mib: int | None = setting(
+        None,
+        "of --device-memory-mib, what adapters get, in MiB; the KV cache gets the rest",
+        group="adapters",
+        between=(1, 1 << 20),
+        unset="a quarter of it",
+    )
     host_cache_mib: int = setting(
         1024, "host memory for adapters that are not on the device, in MiB", group="adapters", between=(1, 1 << 22)
     )
@@ -106,7 +112,19 @@ class ServeConfig:
     max_waiting: int = setting(
         256, "most requests that wait; the next one is told to come back (503)", group="capacity", between=(1, 1 << 20)
     )
-    kv_cache_mib: int = setting(1536, "memory for the KV cache, in MiB", group="capacity", between=(1, 1 << 22))
+    device_memory_mib: int = setting(
+        2048,
+        "device memory for adapters and the KV cache together, in MiB; the base is not part of it",
+        group="capacity",
+        between=(4, 1 << 22),
+    )
+    prefix_cache_mib: int = setting(
+        256,
+        "of the KV cache, most that is kept of requests that have ended, for prompts that begin like theirs, in MiB; "
+        "0 keeps nothing",
+        group="capacity",
+        between=(0, 1 << 22),
+    )
 
     log_level: str = setting(
         "info",
@@ -143,6 +161,11 @@ class ServeConfig:
             )
         if self.watch_seconds < 0.1:
             raise ConfigError(f"--watch-seconds must be at least 0.1, not {self.watch_seconds}")
+        if self.kv_cache_mib < 1:
+            raise ConfigError(
+                f"--device-memory-mib {self.device_memory_mib} leaves nothing for the KV cache: --adapter-memory-mib "
+                f"is {self.adapter_memory_mib}; raise the one or lower the other"
+            )
         if self.max_batch_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"--max-batch-tokens ({self.max_batch_tokens}) must be at least --max-num-seqs ({self.max_num_seqs}): "
@@ -158,6 +181,16 @@ class ServeConfig:
                 f"refuses to start without a key: --host {self.host} can be reached from other machines; "
                 "set LORAMUX_API_KEY, or listen on 127.0.0.1"
             )
+
+    @property
+    def arena_mib(self) -> int:
+        """What adapters get of the device memory."""
+        return self.device_memory_mib // 4 if self.adapter_memory_mib is None else self.adapter_memory_mib
+
+    @property
+    def kv_cache_mib(self) -> int:
+        """What adapters leave of the device memory."""
+        return self.device_memory_mib - self.arena_mib
 
 
 def is_loopback(host: str) -> bool:

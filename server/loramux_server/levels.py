@@ -18,7 +18,8 @@ class Levels:
 
     Attributes:
         running, waiting: sequences that hold KV blocks, and sequences in the queue.
-        kv_blocks_used, kv_blocks: blocks of the KV cache, taken and in all.
+        kv_blocks_used, kv_blocks_kept, kv_blocks: blocks of the KV cache, in use, kept for prompts that begin alike,
+            and in all.
         adapters_device, adapters_host: adapter versions resident there.
         pool_bytes: bytes held, by pool (`POOLS`).
         base_bytes: size of the resident base model.
@@ -31,6 +32,7 @@ class Levels:
     running: int = 0
     waiting: int = 0
     kv_blocks_used: int = 0
+    kv_blocks_kept: int = 0
     kv_blocks: int = 0
     adapters_device: int = 0
     adapters_host: int = 0
@@ -71,6 +73,11 @@ class LevelsCollector(Collector):
             GaugeMetricFamily("loramux_requests_running", "Sequences in the batch", value=levels.running),
             GaugeMetricFamily("loramux_requests_waiting", "Sequences in the queue", value=levels.waiting),
             GaugeMetricFamily("loramux_kv_blocks_used", "KV cache blocks in use", value=levels.kv_blocks_used),
+            GaugeMetricFamily(
+                "loramux_kv_blocks_kept",
+                "KV cache blocks that no sequence uses, kept for prompts that begin alike",
+                value=levels.kv_blocks_kept,
+            ),
             GaugeMetricFamily("loramux_kv_blocks", "KV cache blocks in all", value=levels.kv_blocks),
             GaugeMetricFamily("loramux_kv_usage_ratio", "Share of the KV cache in use, 0 to 1", value=usage),
             GaugeMetricFamily(

@@ -71,6 +71,14 @@ class Metrics:
         )
         self._device_evictions, self._host_evictions = evictions.labels("device"), evictions.labels("host")
         self._slot_loads = Counter("loramux_slot_loads", "Adapters copied into a device slot", registry=registry)
+        self._prefix_looked_up = Counter(
+            "loramux_prefix_cache_queries", "Prompt tokens that were looked up in the prefix cache", registry=registry
+        )
+        self._prefix_found = Counter(
+            "loramux_prefix_cache_hits",
+            "Prompt tokens that were found in the prefix cache and not computed again",
+            registry=registry,
+        )
         self._cancelled = Counter(
             "loramux_sequences_cancelled",
             "Sequences taken out of the engine before their end: the client left, or a stop string was found",
@@ -127,6 +135,11 @@ class Metrics:
 
     def tokens(self, adapter: str | None, prompt: int, generated: int) -> None:
         self._adapters.count_tokens(adapter, prompt, generated)
+
+    def prefix_looked_up(self, found: int, tokens: int) -> None:
+        """A sequence started, with so many of its prompt's tokens found."""
+        self._prefix_looked_up.inc(tokens)
+        self._prefix_found.inc(found)
 
     def slot_loaded(self, seconds: float) -> None:
         self._slot_loads.inc()

@@ -1,6 +1,6 @@
 """The same measurements under vLLM's names, for routers that know only those.
 
-Nothing is counted here. What has no counterpart in this server (preemptions, prefix cache) is left out.
+Nothing is counted here. What has no counterpart in this server (preemptions) is left out.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ _HISTOGRAMS = {
 _SUMS = {
     "loramux_prompt_tokens": "vllm:prompt_tokens",
     "loramux_generated_tokens": "vllm:generation_tokens",
+    "loramux_prefix_cache_queries": "vllm:prefix_cache_queries",
+    "loramux_prefix_cache_hits": "vllm:prefix_cache_hits",
 }
 _FINISHED = ("stop", "length", "abort")  # outcomes that are a success in vLLM's count
 

@@ -35,7 +35,8 @@ from loramux_server.engine.inbox import Inbox
 from loramux_server.engine.kv_blocks import KVBlocks
 from loramux_server.engine.kv_cache import BLOCK_SIZE, KVCache, KVShape
 from loramux_server.engine.model_runner import ModelRunner
-from loramux_server.engine.scheduler import Scheduler, SchedulerConfig
+from loramux_server.engine.scheduler import Scheduler
+from loramux_server.engine.scheduler_config import SchedulerConfig
 from loramux_server.engine.start_check import Checker, StartCheck
 from loramux_server.errors import ConfigError
 from loramux_server.metrics import Levels, Metrics
@@ -44,7 +45,7 @@ from loramux_server.preload import preload
 from loramux_server.proof import Prover
 from loramux_server.startup import Stages
 from loramux_server.wiring_lifecycle import CountedCheck, Lifecycle, pin_bytes
-from loramux_server.wiring_sizes import arena_rows, num_blocks, vocabulary_of
+from loramux_server.wiring_sizes import arena_rows, kept_blocks, num_blocks, vocabulary_of
 from loramux_server.wiring_summary import MIB, summary
 
 
@@ -185,8 +186,7 @@ class Device:
             cache = KVCache(shape, num_blocks(config, shape), base.device, tiled=tiled)
         except (MemoryError, RuntimeError) as error:
             raise ConfigError(
-                f"there is no room on {base.device} for --adapter-memory-mib {config.adapter_memory_mib} and "
-                f"--kv-cache-mib {config.kv_cache_mib}; lower one of them"
+                f"there is no room on {base.device} for --device-memory-mib {config.device_memory_mib}; lower it"
             ) from error
         inbox = Inbox(config.max_waiting)
         staged = StagedVersions(store.load)
@@ -214,7 +214,7 @@ class Device:
                 max_batch_tokens=config.max_batch_tokens,
                 max_prefetch_bytes=config.host_cache_mib * MIB - pin_bytes(config),
             ),
-            KVBlocks(cache.num_blocks, BLOCK_SIZE),
+            KVBlocks(cache.num_blocks, BLOCK_SIZE, max_kept=kept_blocks(config, shape)),
             SlotTable(slots.rows),
             host_cache,
         )
@@ -251,6 +251,7 @@ def _levels(device: Device, base_bytes: int, overhead: int) -> Callable[[], Leve
             running=stats.running,
             waiting=stats.waiting,
             kv_blocks_used=stats.kv_blocks_used,
+            kv_blocks_kept=stats.kv_blocks_kept,
             kv_blocks=stats.kv_blocks_total,
             adapters_device=len(stats.resident),
             slot_rows=stats.slot_rows_total,

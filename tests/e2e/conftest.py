@@ -27,7 +27,7 @@ def adapter_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def server(tmp_path_factory: pytest.TempPathFactory, adapter_dirs: dict[str, Path]) -> Iterator[RealServer]:
     """With all sixteen adapters uploaded, and memory for all of them at once."""
     store = tmp_path_factory.mktemp("store")
-    with running_server(store, "--adapter-memory-mib", "640", "--kv-cache-mib", "256") as running:
+    with running_server(store, "--adapter-memory-mib", "640", "--device-memory-mib", "896") as running:
         for name, directory in adapter_dirs.items():
             response = running.upload(name, directory)
             assert response.status_code == 201, response.text

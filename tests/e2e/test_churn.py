@@ -28,7 +28,7 @@ LONG = " ".join(f"{number} times seven is {number * 7}." for number in range(2, 
 
 @pytest.fixture(scope="module")
 def small_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
-    flags = ["--adapter-memory-mib", "48", "--host-cache-mib", "12", "--kv-cache-mib", "96"]
+    flags = ["--adapter-memory-mib", "48", "--host-cache-mib", "12", "--device-memory-mib", "144"]
     flags += ["--max-num-seqs", "8", "--max-batch-tokens", "48"]
     with running_server(tmp_path_factory.mktemp("small-store"), *flags) as server:
         yield server

@@ -30,7 +30,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(place: Path) -> Iterator[RealServer]:
-    flags = ["--adapter-memory-mib", "64", "--host-cache-mib", "32", "--kv-cache-mib", "96", "--keep-versions", "3"]
+    flags = ["--adapter-memory-mib", "64", "--host-cache-mib", "32", "--device-memory-mib", "160"]
+    flags += ["--keep-versions", "3"]
     flags += ["--watch-dir", str(place / "watched"), "--watch-seconds", "0.2", "--lora-path-root", str(place)]
     with running_server(place / "store", *flags) as server:
         yield server

@@ -20,7 +20,7 @@ from adapter_files import write_adapter
 
 API_KEY, ADMIN_KEY = "key-of-the-callers", "key-of-the-operator"
 SMALL = [ADAPTERS[0], ADAPTERS[6]]  # under 2 MiB
-FLAGS = ["--adapter-memory-mib", "32", "--kv-cache-mib", "64", "--host-cache-mib", "32"]
+FLAGS = ["--adapter-memory-mib", "32", "--device-memory-mib", "96", "--host-cache-mib", "32"]
 STREAMS = 8
 TOKENS = 32
 

@@ -50,8 +50,8 @@ class Difference:
 
     @property
     def is_significant(self) -> bool:
-        """The interval leaves zero out."""
-        return self.low > 0 or self.high < 0
+        """The interval leaves zero out, and p is below 0.05; at the border the one can be without the other."""
+        return (self.low > 0 or self.high < 0) and self.p < 0.05
 
 
 def draws(counts: Array, *, resamples: int = RESAMPLES, seed: int = SEED) -> Array:

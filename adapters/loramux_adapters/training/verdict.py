@@ -49,9 +49,9 @@ def _against_base(evaluation: Evaluation) -> Iterator[Remark]:
     if comparison is None:
         return
     gain = _gain(comparison)
-    if gain.low > 0:
+    if gain.is_significant and gain.value > 0:
         yield Remark(Level.GOOD, f"Better than the bare base: {_shown(comparison)}.")
-    elif gain.high < 0:
+    elif gain.is_significant:
         yield Remark(Level.BAD, f"WORSE than the bare base: {_shown(comparison)}. Do not use this adapter.")
     else:
         yield Remark(
@@ -67,9 +67,9 @@ def _against_majority(evaluation: Evaluation) -> Iterator[Remark]:
     if majority is None or comparison is None:
         return
     difference = comparison.difference
-    if difference.low > 0:
+    if difference.is_significant and difference.value > 0:
         return
-    word = "Less accurate than" if difference.high < 0 else "Not significantly more accurate than"
+    word = "Less accurate than" if difference.is_significant else "Not significantly more accurate than"
     yield Remark(Level.BAD, f"{word} {majority.name}: {_shown(comparison)}.")
 
 
@@ -81,7 +81,7 @@ def _against_adapter(evaluation: Evaluation, comparison: Comparison) -> Remark:
     unit = "points" if comparison.score != "loss" else "nats"
     scale = 100 if comparison.score != "loss" else 1
     sure = "" if comparison.difference.is_significant else " The difference is within what chance does."
-    if gain.low > 0:
+    if gain.is_significant and gain.value > 0:
         return Remark(Level.GOOD, f"Better than {what}: {shown}.")
     if gain.value > close:
         return Remark(Level.GOOD, f"No worse than {what}, perhaps better: {shown}.{sure}")

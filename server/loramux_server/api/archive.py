@@ -160,10 +160,19 @@ class _Bounded:
 
 
 class _SmallReads(io.BufferedReader):
-    """A file that refuses a large read: how a zip with a huge directory is found before it is in memory."""
+    """A file that refuses a large read: how a zip with a huge directory is found before it is in memory.
+
+    A place that no file has is damage too, and nothing else: zipfile goes wherever the directory points.
+    """
 
     def __init__(self, raw: io.FileIO) -> None:
         super().__init__(raw)
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        try:
+            return super().seek(offset, whence)
+        except (OSError, OverflowError) as error:
+            raise zipfile.BadZipFile("the directory points outside of the file") from error
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or size < 0:

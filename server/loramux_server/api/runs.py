@@ -49,6 +49,7 @@ class Choice:
         self.over = False  # the engine has let go of the sequence
         self.queue_seconds: float | None = None
         self.first_token_seconds: float | None = None
+        self.cached_tokens = 0
         self._detokenizer = detokenizer
         self._entries: list[TokenEntry] = []
 
@@ -61,6 +62,7 @@ class Choice:
             raise SequenceFailed("the server ended this request before its reply was complete")
         if output.first_token_seconds is not None:
             self.queue_seconds, self.first_token_seconds = output.queue_seconds, output.first_token_seconds
+            self.cached_tokens = output.cached_tokens
         text = ""
         if output.token_id is not None and output.token_id not in self.sequence.params.stop_token_ids:
             self.completion_tokens += 1
@@ -109,6 +111,11 @@ class Run:
     @property
     def prompt_tokens(self) -> int:
         return sum(len(choice.sequence.prompt) for choice in self.choices)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of `prompt_tokens`, those that the prefix cache held."""
+        return sum(choice.cached_tokens for choice in self.choices)
 
     @property
     def completion_tokens(self) -> int:

@@ -188,4 +188,9 @@ def _milliseconds(seconds: float | None) -> float | None:
 
 def _usage(run: Run) -> Json:
     prompt, completion = run.prompt_tokens, run.completion_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": run.cached_tokens},
+    }

@@ -26,44 +26,9 @@ from typing import Protocol
 from loramux_adapters.host_cache import LoadState
 from loramux_adapters.slots import ScaledSlot, SlotTable
 from loramux_server.engine.kv_blocks import KVBlocks
+from loramux_server.engine.prefix_keys import extend_keys
+from loramux_server.engine.scheduler_config import SchedulerConfig
 from loramux_server.engine.sequence import Sequence, SequenceStatus, SlotLoad
-from loramux_server.errors import ConfigError
-
-_AT_LEAST_ONE = ("max_num_seqs", "max_batch_tokens", "max_prefetch", "max_prefetch_bytes", "max_background_tokens")
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerConfig:
-    """Limits of the scheduler.
-
-    Attributes:
-        max_num_seqs: sequences that run at the same time.
-        max_batch_tokens: tokens of one step; decodes always run, prefill gets what they leave.
-        max_passed_over: sequences that may start before an older one that lacks a slot or KV blocks; 0 is strict FIFO.
-        max_wait_seconds: how long it may be passed over at most, counted from when it was first found blocked.
-        max_prefetch: distinct versions that waiting sequences may hold in host memory at the same time.
-        max_prefetch_bytes: most that these may take there, or be about to once they are loaded; one is always held,
-            whatever its size. What is held cannot be evicted, so it must fit the budget of the host cache.
-        max_background_tokens: most tokens of background sequences in one step, and of these sequences at a time.
-        max_background_wait_seconds: how long a background sequence gives way before it counts as an ordinary one.
-    """
-
-    max_num_seqs: int = 32
-    max_batch_tokens: int = 128
-    max_passed_over: int = 32
-    max_wait_seconds: float = 5.0
-    max_prefetch: int = 16
-    max_prefetch_bytes: int = 1 << 30
-    max_background_tokens: int = 8
-    max_background_wait_seconds: float = 5.0
-
-    def __post_init__(self) -> None:
-        for name in _AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_passed_over", "max_wait_seconds", "max_background_wait_seconds"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} cannot be negative, got {getattr(self, name)}")
 
 
 class HostView(Protocol):
@@ -150,7 +115,8 @@ class Admission:
     def admit(self, seats: int, tokens: int) -> Admitted:
         """Starts those who may, in order of arrival, as long as there is a seat and a token of this step for each.
 
-        A sequence takes `min(prompt, tokens left)` of the step. Those that start have blocks and slots afterwards.
+        A sequence takes `min(rest of its prompt, tokens left)` of the step. Those that start have blocks and slots
+        afterwards.
         """
         admitted = Admitted()
         blocked: list[Waiting] = []
@@ -160,7 +126,7 @@ class Admission:
             if not self._has_adapters(entry):
                 continue
             if self._start(entry, admitted):
-                tokens -= len(entry.sequence.prompt)
+                tokens -= entry.sequence.num_uncomputed
                 for older in blocked:
                     older.passed_over += 1
                 barrier = any(self._is_barrier(older) for older in blocked)
@@ -255,11 +221,12 @@ class Admission:
     def _start(self, entry: Waiting, admitted: Admitted) -> bool:
         """Gives the sequence all it needs, or nothing. Host pins are handed on to the slot loads, or given back."""
         sequence = entry.sequence
-        count = self._blocks.blocks_for(sequence.max_total)
-        if not self._blocks.can_allocate(count):
+        blocks = self._allocate(sequence)
+        if blocks is None:
             return False
         acquired = self._slots.acquire_all({use.version: use.rank for use in sequence.adapters})
         if acquired is None:
+            self._blocks.free(blocks)
             return False
         sequence.slots = tuple(ScaledSlot(acquired[use.version].slot, use.scale) for use in sequence.adapters)
         for version, got in acquired.items():
@@ -267,12 +234,26 @@ class Admission:
                 admitted.slot_loads.append(SlotLoad(got.slot, version))
             elif version in entry.loads:
                 self._host.unpin(version)
-        blocks = self._blocks.allocate(count)
-        assert blocks is not None
         sequence.blocks = blocks
+        sequence.num_computed = sequence.num_cached
         sequence.status = SequenceStatus.RUNNING
         admitted.sequences.append(sequence)
         return True
+
+    def _allocate(self, sequence: Sequence) -> list[int] | None:
+        """Blocks for its whole length, those that hold the beginning of its prompt already among them; or None.
+
+        At least one token of the prompt is left to compute, since the reply begins with its logits. Background
+        sequences check what is served, so they compute all of it.
+        """
+        shared: list[int] = []
+        if self._blocks.keeps_content and not sequence.background:
+            size, most = self._blocks.block_size, len(sequence.prompt) - 1
+            extend_keys(sequence, size, most)
+            shared = self._blocks.find(sequence.keys[: most // size])
+        blocks = self._blocks.allocate(self._blocks.blocks_for(sequence.max_total), shared)
+        sequence.num_cached = len(shared) * self._blocks.block_size if blocks is not None else 0
+        return blocks
 
     def _is_barrier(self, entry: Waiting) -> bool:
         assert entry.blocked_since is not None, "only who was found blocked can be one"

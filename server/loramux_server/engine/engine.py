@@ -233,7 +233,8 @@ class Engine:
             output = TokenOutput(token.token_id, token.logprob, reason, digest=token.digest)
         if is_first and sequence.scheduled_at is not None:
             waited = sequence.scheduled_at - sequence.arrived
-            return replace(output, queue_seconds=waited, first_token_seconds=now - sequence.arrived)
+            output = replace(output, queue_seconds=waited, first_token_seconds=now - sequence.arrived)
+            return replace(output, cached_tokens=sequence.num_cached)
         return output
 
     def _emit(self, sequence: Sequence, output: TokenOutput) -> None:
@@ -261,6 +262,7 @@ class Engine:
             running=len(self._scheduler.running),
             waiting=self._inbox.num_waiting,
             kv_blocks_used=blocks.used,
+            kv_blocks_kept=blocks.kept,
             kv_blocks_total=blocks.num_blocks,
             kv_blocks_peak=blocks.peak,
             slot_rows_used=slots.rows_used,

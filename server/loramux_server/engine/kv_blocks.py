@@ -1,21 +1,37 @@
-"""Accounting of the KV cache: which blocks are free. Numbers only; the tensors are in kv_cache.py."""
+"""Accounting of the KV cache: which blocks are free, which are shared, and which still hold something worth keeping.
+
+Numbers only; the tensors are in kv_cache.py. A block is in one of three states:
+
+    used    by one sequence, or by several that begin with the same tokens
+    kept    by nobody, but its keys and values are known by a `key` and can be taken up again; least recently used first
+    free    nothing in it is of use
+
+A key stands for everything that keys and values depend on (prefix_keys.py), so what is found by it is what would have
+been computed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Sequence
 
 
 class KVBlocks:
-    """`num_blocks` blocks of `block_size` tokens each. Owner: the engine thread; the two sizes never change."""
+    """`num_blocks` blocks of `block_size` tokens each. Owner: the engine thread; the sizes never change."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, *, max_kept: int = 0) -> None:
+        """`max_kept`: most blocks that are kept for their content while nobody uses them."""
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"a KV cache needs blocks and room in them, got {num_blocks} of {block_size} tokens")
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self._max_kept = max_kept
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: what was freed last is used first
-        self._is_free = [True] * num_blocks
-        self.peak = 0  # most that were ever used at a time; being a stack, no other block was ever touched
+        self._users = [0] * num_blocks
+        self._kept: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._key_of: list[bytes | None] = [None] * num_blocks
+        self._by_key: dict[bytes, int] = {}
+        self.peak = 0  # most that ever held something at a time; being a stack, no other block was ever touched
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that hold this many tokens."""
@@ -23,30 +39,87 @@ class KVBlocks:
 
     @property
     def used(self) -> int:
-        """Blocks that are allocated now."""
-        return self.num_blocks - len(self._free)
+        """Blocks that somebody uses now."""
+        return self.num_blocks - len(self._free) - len(self._kept)
 
-    def can_allocate(self, count: int) -> bool:
-        return count <= len(self._free)
+    @property
+    def kept(self) -> int:
+        """Blocks that nobody uses, kept for their content."""
+        return len(self._kept)
 
-    def allocate(self, count: int) -> list[int] | None:
-        """`count` block indices for one owner, or None, and nothing taken, if fewer are free."""
-        if not self.can_allocate(count):
+    @property
+    def keeps_content(self) -> bool:
+        """Whether publishing and looking up make sense."""
+        return self._max_kept > 0
+
+    def find(self, keys: Sequence[bytes]) -> list[int]:
+        """The blocks that hold the first of these keys' content, up to the first key that is not there."""
+        found = []
+        for key in keys:
+            block = self._by_key.get(key)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def allocate(self, count: int, shared: Sequence[int] = ()) -> list[int] | None:
+        """`count` blocks, those of `shared` first, or None, and nothing taken, if there are not so many.
+
+        `shared` comes from `find`, and no other call in between. The others are the owner's alone.
+        """
+        own = count - len(shared)
+        kept_and_wanted = sum(block in self._kept for block in shared)
+        if own > len(self._free) + len(self._kept) - kept_and_wanted:
             return None
-        blocks = [self._free.pop() for _ in range(count)]
-        for block in blocks:
-            self._is_free[block] = False
-        self.peak = max(self.peak, self.used)
-        return blocks
+        for block in shared:
+            self._kept.pop(block, None)
+            self._users[block] += 1
+        blocks = [self._take() for _ in range(own)]
+        self.peak = max(self.peak, self.num_blocks - len(self._free))
+        return [*shared, *blocks]
 
-    def free(self, blocks: Iterable[int]) -> None:
-        """Takes back blocks that `allocate` gave, each exactly once."""
-        for block in blocks:
-            assert not self._is_free[block], f"block {block} is freed twice"
-            self._is_free[block] = True
-            self._free.append(block)
+    def publish(self, block: int, key: bytes) -> None:
+        """The used block is complete, and its content is known by `key` from now on."""
+        assert self._users[block] > 0, f"block {block} is nobody's"
+        if self._key_of[block] is None and key not in self._by_key:
+            self._key_of[block] = key
+            self._by_key[key] = block
+
+    def free(self, blocks: Sequence[int]) -> None:
+        """Takes back blocks that `allocate` gave, from each owner exactly once."""
+        for block in reversed(blocks):  # the end of a text is of less use to others than its beginning
+            assert self._users[block] > 0, f"block {block} is freed twice"
+            self._users[block] -= 1
+            if self._users[block] == 0:
+                if self._key_of[block] is None:
+                    self._free.append(block)
+                else:
+                    self._kept[block] = None
+        while len(self._kept) > self._max_kept:
+            self._free.append(self._forget())
 
     def check_integrity(self) -> None:
-        """Asserts that every block is either free once or used."""
-        assert len(self._free) == len(set(self._free)) == sum(self._is_free)
-        assert all(self._is_free[block] for block in self._free)
+        """Asserts that every block is in one state, and that keys and blocks know each other."""
+        free, kept = set(self._free), set(self._kept)
+        assert len(free) == len(self._free), "a block is free twice"
+        assert not free & kept, "a block is free and kept"
+        unused = {block for block, users in enumerate(self._users) if users == 0}
+        assert free | kept == unused, "a block is lost, or used and not"
+        assert len(kept) <= self._max_kept
+        known = {block: key for block, key in enumerate(self._key_of) if key is not None}
+        assert {key: block for block, key in known.items()} == self._by_key
+        assert kept <= known.keys() and not free & known.keys(), "only known blocks are kept, and they are"
+
+    def _take(self) -> int:
+        block = self._free.pop() if self._free else self._forget()
+        self._users[block] = 1
+        return block
+
+    def _forget(self) -> int:
+        """The least recently used of the kept blocks, its content given up."""
+        block, _ = self._kept.popitem(last=False)
+        key = self._key_of[block]
+        assert key is not None
+        del self._by_key[key]
+        self._key_of[block] = None
+        return block

@@ -18,12 +18,12 @@ from collections.abc import Callable, Collection
 from collections.abc import Sequence as ReadOnlyList
 
 from loramux_adapters.slots import SlotTable, bucket_of
-from loramux_server.engine.admission import Admission, Admitted, HostView, SchedulerConfig
+from loramux_server.engine.admission import Admission, Admitted, HostView
 from loramux_server.engine.kv_blocks import KVBlocks
+from loramux_server.engine.prefix_keys import extend_keys
+from loramux_server.engine.scheduler_config import SchedulerConfig
 from loramux_server.engine.sequence import Batch, ScheduledSequence, Sequence, SequenceStatus
 from loramux_server.errors import RequestError
-
-__all__ = ["HostView", "Scheduler", "SchedulerConfig"]
 
 
 class Scheduler:
@@ -115,7 +115,7 @@ class Scheduler:
         rows = [_turn(sequence, 1) for sequence in ordinary if not sequence.in_prefill]
         tokens = self.config.max_batch_tokens - len(rows)
         prefilling = [sequence for sequence in ordinary if sequence.in_prefill]
-        left = tokens - sum(_rest(sequence) for sequence in prefilling)
+        left = tokens - sum(sequence.num_uncomputed for sequence in prefilling)
         admitted = self._admission.admit(self.config.max_num_seqs - len(ordinary), left)
         self._running += admitted.sequences
         for sequence in prefilling + admitted.sequences:
@@ -156,6 +156,7 @@ class Scheduler:
         self._close(batch)
         for row in batch.rows:
             row.sequence.num_computed += row.num_tokens
+            self._publish(row.sequence, row.num_tokens)
 
     def roll_back(self, batch: Batch) -> list[Sequence]:
         """The step failed: finishes and returns its sequences; what it loaded is not believed to be resident."""
@@ -184,8 +185,11 @@ class Scheduler:
         self._admission.check_integrity()
         assert sum(not sequence.gives_way for sequence in self._running) <= self.config.max_num_seqs
         assert sum(sequence.gives_way for sequence in self._running) <= self.config.max_background_tokens
+        size = self.blocks.block_size
         held = [block for sequence in self._running for block in sequence.blocks]
-        assert len(held) == len(set(held)) == self.blocks.used, "KV blocks are shared or lost"
+        assert len(set(held)) == self.blocks.used, "KV blocks are lost"
+        own = [block for sequence in self._running for block in sequence.blocks[sequence.num_cached // size :]]
+        assert len(own) == len(set(own)), "KV blocks that are written to are shared"
         for sequence in self._running:
             assert sequence.status is SequenceStatus.RUNNING
             assert len(sequence.blocks) == self.blocks.blocks_for(sequence.max_total)
@@ -196,6 +200,15 @@ class Scheduler:
         versions = {use.version for sequence in self._running for use in sequence.adapters}
         assert versions == set(self.slots.pinned), "slots are pinned by nobody, or used without a pin"
 
+    def _publish(self, sequence: Sequence, tokens: int) -> None:
+        """Makes the blocks that its last `tokens` tokens completed known to those that come after."""
+        size, end = self.blocks.block_size, sequence.num_computed
+        complete = range((end - tokens) // size, end // size)
+        if complete and self.blocks.keeps_content and not sequence.background:
+            extend_keys(sequence, size, end)
+            for index in complete:
+                self.blocks.publish(sequence.blocks[index], sequence.keys[index])
+
     def _close(self, batch: Batch) -> None:
         """Ends the step: the copies in `batch.slot_loads` were made, or never will be, so their host pins go."""
         assert self._step is batch, "not the step under way"
@@ -204,14 +217,9 @@ class Scheduler:
             self._host.unpin(load.version)
 
 
-def _rest(sequence: Sequence) -> int:
-    """Tokens of its prompt that are not computed yet."""
-    return len(sequence.prompt) - sequence.num_computed
-
-
 def _turn(sequence: Sequence, tokens: int) -> ScheduledSequence:
     """Its part of a step: its newest token, or as much of its prompt as it may have tokens."""
     if not sequence.in_prefill:
         return ScheduledSequence(sequence, 1, samples=True)
-    rest = _rest(sequence)
+    rest = sequence.num_uncomputed
     return ScheduledSequence(sequence, min(rest, tokens), samples=tokens >= rest)

@@ -72,6 +72,7 @@ class TokenOutput:
         error: for the client, with reason ERROR: one sentence, no path, no traceback.
         queue_seconds: submit to first scheduled, set on the first token's output.
         first_token_seconds: submit to first token, set on the first token's output.
+        cached_tokens: of the prompt, those that did not have to be computed, set on the first token's output.
         digest: of the logits that the token was chosen from, where that was asked for.
     """
 
@@ -81,6 +82,7 @@ class TokenOutput:
     error: str | None = None
     queue_seconds: float | None = None
     first_token_seconds: float | None = None
+    cached_tokens: int = 0
     digest: bytes | None = None
 
 
@@ -133,6 +135,8 @@ class Sequence:
     promoted: bool = False  # a background sequence that has waited so long that it counts as an ordinary one
     slots: tuple[ScaledSlot, ...] = ()  # while it runs: one for each of `adapters`, in their order
     blocks: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)  # of its complete blocks, as far as they were asked for
+    num_cached: int = 0  # tokens of the prompt whose keys and values were there before it started
     num_computed: int = 0  # tokens of prompt + output whose keys and values are in the cache
     scheduled_at: float | None = None  # first time in a batch
 
@@ -160,6 +164,11 @@ class Sequence:
     def in_prefill(self) -> bool:
         """True while part of the prompt is not in the cache yet."""
         return self.num_computed < len(self.prompt)
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens of its prompt that are not in the cache yet."""
+        return max(0, len(self.prompt) - self.num_computed)
 
     def tokens_from(self, start: int, count: int) -> list[int]:
         """Token ids at positions [start, start + count) of prompt + output."""

@@ -85,7 +85,7 @@ class Checker:
         needed = sum(_blocks(length) for length in _PROMPTS)
         if needed > self._num_blocks:
             raise BaseModelError(
-                f"the KV cache has {self._num_blocks} blocks; at least {needed} are needed (--kv-cache-mib)"
+                f"the KV cache has {self._num_blocks} blocks; at least {needed} are needed: raise --device-memory-mib"
             )
         try:
             difference = self._difference_to_transformers()

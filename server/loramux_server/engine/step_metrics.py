@@ -24,7 +24,10 @@ class EngineMetrics(Protocol):
         """Another token of a sequence was delivered, this long after the one before."""
 
     def tokens(self, adapter: str | None, prompt: int, generated: int) -> None:
-        """In one step: prompt tokens that were computed, reply tokens that were delivered."""
+        """In one step: prompt tokens that were computed or found, reply tokens that were delivered."""
+
+    def prefix_looked_up(self, found: int, tokens: int) -> None:
+        """A sequence started; so many tokens of its prompt, which has `tokens`, were in the cache."""
 
     def slot_loaded(self, seconds: float) -> None:
         """A version was copied to the device."""
@@ -68,7 +71,9 @@ class StepMetrics:
             before = sequence.num_computed - row.num_tokens
             if before < len(sequence.prompt):
                 prompt[sequence.adapter] += row.num_tokens
-            if before == 0 and sequence.scheduled_at is not None:
+            if before == sequence.num_cached and sequence.scheduled_at is not None:
+                prompt[sequence.adapter] += sequence.num_cached
+                self._metrics.prefix_looked_up(sequence.num_cached, len(sequence.prompt))
                 self._metrics.queued(sequence.scheduled_at - sequence.arrived)
         for adapter in prompt.keys() | self._generated.keys():
             self._metrics.tokens(adapter, prompt[adapter], self._generated[adapter])
