@@ -9,6 +9,7 @@ import sys
 
 from . import baselines, compare, make_adapters, pauses, registry, replacing, sweep, train_baseline
 from .errors import LoadTestError
+from .peers import run as peers
 
 COMMANDS = {
     "run": (sweep, "measure a server: one scenario with --url, a sweep of ours with --spawn"),
@@ -18,6 +19,7 @@ COMMANDS = {
     "registry": (registry, "thousands of registered adapters, room for a few: throughput, waiting, memory, start"),
     "replace": (replacing, "one adapter replaced 1,000 times under load: every reply from a version that was current"),
     "pauses": (pauses, "pauses between tokens while adapters are replaced, beside the quiet server"),
+    "peers": (peers, "ours beside vLLM on the CPU and llama.cpp's server, in interleaved rounds"),
     "make-adapters": (make_adapters, "write random PEFT adapters of a checkpoint's shapes"),
 }
 

@@ -29,12 +29,14 @@ class Target:
         url: scheme, host and port; http only.
         base_model: the name that asks the bare base.
         extra: more fields of every body, such as {"ignore_eos": true} for a server that knows it.
+        choose: an adapter's name -> the fields that ask for it, for a server that does not take it as the model.
     """
 
     url: str
     base_model: str
     api_key: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    choose: Mapping[str, Mapping[str, Any]] | None = None
 
     @property
     def address(self) -> tuple[str, int]:
@@ -45,7 +47,7 @@ class Target:
         """The whole HTTP request: a greedy streamed completion with usage in the last event."""
         body = json.dumps(
             {
-                "model": request.adapter or self.base_model,
+                **self._model(request.adapter),
                 "prompt": request.prompt,
                 "max_tokens": request.max_tokens,
                 "temperature": 0,
@@ -64,6 +66,11 @@ class Target:
         if self.api_key is not None:
             head.append(f"Authorization: Bearer {self.api_key}")
         return "\r\n".join([*head, "", ""]).encode() + body
+
+    def _model(self, adapter: str | None) -> Mapping[str, Any]:
+        if adapter is None or self.choose is None:
+            return {"model": adapter or self.base_model}
+        return self.choose[adapter]
 
 
 def address_of(url: str) -> tuple[str, int]:

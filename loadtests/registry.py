@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parts", type=int, default=4, help="the load comes in so many parts (default: 4)")
     parser.add_argument("--few-seconds", type=float, default=40.0, help="of load over the few, before each part")
     parser.add_argument("--adapter-memory-mib", type=int, default=78, help="of the device, for --few of rank 8")
-    parser.add_argument("--host-cache-mib", type=int, default=256, help="less than all take, so that the disk is used")
+    parser.add_argument("--host-cache-mib", type=int, default=64, help="less than all take, so that the disk is used")
     parser.add_argument("--out", type=Path, default=Path("loadtests/results"), help="where registry.json goes")
 
 

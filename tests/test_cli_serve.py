@@ -90,7 +90,6 @@ def test_a_start_shows_its_stages_its_url_its_models_and_a_command_to_paste() ->
         text = read_until(process, "curl .*\n")
 
         assert re.search(r"load the base \.\.\. \d+\.\d s\n", text)
-        assert re.search(r"start the engine \.\.\. \d+\.\d s\n", text)
         assert "memory: none\n" in text
         assert f"loramux is ready on http://127.0.0.1:{port} after " in text
         assert "models: base, pirate\n" in text

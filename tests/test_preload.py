@@ -11,6 +11,7 @@ import pytest
 from adapter_files import TINY_LINEARS, write_adapter
 from loramux_adapters.base_info import BaseInfo
 from loramux_adapters.store import AdapterStore
+from loramux_adapters.verify import check_adapter
 from loramux_server.errors import ConfigError
 from loramux_server.preload import preload
 
@@ -45,7 +46,7 @@ def open_store(tmp_path: Path) -> Iterator[Callable[[BaseInfo], AdapterStore]]:
 
 def run(store: AdapterStore, source: Path, base: BaseInfo = OLD) -> list[str]:
     notes: list[str] = []
-    preload(store, source, base, 256, note=notes.append)
+    preload(store, source, lambda directory: check_adapter(directory, base, 256), notes.append)
     return notes
 
 

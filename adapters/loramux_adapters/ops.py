@@ -18,13 +18,27 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from loramux_adapters.native import load_library
 from loramux_adapters.slots import SMALLEST_RANK, ScaledSlot, Slot
+
+_SIZE = ctypes.c_int64
+
+
+class _NativeArena(ctypes.Structure):
+    """`Arena` in csrc/lora.cpp."""
+
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("a", "bt", "targeted")), ("inputs", _SIZE), ("outputs", _SIZE)]
+
+
+class _NativeRows(ctypes.Structure):
+    """`Rows` in csrc/lora.cpp."""
+
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("first", "offset", "rank", "scale")), ("count", _SIZE)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +54,16 @@ class Arena:
     a: torch.Tensor
     bt: torch.Tensor
     targeted: torch.Tensor
+    _native: _NativeArena = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        places = (tensor.data_ptr() for tensor in (self.a, self.bt, self.targeted))
+        object.__setattr__(self, "_native", _NativeArena(*places, self.a.shape[1], self.bt.shape[1]))
+
+    @property
+    def native(self) -> int:
+        """Where the compiled kernel finds all this; the tensors never move."""
+        return ctypes.addressof(self._native)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +85,7 @@ class LoraRows:
         offset: [entries] int32, first arena row of the entry's adapter.
         rank: [entries] int32, arena rows of the entry's adapter.
         scale: [entries] fp32, factor of the entry's delta.
-        addresses: of these four tensors, taken once for all layers of a step.
+        num_rows: token rows, those without an adapter included.
     """
 
     segments: tuple[Segment, ...]
@@ -69,7 +93,8 @@ class LoraRows:
     offset: torch.Tensor
     rank: torch.Tensor
     scale: torch.Tensor
-    addresses: tuple[int, int, int, int]
+    num_rows: int
+    _native: _NativeRows = field(repr=False)
 
     @classmethod
     def build(cls, runs: Sequence[tuple[tuple[ScaledSlot, ...], int]]) -> LoraRows | None:
@@ -96,13 +121,13 @@ class LoraRows:
             torch.tensor([entry.slot.rank for entry in entries], dtype=torch.int32),
             torch.tensor([entry.scale for entry in entries], dtype=torch.float32),
         )
-        a, b, c, d = (tensor.data_ptr() for tensor in tensors)
-        return cls(tuple(segments), *tensors, (a, b, c, d))
+        count = len(first) - 1
+        return cls(tuple(segments), *tensors, count, _NativeRows(*(tensor.data_ptr() for tensor in tensors), count))
 
     @property
-    def num_rows(self) -> int:
-        """Token rows, those without an adapter included."""
-        return self.first.shape[0] - 1
+    def native(self) -> int:
+        """Where the compiled kernel finds all this, put together once for all layers of a step."""
+        return ctypes.addressof(self._native)
 
 
 AddLora = Callable[[torch.Tensor, torch.Tensor, Arena, LoraRows], None]
@@ -149,8 +174,8 @@ class NativeAddLora:
 
     def __init__(self, library: ctypes.CDLL, *, portable: bool | None = None) -> None:
         self._call = library.loramux_add_lora
-        pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-        self._call.argtypes = [pointer] * 9 + [size] * 3 + [flag] * 2
+        pointer, flag = ctypes.c_void_p, ctypes.c_int32
+        self._call.argtypes = [pointer] * 4 + [flag] * 2
         self._call.restype = None
         vector = bool(library.loramux_lora_has_avx512bf16())
         self.portable = not vector if portable is None else portable
@@ -160,19 +185,7 @@ class NativeAddLora:
         if not (y.is_contiguous() and x.is_contiguous() and y.dtype == x.dtype == torch.bfloat16):
             raise ValueError("the compiled LoRA kernel takes dense bf16 rows")
         _check_rows(y, x, rows)
-        self._call(
-            y.data_ptr(),
-            x.data_ptr(),
-            arena.a.data_ptr(),
-            arena.bt.data_ptr(),
-            *rows.addresses,
-            arena.targeted.data_ptr(),
-            x.shape[0],
-            x.shape[1],
-            y.shape[1],
-            self.portable,
-            torch.get_num_threads(),
-        )
+        self._call(y.data_ptr(), x.data_ptr(), arena.native, rows.native, self.portable, torch.get_num_threads())
 
 
 def _check_rows(y: torch.Tensor, x: torch.Tensor, rows: LoraRows) -> None:

@@ -118,8 +118,7 @@ async def _serve(config: ServeConfig, listener: socket.socket) -> int:
         _show(f"loramux loads {config.base}; {url}/health answers already")
         stages = Stages(_write)
         built = await _load(config, stages, stop)
-        with stages.stage("start the engine"):
-            await built.start()
+        await _start(built, stop)
         door.open(built.app)
         for line in [*built.summary, *_ready(url, built.models, config, time.monotonic() - began)]:
             _show(line)
@@ -147,6 +146,15 @@ async def _load(config: ServeConfig, stages: Stages, stop: asyncio.Event) -> Bui
     if not loading.done():
         _leave("stopped while loading", 0)
     return loading.result()
+
+
+async def _start(built: Built, stop: asyncio.Event) -> None:
+    """A signal meanwhile ends the process: nobody has been served yet, and the store takes a kill at any moment."""
+    starting = asyncio.ensure_future(built.start())
+    await _first_of(starting, stop)
+    if not starting.done():
+        _leave("stopped while starting", 0)
+    starting.result()
 
 
 async def _first_of(work: asyncio.Future[Any], stop: asyncio.Event) -> None:

@@ -6,16 +6,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from loramux_adapters.base_info import BaseInfo
 from loramux_adapters.errors import AdapterCorrupt, AdapterError, AdapterNotFound, BaseMismatch
 from loramux_adapters.format import CONFIG_FILE, KNOWN_FILES
 from loramux_adapters.store import AdapterStore, Published
-from loramux_adapters.verify import Checked, check_adapter
-from loramux_server.errors import ConfigError
+from loramux_adapters.verify import Checked
+from loramux_server.errors import ConfigError, LoramuxError
 
 
 def preload(
-    store: AdapterStore, directory: Path, base: BaseInfo, max_rank: int, *, note: Callable[[str], None]
+    store: AdapterStore, directory: Path, check: Callable[[Path], Checked], note: Callable[[str], None]
 ) -> None:
     """Publishes every subdirectory that holds an adapter under its own name, unless that name can be used already.
 
@@ -31,8 +30,8 @@ def preload(
     for source in sources:
         try:
             if (source / CONFIG_FILE).is_file() and not is_usable(store, source.name):
-                note(_publish(store, source, base, max_rank))
-        except (AdapterError, OSError) as error:
+                note(_publish(store, source, check))
+        except (AdapterError, LoramuxError, OSError) as error:
             note(f"left out {source.name}: {error}")
 
 
@@ -67,7 +66,7 @@ def publish_files(
     return published, checked
 
 
-def _publish(store: AdapterStore, source: Path, base: BaseInfo, max_rank: int) -> str:
+def _publish(store: AdapterStore, source: Path, check: Callable[[Path], Checked]) -> str:
     """Returns what was done, in one line."""
 
     def fill(target: Path) -> None:
@@ -75,5 +74,6 @@ def _publish(store: AdapterStore, source: Path, base: BaseInfo, max_rank: int) -
             if (source / name).is_file():
                 shutil.copyfile(source / name, target / name)
 
-    _, checked = publish_files(store, source.name, fill, lambda files: check_adapter(files, base, max_rank))
-    return f"published {source.name} (rank {checked.rank}, {', '.join(checked.target_modules)})"
+    _, checked = publish_files(store, source.name, fill, check)
+    replayed = {"none": ""}.get(checked.fingerprint, f"; its fingerprint replays: {checked.fingerprint}")
+    return f"published {source.name} (rank {checked.rank}, {', '.join(checked.target_modules)}){replayed}"

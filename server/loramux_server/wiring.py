@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from fastapi import FastAPI
@@ -54,16 +55,28 @@ class Server:
     """A built server, as `cli_serve` runs it. Its methods are called on the event loop."""
 
     app: FastAPI
-    models: Sequence[str]
+    name: str
     summary: Sequence[str]
+    stages: Stages
+    preload: Callable[[], None] | None
     client: EngineClient
     store: AdapterStore
     host_cache: HostCache
     lifecycle: Lifecycle
 
+    @property
+    def models(self) -> Sequence[str]:
+        """Names a client can ask for: the base first, then the adapters."""
+        return [self.name, *(record.name for record in self.store.records() if record.name != self.name)]
+
     async def start(self) -> None:
-        await self.client.start()
-        self.lifecycle.start()
+        """Adapters to preload are tried on the running engine, as uploads are, before anybody can ask for them."""
+        with self.stages.stage("start the engine"):
+            await self.client.start()
+            self.lifecycle.start()
+        if self.preload is not None:
+            with self.stages.stage("try and publish the adapters to preload"):
+                await asyncio.to_thread(self.preload)
 
     async def drain(self, timeout: float) -> None:
         await self.client.drain(timeout)
@@ -104,9 +117,6 @@ def build(config: ServeConfig, stages: Stages) -> Server:
     rows = arena_rows(config, base)
     max_rank = min(config.max_lora_rank, 1 << (rows.bit_length() - 1))
     try:
-        if config.preload is not None:
-            with stages.stage("publish the adapters to preload"):
-                preload(store, config.preload, base.info(), max_rank, note=stages.note)
         with stages.stage("check the base through the engine's own path"):
             parts = Device.build(config, base, shape, store, metrics, rows)
         check = CountedCheck(base.info(), max_rank, metrics)
@@ -146,14 +156,16 @@ def build(config: ServeConfig, stages: Stages) -> Server:
             local=lifecycle.local,
         )
     )
-    adapters = [record.name for record in store.records() if record.name != name]
-    metrics.registered(adapters)
     overhead = _overhead(parts, base)
     metrics.read_levels_from(_levels(parts, resident_bytes(base.model), overhead))
     return Server(
         app=app,
-        models=[name, *adapters],
+        name=name,
         summary=summary(config, base, parts, context, overhead),
+        stages=stages,
+        preload=None
+        if config.preload is None
+        else partial(preload, store, config.preload, lifecycle.check, stages.note),
         client=parts.client,
         store=store,
         host_cache=parts.host_cache,

@@ -52,10 +52,15 @@ class CountedCheck:
 
 @dataclass(frozen=True, slots=True)
 class Lifecycle:
-    """`work` runs from `start` to `stop`."""
+    """`work` runs from `start` to `stop`.
+
+    Attributes:
+        check: checks and proves an adapter's files, for the ways in that are not the event loop's.
+    """
 
     pins: Pins
     prover: Prover
+    check: Callable[[Path], Checked]
     local: LocalAdapters | None
     work: Sequence[Periodic] = field(default_factory=list)
 
@@ -87,7 +92,6 @@ class Lifecycle:
         prover = build_prover(retire)
 
         def check_and_prove(directory: Path) -> Checked:
-            """For the ways in that are not the event loop's."""
             checked = check(directory)
             return replace(checked, fingerprint=prover.prove_blocking(directory, checked))
 
@@ -106,7 +110,7 @@ class Lifecycle:
             work.append(Periodic("the look at --watch-dir", config.watch_seconds, watch.poll))
         root = config.lora_path_root
         local = None if root is None else LocalAdapters(store, root, check_and_prove, limit=limit)
-        return cls(pins, prover, local, work)
+        return cls(pins, prover, check_and_prove, local, work)
 
     def start(self) -> None:
         """On the event loop, when the engine takes sequences."""

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from loramux_adapters.base_info import BaseInfo
+from loramux_server.base.compiled_ops import compiled_ops, use_compiled_ops
 from loramux_server.base.identity import cached_base_id
 from loramux_server.base.packed_linear import pack
 from loramux_server.base.source import BaseSource, Report, resolve_base
@@ -115,6 +116,7 @@ def load_base_model(
     _choose_kernels(model, training=training)
     if not training:
         _timed(stages, "pack for the CPU kernel", lambda: pack(model))
+        use_compiled_ops(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -202,7 +204,11 @@ def _choose_kernels(model: nn.Module, *, training: bool) -> None:
 
 
 def kernel_paths(model: nn.Module, device: torch.device) -> str:
-    """How the quantized layers of this model are multiplied on this machine, for the start-up report."""
+    """How the layers of this model are computed on this machine, for the start-up report and the numerics id."""
+    return f"{_products(model, device)}; compiled {compiled_ops(model)}"
+
+
+def _products(model: nn.Module, device: torch.device) -> str:
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     if not layers:
         return "16 bit"

@@ -1,4 +1,4 @@
-// Causal attention over a paged KV cache on the CPU. Plain C ABI, loaded by kernels.py through ctypes.
+// Causal attention over a paged KV cache on the CPU. Plain C ABI, loaded by engine/attention.py through ctypes.
 //
 // Semantics, for query row t of sequence s at position p, head h, kv head g = h / (heads / kv_heads):
 //   keys j with max(0, p - window + 1) <= j <= p  (window <= 0: all)
@@ -10,13 +10,9 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#define LORAMUX_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
-#endif
+#include "bf16.h"
 
 namespace {
 
@@ -42,20 +38,6 @@ struct Scratch {
     std::vector<float> scores;
     std::vector<uint16_t> weights;
 };
-
-inline float widen(uint16_t bits) {
-    const uint32_t word = static_cast<uint32_t>(bits) << 16;
-    float value;
-    std::memcpy(&value, &word, sizeof value);
-    return value;
-}
-
-inline uint16_t narrow(float value) {  // round to nearest even; NaN stays NaN
-    uint32_t word;
-    std::memcpy(&word, &value, sizeof word);
-    if ((word & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((word >> 16) | 0x40u);
-    return static_cast<uint16_t>((word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
-}
 
 // Portable twin of the vector path below, one query head at a time; the compiler vectorizes the inner loops.
 #if defined(__x86_64__)

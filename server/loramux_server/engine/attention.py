@@ -13,15 +13,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AttentionInterface
 
-from loramux_adapters.native import load_library
 from loramux_server.engine.kv_cache import BLOCK_SIZE, KVCache, KVShape
 from loramux_server.errors import BaseModelError
+from loramux_server.kernels import has_avx512bf16, native_library
 
 ATTENTION_NAME = "loramux"
 
@@ -104,8 +103,7 @@ class NativeAttend:
         self._call = library.loramux_attend
         self._call.argtypes = [_C_TYPES[letter] for letter in _SIGNATURE]
         self._call.restype = None
-        vector = bool(library.loramux_attention_has_avx512bf16())
-        self.portable = not vector if portable is None else portable
+        self.portable = not has_avx512bf16(library) if portable is None else portable
         self.name = "native portable" if self.portable else "native AVX512-BF16"
 
     def __call__(
@@ -136,11 +134,6 @@ class NativeAttend:
             *(self.portable, torch.get_num_threads()),
         )
         return out
-
-
-def native_library() -> ctypes.CDLL | None:
-    """The compiled kernels of this package, where they were built."""
-    return load_library(Path(__file__).parent.parent, "_kernels")
 
 
 def select_attend(device: torch.device, shape: KVShape) -> tuple[Attend, bool, str]:

@@ -28,7 +28,7 @@ class SchedulerConfig:
     max_num_seqs: int = 32
     max_batch_tokens: int = 128
     max_passed_over: int = 32
-    max_wait_seconds: float = 5.0
+    max_wait_seconds: float = 2.0
     max_prefetch: int = 16
     max_prefetch_bytes: int = 1 << 30
     max_background_tokens: int = 8

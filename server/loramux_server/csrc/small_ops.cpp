@@ -1,0 +1,72 @@
+// Small operations between a decoder's matrix products, each in one pass. Plain C ABI, loaded by base/compiled_ops.py.
+//
+// Rows are computed alone and in a fixed order, so their bits depend neither on the batch nor on the number of threads.
+
+#include <cmath>
+#include <cstdint>
+
+#include "bf16.h"
+
+namespace {
+
+constexpr int64_t kParallel = 1 << 15;  // elements from which threads pay
+constexpr int kLanes = 32;
+
+LORAMUX_CLONES void norm_row(uint16_t* y, const uint16_t* x, const uint16_t* w, int64_t dim, float eps) {
+    float lanes[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= dim; i += kLanes)
+        for (int l = 0; l < kLanes; ++l) lanes[l] += widen(x[i + l]) * widen(x[i + l]);
+    float sum = 0.f;
+    for (int l = 0; l < kLanes; ++l) sum += lanes[l];
+    for (; i < dim; ++i) sum += widen(x[i]) * widen(x[i]);
+    const float scale = 1.f / std::sqrt(sum / static_cast<float>(dim) + eps);
+    for (i = 0; i < dim; ++i) y[i] = narrow(widen(narrow(widen(x[i]) * scale)) * widen(w[i]));
+}
+
+// exp(x) to the last bits of fp32, by powers of two and a polynomial (Cephes, https://www.netlib.org/cephes/).
+inline float fast_exp(float x) {
+    const bool overflows = x > 88.f;
+    x = x < -87.f ? -87.f : overflows ? 88.f : x;
+    const float shifter = 12582912.f;  // 1.5 * 2^23: adding it rounds to a whole number
+    const float n = (x * 1.44269504088896341f + shifter) - shifter;
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.f;
+    const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, sizeof power);
+    return overflows ? HUGE_VALF : p * power;
+}
+
+LORAMUX_CLONES void silu_mul_run(uint16_t* y, const uint16_t* gate, const uint16_t* up, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+        const float g = widen(gate[i]);
+        y[i] = narrow(widen(narrow(g / (1.f + fast_exp(-g)))) * widen(up[i]));
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// y[t, i] = bf16(w[i] * bf16(x[t, i] / sqrt(mean_i(x[t]^2) + eps))), all bf16 [rows, dim]; sums in fp32.
+void loramux_rms_norm(uint16_t* y, const uint16_t* x, const uint16_t* w, int64_t rows, int64_t dim, float eps,
+                      int32_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows > 1 && rows * dim >= kParallel)
+    for (int64_t t = 0; t < rows; ++t) norm_row(y + t * dim, x + t * dim, w, dim, eps);
+}
+
+// y[i] = bf16(bf16(silu(gate[i])) * up[i]), all bf16 [rows, dim].
+void loramux_silu_mul(uint16_t* y, const uint16_t* gate, const uint16_t* up, int64_t rows, int64_t dim,
+                      int32_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows > 1 && rows * dim >= kParallel)
+    for (int64_t t = 0; t < rows; ++t) silu_mul_run(y + t * dim, gate + t * dim, up + t * dim, dim);
+}
+
+}  // extern "C"
