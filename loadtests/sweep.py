@@ -56,6 +56,8 @@ def sweep(names: Sequence[str], mixed_ranks: Sequence[str], *, max_tokens: int, 
     scenarios += [
         Scenario(f"{many}, half base", replace(middle, base_share=0.5), 32, 64),
         Scenario("mixed ranks", replace(middle, adapters=tuple(mixed_ranks)), 32, 64),
+        Scenario("base, 800-word prompts", replace(base, prompt_words=(800, 800), max_tokens=8), 1, 4),
+        Scenario("760 of them shared", replace(base, prompt_words=(40, 40), shared_words=760, max_tokens=8), 1, 8),
         Scenario("base, 400-word prompts", replace(base, prompt_words=(400, 400)), 8, 16),
         Scenario(f"{many}, 400-word prompts", replace(middle, prompt_words=(400, 400)), 8, 16),
     ]

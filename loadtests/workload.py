@@ -62,6 +62,7 @@ class Workload:
         popularity: one of POPULARITIES.
         base_share: part of the requests, 0 to 1, that go to the bare base although there are adapters.
         prompt_words: fewest and most words of a prompt, drawn evenly; a word is 1.1 to 1.3 tokens for usual tokenizers.
+        shared_words: with so many words all prompts begin alike; they come on top of `prompt_words`.
         max_tokens: of every reply.
     """
 
@@ -70,6 +71,7 @@ class Workload:
     zipf_exponent: float = 1.0
     base_share: float = 0.0
     prompt_words: tuple[int, int] = (20, 40)
+    shared_words: int = 0
     max_tokens: int = 64
     seed: int = 0
 
@@ -85,11 +87,13 @@ class Workload:
         """The first `count` requests; a longer list begins with a shorter one."""
         adapters = choose_adapters(self.popularity, self.adapters, count, self.seed, self.zipf_exponent)
         rng = random.Random(f"{self.seed}:requests")
+        shared = make_prompt(-1, self.shared_words, random.Random(f"{self.seed}:shared")) if self.shared_words else ""
         requests = []
         for index, adapter in enumerate(adapters):
             words = rng.randint(*self.prompt_words)
             to_base = rng.random() < self.base_share
             prompt = make_prompt(index, words, random.Random(f"{self.seed}:prompt:{index}"))
+            prompt = f"{shared}\n{prompt}" if shared else prompt
             requests.append(Request(index, prompt, None if to_base else adapter, self.max_tokens))
         return requests
 

@@ -66,12 +66,14 @@ def test_sequences_that_run_together_share_what_one_of_them_has_computed() -> No
     assert [first.output, second.output] == [solo_reply(first), solo_reply(second)]
 
 
-def test_the_servers_own_work_computes_everything_and_leaves_nothing() -> None:
-    bench = Bench(max_kept=8, block_size=4)
-    done(bench, sequence("probe", text="x", prompt=10, background=True))
-    assert bench.blocks.kept == 0
+def test_the_servers_own_work_shares_within_its_group_alone_and_leaves_first() -> None:
+    bench = Bench(max_kept=6, block_size=4)
     done(bench, sequence("first", text="x", prompt=10))
-    assert done(bench, sequence("replay", text="x", prompt=10, background=True)).num_cached == 0
+    probes = [sequence(name, text="x", prompt=10, background=True) for name in ("one", "two", "other")]
+    for probe, group in zip(probes, ("a", "a", "b"), strict=True):
+        probe.cache_group = group
+    assert [done(bench, probe).num_cached for probe in probes] == [0, 8, 0]
+    assert done(bench, sequence("again", text="x", prompt=10)).num_cached == 8
 
 
 def test_a_step_that_fails_leaves_nothing_to_share() -> None:

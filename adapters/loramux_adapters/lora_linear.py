@@ -66,6 +66,7 @@ class AdapterSlots:
         self.head = head
         self.layers: dict[str, LoRALinear] = {}
         self._written: dict[str, torch.Tensor] = {}  # by layer, which groups of 8 rows ever held weights
+        self._targets: list[set[str]] = [set() for _ in range(rows // SMALLEST_RANK)]  # layers with weights, by group
         if rows:
             for path, linear in list(linears(model)):
                 self.layers[path] = self._wrap(model, path, linear, add_lora)
@@ -95,25 +96,28 @@ class AdapterSlots:
         unknown = [path for path in adapter.modules if path not in self.layers]
         if unknown:
             raise AdapterRejected([f"the base has no linear layer {path}" for path in unknown])
-        for path, layer in self.layers.items():
-            arena = layer.arena
-            weights = adapter.modules.get(path)
-            if weights is None:
-                if arena.targeted[groups].any():
-                    arena.a[window] = 0
-                    arena.bt[window] = 0
-                    arena.targeted[groups] = 0
-                continue
-            a, bt = weights
+        before: set[str] = set().union(*self._targets[groups])
+        for group in range(groups.start, groups.stop):
+            self._targets[group] = before | adapter.modules.keys()  # until it is clear that all went well
+        for path in before - adapter.modules.keys():
+            arena = self.layers[path].arena
+            arena.a[window] = 0
+            arena.bt[window] = 0
+            arena.targeted[groups] = 0
+        for path, (a, bt) in adapter.modules.items():
+            arena = self.layers[path].arena
             if a.shape[0] > slot.rank or a.shape[1] != arena.a.shape[1] or bt.shape[1] != arena.bt.shape[1]:
                 raise AdapterRejected([f"{path}: shapes {tuple(a.shape)} and {tuple(bt.shape)} do not fit"])
             filled = slot.offset + a.shape[0]
             arena.a[slot.offset : filled] = a
             arena.bt[slot.offset : filled] = bt
-            arena.a[filled : window.stop] = 0
-            arena.bt[filled : window.stop] = 0
+            if filled < window.stop:
+                arena.a[filled : window.stop] = 0
+                arena.bt[filled : window.stop] = 0
             arena.targeted[groups] = 1
             self._written[path][groups] = 1
+        for group in range(groups.start, groups.stop):
+            self._targets[group] = set(adapter.modules)
 
     def set_lora(self, tokens: LoraRows | None, head: LoraRows | None) -> None:
         """Says which adapter each token row (and each row of the output head) of the coming forward uses."""

@@ -155,12 +155,12 @@ class Prover:
         verdict = foreign(fingerprint, base_id=self._base_id, version=use.version)
         if verdict is not None:
             return verdict
-        places = asyncio.Semaphore(_AT_A_TIME)
+        places, replay = asyncio.Semaphore(_AT_A_TIME), f"replay-{uuid.uuid4().hex}"
 
         async def score(witness: Witness) -> list[Scored]:
             params = SamplingParams(temperature=0.0, max_tokens=len(witness.tokens), logprobs=1, forced=witness.tokens)
             async with places:
-                outputs = await self._ask(list(witness.ids), params, (use,))
+                outputs = await self._ask(list(witness.ids), params, (use,), replay)
             return [_scored(output) for output in outputs]
 
         try:
@@ -172,11 +172,17 @@ class Prover:
         return judge(fingerprint.prompts, found, same_numerics=fingerprint.numerics_id == self._numerics_id)
 
     async def _ask(
-        self, prompt: list[int], params: SamplingParams, adapters: tuple[AdapterUse, ...]
+        self, prompt: list[int], params: SamplingParams, adapters: tuple[AdapterUse, ...], group: str = ""
     ) -> Sequence[TokenOutput]:
-        """All tokens of one background sequence."""
+        """All tokens of one background sequence.
+
+        It finds nothing in the prefix cache but what sequences of this `group` computed, so that what is proved is what
+        the adapter computes now.
+        """
         name = f"proof-{uuid.uuid4().hex}"
-        stream = self._generate(EngineSequence(name, prompt, params, adapters, background=True))
+        stream = self._generate(
+            EngineSequence(name, prompt, params, adapters, background=True, cache_group=group or name)
+        )
         try:
             outputs = [output async for output in stream]
         finally:

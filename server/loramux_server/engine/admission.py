@@ -243,11 +243,10 @@ class Admission:
     def _allocate(self, sequence: Sequence) -> list[int] | None:
         """Blocks for its whole length, those that hold the beginning of its prompt already among them; or None.
 
-        At least one token of the prompt is left to compute, since the reply begins with its logits. Background
-        sequences check what is served, so they compute all of it.
+        At least one token of the prompt is left to compute, since the reply begins with its logits.
         """
         shared: list[int] = []
-        if self._blocks.keeps_content and not sequence.background:
+        if self._blocks.keeps_content:
             size, most = self._blocks.block_size, len(sequence.prompt) - 1
             extend_keys(sequence, size, most)
             shared = self._blocks.find(sequence.keys[: most // size])

@@ -85,9 +85,13 @@ class KVBlocks:
             self._key_of[block] = key
             self._by_key[key] = block
 
-    def free(self, blocks: Sequence[int]) -> None:
-        """Takes back blocks that `allocate` gave, from each owner exactly once."""
-        for block in reversed(blocks):  # the end of a text is of less use to others than its beginning
+    def free(self, blocks: Sequence[int], *, soon: bool = False) -> None:
+        """Takes back blocks that `allocate` gave, from each owner exactly once.
+
+        `soon`: of those that are kept, these are the first to be given up.
+        """
+        # The end of a text is of less use to others than its beginning, so it is to be given up before.
+        for block in blocks if soon else reversed(blocks):
             assert self._users[block] > 0, f"block {block} is freed twice"
             self._users[block] -= 1
             if self._users[block] == 0:
@@ -95,6 +99,8 @@ class KVBlocks:
                     self._free.append(block)
                 else:
                     self._kept[block] = None
+                    if soon:
+                        self._kept.move_to_end(block, last=False)
         while len(self._kept) > self._max_kept:
             self._free.append(self._forget())
 

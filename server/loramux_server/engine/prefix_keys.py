@@ -29,6 +29,6 @@ def extend_keys(sequence: Sequence, block_size: int, tokens: int) -> None:
 
 
 def _weights(sequence: Sequence) -> bytes:
-    """What stands for the weights that the sequence runs on."""
+    """What stands for the weights that the sequence runs on, and for who may find what it computes."""
     uses = "".join(f"{use.version}:{use.scale.hex()};" for use in sequence.adapters)
-    return hashlib.blake2b(uses.encode(), digest_size=_SIZE).digest()
+    return hashlib.blake2b(f"{sequence.cache_group}/{uses}".encode(), digest_size=_SIZE).digest()

@@ -120,7 +120,8 @@ class Scheduler:
         self._running += admitted.sequences
         for sequence in prefilling + admitted.sequences:
             assert tokens > 0, "whoever has started runs in every step"
-            rows.append(_turn(sequence, tokens))
+            most = min(tokens, self.config.max_background_tokens) if sequence.background else tokens
+            rows.append(_turn(sequence, most))
             tokens -= rows[-1].num_tokens
         rows += self._background(tokens, admitted)
         now = self._clock()
@@ -171,7 +172,7 @@ class Scheduler:
     def finish(self, sequence: Sequence) -> None:
         """Ends a running sequence: its blocks are free, its slots are unpinned (the adapters stay resident)."""
         self._running.remove(sequence)
-        self.blocks.free(sequence.blocks)
+        self.blocks.free(sequence.blocks, soon=sequence.background)
         sequence.blocks = []
         for version in {use.version for use in sequence.adapters}:
             self.slots.release(version)
@@ -204,7 +205,7 @@ class Scheduler:
         """Makes the blocks that its last `tokens` tokens completed known to those that come after."""
         size, end = self.blocks.block_size, sequence.num_computed
         complete = range((end - tokens) // size, end // size)
-        if complete and self.blocks.keeps_content and not sequence.background:
+        if complete and self.blocks.keeps_content:
             extend_keys(sequence, size, end)
             for index in complete:
                 self.blocks.publish(sequence.blocks[index], sequence.keys[index])

@@ -120,6 +120,7 @@ class Sequence:
             who composes them must fix it: `composed` does.
         adapter: the name it was asked for under, for logs and metrics, several joined by "+"; None for the base.
         background: the server's own work. It runs on what ordinary sequences leave over, and metrics do not count it.
+        cache_group: keys and values of its tokens are shared with sequences of the same group alone.
     """
 
     id: str
@@ -128,6 +129,7 @@ class Sequence:
     adapters: tuple[AdapterUse, ...] = ()
     adapter: str | None = None
     background: bool = False
+    cache_group: str = ""
     arrived: float = field(default_factory=time.monotonic)
 
     # filled by the scheduler
