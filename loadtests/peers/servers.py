@@ -122,6 +122,7 @@ def vllm(env: Path, base: Path, adapters: Mapping[str, Path], preloads: str, *, 
         command += ["--lora-modules", *(f"{name}={directory}" for name, directory in adapters.items())]
     environ = {
         "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",  # it would leave one core out
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "LD_PRELOAD": preloads,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loramux_server.kernels import has_avx512bf16, native_library
+from loramux_server.kernels import bind, has_avx512bf16, native_library
 
 _MARK = "loramux_kernel"  # attribute of a module whose forward is ours: which kernel
 _LAST_BIT = 2.0**-7  # relative; bf16 has 8 bits
@@ -50,10 +50,9 @@ def compiled_ops(model: nn.Module) -> str:
 
 class _Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
-        pointer, size, flag, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
-        self._norm = _bound(library.loramux_rms_norm, [pointer] * 3 + [size] * 2 + [real, flag])
-        self._silu = _bound(library.loramux_silu_mul, [pointer] * 3 + [size] * 2 + [flag])
-        self._head = _bound(library.loramux_head, [pointer] * 3 + [size] * 3 + [flag])
+        self._norm = bind(library.loramux_rms_norm, "pppnnfi")
+        self._silu = bind(library.loramux_silu_mul, "pppnni")
+        self._head = bind(library.loramux_head, "pppnnni")
         self._is_vector = has_avx512bf16(library)
         self._random = torch.Generator().manual_seed(0)
 
@@ -142,8 +141,3 @@ def _agree(ours: torch.Tensor, its: torch.Tensor) -> bool:
     a, b = ours.float(), its.float()
     near = (a - b).abs() <= _LAST_BIT * b.abs() + 1e-6 * b.abs().max()
     return bool(near.all()) and float((ours == its).float().mean()) >= _EQUAL
-
-
-def _bound(function: Any, types: list[Any]) -> Any:
-    function.argtypes, function.restype = types, None
-    return function

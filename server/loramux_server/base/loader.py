@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from loramux_adapters.base_info import BaseInfo
 from loramux_server.base.compiled_ops import compiled_ops, use_compiled_ops
 from loramux_server.base.identity import cached_base_id
-from loramux_server.base.packed_linear import pack
+from loramux_server.base.nf4_linear import NF4Linear, pack
 from loramux_server.base.source import BaseSource, Report, resolve_base
 from loramux_server.base.support import unsupported_config, unsupported_modules
 from loramux_server.errors import BaseModelError
@@ -214,10 +215,17 @@ def _products(model: nn.Module, device: torch.device) -> str:
         return "16 bit"
     if device.type != "cpu":
         return "NF4 bitsandbytes CUDA"
-    packed = sum(bool(layer.support_avx512bf16_for_cpu) for layer in layers)
-    if packed == len(layers):
-        return "NF4 packed AVX512-BF16"
-    return "NF4 dequantize" if packed == 0 else f"NF4 packed AVX512-BF16 ({len(layers) - packed} layers dequantize)"
+    names = Counter(
+        "NF4 native AVX512-BF16"
+        if isinstance(layer, NF4Linear)
+        else "NF4 bitsandbytes AVX512-BF16"
+        if layer.support_avx512bf16_for_cpu
+        else "NF4 dequantize"
+        for layer in layers
+    )
+    if len(names) == 1:
+        return next(iter(names))
+    return ", ".join(f"{name} ({count} layers)" for name, count in sorted(names.items()))
 
 
 def resident_bytes(model: nn.Module) -> int:

@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 
 from loramux_server.engine.kv_cache import BLOCK_SIZE, KVCache, KVShape
 from loramux_server.errors import BaseModelError
-from loramux_server.kernels import has_avx512bf16, native_library
+from loramux_server.kernels import bind, has_avx512bf16, native_library
 
 ATTENTION_NAME = "loramux"
 
@@ -33,7 +33,6 @@ _HARMLESS = frozenset(
 # the compiled kernel's parameters: out; q, k, v with two strides each; both caches; tables and their width; sequence,
 # position; rows, heads, kv heads, head dim; scale, softcap; window; portable, threads
 _SIGNATURE = "p" + "pnn" * 3 + "pp" + "pn" + "pp" + "nnnn" + "ff" + "n" + "ii"
-_C_TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +99,7 @@ class NativeAttend:
     """The compiled CPU kernel (csrc/attention.cpp): reads block tables in place, every row and kv head in parallel."""
 
     def __init__(self, library: ctypes.CDLL, *, portable: bool | None = None) -> None:
-        self._call = library.loramux_attend
-        self._call.argtypes = [_C_TYPES[letter] for letter in _SIGNATURE]
-        self._call.restype = None
+        self._call = bind(library.loramux_attend, _SIGNATURE)
         self.portable = not has_avx512bf16(library) if portable is None else portable
         self.name = "native portable" if self.portable else "native AVX512-BF16"
 
