@@ -28,9 +28,9 @@ def load_host_adapter(directory: Path, version: str) -> HostAdapter:
     nbytes = values * torch.bfloat16.itemsize
     free = mapping(nbytes).view(torch.bfloat16)  # one block, so that an eviction leaves no holes behind
     modules = {}
-    for module, a, bt in read_modules(directory, config, layout.pairs):
-        sizes = [a.numel(), bt.numel(), free.numel() - a.numel() - bt.numel()]
-        held_a, held_bt, free = torch.split(free, sizes)
+    for module, a, b, scale in _read_pairs(directory, config, layout.pairs):
+        held_a, held_bt, free = torch.split(free, [a.numel(), b.numel(), free.numel() - a.numel() - b.numel()])
+        bt = _scaled(b, scale)
         modules[module] = (held_a.view_as(a).copy_(a), held_bt.view_as(bt).copy_(bt))
     rank = max((pair.rank for pair in layout.pairs.values()), default=0)
     return HostAdapter(version=version, rank=rank, nbytes=nbytes, modules=modules)
@@ -40,11 +40,19 @@ def read_modules(
     directory: Path, config: AdapterConfig, pairs: Mapping[str, Pair]
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Yield (module path, A [r, in] bf16, Bt [r, out] bf16) one by one, so that one module is in memory at a time."""
+    for module, a, b, scale in _read_pairs(directory, config, pairs):
+        yield module, *fold(a, b, scale)
+
+
+def _read_pairs(
+    directory: Path, config: AdapterConfig, pairs: Mapping[str, Pair]
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]:
+    """(module path, A, B, scale) as they stand in the file, in memory that is the file's."""
     try:
         with safe_open(directory / WEIGHTS_FILE, framework="pt", device="cpu") as file:
             for module, pair in pairs.items():
                 a, b = file.get_tensor(pair.a_name), file.get_tensor(pair.b_name)
-                yield module, *fold(a, b, scale_of(config, module, pair.rank))
+                yield module, a, b, scale_of(config, module, pair.rank)
     except (SafetensorError, OSError) as error:
         raise AdapterRejected([f"{WEIGHTS_FILE} cannot be read"]) from error
 
@@ -65,5 +73,10 @@ def fold(a: torch.Tensor, b: torch.Tensor, scale: float) -> tuple[torch.Tensor, 
     The product with the scale is taken in fp32 and rounded once. Both are copies: what was read is mapped memory of the
     file, which would be read from disk when the device asks for it.
     """
-    bt = (b.float() * scale).t().to(torch.bfloat16, memory_format=torch.contiguous_format)
+    bt = _scaled(b, scale).to(torch.bfloat16, memory_format=torch.contiguous_format)
     return a.to(torch.bfloat16, copy=True, memory_format=torch.contiguous_format), bt
+
+
+def _scaled(b: torch.Tensor, scale: float) -> torch.Tensor:
+    """(B * scale)^T [r, out] in fp32."""
+    return (b.float() * scale).t()
