@@ -13,6 +13,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
+SHARED = "adapters/loramux_adapters/csrc"  # headers that the kernels of both packages include
 PACKAGES = {"loramux_adapters": "adapters/loramux_adapters", "loramux_server": "server/loramux_server"}
 FLAGS = ["-O3", "-std=c++17", "-fopenmp"]
 
@@ -23,12 +24,14 @@ def kernels(package: str, directory: str) -> list[Extension]:
     sources = sorted(path.relative_to(root).as_posix() for path in (root / directory / "csrc").glob("*.cpp"))
     if not sources:
         return []
-    headers = sorted(path.relative_to(root).as_posix() for path in (root / directory / "csrc").glob("*.h"))
+    folders = {SHARED, f"{directory}/csrc"}
+    headers = sorted(path.relative_to(root).as_posix() for folder in folders for path in (root / folder).glob("*.h"))
     return [
         Extension(
             f"{package}._kernels",
             sources=sources,
             depends=headers,
+            include_dirs=[SHARED],
             language="c++",
             extra_compile_args=FLAGS,
             extra_link_args=["-fopenmp"],

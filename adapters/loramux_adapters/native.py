@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def load_library(package_dir: Path, stem: str) -> ctypes.CDLL | None:
@@ -20,3 +22,13 @@ def load_library(package_dir: Path, stem: str) -> ctypes.CDLL | None:
         except OSError:
             continue  # built for another machine
     return None
+
+
+_TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int32}
+
+
+def bind(function: Any, signature: str) -> Callable[..., None]:
+    """A kernel with its parameters declared: p a pointer, n a 64-bit size, f a float, i a 32-bit number."""
+    function.argtypes, function.restype = [_TYPES[letter] for letter in signature], None
+    bound: Callable[..., None] = function
+    return bound

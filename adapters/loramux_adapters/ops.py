@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from loramux_adapters.native import load_library
+from loramux_adapters.native import bind, load_library
 from loramux_adapters.slots import SMALLEST_RANK, ScaledSlot, Slot
 
 _SIZE = ctypes.c_int64
@@ -173,10 +173,7 @@ class NativeAddLora:
     """
 
     def __init__(self, library: ctypes.CDLL, *, portable: bool | None = None) -> None:
-        self._call = library.loramux_add_lora
-        pointer, flag = ctypes.c_void_p, ctypes.c_int32
-        self._call.argtypes = [pointer] * 4 + [flag] * 2
-        self._call.restype = None
+        self._call = bind(library.loramux_add_lora, "ppppii")
         vector = bool(library.loramux_lora_has_avx512bf16())
         self.portable = not vector if portable is None else portable
         self.name = "native portable" if self.portable else "native AVX512-BF16"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from loramux_adapters.native import load_library
 
@@ -20,13 +18,3 @@ def native_library() -> ctypes.CDLL | None:
 def has_avx512bf16(library: ctypes.CDLL) -> bool:
     """Whether this machine runs the vector paths."""
     return bool(library.loramux_attention_has_avx512bf16())
-
-
-_TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int32}
-
-
-def bind(function: Any, signature: str) -> Callable[..., None]:
-    """A kernel with its parameters declared: p a pointer, n a 64-bit size, f a float, i a 32-bit number."""
-    function.argtypes, function.restype = [_TYPES[letter] for letter in signature], None
-    bound: Callable[..., None] = function
-    return bound

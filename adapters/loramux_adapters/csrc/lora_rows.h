@@ -5,31 +5,13 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#define LORAMUX_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
-#endif
+#include "bf16.h"
 
 namespace {
 
 constexpr int64_t kRankGroup = 8;  // every slot's rank is a multiple of this (slots.py)
-
-inline float widen(uint16_t bits) {
-    const uint32_t word = static_cast<uint32_t>(bits) << 16;
-    float value;
-    std::memcpy(&value, &word, sizeof value);
-    return value;
-}
-
-inline uint16_t narrow(float value) {  // round to nearest even; NaN stays NaN
-    uint32_t word;
-    std::memcpy(&word, &value, sizeof word);
-    if ((word & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((word >> 16) | 0x40u);
-    return static_cast<uint16_t>((word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
-}
 
 // One entry of a row: the first one begins the sum in `delta` [out], the last one adds it to y. Portable twin of the
 // vector path; the compiler vectorizes the inner loops for the machine at hand.

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from loramux_server.kernels import bind, has_avx512bf16, native_library
+from loramux_adapters.native import bind
+from loramux_server.kernels import has_avx512bf16, native_library
 
 _MARK = "loramux_kernel"  # attribute of a module whose forward is ours: which kernel
 _LAST_BIT = 2.0**-7  # relative; bf16 has 8 bits

@@ -16,7 +16,8 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
 
-from loramux_server.kernels import bind, has_avx512bf16, native_library
+from loramux_adapters.native import bind
+from loramux_server.kernels import has_avx512bf16, native_library
 
 BLOCK = 64  # inputs that share a scale
 _OUTPUTS, _INPUTS = 16, 4  # of one tile of codes

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
+from loramux_adapters.native import bind
 from loramux_server.engine.kv_cache import BLOCK_SIZE, KVCache, KVShape
 from loramux_server.errors import BaseModelError
-from loramux_server.kernels import bind, has_avx512bf16, native_library
+from loramux_server.kernels import has_avx512bf16, native_library
 
 ATTENTION_NAME = "loramux"
 

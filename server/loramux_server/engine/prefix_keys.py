@@ -2,9 +2,10 @@
 
 A token's keys and values depend on all tokens up to it and on the weights: on this base, the versions and scales of the
 adapters, in their order. Nothing else: which sequences share a step, how a prompt is cut into chunks, and whether a
-token came by prefill or by decoding change no bit (ARCHITECTURE.md). So
+token came by prefill or by decoding change no bit (ARCHITECTURE.md). A group is digested with them, so that a proof
+finds only what it computed itself. So
 
-    key[0] = H(adapters, tokens of block 0),    key[i] = H(key[i - 1], tokens of block i)
+    key[0] = H(group, adapters, tokens of block 0),    key[i] = H(key[i - 1], tokens of block i)
 
 and equal keys mean equal content, whoever computed it. A name of an adapter is in no key: a version is.
 """

@@ -8,7 +8,8 @@ did not), then `finish` for every sequence that ended.
 
 A sequence starts only when there is a token for it, so at most one is between two chunks of its prompt, and whatever
 runs is in every batch. So a step that fails leaves no running sequence behind, and no slot half loaded. Background
-sequences alone may sit a step out; what they hold was loaded by a step that worked.
+sequences alone may sit a step out, and take no more of a prompt at a time than `max_background_tokens` even when they
+count as ordinary ones; what they hold was loaded by a step that worked.
 """
 
 from __future__ import annotations

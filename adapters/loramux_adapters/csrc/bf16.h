@@ -1,4 +1,4 @@
-// bf16 numbers as their upper halves of fp32, and how the vector paths are marked.
+// bf16 numbers as their upper halves of fp32, and how the vector paths are marked. For the kernels of both packages.
 
 #pragma once
 
