@@ -9,7 +9,7 @@ from torch import nn
 
 from loramux_adapters.host_cache import HostAdapter
 from loramux_adapters.lora_linear import AdapterSlots, head_path
-from loramux_adapters.ops import select_add_lora
+from loramux_adapters.ops import AddLora, select_add_lora
 from loramux_adapters.slots import ScaledSlot, Slot
 from loramux_server.engine.attention import Attend, probe_kv_shape, select_attend
 from loramux_server.engine.kv_cache import BLOCK_SIZE, KVCache
@@ -31,6 +31,7 @@ class Stepper:
         rows: int = 256,
         blocks: int = 256,
         attend: Attend | None = None,
+        add_lora: AddLora | None = None,
         device: torch.device = CPU,
     ) -> None:
         shape = probe_kv_shape(model, device)
@@ -38,7 +39,9 @@ class Stepper:
         if attend is not None:
             chosen = attend
         self.host: dict[str, HostAdapter] = {}
-        self.slots = AdapterSlots(model, rows, select_add_lora(device, torch.bfloat16)[0], head=head_path(model))
+        self.slots = AdapterSlots(
+            model, rows, add_lora or select_add_lora(device, torch.bfloat16)[0], head=head_path(model)
+        )
         self.runner = ModelRunner(
             model,
             slots=self.slots,

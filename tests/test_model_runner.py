@@ -182,29 +182,23 @@ def test_a_kernel_that_looks_at_its_neighbours_loses_the_promise_not_the_server(
     assert not check(stepper, base, 256).batch_invariant
 
 
-def test_adapters_are_part_of_the_check_of_the_promise(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_are_part_of_the_check_of_the_promise(base: BaseModel) -> None:
     def nosy(y: torch.Tensor, x: torch.Tensor, arena: Arena, rows: LoraRows) -> None:
         add_lora_segments(y, x, arena, rows)
         y += x.mean() * 0.05 * (len(rows.segments) > 1)
 
-    stepper = Stepper(base.model)
-    for layer in stepper.slots.layers.values():
-        monkeypatch.setattr(layer, "_add_lora", nosy)
+    stepper = Stepper(base.model, add_lora=nosy)
     assert not check(stepper, base).batch_invariant
     assert not any(layer.arena.targeted.any() or layer.arena.a.any() for layer in stepper.slots.layers.values())
 
 
-def test_sums_of_adapters_are_part_of_the_check_of_the_promise(
-    base: BaseModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sums_of_adapters_are_part_of_the_check_of_the_promise(base: BaseModel) -> None:
     def nosy(y: torch.Tensor, x: torch.Tensor, arena: Arena, rows: LoraRows) -> None:
         add_lora_segments(y, x, arena, rows)
         if any(len(segment.slots) > 1 for segment in rows.segments):
             y += x.mean() * 0.05 * (len(rows.segments) > 1)
 
-    stepper = Stepper(base.model)
-    for layer in stepper.slots.layers.values():
-        monkeypatch.setattr(layer, "_add_lora", nosy)
+    stepper = Stepper(base.model, add_lora=nosy)
     assert not check(stepper, base).batch_invariant
 
 

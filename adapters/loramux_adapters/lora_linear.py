@@ -64,6 +64,7 @@ class AdapterSlots:
             raise ValueError(f"rows must be a multiple of {SMALLEST_RANK}")
         self.rows = rows
         self.head = head
+        self.add_lora = add_lora
         self.layers: dict[str, LoRALinear] = {}
         self._written: dict[str, torch.Tensor] = {}  # by layer, which groups of 8 rows ever held weights
         self._targets: list[set[str]] = [set() for _ in range(rows // SMALLEST_RANK)]  # layers with weights, by group

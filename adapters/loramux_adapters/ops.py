@@ -174,6 +174,7 @@ class NativeAddLora:
 
     def __init__(self, library: ctypes.CDLL, *, portable: bool | None = None) -> None:
         self._call = bind(library.loramux_add_lora, "ppppii")
+        self.address = ctypes.cast(library.loramux_add_lora, ctypes.c_void_p).value  # for compiled code that calls it
         vector = bool(library.loramux_lora_has_avx512bf16())
         self.portable = not vector if portable is None else portable
         self.name = "native portable" if self.portable else "native AVX512-BF16"

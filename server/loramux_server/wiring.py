@@ -186,6 +186,7 @@ class Device:
     checked: StartCheck
     attention_kernel: str
     lora_kernel: str
+    compiled_step: bool
 
     @classmethod
     def build(
@@ -232,7 +233,10 @@ class Device:
         )
         engine = Engine(scheduler, runner, inbox, metrics, watchdog_timeout=config.watchdog_timeout)
         client = EngineClient(engine, in_host=host_cache.holds)
-        return cls(slots, cache, staged, host_cache, inbox, client, checked, attention_kernel, lora_kernel)
+        compiled_step = runner.decoder is not None
+        return cls(
+            slots, cache, staged, host_cache, inbox, client, checked, attention_kernel, lora_kernel, compiled_step
+        )
 
     def pools(self, base_bytes: int) -> dict[str, int]:
         """Bytes held, by what they are held for."""

@@ -45,8 +45,14 @@ def use_compiled_ops(model: nn.Module) -> None:
 
 def compiled_ops(model: nn.Module) -> str:
     """What runs on them, for the start-up report and the numerics id: "30 MLPs, 1 head, 61 norms"; "none"."""
-    counts = Counter(kind for module in model.modules() if (kind := module.__dict__.get(_MARK)))
+    counts = Counter(kind for module in model.modules() if (kind := kernel_of(module)))
     return ", ".join(f"{n} {kind}{'s' if n > 1 else ''}" for kind, n in sorted(counts.items())) or "none"
+
+
+def kernel_of(module: nn.Module) -> str | None:
+    """Which of them a module runs on: "norm", "MLP", "head"; None if its own code."""
+    kernel: str | None = module.__dict__.get(_MARK)
+    return kernel
 
 
 class _Kernels:

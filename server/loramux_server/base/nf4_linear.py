@@ -30,7 +30,7 @@ class NF4Linear(Linear4bit):
     _codes: torch.Tensor  # [out / 16, in / 4, 32] uint8
     _scales: torch.Tensor  # [in / 64, out] fp32
     _levels: torch.Tensor  # [32] bf16
-    _places: tuple[int, int, int]
+    places: tuple[int, int, int]  # of codes, scales and levels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] of any float dtype -> [..., out] of the same; the product is taken in bf16."""
@@ -40,7 +40,7 @@ class NF4Linear(Linear4bit):
         self._kernel(
             y.data_ptr(),
             rows.data_ptr(),
-            *self._places,
+            *self.places,
             rows.shape[0],
             inputs,
             outputs,
@@ -82,7 +82,7 @@ def _pack(layer: Any, kernel: Callable[..., None]) -> None:
     levels = state.code.to(torch.bfloat16).repeat(2)
     layer.__class__ = NF4Linear  # the layer keeps its identity, weight and name
     places = tuple(tensor.data_ptr() for tensor in (codes, state.absmax, levels))
-    layer.__dict__.update(_kernel=kernel, _codes=codes, _scales=state.absmax, _levels=levels, _places=places)
+    layer.__dict__.update(_kernel=kernel, _codes=codes, _scales=state.absmax, _levels=levels, places=places)
 
 
 def unpacked(weight: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "bf16.h"
+#include "kernels.h"
 
 namespace {
 

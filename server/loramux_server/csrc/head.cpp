@@ -9,6 +9,7 @@
 #include <omp.h>
 
 #include "bf16.h"
+#include "kernels.h"
 
 namespace {
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "bf16.h"
+#include "kernels.h"
 
 namespace {
 
@@ -51,6 +52,20 @@ LORAMUX_CLONES void silu_mul_run(uint16_t* y, const uint16_t* gate, const uint16
     }
 }
 
+LORAMUX_CLONES void add_run(uint16_t* y, const uint16_t* x, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) y[i] = narrow(widen(y[i]) + widen(x[i]));
+}
+
+// One head: the two halves of its dimensions are the coordinates that turn.
+LORAMUX_CLONES void rotate_head(uint16_t* __restrict low, uint16_t* __restrict high, const uint16_t* cos,
+                                const uint16_t* sin, int64_t half) {
+    for (int64_t i = 0; i < half; ++i) {
+        const float a = widen(low[i]), b = widen(high[i]);
+        low[i] = narrow(widen(narrow(a * widen(cos[i]))) + widen(narrow(-b * widen(sin[i]))));
+        high[i] = narrow(widen(narrow(b * widen(cos[i + half]))) + widen(narrow(a * widen(sin[i + half]))));
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -67,6 +82,25 @@ void loramux_silu_mul(uint16_t* y, const uint16_t* gate, const uint16_t* up, int
                       int32_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows > 1 && rows * dim >= kParallel)
     for (int64_t t = 0; t < rows; ++t) silu_mul_run(y + t * dim, gate + t * dim, up + t * dim, dim);
+}
+
+// y[i] = bf16(y[i] + x[i]).
+void loramux_add(uint16_t* y, const uint16_t* x, int64_t count, int32_t threads) {
+    constexpr int64_t kRun = 1 << 12;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && count >= kParallel)
+    for (int64_t i = 0; i < count; i += kRun) add_run(y + i, x + i, count - i < kRun ? count - i : kRun);
+}
+
+// Rotary position embedding (https://arxiv.org/abs/2104.09864), in place: x [rows, heads, dim], cos and sin
+// [positions, dim], all bf16: x = bf16(bf16(x * cos) + bf16(r * sin)), where r is x with its second half, negated, before
+// its first.
+void loramux_rotate(uint16_t* x, const uint16_t* cos, const uint16_t* sin, const int32_t* position, int64_t rows,
+                    int64_t heads, int64_t dim, int32_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * heads * dim >= kParallel)
+    for (int64_t t = 0; t < rows; ++t)
+        for (int64_t h = 0; h < heads; ++h)
+            rotate_head(x + (t * heads + h) * dim, x + (t * heads + h) * dim + dim / 2, cos + position[t] * dim,
+                        sin + position[t] * dim, dim / 2);
 }
 
 }  // extern "C"

@@ -14,6 +14,7 @@ from loramux_adapters.lora_linear import AdapterSlots
 from loramux_adapters.ops import LoraRows
 from loramux_server.engine.attention import Attend, AttentionStep, use_our_attention
 from loramux_server.engine.kv_cache import KVCache
+from loramux_server.engine.native_decoder import NativeDecoder, native_decoder
 from loramux_server.engine.sampler import Sampler
 from loramux_server.engine.sequence import Batch, SampledToken, SlotLoad
 from loramux_server.errors import SequenceFailed
@@ -23,7 +24,11 @@ class ModelRunner:
     """Runs batches on the base model. Owner of model, slots, cache and sampler: the engine thread.
 
     transformers' own model code runs unchanged, on packed tokens [1, rows] with explicit positions; attention and the
-    cache behind it are ours (attention.py), and so is every linear layer's delta (LoRALinear).
+    cache behind it are ours (attention.py), and so is every linear layer's delta (LoRALinear). Where the model
+    allows it the same step runs in one call of compiled code instead (native_decoder.py), with the same bits.
+
+    Attributes:
+        decoder: the compiled step; None where transformers' code runs, which is also its reference.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class ModelRunner:
         self._host_adapter = host_adapter
         self._device = device
         self._sampler = Sampler()
+        self.decoder: NativeDecoder | None = native_decoder(model, slots, cache, attend)
 
     def run(self, batch: Batch) -> list[SampledToken]:
         """One step: a token for each row with `samples`, in row order.
@@ -87,10 +93,11 @@ class ModelRunner:
             position=torch.tensor(position, dtype=torch.int32, device=self._device),
             runs=tuple(runs),
         )
-        self._slots.set_lora(
-            LoraRows.build([(row.sequence.slots, row.num_tokens) for row in batch.rows]),
-            LoraRows.build([(row.sequence.slots, 1) for row in batch.rows if row.samples]),
-        )
+        lora = LoraRows.build([(row.sequence.slots, row.num_tokens) for row in batch.rows])
+        head = LoraRows.build([(row.sequence.slots, 1) for row in batch.rows if row.samples])
+        if self.decoder is not None:
+            return self.decoder.forward(tokens, heads, step, lora, head)
+        self._slots.set_lora(lora, head)
         try:
             output = self._model(
                 input_ids=torch.tensor([tokens], device=self._device),

@@ -1,0 +1,163 @@
+// A whole step of a decoder of Llama's shape on the CPU, from token ids to logits. Plain C ABI, loaded by
+// engine/native_decoder.py.
+//
+//   x = embedding[token];  for each layer:  x += o(attend(rotate(q(n)), rotate(k(n)), v(n))), n = norm(x);
+//   x += down(silu(gate(m)) * up(m)), m = norm(x);  logits = head(norm(x)) of the rows that are sampled
+//
+// Every projection is NF4 and may have a bias and adapters. Each operation is the kernel that the modules call, and
+// rounds where theirs does, so the bits are those of transformers' code on these kernels; what is saved is the way from
+// one to the next. In the last layer only sampled rows go on behind the attention: nobody looks at the others.
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace {
+
+using AddLora = void (*)(uint16_t* y, const uint16_t* x, const void* arena, const void* rows, int32_t portable,
+                         int32_t threads);
+
+struct Linear {
+    const uint8_t* codes;
+    const float* scales;
+    const uint16_t* levels;
+    const uint16_t* bias;  // or null
+    const void* arena;     // of its adapters (lora.cpp), or null
+    int64_t in, out;
+};
+
+struct Norm {
+    const uint16_t* weight;  // null: none
+    double eps;
+};
+
+struct Layer {
+    Norm before_attention, q_norm, k_norm, before_mlp;
+    Linear q, k, v, o, gate, up, down;
+    double scaling, softcap;
+    int64_t window;
+};
+
+struct Model {
+    const Layer* layers;
+    const uint16_t *embedding, *head;
+    const void* head_arena;
+    AddLora add_lora;  // or null
+    Norm norm;
+    int64_t num_layers, hidden, heads, kv_heads, head_dim, vocabulary, lora_portable;
+};
+
+struct Step {
+    const int64_t* tokens;      // [rows]
+    const int32_t* position;    // [rows]
+    const int32_t* sequence;    // [rows]
+    const int32_t* tables;      // [sequences, table_width]
+    const int64_t* sampled;     // [samples]: their rows
+    const uint16_t *cos, *sin;  // [positions, head_dim]
+    uint16_t* const* k_cache;   // by layer
+    uint16_t* const* v_cache;
+    const void* lora;       // adapters of the rows (lora.cpp), or null
+    const void* head_lora;  // adapters of the sampled rows, or null
+    uint16_t* scratch;      // loramux_decoder_scratch(rows) numbers
+    uint16_t* logits;       // [samples, vocabulary]
+    int64_t rows, samples, table_width, threads;
+};
+
+struct Run {
+    const Model& model;
+    const Step& step;
+    const int32_t threads = static_cast<int32_t>(step.threads);
+
+    void linear(uint16_t* y, const uint16_t* x, const Linear& layer, int64_t rows, const void* lora) const {
+        loramux_nf4_linear(y, x, layer.codes, layer.scales, layer.levels, rows, layer.in, layer.out, threads);
+        if (layer.bias)
+            for (int64_t t = 0; t < rows; ++t) loramux_add(y + t * layer.out, layer.bias, layer.out, 1);
+        add_lora(y, x, layer.arena, lora);
+    }
+
+    void add_lora(uint16_t* y, const uint16_t* x, const void* arena, const void* lora) const {
+        if (lora && arena) model.add_lora(y, x, arena, lora, static_cast<int32_t>(model.lora_portable), threads);
+    }
+
+    void norm(uint16_t* y, const uint16_t* x, const Norm& norm, int64_t rows, int64_t dim) const {
+        loramux_rms_norm(y, x, norm.weight, rows, dim, static_cast<float>(norm.eps), threads);
+    }
+
+    void gather(uint16_t* to, const uint16_t* from, int64_t dim) const {
+        for (int64_t s = 0; s < step.samples; ++s)
+            std::memmove(to + s * dim, from + step.sampled[s] * dim, dim * sizeof(uint16_t));  // rows ascend
+    }
+
+    void attention(uint16_t* out, uint16_t* q, uint16_t* k, uint16_t* v, const uint16_t* n, int64_t index) const {
+        const Layer& layer = model.layers[index];
+        const int64_t rows = step.rows, heads = model.heads, kv_heads = model.kv_heads, dim = model.head_dim;
+        linear(q, n, layer.q, rows, step.lora);
+        linear(k, n, layer.k, rows, step.lora);
+        linear(v, n, layer.v, rows, step.lora);
+        if (layer.q_norm.weight) norm(q, q, layer.q_norm, rows * heads, dim);
+        if (layer.k_norm.weight) norm(k, k, layer.k_norm, rows * kv_heads, dim);
+        loramux_rotate(q, step.cos, step.sin, step.position, rows, heads, dim, threads);
+        loramux_rotate(k, step.cos, step.sin, step.position, rows, kv_heads, dim, threads);
+        loramux_attend(out, q, heads * dim, dim, k, kv_heads * dim, dim, v, kv_heads * dim, dim, step.k_cache[index],
+                       step.v_cache[index], step.tables, step.table_width, step.sequence, step.position, rows, heads,
+                       kv_heads, dim, static_cast<float>(layer.scaling), static_cast<float>(layer.softcap),
+                       layer.window, 0, threads);
+    }
+
+    void all() const {
+        const int64_t hidden = model.hidden, rows = step.rows;
+        const int64_t q_width = model.heads * model.head_dim, kv_width = model.kv_heads * model.head_dim;
+        uint16_t* x = step.scratch;
+        uint16_t* n = x + rows * hidden;
+        uint16_t* part = n + rows * hidden;  // what is added to x
+        uint16_t* q = part + rows * hidden;  // the MLP needs its place again
+        uint16_t *k = q + rows * q_width, *v = k + rows * kv_width, *attended = v + rows * kv_width;
+        for (int64_t t = 0; t < rows; ++t)
+            std::memcpy(x + t * hidden, model.embedding + step.tokens[t] * hidden, hidden * sizeof(uint16_t));
+        int64_t going = rows;
+        const void* lora = step.lora;
+        for (int64_t index = 0; index < model.num_layers; ++index) {
+            const Layer& layer = model.layers[index];
+            norm(n, x, layer.before_attention, rows, hidden);
+            attention(attended, q, k, v, n, index);
+            if (index + 1 == model.num_layers) {
+                gather(x, x, hidden);
+                gather(attended, attended, q_width);
+                going = step.samples;
+                lora = step.head_lora;
+                if (going == 0) return;
+            }
+            linear(part, attended, layer.o, going, lora);
+            loramux_add(x, part, going * hidden, threads);
+            norm(n, x, layer.before_mlp, going, hidden);
+            uint16_t *gate = q, *up = gate + going * layer.gate.out;
+            linear(gate, n, layer.gate, going, lora);
+            linear(up, n, layer.up, going, lora);
+            loramux_silu_mul(gate, gate, up, going, layer.gate.out, threads);
+            linear(part, gate, layer.down, going, lora);
+            loramux_add(x, part, going * hidden, threads);
+        }
+        norm(n, x, model.norm, going, hidden);
+        loramux_head(step.logits, n, model.head, going, hidden, model.vocabulary, threads);
+        add_lora(step.logits, n, model.head_arena, step.head_lora);
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+// Numbers of bf16 that a step of so many rows needs to work in.
+int64_t loramux_decoder_scratch(const Model* model, int64_t rows) {
+    const int64_t attention = 2 * (model->heads + model->kv_heads) * model->head_dim;
+    int64_t widest = attention;
+    for (int64_t i = 0; i < model->num_layers; ++i)
+        if (2 * model->layers[i].gate.out > widest) widest = 2 * model->layers[i].gate.out;
+    return rows * (3 * model->hidden + widest);
+}
+
+// Only where loramux_attention_has_avx512bf16() is 1. `rows` of the step are at least one.
+void loramux_decoder_step(const Model* model, const Step* step) { Run{*model, *step}.all(); }
+
+}  // extern "C"
