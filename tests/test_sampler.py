@@ -8,8 +8,9 @@ from collections import Counter
 import pytest
 import torch
 
-from loramux_server.engine.sampler import Sampler, candidates, report_logprob, uniform
+from loramux_server.engine.sampler import NativeLargest, Sampler, candidates, largest, report_logprob, uniform
 from loramux_server.engine.sequence import SamplingParams, Sequence
+from loramux_server.kernels import native_library
 
 LOGITS = torch.tensor([0.0, 3.0, 1.0, 2.0, -1.0])
 PROBABILITIES = LOGITS.softmax(-1)
@@ -152,3 +153,28 @@ def test_a_digest_tells_the_smallest_difference_in_any_logit() -> None:
     tokens = Sampler().sample(logits, [Sequence(str(row), [1], params) for row in range(3)])
     assert tokens[0].digest == tokens[2].digest != tokens[1].digest
     assert Sampler().sample(logits[:1], [Sequence("x", [1], SamplingParams())])[0].digest is None
+
+
+@pytest.mark.skipif(native_library() is None, reason="no compiler was there at installation")
+@pytest.mark.parametrize("width", [1, 31, 320, 49152])
+def test_the_compiled_search_finds_what_the_tensor_search_finds(width: int) -> None:
+    library = native_library()
+    assert library is not None
+    search = NativeLargest(library)
+    logits = (torch.randn(24, width, generator=torch.Generator().manual_seed(width)) * 5).bfloat16()
+    logits[1] = 0.0
+    logits[2] = -0.0
+    logits[3, width // 2 :] = 0.0
+    logits[3, : width // 2] = -0.0
+    logits[4] = float("-inf")
+    logits[5, width - 1] = float("inf")
+    logits[6, 0] = float("-inf")
+    logits[7] = -logits[7].abs() - 1
+    logits[8] = -3e38
+    logits[9] = 3e38
+    assert search(logits) == largest(logits)
+    assert search(logits[::2]) == largest(logits[::2]), "rows that do not lie together go the other way"
+    for bad in (float("nan"), -float("nan")):
+        row = logits[:1].clone()
+        row[0, width // 3] = bad
+        assert search(row)[1] == largest(row)[1] == [False]

@@ -174,7 +174,9 @@ class NativeAddLora:
 
     def __init__(self, library: ctypes.CDLL, *, portable: bool | None = None) -> None:
         self._call = bind(library.loramux_add_lora, "ppppii")
-        self.address = ctypes.cast(library.loramux_add_lora, ctypes.c_void_p).value  # for compiled code that calls it
+        # for compiled code that calls it
+        self.address = ctypes.cast(library.loramux_add_lora, ctypes.c_void_p).value
+        self.spans_address = ctypes.cast(library.loramux_lora_spans, ctypes.c_void_p).value
         vector = bool(library.loramux_lora_has_avx512bf16())
         self.portable = not vector if portable is None else portable
         self.name = "native portable" if self.portable else "native AVX512-BF16"

@@ -11,6 +11,7 @@
 #include <omp.h>
 
 #include "lora_rows.h"
+#include "span.h"
 
 namespace {
 
@@ -139,6 +140,20 @@ void loramux_add_lora(uint16_t* y, const uint16_t* x, const void* arena, const v
 #endif
             batch.run_portable(y, x, start, stop, scratch);
     }
+}
+
+// Where the weights lie that loramux_add_lora reads for such a step: their number, `room` at most.
+int64_t loramux_lora_spans(const void* arena, const void* step, Span* spans, int64_t room) {
+    const Batch batch{*static_cast<const Arena*>(arena), *static_cast<const Rows*>(step)};
+    int64_t count = 0;
+    for (int32_t e = 0, last = -1; e < batch.first[batch.count] && count + 2 <= room; ++e) {
+        const int64_t at = batch.offset[e], rank = batch.rank[e];
+        if (at == last || !batch.counts(e)) continue;  // rows of one adapter lie together
+        last = batch.offset[e];
+        spans[count++] = {reinterpret_cast<const char*>(batch.a + at * batch.in), rank * batch.in * 2};
+        spans[count++] = {reinterpret_cast<const char*>(batch.bt + at * batch.out), rank * batch.out * 2};
+    }
+    return count;
 }
 
 }  // extern "C"

@@ -44,6 +44,8 @@ class NF4Linear(Linear4bit):
             rows.shape[0],
             inputs,
             outputs,
+            None,
+            0,
             torch.get_num_threads(),
         )
         if self.bias is not None:
@@ -61,7 +63,7 @@ def pack(model: nn.Module) -> None:
     library = native_library()
     if library is None or not has_avx512bf16(library):
         return
-    kernel = bind(library.loramux_nf4_linear, "pppppnnni")
+    kernel = bind(library.loramux_nf4_linear, "pppppnnnpni")
     for module in model.modules():
         if type(module) is Linear4bit and module.weight.device.type == "cpu" and module.support_avx512bf16_for_cpu:
             _pack(module, kernel)

@@ -17,6 +17,10 @@ namespace {
 
 using AddLora = void (*)(uint16_t* y, const uint16_t* x, const void* arena, const void* rows, int32_t portable,
                          int32_t threads);
+using LoraSpans = int64_t (*)(const void* arena, const void* rows, Span* spans, int64_t room);
+
+constexpr int64_t kTile = 16;   // tokens in a block of the cache
+constexpr int64_t kRoom = 1024;  // spans that are asked for during one product
 
 struct Linear {
     const uint8_t* codes;
@@ -44,6 +48,7 @@ struct Model {
     const uint16_t *embedding, *head;
     const void* head_arena;
     AddLora add_lora;  // or null
+    LoraSpans lora_spans;
     Norm norm;
     int64_t num_layers, hidden, heads, kv_heads, head_dim, vocabulary, lora_portable;
 };
@@ -69,11 +74,34 @@ struct Run {
     const Step& step;
     const int32_t threads = static_cast<int32_t>(step.threads);
 
-    void linear(uint16_t* y, const uint16_t* x, const Linear& layer, int64_t rows, const void* lora) const {
-        loramux_nf4_linear(y, x, layer.codes, layer.scales, layer.levels, rows, layer.in, layer.out, threads);
+    // While the product keeps the cores busy, memory brings what is read next: the weights of the adapters, and a part of
+    // the keys and values of layer `cached`.
+    void linear(uint16_t* y, const uint16_t* x, const Linear& layer, int64_t rows, const void* lora, int64_t cached = -1,
+                int64_t part = 0) const {
+        Span spans[kRoom];
+        int64_t count = lora && layer.arena ? model.lora_spans(layer.arena, lora, spans, kRoom) : 0;
+        if (cached >= 0 && cached < model.num_layers) count += cache_spans(spans + count, kRoom - count, cached, part);
+        loramux_nf4_linear(y, x, layer.codes, layer.scales, layer.levels, rows, layer.in, layer.out, spans, count,
+                           threads);
         if (layer.bias)
             for (int64_t t = 0; t < rows; ++t) loramux_add(y + t * layer.out, layer.bias, layer.out, 1);
         add_lora(y, x, layer.arena, lora);
+    }
+
+    // Keys and values of a layer, of every third sequence of the step: the places of their blocks.
+    int64_t cache_spans(Span* spans, int64_t room, int64_t layer, int64_t part) const {
+        const int64_t size = model.kv_heads * kTile * model.head_dim * 2;
+        int64_t count = 0;
+        for (int64_t t = 0; t < step.rows; ++t) {
+            const int32_t sequence = step.sequence[t];
+            if (sequence % 3 != part || (t + 1 < step.rows && step.sequence[t + 1] == sequence)) continue;
+            for (int64_t block = 0; block <= step.position[t] / kTile && count + 2 <= room; ++block) {
+                const int64_t at = step.tables[sequence * step.table_width + block] * size;
+                spans[count++] = {reinterpret_cast<const char*>(step.k_cache[layer]) + at, size};
+                spans[count++] = {reinterpret_cast<const char*>(step.v_cache[layer]) + at, size};
+            }
+        }
+        return count;
     }
 
     void add_lora(uint16_t* y, const uint16_t* x, const void* arena, const void* lora) const {
@@ -132,10 +160,10 @@ struct Run {
             loramux_add(x, part, going * hidden, threads);
             norm(n, x, layer.before_mlp, going, hidden);
             uint16_t *gate = q, *up = gate + going * layer.gate.out;
-            linear(gate, n, layer.gate, going, lora);
-            linear(up, n, layer.up, going, lora);
+            linear(gate, n, layer.gate, going, lora, index + 1, 0);
+            linear(up, n, layer.up, going, lora, index + 1, 1);
             loramux_silu_mul(gate, gate, up, going, layer.gate.out, threads);
-            linear(part, gate, layer.down, going, lora);
+            linear(part, gate, layer.down, going, lora, index + 1, 2);
             loramux_add(x, part, going * hidden, threads);
         }
         norm(n, x, model.norm, going, hidden);

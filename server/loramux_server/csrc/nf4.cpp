@@ -18,6 +18,44 @@ namespace {
 constexpr int64_t kOutputs = 16, kBlock = 64, kTile = 32;
 constexpr int kTiles = 2, kRows = 6;  // that share a pair of x; that share a look-up
 
+// Asks for memory that is read after this product, a few lines now and then: with many rows than memory keeps a core busy.
+class Ahead {
+  public:
+    // The share of a thread, over so many steps.
+    Ahead(const Span* spans, int64_t count, int64_t share, int64_t shares, int64_t steps)
+        : next_(spans + share), end_(spans + count), shares_(shares) {
+        int64_t lines = 0;
+        for (const Span* span = next_; span < end_; span += shares) lines += span->bytes / kLine + 1;
+        if (steps > 0) lines_ = lines / steps + 1 < kMost ? lines / steps + 1 : kMost;
+        take();
+    }
+
+    void step() {
+        for (int64_t n = 0; n < lines_; ++n) {
+            if (at_ >= stop_) {
+                take();
+                if (at_ >= stop_) return;
+            }
+            __builtin_prefetch(at_, 0, 2);
+            at_ += kLine;
+        }
+    }
+
+  private:
+    void take() {
+        if (next_ >= end_) return;
+        at_ = next_->at;
+        stop_ = at_ + next_->bytes;
+        next_ += shares_;
+    }
+
+    static constexpr int64_t kLine = 64, kMost = 32;
+    const Span *next_, *end_;
+    const int64_t shares_;
+    int64_t lines_ = 0;
+    const char *at_ = nullptr, *stop_ = nullptr;
+};
+
 #if defined(__x86_64__)
 
 LORAMUX_BF16 inline __m512bh pair_at(const uint16_t* x) {
@@ -29,7 +67,7 @@ LORAMUX_BF16 inline __m512bh pair_at(const uint16_t* x) {
 // R rows by two tiles of outputs, so that a pair of x serves both.
 template <int R>
 LORAMUX_BF16 void tiles(uint16_t* y, const uint16_t* x, const uint8_t* codes, const float* scales, __m512i levels,
-                        int64_t in, int64_t out) {
+                        int64_t in, int64_t out, Ahead& ahead) {
     __m512 sum[R][kTiles];
     for (auto& row : sum)
         for (auto& s : row) s = _mm512_setzero_ps();
@@ -52,6 +90,7 @@ LORAMUX_BF16 void tiles(uint16_t* y, const uint16_t* x, const uint8_t* codes, co
                 for (int k = 0; k < kTiles; ++k) part[t][k] = _mm512_dpbf16_ps(part[t][k], second[k], b);
             }
         }
+        if (R >= 4) ahead.step();
         for (int k = 0; k < kTiles; ++k) {
             const __m512 scale = _mm512_loadu_ps(scales + k * kOutputs);
             for (int t = 0; t < R; ++t) sum[t][k] = _mm512_fmadd_ps(part[t][k], scale, sum[t][k]);
@@ -64,16 +103,17 @@ LORAMUX_BF16 void tiles(uint16_t* y, const uint16_t* x, const uint8_t* codes, co
 }
 
 LORAMUX_BF16 void outputs(uint16_t* y, const uint16_t* x, const uint8_t* codes, const float* scales,
-                          const uint16_t* levels, int64_t rows, int64_t in, int64_t out, int64_t start, int64_t stop) {
+                          const uint16_t* levels, int64_t rows, int64_t in, int64_t out, int64_t start, int64_t stop,
+                          Ahead& ahead) {
     const __m512i table = _mm512_loadu_si512(levels);
     for (int64_t o = start; o < stop; o += kTiles * kOutputs) {
         const uint8_t* own = codes + o * in / 2;
         int64_t t = 0;
         for (; t + kRows <= rows; t += kRows)
-            tiles<kRows>(y + t * out + o, x + t * in, own, scales + o, table, in, out);
-        for (; t + 4 <= rows; t += 4) tiles<4>(y + t * out + o, x + t * in, own, scales + o, table, in, out);
-        for (; t + 2 <= rows; t += 2) tiles<2>(y + t * out + o, x + t * in, own, scales + o, table, in, out);
-        for (; t < rows; ++t) tiles<1>(y + t * out + o, x + t * in, own, scales + o, table, in, out);
+            tiles<kRows>(y + t * out + o, x + t * in, own, scales + o, table, in, out, ahead);
+        for (; t + 4 <= rows; t += 4) tiles<4>(y + t * out + o, x + t * in, own, scales + o, table, in, out, ahead);
+        for (; t + 2 <= rows; t += 2) tiles<2>(y + t * out + o, x + t * in, own, scales + o, table, in, out, ahead);
+        for (; t < rows; ++t) tiles<1>(y + t * out + o, x + t * in, own, scales + o, table, in, out, ahead);
     }
 }
 
@@ -84,16 +124,19 @@ LORAMUX_BF16 void outputs(uint16_t* y, const uint16_t* x, const uint8_t* codes, 
 extern "C" {
 
 // y [rows, out], x [rows, in] bf16; codes [out / 16, in / 4, 32]; scales [in / 64, out] fp32; levels [32] bf16: the 16
-// values of a code, twice. `out` is a multiple of 32, `in` of 64. Only where loramux_attention_has_avx512bf16() is 1.
+// values of a code, twice; ahead [spans]: memory to ask for meanwhile. `out` is a multiple of 32, `in` of 64. Only where loramux_attention_has_avx512bf16() is 1.
 void loramux_nf4_linear(uint16_t* y, const uint16_t* x, const uint8_t* codes, const float* scales,
-                        const uint16_t* levels, int64_t rows, int64_t in, int64_t out, int32_t threads) {
+                        const uint16_t* levels, int64_t rows, int64_t in, int64_t out, const Span* ahead,
+                        int64_t spans, int32_t threads) {
 #if defined(__x86_64__)
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         constexpr int64_t kWide = kTiles * kOutputs;
         const int64_t count = out / kWide, share = omp_get_thread_num(), shares = omp_get_num_threads();
+        const int64_t steps = (rows / kRows + rows % kRows / 4) * (count / shares) * (in / kBlock);
+        Ahead share_of_it(ahead, spans, share, shares, steps);
         outputs(y, x, codes, scales, levels, rows, in, out, count * share / shares * kWide,
-                count * (share + 1) / shares * kWide);
+                count * (share + 1) / shares * kWide, share_of_it);
     }
 #endif
 }

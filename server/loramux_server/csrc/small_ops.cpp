@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int64_t kParallel = 1 << 15;  // elements from which threads pay
+constexpr int64_t kParallel = 1 << 13;  // elements from which threads pay
 constexpr int kLanes = 32;
 
 LORAMUX_CLONES void norm_row(uint16_t* y, const uint16_t* x, const uint16_t* w, int64_t dim, float eps) {
@@ -66,9 +66,38 @@ LORAMUX_CLONES void rotate_head(uint16_t* __restrict low, uint16_t* __restrict h
     }
 }
 
+// Numbers of bf16 in the order of their values: NaN is left out of it, both zeros are one.
+inline int16_t ordered(uint16_t bits) {
+    const auto word = static_cast<int16_t>(bits == 0x8000u ? 0u : bits);
+    return static_cast<int16_t>(word ^ ((word >> 15) & 0x7fff));
+}
+
+LORAMUX_CLONES void largest_of(int64_t* index, uint8_t* finite, const uint16_t* x, int64_t count) {
+    int16_t top = INT16_MIN;
+    uint16_t magnitude = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const int16_t value = ordered(x[i]);
+        const auto size = static_cast<uint16_t>(x[i] & 0x7fffu);
+        top = value > top ? value : top;
+        magnitude = size > magnitude ? size : magnitude;
+    }
+    constexpr uint16_t kInfinity = 0x7f80u;
+    *finite = magnitude <= kInfinity && top > ordered(0xff80u) && top < kInfinity;  // no NaN, not all -inf, no +inf
+    int64_t i = 0;
+    while (i + 1 < count && ordered(x[i]) != top) ++i;
+    *index = i;
+}
+
 }  // namespace
 
 extern "C" {
+
+// For each row of x [rows, count] bf16: the first index of its largest value, and whether that is finite and no value is
+// NaN; with a NaN the index means nothing.
+void loramux_largest(int64_t* index, uint8_t* finite, const uint16_t* x, int64_t rows, int64_t count, int32_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows > 1)
+    for (int64_t t = 0; t < rows; ++t) largest_of(index + t, finite + t, x + t * count, count);
+}
 
 // y[t, i] = bf16(w[i] * bf16(x[t, i] / sqrt(mean_i(x[t]^2) + eps))), all bf16 [rows, dim]; sums in fp32.
 void loramux_rms_norm(uint16_t* y, const uint16_t* x, const uint16_t* w, int64_t rows, int64_t dim, float eps,

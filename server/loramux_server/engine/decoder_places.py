@@ -45,7 +45,7 @@ class LayerPlaces(ctypes.Structure):
 
 class ModelPlaces(ctypes.Structure):
     _fields_ = [
-        *((name, POINTER) for name in ("layers", "embedding", "head", "head_arena", "add_lora")),
+        *((name, POINTER) for name in ("layers", "embedding", "head", "head_arena", "add_lora", "lora_spans")),
         ("norm", NormPlaces),
         *((name, _SIZE) for name in ("num_layers", "hidden", "heads", "kv_heads", "head_dim", "vocabulary")),
         ("lora_portable", _SIZE),

@@ -74,6 +74,7 @@ class NativeDecoder:
             head=dense(linear.weight),
             head_arena=arena_of(head),
             add_lora=add_lora.address if add_lora else None,
+            lora_spans=add_lora.spans_address if add_lora else None,
             norm=norm_of(body.norm),
             num_layers=len(layers),
             hidden=hidden,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import math
 import os
 
 import torch
 
+from loramux_adapters.native import bind
 from loramux_server.engine.sequence import NOT_FINITE, SampledToken, SamplingParams, Sequence, TokenLogprob
+from loramux_server.kernels import native_library
 
 _SORTED = 1024  # top-p looks at this many tokens first; only where they do not reach p is the whole row sorted
 _MASK = (1 << 64) - 1
@@ -23,16 +26,15 @@ class Sampler:
 
     def __init__(self) -> None:
         self._secret = os.urandom(32)
+        library = native_library()
+        self._largest = largest if library is None else NativeLargest(library)
 
     def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[SampledToken]:
         """One token for each row of logits [rows, vocabulary], in order; `sequences` are the rows' owners.
 
         A row whose logits are not finite carries an error instead of a token.
         """
-        logits = logits.float()  # exact, and much faster to search than bf16 on CPUs
-        largest = logits.argmax(-1)  # NaN counts as the largest
-        finite = logits.gather(-1, largest[:, None]).isfinite().flatten().tolist()
-        greedy = largest.tolist()
+        greedy, finite = self._largest(logits)
         sampled = []
         for row, sequence in enumerate(sequences):
             params = sequence.params
@@ -42,9 +44,10 @@ class Sampler:
             if params.forced:
                 token = params.forced[len(sequence.output)]
             else:
-                token = greedy[row] if params.temperature == 0 else self._draw(logits[row], sequence)
-            logprob = None if params.logprobs is None else report_logprob(logits[row], token, params.logprobs)
-            sampled.append(SampledToken(token, logprob, digest=digest_of(logits[row]) if params.digests else None))
+                token = greedy[row] if params.temperature == 0 else self._draw(logits[row].float(), sequence)
+            logprob = None if params.logprobs is None else report_logprob(logits[row].float(), token, params.logprobs)
+            digest = digest_of(logits[row].float()) if params.digests else None
+            sampled.append(SampledToken(token, logprob, digest=digest))
         return sampled
 
     def _draw(self, logits: torch.Tensor, sequence: Sequence) -> int:
@@ -60,6 +63,31 @@ class Sampler:
         # the last entry may round below the threshold; the draw must stay inside the candidates
         index = min(int(torch.searchsorted(mass, threshold, right=True)), mass.shape[0] - 1)
         return index if tokens is None else int(tokens[index])
+
+
+def largest(logits: torch.Tensor) -> tuple[list[int], list[bool]]:
+    """For each row of logits [rows, vocabulary] the first of its largest values, and whether it is finite.
+
+    A row with NaN is not finite.
+    """
+    values = logits.float()  # exact, and much faster to search than bf16 on CPUs
+    index = values.argmax(-1)  # NaN counts as the largest
+    return index.tolist(), values.gather(-1, index[:, None]).isfinite().flatten().tolist()
+
+
+class NativeLargest:
+    """`largest` in one pass of compiled code (csrc/small_ops.cpp), for bf16 on the CPU; other tensors go its way."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._call = bind(library.loramux_largest, "pppnni")
+
+    def __call__(self, logits: torch.Tensor) -> tuple[list[int], list[bool]]:
+        if logits.device.type != "cpu" or logits.dtype != torch.bfloat16 or not logits.is_contiguous():
+            return largest(logits)
+        rows, count = logits.shape
+        index, finite = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.bool)
+        self._call(index.data_ptr(), finite.data_ptr(), logits.data_ptr(), rows, count, torch.get_num_threads())
+        return index.tolist(), finite.tolist()
 
 
 def digest_of(logits: torch.Tensor) -> bytes:
