@@ -12,48 +12,49 @@
 #include <cstdint>
 #include <vector>
 
-#include "bf16.h"
+#include "attention_rows.h"
 #include "kernels.h"
 
 namespace {
 
-constexpr int64_t kTile = 16;   // tokens per cache tile = block size
-constexpr int64_t kHeads = 4;   // query heads of one kv head handled together
+constexpr int64_t kHeads = 4;  // query heads of one kv head handled together
 
-struct Task {
-    const uint16_t* q;      // [heads, head_dim] of this row and kv head
-    int64_t q_stride;       // between heads
-    uint16_t* out;          // the same for the result
-    int64_t out_stride;
-    const uint16_t* k;      // cache of the layer, at this kv head
-    const uint16_t* v;
-    int64_t block_stride;   // between blocks, in elements
-    const int32_t* blocks;  // block table of the sequence
-    int64_t first, last;    // keys [first, last]
-    int64_t head_dim;
-    float scale, softcap;
+// Rows that go together where they follow one another in a sequence: as many as there are registers for.
+int64_t rows_together(int64_t heads) { return heads < kHeads ? 4 : 2; }
+
+struct Unit {  // rows [row, row + count)
+    int64_t row, count;
 };
 
-// Scratch of one thread, grown to the longest span it has met.
-struct Scratch {
-    std::vector<float> scores;
-    std::vector<uint16_t> weights;
-};
+std::vector<Unit> units_of(const int32_t* sequence, const int32_t* position, int64_t rows, int64_t together) {
+    std::vector<Unit> units;
+    for (int64_t t = 0; t < rows;) {
+        int64_t count = 1;
+        while (count < together && t + count < rows && sequence[t + count] == sequence[t] &&
+               position[t + count] == position[t] + count)
+            ++count;
+        if (count < together) count = 1;
+        units.push_back({t, count});
+        t += count;
+    }
+    return units;
+}
 
 // Portable twin of the vector path below, one query head at a time; the compiler vectorizes the inner loops.
 #if defined(__x86_64__)
 __attribute__((target_clones("arch=x86-64-v3", "default")))
 #endif
-void attend_portable(const Task& task, int64_t head, std::vector<float>& scores) {
-    const uint16_t* q = task.q + head * task.q_stride;
-    const int64_t tile0 = task.first / kTile, tile1 = task.last / kTile;
-    scores.resize((tile1 - tile0 + 1) * kTile + task.head_dim);
+void attend_portable(const Queries& at, int64_t head, std::vector<float>& scores) {
+    const int64_t first = at.first(0), last = at.last(0);
+    const uint16_t* q = at.q + head * at.q_head;
+    const int64_t tile0 = first / kTile, tile1 = last / kTile;
+    scores.resize((tile1 - tile0 + 1) * kTile + at.head_dim);
     float* total_v = scores.data() + (tile1 - tile0 + 1) * kTile;
     float best = -INFINITY;
     for (int64_t tile = tile0; tile <= tile1; ++tile) {
-        const uint16_t* k = task.k + task.blocks[tile] * task.block_stride;
+        const uint16_t* k = at.k + at.blocks[tile] * at.block_stride;
         float dot[kTile] = {};
-        for (int64_t d = 0; d < task.head_dim; d += 2) {
+        for (int64_t d = 0; d < at.head_dim; d += 2) {
             const float q0 = widen(q[d]), q1 = widen(q[d + 1]);
             for (int64_t j = 0; j < kTile; ++j)
                 dot[j] += q0 * widen(k[d * kTile + 2 * j]) + q1 * widen(k[d * kTile + 2 * j + 1]);
@@ -61,149 +62,36 @@ void attend_portable(const Task& task, int64_t head, std::vector<float>& scores)
         for (int64_t j = 0; j < kTile; ++j) {
             const int64_t key = tile * kTile + j;
             float s = -INFINITY;
-            if (key >= task.first && key <= task.last) {
-                s = dot[j] * task.scale;
-                if (task.softcap > 0.f) s = task.softcap * std::tanh(s / task.softcap);
+            if (key >= first && key <= last) {
+                s = dot[j] * at.scale;
+                if (at.softcap > 0.f) s = at.softcap * std::tanh(s / at.softcap);
             }
             scores[(tile - tile0) * kTile + j] = s;
             if (s > best) best = s;
         }
     }
-    for (int64_t d = 0; d < task.head_dim; ++d) total_v[d] = 0.f;
+    for (int64_t d = 0; d < at.head_dim; ++d) total_v[d] = 0.f;
     float total = 0.f;
-    for (int64_t key = task.first; key <= task.last; ++key) {
+    for (int64_t key = first; key <= last; ++key) {
         const float exact = std::exp(scores[key - tile0 * kTile] - best);
         const float w = widen(narrow(exact));
         total += exact;
-        const uint16_t* v = task.v + task.blocks[key / kTile] * task.block_stride +
-                            (key % kTile / 2) * task.head_dim * 2 + key % 2;
-        for (int64_t d = 0; d < task.head_dim; ++d) total_v[d] += w * widen(v[2 * d]);
+        const uint16_t* v = at.v + at.blocks[key / kTile] * at.block_stride +
+                            (key % kTile / 2) * at.head_dim * 2 + key % 2;
+        for (int64_t d = 0; d < at.head_dim; ++d) total_v[d] += w * widen(v[2 * d]);
     }
-    for (int64_t d = 0; d < task.head_dim; ++d) task.out[head * task.out_stride + d] = narrow(total_v[d] / total);
+    for (int64_t d = 0; d < at.head_dim; ++d) at.out[head * at.out_head + d] = narrow(total_v[d] / total);
 }
 
 #if defined(__x86_64__)
 
-// exp(x) for x <= 0, relative error below 2e-7: 2^n * p(f) with |f| <= ln(2) / 2 and a Taylor polynomial of degree 6.
-LORAMUX_BF16 inline __m512 exp_nonpositive(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-104.f), x);  // in this order NaN stays NaN
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
-    __m512 f = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    f = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), f);
-    __m512 p = _mm512_set1_ps(1.f / 720);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.f / 120));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.f / 24));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.f / 6));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.5f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.f));
-    return _mm512_scalef_ps(p, n);
-}
-
-// Scores of `heads` query heads against every key tile: fills scores [heads, span] and best [heads].
-template <int heads>
-LORAMUX_BF16 void score(const Task& task, float* scores, int64_t span, float* best) {
-    const int64_t pairs = task.head_dim / 2;
-    const int64_t tile0 = task.first / kTile, tile1 = task.last / kTile;
-    __m512 top[heads];
-    for (auto& t : top) t = _mm512_set1_ps(-INFINITY);
-    for (int64_t tile = tile0; tile <= tile1; ++tile) {
-        const uint16_t* k = task.k + task.blocks[tile] * task.block_stride;
-        __m512 even[heads], odd[heads];  // two chains each hide the latency of the dot product
-        for (int h = 0; h < heads; ++h) even[h] = odd[h] = _mm512_setzero_ps();
-        for (int64_t d = 0; d < pairs; d += 2) {
-            const auto k0 = (__m512bh)_mm512_loadu_si512(k + d * kTile * 2);
-            const auto k1 = (__m512bh)_mm512_loadu_si512(k + (d + 1) * kTile * 2);
-            for (int h = 0; h < heads; ++h) {
-                int32_t q0, q1;
-                std::memcpy(&q0, task.q + h * task.q_stride + 2 * d, 4);
-                std::memcpy(&q1, task.q + h * task.q_stride + 2 * d + 2, 4);
-                even[h] = _mm512_dpbf16_ps(even[h], k0, (__m512bh)_mm512_set1_epi32(q0));
-                odd[h] = _mm512_dpbf16_ps(odd[h], k1, (__m512bh)_mm512_set1_epi32(q1));
-            }
-        }
-        const int64_t base = tile * kTile;
-        __mmask16 seen = 0xffff;
-        if (base < task.first) seen &= static_cast<__mmask16>(0xffffu << (task.first - base));
-        if (base + kTile - 1 > task.last) seen &= static_cast<__mmask16>(0xffffu >> (base + kTile - 1 - task.last));
-        for (int64_t h = 0; h < heads; ++h) {
-            __m512 s = _mm512_mul_ps(_mm512_add_ps(even[h], odd[h]), _mm512_set1_ps(task.scale));
-            if (task.softcap > 0.f) {
-                float lane[kTile];
-                _mm512_storeu_ps(lane, s);
-                for (float& z : lane) z = task.softcap * std::tanh(z / task.softcap);
-                s = _mm512_loadu_ps(lane);
-            }
-            s = _mm512_mask_blend_ps(seen, _mm512_set1_ps(-INFINITY), s);
-            top[h] = _mm512_max_ps(s, top[h]);  // in this order NaN is passed over
-            _mm512_storeu_ps(scores + h * span + (tile - tile0) * kTile, s);
-        }
+template <int H>
+void attend_rows(const Queries& at, int64_t count, Scratch& scratch) {
+    switch (count) {
+        case 1: Vectors<1, H>{at, scratch}.attend(); break;
+        case 2: Vectors<2, H>{at, scratch}.attend(); break;
+        default: Vectors<H < kHeads ? 4 : 2, H>{at, scratch}.attend();
     }
-    for (int64_t h = 0; h < heads; ++h) best[h] = _mm512_reduce_max_ps(top[h]);
-}
-
-// scores [heads, span] -> bf16 weights exp(s - best) [heads, span]; total [heads] gets their sum before rounding.
-LORAMUX_BF16 void weigh(int64_t heads, const float* scores, uint16_t* weights, int64_t span, const float* best,
-                        float* total) {
-    for (int64_t h = 0; h < heads; ++h) {
-        const __m512 top = _mm512_set1_ps(best[h]);
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t j = 0; j < span; j += kTile) {
-            const __m512 s = _mm512_loadu_ps(scores + h * span + j);
-            const __mmask16 seen = _mm512_cmp_ps_mask(s, _mm512_set1_ps(-INFINITY), _CMP_NEQ_UQ);
-            const __m512 w = _mm512_maskz_mov_ps(seen, exp_nonpositive(_mm512_sub_ps(s, top)));
-            sum = _mm512_add_ps(sum, w);
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + h * span + j), (__m256i)_mm512_cvtneps_pbh(w));
-        }
-        total[h] = _mm512_reduce_add_ps(sum);
-    }
-}
-
-// Output dimensions [d0, d0 + 16 * wide) of `heads` query heads: the weighted sum of the values, kept in registers.
-// Keys after `last` in its tile may hold another sequence's leftovers (even NaN): they are never multiplied.
-template <int heads, int wide>
-LORAMUX_BF16 void mix(const Task& task, int64_t d0, const uint16_t* weights, int64_t span, const float* total) {
-    const int64_t tile0 = task.first / kTile, tile1 = task.last / kTile;
-    __m512 acc[heads][wide];
-    for (auto& row : acc)
-        for (auto& a : row) a = _mm512_setzero_ps();
-    for (int64_t tile = tile0; tile <= tile1; ++tile) {
-        const uint16_t* v = task.v + task.blocks[tile] * task.block_stride + 2 * d0;
-        const int64_t last = tile == tile1 ? task.last % kTile : kTile - 1;
-        for (int64_t pair = 0; pair <= last / 2; ++pair) {
-            const __mmask32 keep = 2 * pair == last ? 0x55555555u : 0xffffffffu;
-            const uint16_t* row = v + pair * task.head_dim * 2;
-            __m512bh value[wide];
-            for (int c = 0; c < wide; ++c) value[c] = (__m512bh)_mm512_maskz_loadu_epi16(keep, row + 32 * c);
-            for (int h = 0; h < heads; ++h) {
-                int32_t w;
-                std::memcpy(&w, weights + h * span + (tile - tile0) * kTile + 2 * pair, 4);
-                const auto wv = (__m512bh)_mm512_set1_epi32(w);
-                for (int c = 0; c < wide; ++c) acc[h][c] = _mm512_dpbf16_ps(acc[h][c], value[c], wv);
-            }
-        }
-    }
-    for (int h = 0; h < heads; ++h) {
-        const __m512 norm = _mm512_set1_ps(1.f / total[h]);
-        for (int c = 0; c < wide; ++c)
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(task.out + h * task.out_stride + d0 + 16 * c),
-                                (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(acc[h][c], norm)));
-    }
-}
-
-template <int heads>
-LORAMUX_BF16 void attend_group(const Task& task, Scratch& scratch) {
-    const int64_t span = (task.last / kTile - task.first / kTile + 1) * kTile;
-    if (static_cast<int64_t>(scratch.scores.size()) < heads * span) {
-        scratch.scores.resize(heads * span);
-        scratch.weights.resize(heads * span);
-    }
-    float best[heads], total[heads];
-    score<heads>(task, scratch.scores.data(), span, best);
-    weigh(heads, scratch.scores.data(), scratch.weights.data(), span, best, total);
-    int64_t d0 = 0;
-    for (; d0 + 64 <= task.head_dim; d0 += 64) mix<heads, 4>(task, d0, scratch.weights.data(), span, total);
-    for (; d0 < task.head_dim; d0 += 16) mix<heads, 1>(task, d0, scratch.weights.data(), span, total);
 }
 
 #endif
@@ -234,6 +122,7 @@ void loramux_attend(uint16_t* out, const uint16_t* q, int64_t q_row, int64_t q_h
                     const int32_t* position, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim,
                     float scale, float softcap, int64_t window, int32_t portable, int32_t threads) {
     const int64_t tile_size = kTile * head_dim, block_stride = kv_heads * tile_size, group = heads / kv_heads;
+    const auto units = units_of(sequence, position, rows, portable ? 1 : rows_together(group));
 #pragma omp parallel num_threads(threads) if (threads > 1 && rows > 1)
     {
 #pragma omp for schedule(static)
@@ -250,29 +139,30 @@ void loramux_attend(uint16_t* out, const uint16_t* q, int64_t q_row, int64_t q_h
             }
         }
         Scratch scratch;
+        const int64_t count = static_cast<int64_t>(units.size());
 #pragma omp for schedule(dynamic, 4)
-        for (int64_t unit = 0; unit < rows * kv_heads; ++unit) {
-            const int64_t t = unit / kv_heads, g = unit % kv_heads;
-            const int64_t first = window > 0 && position[t] >= window ? position[t] - window + 1 : 0;
+        for (int64_t i = 0; i < count * kv_heads; ++i) {
+            const Unit unit = units[i / kv_heads];
+            const int64_t t = unit.row, g = i % kv_heads;
             for (int64_t h = 0; h < group; h += kHeads) {
                 const int64_t head = g * group + h;
-                const Task task{q + t * q_row + head * q_head, q_head,
-                                out + (t * heads + head) * head_dim, head_dim,
-                                k_cache + g * tile_size, v_cache + g * tile_size, block_stride,
-                                tables + sequence[t] * table_width, first, position[t], head_dim, scale, softcap};
+                const Queries at{q + t * q_row + head * q_head, q_row, q_head,
+                                 out + (t * heads + head) * head_dim, heads * head_dim, head_dim,
+                                 k_cache + g * tile_size, v_cache + g * tile_size, block_stride,
+                                 tables + sequence[t] * table_width, position[t], window, head_dim, scale, softcap};
                 const int64_t together = group - h < kHeads ? group - h : kHeads;
 #if defined(__x86_64__)
                 if (!portable) {
                     switch (together) {
-                        case 1: attend_group<1>(task, scratch); break;
-                        case 2: attend_group<2>(task, scratch); break;
-                        case 3: attend_group<3>(task, scratch); break;
-                        default: attend_group<kHeads>(task, scratch);
+                        case 1: attend_rows<1>(at, unit.count, scratch); break;
+                        case 2: attend_rows<2>(at, unit.count, scratch); break;
+                        case 3: attend_rows<3>(at, unit.count, scratch); break;
+                        default: attend_rows<kHeads>(at, unit.count, scratch);
                     }
                     continue;
                 }
 #endif
-                for (int64_t i = 0; i < together; ++i) attend_portable(task, i, scratch.scores);
+                for (int64_t j = 0; j < together; ++j) attend_portable(at, j, scratch.scores);
             }
         }
     }
