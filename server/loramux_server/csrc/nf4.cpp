@@ -7,6 +7,7 @@
 // Every (row, output) is summed alone and in a fixed order, so its bits do not depend on the rows around it.
 
 #include <cstdint>
+#include <type_traits>
 
 #include <omp.h>
 
@@ -90,7 +91,7 @@ LORAMUX_BF16 void tiles(uint16_t* y, const uint16_t* x, const uint8_t* codes, co
                 for (int k = 0; k < kTiles; ++k) part[t][k] = _mm512_dpbf16_ps(part[t][k], second[k], b);
             }
         }
-        if (R >= 4) ahead.step();
+        if (R >= 3) ahead.step();
         for (int k = 0; k < kTiles; ++k) {
             const __m512 scale = _mm512_loadu_ps(scales + k * kOutputs);
             for (int t = 0; t < R; ++t) sum[t][k] = _mm512_fmadd_ps(part[t][k], scale, sum[t][k]);
@@ -106,14 +107,24 @@ LORAMUX_BF16 void outputs(uint16_t* y, const uint16_t* x, const uint8_t* codes, 
                           const uint16_t* levels, int64_t rows, int64_t in, int64_t out, int64_t start, int64_t stop,
                           Ahead& ahead) {
     const __m512i table = _mm512_loadu_si512(levels);
+    const int64_t groups = (rows + kRows - 1) / kRows;
     for (int64_t o = start; o < stop; o += kTiles * kOutputs) {
         const uint8_t* own = codes + o * in / 2;
-        int64_t t = 0;
-        for (; t + kRows <= rows; t += kRows)
-            tiles<kRows>(y + t * out + o, x + t * in, own, scales + o, table, in, out, ahead);
-        for (; t + 4 <= rows; t += 4) tiles<4>(y + t * out + o, x + t * in, own, scales + o, table, in, out, ahead);
-        for (; t + 2 <= rows; t += 2) tiles<2>(y + t * out + o, x + t * in, own, scales + o, table, in, out, ahead);
-        for (; t < rows; ++t) tiles<1>(y + t * out + o, x + t * in, own, scales + o, table, in, out, ahead);
+        for (int64_t t = 0, group = groups; group > 0; --group) {  // groups of nearly equal size: none is left with few
+            const int64_t count = (rows - t) / group;
+            const auto run = [&](auto part) {
+                tiles<part.value>(y + t * out + o, x + t * in, own, scales + o, table, in, out, ahead);
+            };
+            switch (count) {
+                case 1: run(std::integral_constant<int, 1>{}); break;
+                case 2: run(std::integral_constant<int, 2>{}); break;
+                case 3: run(std::integral_constant<int, 3>{}); break;
+                case 4: run(std::integral_constant<int, 4>{}); break;
+                case 5: run(std::integral_constant<int, 5>{}); break;
+                default: run(std::integral_constant<int, kRows>{});
+            }
+            t += count;
+        }
     }
 }
 
@@ -133,7 +144,7 @@ void loramux_nf4_linear(uint16_t* y, const uint16_t* x, const uint8_t* codes, co
     {
         constexpr int64_t kWide = kTiles * kOutputs;
         const int64_t count = out / kWide, share = omp_get_thread_num(), shares = omp_get_num_threads();
-        const int64_t steps = (rows / kRows + rows % kRows / 4) * (count / shares) * (in / kBlock);
+        const int64_t steps = rows < 4 ? 0 : (rows + kRows - 1) / kRows * (count / shares) * (in / kBlock);
         Ahead share_of_it(ahead, spans, share, shares, steps);
         outputs(y, x, codes, scales, levels, rows, in, out, count * share / shares * kWide,
                 count * (share + 1) / shares * kWide, share_of_it);
