@@ -17,7 +17,7 @@
 namespace {
 
 constexpr int64_t kOutputs = 16, kBlock = 64, kTile = 32;
-constexpr int kTiles = 2, kRows = 6;  // that share a pair of x; that share a look-up
+constexpr int kTiles = 2, kRows = 8;  // that share a pair of x; that share a look-up, at most
 
 // Asks for memory that is read after this product, a few lines now and then: with many rows than memory keeps a core busy.
 class Ahead {
@@ -121,6 +121,8 @@ LORAMUX_BF16 void outputs(uint16_t* y, const uint16_t* x, const uint8_t* codes, 
                 case 3: run(std::integral_constant<int, 3>{}); break;
                 case 4: run(std::integral_constant<int, 4>{}); break;
                 case 5: run(std::integral_constant<int, 5>{}); break;
+                case 6: run(std::integral_constant<int, 6>{}); break;
+                case 7: run(std::integral_constant<int, 7>{}); break;
                 default: run(std::integral_constant<int, kRows>{});
             }
             t += count;
