@@ -11,7 +11,8 @@ from torch import nn
 from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.host_cache import HostAdapter
 from loramux_adapters.lora_linear import AdapterSlots, LoRALinear, linears, row_bytes
-from loramux_adapters.ops import LoraRows, select_add_lora
+from loramux_adapters.ops import LoraRows, native_library, select_add_lora
+from loramux_adapters.slot_copy import copy_slot
 from loramux_adapters.slots import ScaledSlot, Slot
 
 SHAPES = {"first": (64, 96), "second": (96, 64), "head": (64, 160)}
@@ -101,6 +102,25 @@ def test_what_an_adapter_does_not_fill_is_empty_whoever_was_there_before() -> No
         assert not arena.a[16:32].any() and not arena.targeted[2:4].any()
         assert not slots.layers["first"].arena.a[19:32].any()
     assert torch.equal(*results)
+
+
+@pytest.mark.skipif(native_library() is None, reason="no compiler was there at installation")
+def test_the_compiled_copy_leaves_what_the_copy_by_tensors_leaves() -> None:
+    both = make()[1], make()[1]
+    both[1]._copy = copy_slot
+    small = {"second": SHAPES["second"]}
+    for slot, one in [
+        (Slot(8, 8), adapter(8, seed=1)),
+        (Slot(16, 16), adapter(11, seed=2)),
+        (Slot(16, 8), adapter(3, small)),
+    ]:
+        for slots in both:
+            slots.load(slot, one)
+    assert both[0].held_bytes == both[1].held_bytes
+    for path in SHAPES:
+        ours, theirs = (slots.layers[path].arena for slots in both)
+        assert torch.equal(ours.a, theirs.a) and torch.equal(ours.bt, theirs.bt)
+        assert torch.equal(ours.targeted, theirs.targeted)
 
 
 @pytest.mark.parametrize(

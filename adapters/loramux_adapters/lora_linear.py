@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -11,6 +13,7 @@ from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.host_cache import HostAdapter
 from loramux_adapters.memory import reserve
 from loramux_adapters.ops import AddLora, Arena, LoraRows
+from loramux_adapters.slot_copy import Weights, select_copy_slot
 from loramux_adapters.slots import SMALLEST_RANK, Slot
 
 
@@ -65,8 +68,9 @@ class AdapterSlots:
         self.rows = rows
         self.head = head
         self.add_lora = add_lora
+        self._copy = select_copy_slot(next((p.device for p in model.parameters()), torch.device("cpu")))
         self.layers: dict[str, LoRALinear] = {}
-        self._written: dict[str, torch.Tensor] = {}  # by layer, which groups of 8 rows ever held weights
+        self._written: dict[str, npt.NDArray[np.bool_]] = {}  # by layer, which groups of 8 rows ever held weights
         self._targets: list[set[str]] = [set() for _ in range(rows // SMALLEST_RANK)]  # layers with weights, by group
         if rows:
             for path, linear in list(linears(model)):
@@ -79,7 +83,7 @@ class AdapterSlots:
             reserve((self.rows, linear.out_features), torch.bfloat16, device),
             torch.zeros(self.rows // SMALLEST_RANK, dtype=torch.uint8),
         )
-        self._written[path] = torch.zeros_like(arena.targeted)
+        self._written[path] = np.zeros(self.rows // SMALLEST_RANK, dtype=np.bool_)
         layer = LoRALinear(linear, arena, add_lora)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, layer)
@@ -92,33 +96,29 @@ class AdapterSlots:
         Raises:
             AdapterRejected: it does not fit this model (the upload check lets none such through).
         """
-        window = slice(slot.offset, slot.offset + slot.rank)
         groups = slice(slot.offset // SMALLEST_RANK, (slot.offset + slot.rank) // SMALLEST_RANK)
-        unknown = [path for path in adapter.modules if path not in self.layers]
-        if unknown:
-            raise AdapterRejected([f"the base has no linear layer {path}" for path in unknown])
         before: set[str] = set().union(*self._targets[groups])
+        filling = [*self._fitting(slot, adapter), *((path, None) for path in before - adapter.modules.keys())]
         for group in range(groups.start, groups.stop):
             self._targets[group] = before | adapter.modules.keys()  # until it is clear that all went well
-        for path in before - adapter.modules.keys():
-            arena = self.layers[path].arena
-            arena.a[window] = 0
-            arena.bt[window] = 0
-            arena.targeted[groups] = 0
-        for path, (a, bt) in adapter.modules.items():
-            arena = self.layers[path].arena
-            if a.shape[0] > slot.rank or a.shape[1] != arena.a.shape[1] or bt.shape[1] != arena.bt.shape[1]:
-                raise AdapterRejected([f"{path}: shapes {tuple(a.shape)} and {tuple(bt.shape)} do not fit"])
-            filled = slot.offset + a.shape[0]
-            arena.a[slot.offset : filled] = a
-            arena.bt[slot.offset : filled] = bt
-            if filled < window.stop:
-                arena.a[filled : window.stop] = 0
-                arena.bt[filled : window.stop] = 0
-            arena.targeted[groups] = 1
-            self._written[path][groups] = 1
+        self._copy(slot, [(self.layers[path].arena, weights) for path, weights in filling])
+        for path in adapter.modules:
+            self._written[path][groups] = True
         for group in range(groups.start, groups.stop):
             self._targets[group] = set(adapter.modules)
+
+    def _fitting(self, slot: Slot, adapter: HostAdapter) -> Iterator[tuple[str, Weights]]:
+        """Its weights, layer by layer, of which it is known that the kernel may copy them."""
+        for path, (a, bt) in adapter.modules.items():
+            if path not in self.layers:
+                raise AdapterRejected([f"the base has no linear layer {path}"])
+            arena = self.layers[path].arena
+            rank = a.shape[0]
+            if rank > slot.rank or a.shape != (rank, arena.a.shape[1]) or bt.shape != (rank, arena.bt.shape[1]):
+                raise AdapterRejected([f"{path}: shapes {tuple(a.shape)} and {tuple(bt.shape)} do not fit"])
+            if not all(part.dtype == torch.bfloat16 and part.is_contiguous() for part in (a, bt)):
+                raise AdapterRejected([f"{path}: the weights are not dense bf16"])
+            yield path, (a, bt)
 
     def set_lora(self, tokens: LoraRows | None, head: LoraRows | None) -> None:
         """Says which adapter each token row (and each row of the output head) of the coming forward uses."""

@@ -21,6 +21,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from loramux_adapters.native import bind, load_library
@@ -30,7 +32,7 @@ _SIZE = ctypes.c_int64
 
 
 class _NativeArena(ctypes.Structure):
-    """`Arena` in csrc/lora.cpp."""
+    """`Arena` in csrc/arena.h."""
 
     _fields_ = [*((name, ctypes.c_void_p) for name in ("a", "bt", "targeted")), ("inputs", _SIZE), ("outputs", _SIZE)]
 
@@ -86,13 +88,15 @@ class LoraRows:
         rank: [entries] int32, arena rows of the entry's adapter.
         scale: [entries] fp32, factor of the entry's delta.
         num_rows: token rows, those without an adapter included.
+
+    The arrays are numpy's: every call of PyTorch gives up the interpreter lock, and has to wait to get it back.
     """
 
     segments: tuple[Segment, ...]
-    first: torch.Tensor
-    offset: torch.Tensor
-    rank: torch.Tensor
-    scale: torch.Tensor
+    first: npt.NDArray[np.int32]
+    offset: npt.NDArray[np.int32]
+    rank: npt.NDArray[np.int32]
+    scale: npt.NDArray[np.float32]
     num_rows: int
     _native: _NativeRows = field(repr=False)
 
@@ -115,14 +119,14 @@ class LoraRows:
                 segments.append(Segment(start, start + count, slots))
         if not segments:
             return None
-        tensors = (
-            torch.tensor(first, dtype=torch.int32),
-            torch.tensor([entry.slot.offset for entry in entries], dtype=torch.int32),
-            torch.tensor([entry.slot.rank for entry in entries], dtype=torch.int32),
-            torch.tensor([entry.scale for entry in entries], dtype=torch.float32),
+        arrays = (
+            np.array(first, dtype=np.int32),
+            np.array([entry.slot.offset for entry in entries], dtype=np.int32),
+            np.array([entry.slot.rank for entry in entries], dtype=np.int32),
+            np.array([entry.scale for entry in entries], dtype=np.float32),
         )
         count = len(first) - 1
-        return cls(tuple(segments), *tensors, count, _NativeRows(*(tensor.data_ptr() for tensor in tensors), count))
+        return cls(tuple(segments), *arrays, count, _NativeRows(*(array.ctypes.data for array in arrays), count))
 
     @property
     def native(self) -> int:

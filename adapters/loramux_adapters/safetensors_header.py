@@ -11,9 +11,9 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from io import BufferedReader
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO
 
 from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.strict_json import StrictJSONError, is_int, parse_object, quoted
@@ -36,7 +36,7 @@ class TensorSpec:
     nbytes: int
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a file for reading, and only a file: a link, a pipe or a directory raises `AdapterRejected`."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -10,6 +10,7 @@
 
 #include <omp.h>
 
+#include "arena.h"
 #include "lora_rows.h"
 #include "span.h"
 
@@ -18,13 +19,6 @@ namespace {
 struct Scratch {
     std::vector<Entry> entries, next;
     std::vector<float> sums;
-};
-
-struct Arena {  // one layer's, for all adapters
-    const uint16_t* a;        // [arena, in] bf16
-    const uint16_t* bt;       // [arena, out] bf16
-    const uint8_t* targeted;  // [arena / 8]
-    int64_t in, out;
 };
 
 struct Rows {  // of one step

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -75,22 +77,22 @@ class ModelRunner:
         heads: list[int] = []
         runs: list[tuple[int, int, int, int]] = []
         width = max(len(row.sequence.blocks) for row in batch.rows)
-        tables = torch.zeros(len(batch.rows), width, dtype=torch.int32)
+        tables = np.zeros((len(batch.rows), width), dtype=np.int32)
         for index, row in enumerate(batch.rows):
             first, count = row.sequence.num_computed, row.num_tokens
             runs.append((index, len(tokens), count, first))
             tokens += row.sequence.tokens_from(first, count)
             sequence += [index] * count
             position += range(first, first + count)
-            tables[index, : len(row.sequence.blocks)] = torch.tensor(row.sequence.blocks, dtype=torch.int32)
+            tables[index, : len(row.sequence.blocks)] = row.sequence.blocks
             if row.samples:
                 heads.append(len(tokens) - 1)
         step = AttentionStep(
             cache=self._cache,
             attend=self._attend,
-            tables=tables.to(self._device),
-            sequence=torch.tensor(sequence, dtype=torch.int32, device=self._device),
-            position=torch.tensor(position, dtype=torch.int32, device=self._device),
+            tables=self._on_device(tables),
+            sequence=self._on_device(np.array(sequence, dtype=np.int32)),
+            position=self._on_device(np.array(position, dtype=np.int32)),
             runs=tuple(runs),
         )
         lora = LoraRows.build([(row.sequence.slots, row.num_tokens) for row in batch.rows])
@@ -110,6 +112,11 @@ class ModelRunner:
             self._slots.reset_lora()
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    def _on_device(self, array: npt.NDArray[np.int32]) -> torch.Tensor:
+        """A tensor of it; on the CPU of the same memory, without a call that gives up the interpreter lock."""
+        tensor = torch.from_numpy(array)
+        return tensor if self._device.type == "cpu" else tensor.to(self._device)
 
     def _load(self, load: SlotLoad) -> None:
         adapter = self._host_adapter(load.version)

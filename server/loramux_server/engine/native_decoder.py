@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+import numpy as np
 import torch
 
 from loramux_adapters.lora_linear import AdapterSlots
@@ -105,14 +106,14 @@ class NativeDecoder:
         self._know_positions(max(first + count for _, _, count, first in step.runs))
         if self._caches is None or self._caches[0] is not step.cache:
             self._caches = step.cache, places_of(step.cache.k), places_of(step.cache.v)
-        ids, sampled = torch.tensor(tokens), torch.tensor(heads, dtype=torch.int64)
+        ids, sampled = np.array(tokens, dtype=np.int64), np.array(heads, dtype=np.int64)
         logits = torch.empty(len(heads), self.vocabulary, dtype=torch.bfloat16)
         call = StepPlaces(
-            tokens=ids.data_ptr(),
+            tokens=ids.ctypes.data,
             position=step.position.data_ptr(),
             sequence=step.sequence.data_ptr(),
             tables=step.tables.data_ptr(),
-            sampled=sampled.data_ptr(),
+            sampled=sampled.ctypes.data,
             cos=self._cos.data_ptr(),
             sin=self._sin.data_ptr(),
             k_cache=ctypes.addressof(self._caches[1]),

@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 
+import numpy as np
 import torch
 
 from loramux_adapters.native import bind
@@ -85,8 +86,8 @@ class NativeLargest:
         if logits.device.type != "cpu" or logits.dtype != torch.bfloat16 or not logits.is_contiguous():
             return largest(logits)
         rows, count = logits.shape
-        index, finite = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.bool)
-        self._call(index.data_ptr(), finite.data_ptr(), logits.data_ptr(), rows, count, torch.get_num_threads())
+        index, finite = np.empty(rows, dtype=np.int64), np.empty(rows, dtype=np.bool_)
+        self._call(index.ctypes.data, finite.ctypes.data, logits.data_ptr(), rows, count, torch.get_num_threads())
         return index.tolist(), finite.tolist()
 
 

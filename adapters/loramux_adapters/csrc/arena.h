@@ -1,0 +1,12 @@
+// Where one layer's adapters lie. For the kernels of this package; `_NativeArena` in ops.py.
+
+#pragma once
+
+#include <cstdint>
+
+struct Arena {              // for all adapters
+    const uint16_t* a;        // [arena, in] bf16
+    const uint16_t* bt;       // [arena, out] bf16
+    const uint8_t* targeted;  // [arena / 8]
+    int64_t in, out;
+};

@@ -1,0 +1,126 @@
+// From a file to host memory, and from there to an arena: an adapter's many tensors in one call each, so that Python's
+// interpreter lock is given up once and not for every tensor. Plain C ABI, loaded by weights.py and slot_copy.py.
+
+#include <cstdint>
+#include <cstring>
+
+#include "arena.h"
+#include "bf16.h"
+
+namespace {
+
+constexpr int64_t kRankGroup = 8;  // every slot's rank is a multiple of this (slots.py)
+
+enum Kind : int64_t { kFloat32, kFloat16, kBFloat16 };
+
+struct Pair {  // as it lies in the file: A [rank, in], B [out, rank]
+    int64_t a_offset, a_kind, b_offset, b_kind, rank, in, out;
+};
+
+float half_to_float(uint16_t half) {
+    const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16, exponent = (half >> 10) & 0x1fu;
+    uint32_t word, fraction = half & 0x3ffu;
+    if (exponent == 0x1fu) {
+        word = sign | 0x7f800000u | fraction << 13;
+    } else if (exponent) {
+        word = sign | (exponent + 112) << 23 | fraction << 13;
+    } else {  // subnormal: fraction * 2^-24, exact in fp32
+        const float value = static_cast<float>(fraction) * 5.9604644775390625e-8f;
+        std::memcpy(&word, &value, sizeof word);
+        word |= sign;
+    }
+    float value;
+    std::memcpy(&value, &word, sizeof value);
+    return value;
+}
+
+template <int kind>
+inline float at(const char* numbers, int64_t i) {
+    if (kind == kFloat32) {
+        float value;
+        std::memcpy(&value, numbers + 4 * i, sizeof value);
+        return value;
+    }
+    uint16_t bits;
+    std::memcpy(&bits, numbers + 2 * i, sizeof bits);
+    return kind == kFloat16 ? half_to_float(bits) : widen(bits);
+}
+
+inline bool is_finite(uint16_t bits) { return (bits & 0x7f80u) != 0x7f80u; }
+
+template <int kind>
+LORAMUX_CLONES bool copy(uint16_t* to, const char* from, int64_t count) {
+    bool finite = true;
+    for (int64_t i = 0; i < count; ++i) {
+        to[i] = narrow(at<kind>(from, i));
+        finite &= is_finite(to[i]);
+    }
+    return finite;
+}
+
+// to [rank, out] = bf16(from [out, rank] * scale)^T
+template <int kind>
+LORAMUX_CLONES bool transpose(uint16_t* to, const char* from, int64_t rank, int64_t out, float scale) {
+    constexpr int64_t kTogether = 64;  // outputs whose numbers stay in the cache
+    bool finite = true;
+    for (int64_t first = 0; first < out; first += kTogether) {
+        const int64_t last = first + kTogether < out ? first + kTogether : out;
+        for (int64_t r = 0; r < rank; ++r)
+            for (int64_t o = first; o < last; ++o) {
+                const uint16_t value = narrow(at<kind>(from, o * rank + r) * scale);
+                to[r * out + o] = value;
+                finite &= is_finite(value);
+            }
+    }
+    return finite;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Reads pairs out of a file's bytes into `to`, pair after pair: A as bf16 [rank, in], then bf16(B * scale)^T [rank, out].
+// finite [count]: whether all numbers of a pair are, as written.
+void loramux_read_pairs(uint16_t* to, uint8_t* finite, const char* file, const Pair* pairs, const float* scale,
+                        int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+        const Pair& pair = pairs[i];
+        const char *a = file + pair.a_offset, *b = file + pair.b_offset;
+        const int64_t size = pair.rank * pair.in;
+        bool good = pair.a_kind == kFloat32   ? copy<kFloat32>(to, a, size)
+                    : pair.a_kind == kFloat16 ? copy<kFloat16>(to, a, size)
+                                              : copy<kBFloat16>(to, a, size);
+        to += size;
+        good &= pair.b_kind == kFloat32   ? transpose<kFloat32>(to, b, pair.rank, pair.out, scale[i])
+                : pair.b_kind == kFloat16 ? transpose<kFloat16>(to, b, pair.rank, pair.out, scale[i])
+                                          : transpose<kBFloat16>(to, b, pair.rank, pair.out, scale[i]);
+        to += pair.rank * pair.out;
+        finite[i] = good;
+    }
+}
+
+struct Weights {  // of one layer: A [rank, in], B^T [rank, out]; rank 0 and null: none
+    const uint16_t *a, *bt;
+    int64_t rank;
+};
+
+// Copies weights into arena rows [offset, offset + rank) of each of `count` layers; what they do not fill becomes zero.
+void loramux_fill_slot(const Arena* const* arenas, const Weights* weights, int64_t count, int64_t offset,
+                       int64_t rank) {
+    for (int64_t i = 0; i < count; ++i) {
+        const Arena& arena = *arenas[i];
+        const Weights& from = weights[i];
+        auto* a = const_cast<uint16_t*>(arena.a) + offset * arena.in;
+        auto* bt = const_cast<uint16_t*>(arena.bt) + offset * arena.out;
+        const size_t a_row = arena.in * sizeof(uint16_t), bt_row = arena.out * sizeof(uint16_t);
+        if (from.rank) {
+            std::memcpy(a, from.a, from.rank * a_row);
+            std::memcpy(bt, from.bt, from.rank * bt_row);
+        }
+        std::memset(a + from.rank * arena.in, 0, (rank - from.rank) * a_row);
+        std::memset(bt + from.rank * arena.out, 0, (rank - from.rank) * bt_row);
+        std::memset(const_cast<uint8_t*>(arena.targeted) + offset / kRankGroup, from.rank != 0, rank / kRankGroup);
+    }
+}
+
+}  // extern "C"
