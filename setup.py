@@ -15,7 +15,7 @@ from setuptools.errors import BaseError, CCompilerError
 
 SHARED = "adapters/loramux_adapters/csrc"  # headers that the kernels of both packages include
 PACKAGES = {"loramux_adapters": "adapters/loramux_adapters", "loramux_server": "server/loramux_server"}
-FLAGS = ["-O3", "-std=c++17", "-fopenmp"]
+FLAGS = ["-O3", "-std=c++17", "-pthread"]
 
 
 def kernels(package: str, directory: str) -> list[Extension]:
@@ -34,7 +34,7 @@ def kernels(package: str, directory: str) -> list[Extension]:
             include_dirs=[SHARED],
             language="c++",
             extra_compile_args=FLAGS,
-            extra_link_args=["-fopenmp"],
+            extra_link_args=["-pthread"],
             optional=True,
         )
     ]

@@ -6,13 +6,21 @@ import ctypes
 from functools import cache
 from pathlib import Path
 
-from loramux_adapters.native import load_library
+from loramux_adapters.native import bind, load_library
+from loramux_adapters.ops import native_library as adapter_kernels
 
 
 @cache
 def native_library() -> ctypes.CDLL | None:
-    """None without a compiler at installation, or on a machine they were not built for."""
-    return load_library(Path(__file__).parent, "_kernels")
+    """None without a compiler at installation, or on a machine they were not built for.
+
+    Their loops run on the threads of the adapters' kernels.
+    """
+    library, adapters = load_library(Path(__file__).parent, "_kernels"), adapter_kernels()
+    if library is None or adapters is None:
+        return None
+    bind(library.loramux_use_pool, "p")(ctypes.cast(adapters.loramux_run_pieces, ctypes.c_void_p))
+    return library
 
 
 def has_avx512bf16(library: ctypes.CDLL) -> bool:

@@ -8,11 +8,10 @@
 #include <cstdint>
 #include <vector>
 
-#include <omp.h>
-
 #include "arena.h"
 #include "lora_rows.h"
 #include "span.h"
+#include "threads.h"
 
 namespace {
 
@@ -116,24 +115,21 @@ void loramux_add_lora(uint16_t* y, const uint16_t* x, const void* arena, const v
     const int64_t rows = batch.count;
     const int64_t work = batch.work(0, rows);
     if (work == 0) return;
-#pragma omp parallel num_threads(threads) if (threads > 1 && rows > 1)
-    {
-        // Rows [start, stop) of this thread: its share of all ranks, in whole rows.
-        const int64_t share = omp_get_thread_num(), shares = omp_get_num_threads();
+    const int64_t pieces = pieces_of(rows, work * (batch.in + batch.out), threads);
+    in_pieces(pieces, threads, [&](int64_t piece) {
+        // Rows [start, stop) of this piece: its share of all ranks, in whole rows.
         int64_t start = 0, stop = 0, done = 0;
         for (int64_t t = 0; t < rows; ++t) {
             done += batch.work(t, t + 1);
-            if (done * shares <= work * share) start = t + 1;
-            if (done * shares <= work * (share + 1)) stop = t + 1;
+            if (done * pieces <= work * piece) start = t + 1;
+            if (done * pieces <= work * (piece + 1)) stop = t + 1;
         }
-        Scratch scratch;
+        static thread_local Scratch scratch;
 #if defined(__x86_64__)
-        if (!portable) {
-            batch.run_vector(y, x, start, stop, scratch);
-        } else
+        if (!portable) return batch.run_vector(y, x, start, stop, scratch);
 #endif
-            batch.run_portable(y, x, start, stop, scratch);
-    }
+        batch.run_portable(y, x, start, stop, scratch);
+    });
 }
 
 // Where the weights lie that loramux_add_lora reads for such a step: their number, `room` at most.

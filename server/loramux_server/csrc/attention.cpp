@@ -14,6 +14,7 @@
 
 #include "attention_rows.h"
 #include "kernels.h"
+#include "threads.h"
 
 namespace {
 
@@ -123,10 +124,10 @@ void loramux_attend(uint16_t* out, const uint16_t* q, int64_t q_row, int64_t q_h
                     float scale, float softcap, int64_t window, int32_t portable, int32_t threads) {
     const int64_t tile_size = kTile * head_dim, block_stride = kv_heads * tile_size, group = heads / kv_heads;
     const auto units = units_of(sequence, position, rows, portable ? 1 : rows_together(group));
-#pragma omp parallel num_threads(threads) if (threads > 1 && rows > 1)
-    {
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < rows; ++t) {
+    const int64_t row_pieces = pieces_of(rows, rows * kv_heads * tile_size, threads);
+    in_pieces(row_pieces, threads, [&](int64_t piece) {
+        const Share share = share_of(rows, piece, row_pieces);
+        for (int64_t t = share.begin; t < share.end; ++t) {
             const int64_t at = position[t] % kTile;
             const int64_t block = tables[sequence[t] * table_width + position[t] / kTile];
             for (int64_t g = 0; g < kv_heads; ++g) {
@@ -138,10 +139,12 @@ void loramux_attend(uint16_t* out, const uint16_t* q, int64_t q_row, int64_t q_h
                 for (int64_t d = 0; d < head_dim; ++d) v_tile[2 * d] = value[d];
             }
         }
-        Scratch scratch;
-        const int64_t count = static_cast<int64_t>(units.size());
-#pragma omp for schedule(dynamic, 4)
-        for (int64_t i = 0; i < count * kv_heads; ++i) {
+    });
+    const int64_t count = static_cast<int64_t>(units.size()) * kv_heads, pieces = count < 1 << 10 ? count : 1 << 10;
+    in_pieces(pieces, threads, [&](int64_t piece) {
+        static thread_local Scratch scratch;
+        const Share share = share_of(count, piece, pieces);
+        for (int64_t i = share.begin; i < share.end; ++i) {
             const Unit unit = units[i / kv_heads];
             const int64_t t = unit.row, g = i % kv_heads;
             for (int64_t h = 0; h < group; h += kHeads) {
@@ -165,7 +168,7 @@ void loramux_attend(uint16_t* out, const uint16_t* q, int64_t q_row, int64_t q_h
                 for (int64_t j = 0; j < together; ++j) attend_portable(at, j, scratch.scores);
             }
         }
-    }
+    });
 }
 
 }  // extern "C"

@@ -6,10 +6,9 @@
 #include <cstdint>
 #include <cstring>
 
-#include <omp.h>
-
 #include "bf16.h"
 #include "kernels.h"
+#include "threads.h"
 
 namespace {
 
@@ -102,15 +101,13 @@ extern "C" {
 void loramux_head(uint16_t* y, const uint16_t* x, const uint16_t* w, int64_t rows, int64_t in, int64_t out,
                   int32_t threads) {
 #if defined(__x86_64__)
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        const int64_t blocks = (out + kColumns - 1) / kColumns, shares = omp_get_num_threads();
-        const int64_t share = omp_get_thread_num();
-        const int64_t start = blocks * share / shares * kColumns, stop = blocks * (share + 1) / shares * kColumns;
+    const int64_t tiles = (out + kTile - 1) / kTile, pieces = pieces_of(tiles, rows * in * out, threads);
+    in_pieces(pieces, threads, [&](int64_t piece) {
+        const Share share = share_of(tiles, piece, pieces);
+        const int64_t start = share.begin * kTile, stop = share.end * kTile < out ? share.end * kTile : out;
         for (int64_t t = 0; t < rows; t += kTileRows)
-            columns(y + t * out, x + t * in, w, rows - t < kTileRows ? rows - t : kTileRows, in, out, start,
-                    stop < out ? stop : out);
-    }
+            columns(y + t * out, x + t * in, w, rows - t < kTileRows ? rows - t : kTileRows, in, out, start, stop);
+    });
 #endif
 }
 

@@ -9,10 +9,9 @@
 #include <cstdint>
 #include <type_traits>
 
-#include <omp.h>
-
 #include "bf16.h"
 #include "kernels.h"
+#include "threads.h"
 
 namespace {
 
@@ -22,7 +21,7 @@ constexpr int kTiles = 2, kRows = 8;  // that share a pair of x; that share a lo
 // Asks for memory that is read after this product, a few lines now and then: with many rows than memory keeps a core busy.
 class Ahead {
   public:
-    // The share of a thread, over so many steps.
+    // What one piece of the loop asks for, over so many steps.
     Ahead(const Span* spans, int64_t count, int64_t share, int64_t shares, int64_t steps)
         : next_(spans + share), end_(spans + count), shares_(shares) {
         int64_t lines = 0;
@@ -142,15 +141,14 @@ void loramux_nf4_linear(uint16_t* y, const uint16_t* x, const uint8_t* codes, co
                         const uint16_t* levels, int64_t rows, int64_t in, int64_t out, const Span* ahead,
                         int64_t spans, int32_t threads) {
 #if defined(__x86_64__)
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        constexpr int64_t kWide = kTiles * kOutputs;
-        const int64_t count = out / kWide, share = omp_get_thread_num(), shares = omp_get_num_threads();
-        const int64_t steps = rows < 4 ? 0 : (rows + kRows - 1) / kRows * (count / shares) * (in / kBlock);
-        Ahead share_of_it(ahead, spans, share, shares, steps);
-        outputs(y, x, codes, scales, levels, rows, in, out, count * share / shares * kWide,
-                count * (share + 1) / shares * kWide, share_of_it);
-    }
+    constexpr int64_t kWide = kTiles * kOutputs;
+    const int64_t count = out / kWide, pieces = pieces_of(count, rows * in * out, threads);
+    in_pieces(pieces, threads, [&](int64_t piece) {
+        const Share share = share_of(count, piece, pieces);
+        const int64_t steps = rows < 4 ? 0 : (rows + kRows - 1) / kRows * (share.end - share.begin) * (in / kBlock);
+        Ahead part(ahead, spans, piece, pieces, steps);
+        outputs(y, x, codes, scales, levels, rows, in, out, share.begin * kWide, share.end * kWide, part);
+    });
 #endif
 }
 

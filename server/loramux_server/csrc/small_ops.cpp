@@ -7,10 +7,11 @@
 
 #include "bf16.h"
 #include "kernels.h"
+#include "threads.h"
 
 namespace {
 
-constexpr int64_t kParallel = 1 << 13;  // elements from which threads pay
+constexpr int64_t kParallel = 1 << 13;  // numbers that a piece has at least: less is not worth another thread
 constexpr int kLanes = 32;
 
 LORAMUX_CLONES void norm_row(uint16_t* y, const uint16_t* x, const uint16_t* w, int64_t dim, float eps) {
@@ -88,6 +89,16 @@ LORAMUX_CLONES void largest_of(int64_t* index, uint8_t* finite, const uint16_t* 
     *index = i;
 }
 
+// body(row) for rows of so many numbers, several to a piece.
+template <class Body>
+void for_rows(int64_t rows, int64_t width, int32_t threads, const Body& body) {
+    const int64_t together = width < kParallel ? kParallel / width : 1, pieces = (rows + together - 1) / together;
+    in_pieces(pieces, threads, [&](int64_t piece) {
+        const Share share = share_of(rows, piece, pieces);
+        for (int64_t row = share.begin; row < share.end; ++row) body(row);
+    });
+}
+
 }  // namespace
 
 extern "C" {
@@ -95,29 +106,28 @@ extern "C" {
 // For each row of x [rows, count] bf16: the first index of its largest value, and whether that is finite and no value is
 // NaN; with a NaN the index means nothing.
 void loramux_largest(int64_t* index, uint8_t* finite, const uint16_t* x, int64_t rows, int64_t count, int32_t threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows > 1)
-    for (int64_t t = 0; t < rows; ++t) largest_of(index + t, finite + t, x + t * count, count);
+    in_pieces(rows, threads, [&](int64_t t) { largest_of(index + t, finite + t, x + t * count, count); });
 }
 
 // y[t, i] = bf16(w[i] * bf16(x[t, i] / sqrt(mean_i(x[t]^2) + eps))), all bf16 [rows, dim]; sums in fp32.
 void loramux_rms_norm(uint16_t* y, const uint16_t* x, const uint16_t* w, int64_t rows, int64_t dim, float eps,
                       int32_t threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows > 1 && rows * dim >= kParallel)
-    for (int64_t t = 0; t < rows; ++t) norm_row(y + t * dim, x + t * dim, w, dim, eps);
+    for_rows(rows, dim, threads, [=](int64_t t) { norm_row(y + t * dim, x + t * dim, w, dim, eps); });
 }
 
 // y[i] = bf16(bf16(silu(gate[i])) * up[i]), all bf16 [rows, dim].
 void loramux_silu_mul(uint16_t* y, const uint16_t* gate, const uint16_t* up, int64_t rows, int64_t dim,
                       int32_t threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows > 1 && rows * dim >= kParallel)
-    for (int64_t t = 0; t < rows; ++t) silu_mul_run(y + t * dim, gate + t * dim, up + t * dim, dim);
+    for_rows(rows, dim, threads, [=](int64_t t) { silu_mul_run(y + t * dim, gate + t * dim, up + t * dim, dim); });
 }
 
 // y[i] = bf16(y[i] + x[i]).
 void loramux_add(uint16_t* y, const uint16_t* x, int64_t count, int32_t threads) {
-    constexpr int64_t kRun = 1 << 12;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && count >= kParallel)
-    for (int64_t i = 0; i < count; i += kRun) add_run(y + i, x + i, count - i < kRun ? count - i : kRun);
+    constexpr int64_t kRun = 1 << 10;
+    for_rows((count + kRun - 1) / kRun, kRun, threads, [=](int64_t run) {
+        const int64_t i = run * kRun;
+        add_run(y + i, x + i, count - i < kRun ? count - i : kRun);
+    });
 }
 
 // Rotary position embedding (https://arxiv.org/abs/2104.09864), in place: x [rows, heads, dim], cos and sin
@@ -125,11 +135,10 @@ void loramux_add(uint16_t* y, const uint16_t* x, int64_t count, int32_t threads)
 // its first.
 void loramux_rotate(uint16_t* x, const uint16_t* cos, const uint16_t* sin, const int32_t* position, int64_t rows,
                     int64_t heads, int64_t dim, int32_t threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * heads * dim >= kParallel)
-    for (int64_t t = 0; t < rows; ++t)
-        for (int64_t h = 0; h < heads; ++h)
-            rotate_head(x + (t * heads + h) * dim, x + (t * heads + h) * dim + dim / 2, cos + position[t] * dim,
-                        sin + position[t] * dim, dim / 2);
+    for_rows(rows, heads * dim, threads, [=](int64_t t) {
+        for (uint16_t* head = x + t * heads * dim; head < x + (t + 1) * heads * dim; head += dim)
+            rotate_head(head, head + dim / 2, cos + position[t] * dim, sin + position[t] * dim, dim / 2);
+    });
 }
 
 }  // extern "C"
