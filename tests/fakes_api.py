@@ -233,12 +233,20 @@ class FakeStore:
             shutil.rmtree(directory)
 
     def publish(
-        self, name: str, staging: FakeStaging, *, rank: int, base_id: str | None, target_modules: list[str], proof: str
+        self,
+        name: str,
+        staging: FakeStaging,
+        *,
+        rank: int,
+        base_id: str | None,
+        target_modules: list[str],
+        proof: str,
+        version: str,
     ) -> FakePublished:
         if self.failure is not None:
             raise self.failure
         files = {path.name: path.read_bytes() for path in staging.directory.iterdir()}
-        version = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
+        version = hashlib.sha256(repr((version, sorted(files.items()))).encode()).hexdigest()
         old = self.known.get(name)
         self.files[name] = files
         self.known[name] = FakeRecord(name, version, rank, target_modules, fingerprint=proof)
@@ -249,6 +257,7 @@ class FakeStore:
 
 @dataclass(frozen=True)
 class FakeChecked:
+    version: str = "0" * 64
     rank: int = 4
     target_modules: Sequence[str] = ("q_proj", "v_proj")
     base_verified: bool = False

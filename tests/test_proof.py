@@ -69,7 +69,7 @@ class Rig:
         self.forgotten: list[str] = []
         self.proofs: list[tuple[bool, str]] = []
         self.version = digest_of(read_config(directory), directory)
-        self.checked = Checked(read_config(directory), 8, ["q_proj"], None, False)
+        self.checked = Checked(read_config(directory), self.version, 8, ["q_proj"], None, False)
         self.prover = Prover(
             self.engine.generate,
             self.holding,

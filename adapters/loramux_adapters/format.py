@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -168,23 +169,22 @@ def digest_of(config: AdapterConfig, directory: Path) -> str:
     if layout.reasons:
         raise AdapterRejected(layout.reasons)
     digest = hashlib.sha256(_DIGEST_DOMAIN)
-    for module, pair in sorted(layout.pairs.items()):
-        scale = scale_of(config, module, pair.rank).hex()
-        line = [module, scale, pair.a.dtype, pair.a.shape, pair.b.dtype, pair.b.shape]
-        digest.update(json.dumps(line).encode() + b"\n")
-        for chunk in _tensor_bytes(path, (pair.a, pair.b)):
-            digest.update(chunk)
+    with open_regular(path) as file:
+        for module, pair in sorted(layout.pairs.items()):
+            scale = scale_of(config, module, pair.rank).hex()
+            line = [module, scale, pair.a.dtype, pair.a.shape, pair.b.dtype, pair.b.shape]
+            digest.update(json.dumps(line).encode() + b"\n")
+            for spec in (pair.a, pair.b):
+                _digest_bytes(digest, file, spec)
     return digest.hexdigest()
 
 
-def _tensor_bytes(path: Path, specs: tuple[TensorSpec, ...]) -> Iterator[bytes]:
-    with open_regular(path) as file:
-        for spec in specs:
-            file.seek(spec.offset)
-            remaining = spec.nbytes
-            while remaining:
-                chunk = file.read(min(remaining, _CHUNK_BYTES))
-                if not chunk:
-                    raise AdapterRejected([f"{path.name} ended while it was read"])
-                remaining -= len(chunk)
-                yield chunk
+def _digest_bytes(digest: hashlib._Hash, file: BufferedReader, spec: TensorSpec) -> None:
+    file.seek(spec.offset)
+    remaining = spec.nbytes
+    while remaining:
+        chunk = file.read(min(remaining, _CHUNK_BYTES))
+        if not chunk:
+            raise AdapterRejected([f"{WEIGHTS_FILE} ended while it was read"])
+        remaining -= len(chunk)
+        digest.update(chunk)

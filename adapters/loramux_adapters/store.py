@@ -114,17 +114,19 @@ class AdapterStore:
         base_id: str | None,
         target_modules: list[str],
         proof: str = "none",
+        version: str | None = None,
     ) -> Published:
         """Make the staged files the current version of `name`, durably and all at once.
 
-        `rank`, `base_id`, `target_modules`: what `verify.check_adapter` found; `proof`: how the fingerprint replayed.
+        `rank`, `base_id`, `target_modules`: what `verify.check_adapter` found; `proof`: how the fingerprint replayed;
+        `version`: the digest of the staged files, if the check has just computed it.
         A version the name already points at is left as it is, unless its files were damaged: then they are replaced.
         Raises `InvalidAdapterName`, `AdapterRejected`, `StoreUnavailable`; then nothing changed.
         """
         self.check_name(name)
         unkept: set[str] = set()
         with storage_errors("publishing"):
-            digest = digest_of(read_config(staging.directory), staging.directory)
+            digest = version or digest_of(read_config(staging.directory), staging.directory)
             upload = Upload(
                 name=name,
                 digest=digest,

@@ -17,6 +17,7 @@ from loramux_adapters.format import (
     AdapterConfig,
     Layout,
     Pair,
+    digest_of,
     pair_up,
     read_config,
     read_header,
@@ -52,6 +53,7 @@ class Checked:
     """What the check found out.
 
     Attributes:
+        version: the digest of what it computes, under which it is stored.
         rank: the largest of its modules.
         target_modules: last parts of the module paths that carry weights ("q_proj"), sorted.
         base_id: that the adapter names, None if it names none.
@@ -60,6 +62,7 @@ class Checked:
     """
 
     config: AdapterConfig
+    version: str
     rank: int
     target_modules: list[str]
     base_id: str | None
@@ -94,6 +97,7 @@ def check_adapter(directory: Path, base: BaseInfo, max_rank: int, *, force: bool
         raise AdapterRejected(_at_most(reasons))
     return Checked(
         config=config,
+        version=digest_of(config, directory),
         rank=max(pair.rank for pair in layout.pairs.values()),
         target_modules=sorted({module.rpartition(".")[2] for module in layout.pairs}),
         base_id=base_id,

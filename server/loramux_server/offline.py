@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from loramux_adapters.errors import DataError, MemoryShort
-from loramux_adapters.format import digest_of
 from loramux_adapters.lora_linear import AdapterSlots, head_path
 from loramux_adapters.ops import select_add_lora
 from loramux_adapters.slots import Slot, SlotTable, bucket_of
@@ -154,7 +153,7 @@ class Offline:
             MemoryShort: the slots are full; `unload` one.
         """
         checked = check_adapter(directory, self.base.info(), self._max_rank)
-        version = digest_of(checked.config, directory)
+        version = checked.version
         acquired = self._table.acquire(version, checked.rank)
         if acquired is None:
             raise MemoryShort(f"there is no slot left for an adapter of rank {checked.rank}; unload one first")

@@ -62,6 +62,7 @@ def publish_files(
             base_id=checked.base_id,
             target_modules=checked.target_modules,
             proof=checked.fingerprint,
+            version=checked.version,
         )
     return published, checked
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from loramux_adapters.errors import AdapterRejected
-from loramux_adapters.format import FINGERPRINT_FILE, digest_of, read_config
+from loramux_adapters.format import FINGERPRINT_FILE
 from loramux_adapters.safetensors_header import open_regular
 from loramux_adapters.verify import Checked
 from loramux_server.engine.sequence import NOT_FINITE, AdapterUse, FinishReason, SamplingParams, TokenOutput
@@ -97,7 +97,7 @@ class Prover:
             ServerBusy: there was not enough time beside the requests; also ServerDraining, EngineDead.
             SequenceFailed: the engine failed.
         """
-        version = await asyncio.to_thread(lambda: digest_of(read_config(directory), directory))
+        version = checked.version
         fingerprint = await asyncio.to_thread(_read_fingerprint, directory)
         if fingerprint is not None:
             self._check_fits(fingerprint)

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "arena.h"
 #include "bf16.h"
@@ -46,33 +47,43 @@ inline float at(const char* numbers, int64_t i) {
     return kind == kFloat16 ? half_to_float(bits) : widen(bits);
 }
 
-inline bool is_finite(uint16_t bits) { return (bits & 0x7f80u) != 0x7f80u; }
+constexpr uint16_t kExponent = 0x7f80u;  // of a number that is not finite
 
+// to = bf16(from * scale); the largest exponent among them.
 template <int kind>
-LORAMUX_CLONES bool copy(uint16_t* to, const char* from, int64_t count) {
-    bool finite = true;
+LORAMUX_CLONES uint16_t convert(uint16_t* __restrict to, const char* __restrict from, int64_t count, float scale) {
+    uint16_t largest = 0;
     for (int64_t i = 0; i < count; ++i) {
-        to[i] = narrow(at<kind>(from, i));
-        finite &= is_finite(to[i]);
+        to[i] = narrow(at<kind>(from, i) * scale);
+        const auto exponent = static_cast<uint16_t>(to[i] & kExponent);
+        largest = exponent > largest ? exponent : largest;
     }
-    return finite;
+    return largest;
 }
 
-// to [rank, out] = bf16(from [out, rank] * scale)^T
-template <int kind>
-LORAMUX_CLONES bool transpose(uint16_t* to, const char* from, int64_t rank, int64_t out, float scale) {
-    constexpr int64_t kTogether = 64;  // outputs whose numbers stay in the cache
-    bool finite = true;
-    for (int64_t first = 0; first < out; first += kTogether) {
-        const int64_t last = first + kTogether < out ? first + kTogether : out;
-        for (int64_t r = 0; r < rank; ++r)
-            for (int64_t o = first; o < last; ++o) {
-                const uint16_t value = narrow(at<kind>(from, o * rank + r) * scale);
-                to[r * out + o] = value;
-                finite &= is_finite(value);
-            }
+uint16_t convert(int64_t kind, uint16_t* to, const char* from, int64_t count, float scale) {
+    switch (kind) {
+        case kFloat32: return convert<kFloat32>(to, from, count, scale);
+        case kFloat16: return convert<kFloat16>(to, from, count, scale);
+        default: return convert<kBFloat16>(to, from, count, scale);
     }
-    return finite;
+}
+
+// to [rank, out] = bf16(from [out, rank] * scale)^T, by way of a tile that stays in the cache.
+uint16_t transpose(int64_t kind, uint16_t* to, const char* from, int64_t rank, int64_t out, float scale) {
+    constexpr int64_t kTogether = 32;
+    thread_local std::vector<uint16_t> tile;
+    tile.resize(kTogether * rank);
+    const int64_t size = kind == kFloat32 ? 4 : 2;
+    uint16_t largest = 0;
+    for (int64_t first = 0; first < out; first += kTogether) {
+        const int64_t count = out - first < kTogether ? out - first : kTogether;
+        const uint16_t exponent = convert(kind, tile.data(), from + first * rank * size, count * rank, scale);
+        largest = exponent > largest ? exponent : largest;
+        for (int64_t r = 0; r < rank; ++r)
+            for (int64_t o = 0; o < count; ++o) to[r * out + first + o] = tile[o * rank + r];
+    }
+    return largest;
 }
 
 }  // namespace
@@ -87,15 +98,11 @@ void loramux_read_pairs(uint16_t* to, uint8_t* finite, const char* file, const P
         const Pair& pair = pairs[i];
         const char *a = file + pair.a_offset, *b = file + pair.b_offset;
         const int64_t size = pair.rank * pair.in;
-        bool good = pair.a_kind == kFloat32   ? copy<kFloat32>(to, a, size)
-                    : pair.a_kind == kFloat16 ? copy<kFloat16>(to, a, size)
-                                              : copy<kBFloat16>(to, a, size);
+        const uint16_t in_a = convert(pair.a_kind, to, a, size, 1.f);
         to += size;
-        good &= pair.b_kind == kFloat32   ? transpose<kFloat32>(to, b, pair.rank, pair.out, scale[i])
-                : pair.b_kind == kFloat16 ? transpose<kFloat16>(to, b, pair.rank, pair.out, scale[i])
-                                          : transpose<kBFloat16>(to, b, pair.rank, pair.out, scale[i]);
+        const uint16_t in_b = transpose(pair.b_kind, to, b, pair.rank, pair.out, scale[i]);
         to += pair.rank * pair.out;
-        finite[i] = good;
+        finite[i] = in_a < kExponent && in_b < kExponent;
     }
 }
 

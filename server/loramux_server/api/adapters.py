@@ -61,6 +61,7 @@ class Adapters:
                     base_id=checked.base_id,
                     target_modules=[*checked.target_modules],
                     proof=proof,
+                    version=checked.version,
                 )
 
             published = await offload(publish)

@@ -41,9 +41,9 @@ async def read_object(request: Request, *, limit: int, stall_seconds: float) -> 
 
 
 async def blocks(
-    request: Request, *, limit: int, too_large: Exception, stall_seconds: float
+    request: Request, *, limit: int, too_large: Exception, stall_seconds: float, size: int = BLOCK
 ) -> AsyncGenerator[bytes, None]:
-    """The body in blocks of about 64 KiB.
+    """The body in blocks of about `size` bytes.
 
     `too_large` is raised as soon as more than `limit` bytes are announced or have come; BodyStalled when one block
     takes longer than `stall_seconds`, so that a body which drips holds nothing for ever.
@@ -55,17 +55,17 @@ async def blocks(
     async with aclosing(request.stream()) as stream:
         while True:
             chunks: list[bytes] = []
-            size = 0
+            length = 0
             try:
                 async with asyncio.timeout(stall_seconds):
-                    while size < BLOCK and (chunk := await anext(stream, b"")):
+                    while length < size and (chunk := await anext(stream, b"")):
                         chunks.append(chunk)
-                        size += len(chunk)
+                        length += len(chunk)
             except TimeoutError as error:
                 raise BodyStalled from error
-            total += size
+            total += length
             if total > limit:
                 raise too_large
-            if not size:
+            if not length:
                 return
             yield b"".join(chunks)

@@ -174,7 +174,15 @@ class StorePort(Protocol):
     def stage(self) -> AbstractContextManager[Any]: ...
 
     def publish(
-        self, name: str, staging: Any, *, rank: int, base_id: str | None, target_modules: list[str], proof: str
+        self,
+        name: str,
+        staging: Any,
+        *,
+        rank: int,
+        base_id: str | None,
+        target_modules: list[str],
+        proof: str,
+        version: str,
     ) -> PublishedPort: ...
 
 
@@ -196,6 +204,9 @@ class LocalPort(Protocol):
 
 class CheckedPort(Protocol):
     """What the check of an upload found out. `base_id` is the one that the adapter names, if it names one."""
+
+    @property
+    def version(self) -> str: ...
 
     @property
     def rank(self) -> int: ...

@@ -25,6 +25,7 @@ FILES = {
 }
 ARCHIVE = "archive"
 _ARCHIVE_FILE = "archive:upload"  # no member of an archive can have this name
+_BLOCK = 256 * 2**10  # of a body at a time: each costs a worker thread a turn
 _SMALL_PART = 4 * 2**20
 _OVERHEAD = 3 * _SMALL_PART + 2**20  # of a body beside its weights: the small parts, boundaries and headers
 _MAX_HEADERS = 8
@@ -48,6 +49,7 @@ async def receive_upload(request: Request, directory: Path, limits: Limits) -> N
             limit=limits.upload_bytes + _OVERHEAD,
             too_large=too_large,
             stall_seconds=limits.stall_seconds,
+            size=_BLOCK,
         ):
             await offload(writer.feed, block)
         parts = writer.finish()
