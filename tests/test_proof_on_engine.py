@@ -84,6 +84,7 @@ class Rig:
             numerics_id=numerics,
             vocabulary=320,
             context=256,
+            timeout=60.0,
         )
 
     def check(self, directory: Path) -> Checked:

@@ -28,6 +28,7 @@ from loramux_server.settings import add_flags, fields_of
 from loramux_server.startup import ASGIApp, Door, Stages, in_daemon_thread, take_port, url_of
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_SWITCH_SECONDS = 0.0005  # of the interpreter lock: the engine wants it some times a step, for microseconds each
 FLUSH_SECONDS = 5  # for the last bytes of replies, once the engine has drained
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections, so that they close first
 MAX_HEADER_BYTES = 64 * 1024
@@ -90,6 +91,7 @@ def serve(config: ServeConfig) -> int:
     """
     configure_logging(config.log_level)
     bound_spinning()
+    sys.setswitchinterval(_SWITCH_SECONDS)
     with take_port(config.host, config.port) as listener:
         return asyncio.run(_serve(config, listener))
 

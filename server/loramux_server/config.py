@@ -76,6 +76,18 @@ class ServeConfig:
     )
     max_lora_rank: int = setting(256, "largest rank an adapter may have", group="adapters", between=(1, 4096))
     max_upload_mib: int = setting(1024, "largest upload, in MiB", group="adapters", between=(1, 1 << 20))
+    proof_tokens: int = setting(
+        10,
+        "most tokens of a step for trying out uploads beside the requests; fewer keep replies smoother, uploads slower",
+        group="adapters",
+        between=(1, 1024),
+    )
+    proof_timeout: float = setting(
+        60.0,
+        "longest an upload may be tried out, in seconds; then it is refused for now",
+        group="adapters",
+        between=(1, 86400),
+    )
     adapter_memory_mib: int | None = setting(
         None,
         "of --device-memory-mib, what adapters get, in MiB; the KV cache gets the rest",

@@ -56,7 +56,7 @@ class Prover:
         numerics_id: str,
         vocabulary: int,
         context: int,
-        timeout: float = 60.0,
+        timeout: float,
     ) -> None:
         """
         Args:
@@ -163,12 +163,14 @@ class Prover:
                 outputs = await self._ask(list(witness.ids), params, (use,), replay)
             return [_scored(output) for output in outputs]
 
+        first, *others = fingerprint.prompts
+        found = [await score(first)]  # the others find in the cache what they begin with as it does
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(score(witness)) for witness in fingerprint.prompts]
+                tasks = [group.create_task(score(witness)) for witness in others]
         except ExceptionGroup as several:
             raise several.exceptions[0] from several
-        found = [task.result() for task in tasks]
+        found += [task.result() for task in tasks]
         return judge(fingerprint.prompts, found, same_numerics=fingerprint.numerics_id == self._numerics_id)
 
     async def _ask(

@@ -132,6 +132,7 @@ def build(config: ServeConfig, stages: Stages) -> Server:
                 numerics_id=numerics_id(base, parts.attention_kernel, parts.lora_kernel),
                 vocabulary=vocabulary_of(base),
                 context=context,
+                timeout=config.proof_timeout,
             )
 
         lifecycle = Lifecycle.build(
@@ -225,6 +226,7 @@ class Device:
             SchedulerConfig(
                 max_num_seqs=config.max_num_seqs,
                 max_batch_tokens=config.max_batch_tokens,
+                max_background_tokens=config.proof_tokens,
                 max_prefetch_bytes=config.host_cache_mib * MIB - pin_bytes(config),
             ),
             KVBlocks(cache.num_blocks, BLOCK_SIZE, max_kept=kept_blocks(config, shape)),
