@@ -20,8 +20,10 @@ from typing import Any
 
 import loramux_adapters.store as store_module
 from loramux_adapters.errors import AdapterCorrupt
-from loramux_adapters.format import read_config
+from loramux_adapters.format import digest_of, read_config
 from loramux_adapters.store import AdapterStore
+from loramux_adapters.store_copy import AdapterCopy
+from loramux_adapters.store_rows import Upload
 
 FOLDER = Path(store_module.__file__).parent
 WATCHED = {str(path) for path in FOLDER.glob("store*.py")}
@@ -79,6 +81,16 @@ def repair(store: AdapterStore, upload: Path) -> None:
     publish(store, upload)
 
 
+def restore(store: AdapterStore, upload: Path) -> None:
+    """From a backup, in place of what the name has."""
+    digest = digest_of(read_config(upload), upload)
+    kept = Upload("tuned", digest, 4, "q_proj", 1, base_id=None, checked_base=None, created=1, fingerprint="none")
+    with store.stage() as staging:
+        files = staging.directory / digest
+        shutil.copytree(upload, files)
+        store.restore(AdapterCopy("tuned", [kept], {digest: files}, digest, False, 1, 1), replace=True)
+
+
 def upload_root(store: AdapterStore) -> Path:
     return store.directory("0" * 64).parent.parent
 
@@ -94,6 +106,7 @@ ACTIONS: dict[str, Callable[[AdapterStore, Path], None]] = {
     "gc-opening": lambda store, upload: None,
     "quarantine": set_aside,
     "repair": repair,
+    "restore": restore,
 }
 
 

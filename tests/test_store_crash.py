@@ -62,7 +62,7 @@ def prepare(action: str, root: Path) -> None:
 @pytest.mark.parametrize(
     ("action", "steps"),
     [("replace", "lines")]
-    + [(action, "calls") for action in ("publish", "rollback", "pin", "delete", "quarantine", "repair")]
+    + [(action, "calls") for action in ("publish", "rollback", "pin", "delete", "quarantine", "repair", "restore")]
     + [(action, "calls") for action in ("gc-last-lease", "gc-others", "gc-opening")],
 )
 def test_killed_before_any_step_it_reopens_in_the_old_or_the_new_state(

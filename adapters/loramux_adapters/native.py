@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger(__name__)
 
-def load_library(package_dir: Path, stem: str) -> ctypes.CDLL | None:
+
+def load_library(package_dir: Path, stem: str, needs: str) -> ctypes.CDLL | None:
     """The shared library `<stem>*.so` in `package_dir`, or None where none was built or it does not load here.
 
-    Load it after torch: both then share the OpenMP runtime that torch ships, and so its pool of threads.
+    `needs`: the newest of its functions; a library without it is older than this code, which is said and not loaded.
     """
     if os.name != "posix":
         return None
     for path in sorted(package_dir.glob(f"{stem}*.so")):
         try:
-            return ctypes.CDLL(str(path))
+            library = ctypes.CDLL(str(path))
         except OSError:
             continue  # built for another machine
+        if hasattr(library, needs):
+            return library
+        logger.warning("the compiled kernels of %s are older than its code: install it anew", package_dir.name)
     return None
 
 

@@ -200,7 +200,7 @@ def _check_rows(y: torch.Tensor, x: torch.Tensor, rows: LoraRows) -> None:
 
 def native_library() -> ctypes.CDLL | None:
     """The compiled kernels of this package, where they were built."""
-    return load_library(Path(__file__).parent, "_kernels")
+    return load_library(Path(__file__).parent, "_kernels", "loramux_run_pieces")
 
 
 def select_add_lora(device: torch.device, dtype: torch.dtype) -> tuple[AddLora, str]:

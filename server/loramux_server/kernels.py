@@ -16,7 +16,7 @@ def native_library() -> ctypes.CDLL | None:
 
     Their loops run on the threads of the adapters' kernels.
     """
-    library, adapters = load_library(Path(__file__).parent, "_kernels"), adapter_kernels()
+    library, adapters = load_library(Path(__file__).parent, "_kernels", "loramux_decoder_step"), adapter_kernels()
     if library is None or adapters is None:
         return None
     bind(library.loramux_use_pool, "p")(ctypes.cast(adapters.loramux_run_pieces, ctypes.c_void_p))
