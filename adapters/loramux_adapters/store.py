@@ -55,8 +55,7 @@ class AdapterStore:
         or notices it (`refresh`).
         `reserved_names`: not for adapters; one that has such a name from before is shadowed. `served_base_id`: uploads
         are recorded as checked against it, and versions checked against another are not leased. `keep_versions`: how
-        many each name keeps. `pin_bytes`: most that pinned adapters may have in all; None is no limit. `busy_timeout`:
-        seconds to wait for another process's write.
+        many each name keeps. `pin_bytes`: most that pinned adapters hold; None is no limit. `busy_timeout`: in seconds.
         """
         assert keep_versions >= 1
         self._reserved_names = frozenset(reserved_names)
@@ -118,8 +117,7 @@ class AdapterStore:
     ) -> Published:
         """Make the staged files the current version of `name`, durably and all at once.
 
-        `rank`, `base_id`, `target_modules`: what `verify.check_adapter` found; `proof`: how the fingerprint replayed;
-        `version`: the digest of the staged files, if the check has just computed it.
+        `rank`, `base_id`, `target_modules`, `version`: as `check_adapter` found; `proof`: how the fingerprint replayed.
         A version the name already points at is left as it is, unless its files were damaged: then they are replaced.
         Raises `InvalidAdapterName`, `AdapterRejected`, `StoreUnavailable`; then nothing changed.
         """
