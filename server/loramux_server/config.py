@@ -77,7 +77,7 @@ class ServeConfig:
     max_lora_rank: int = setting(256, "largest rank an adapter may have", group="adapters", between=(1, 4096))
     max_upload_mib: int = setting(1024, "largest upload, in MiB", group="adapters", between=(1, 1 << 20))
     proof_tokens: int = setting(
-        8,
+        6,
         "most tokens of a step for trying out uploads beside the requests; fewer keep replies smoother, uploads slower",
         group="adapters",
         between=(1, 1024),

@@ -31,7 +31,7 @@ class SchedulerConfig:
     max_wait_seconds: float = 2.0
     max_prefetch: int = 16
     max_prefetch_bytes: int = 1 << 30
-    max_background_tokens: int = 8
+    max_background_tokens: int = 6
     max_background_wait_seconds: float = 5.0
 
     def __post_init__(self) -> None:
