@@ -4,6 +4,12 @@
 
 #include <cstdint>
 
+namespace {
+
+constexpr int64_t kRankGroup = 8;  // every slot's rank is a multiple of this (slots.py)
+
+}  // namespace
+
 struct Arena {              // for all adapters
     const uint16_t* a;        // [arena, in] bf16
     const uint16_t* bt;       // [arena, out] bf16

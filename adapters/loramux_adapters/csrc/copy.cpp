@@ -10,8 +10,6 @@
 
 namespace {
 
-constexpr int64_t kRankGroup = 8;  // every slot's rank is a multiple of this (slots.py)
-
 enum Kind : int64_t { kFloat32, kFloat16, kBFloat16 };
 
 struct Pair {  // as it lies in the file: A [rank, in], B [out, rank]

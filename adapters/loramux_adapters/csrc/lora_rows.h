@@ -11,8 +11,6 @@
 
 namespace {
 
-constexpr int64_t kRankGroup = 8;  // every slot's rank is a multiple of this (slots.py)
-
 // One entry of a row: the first one begins the sum in `delta` [out], the last one adds it to y. Portable twin of the
 // vector path; the compiler vectorizes the inner loops for the machine at hand.
 #if defined(__x86_64__)

@@ -10,10 +10,11 @@
 #include <vector>
 
 #include "bf16.h"
+#include "kernels.h"
 
 namespace {
 
-constexpr int64_t kTile = 16;  // tokens per cache tile = block size
+constexpr int64_t kTile = kCacheTile;
 
 // Rows of one sequence that follow one another, with the heads of one kv head.
 struct Queries {

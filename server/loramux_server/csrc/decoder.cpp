@@ -19,7 +19,6 @@ using AddLora = void (*)(uint16_t* y, const uint16_t* x, const void* arena, cons
                          int32_t threads);
 using LoraSpans = int64_t (*)(const void* arena, const void* rows, Span* spans, int64_t room);
 
-constexpr int64_t kTile = 16;   // tokens in a block of the cache
 constexpr int64_t kRoom = 1024;  // spans that are asked for during one product
 
 struct Linear {
@@ -90,12 +89,12 @@ struct Run {
 
     // Keys and values of a layer, of every third sequence of the step: the places of their blocks.
     int64_t cache_spans(Span* spans, int64_t room, int64_t layer, int64_t part) const {
-        const int64_t size = model.kv_heads * kTile * model.head_dim * 2;
+        const int64_t size = model.kv_heads * kCacheTile * model.head_dim * 2;
         int64_t count = 0;
         for (int64_t t = 0; t < step.rows; ++t) {
             const int32_t sequence = step.sequence[t];
             if (sequence % 3 != part || (t + 1 < step.rows && step.sequence[t + 1] == sequence)) continue;
-            for (int64_t block = 0; block <= step.position[t] / kTile && count + 2 <= room; ++block) {
+            for (int64_t block = 0; block <= step.position[t] / kCacheTile && count + 2 <= room; ++block) {
                 const int64_t at = step.tables[sequence * step.table_width + block] * size;
                 spans[count++] = {reinterpret_cast<const char*>(step.k_cache[layer]) + at, size};
                 spans[count++] = {reinterpret_cast<const char*>(step.v_cache[layer]) + at, size};

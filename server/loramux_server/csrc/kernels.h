@@ -6,6 +6,12 @@
 
 #include "span.h"
 
+namespace {
+
+constexpr int64_t kCacheTile = 16;  // tokens in a block of the KV cache (kv_cache.py)
+
+}  // namespace
+
 extern "C" {
 
 void loramux_nf4_linear(uint16_t* y, const uint16_t* x, const uint8_t* codes, const float* scales,

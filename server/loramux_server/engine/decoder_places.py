@@ -70,7 +70,7 @@ def parts_of(model: Any) -> tuple[Any, nn.Module]:
     head = model.get_output_embeddings()
     if body is None or _names(body) != _BODY or {id(child) for child in model.children()} != {id(body), id(head)}:
         raise NotOfThisShape("it has other parts than embedding, layers, norm and head")
-    if kernel_of(unwrapped(head)[1]) != "head":
+    if kernel_of(base_layer_of(head)) != "head":
         raise NotOfThisShape("its head has no compiled kernel")
     return body, head
 
@@ -100,7 +100,7 @@ def layer_of(layer: Any, params: AttentionParams) -> LayerPlaces:
 
 
 def _linear_of(module: nn.Module) -> LinearPlaces:
-    _, linear = unwrapped(module)
+    linear = base_layer_of(module)
     if not isinstance(linear, NF4Linear):
         raise NotOfThisShape("a projection has no compiled kernel")
     codes, scales, levels = linear.places
@@ -116,13 +116,13 @@ def norm_of(module: Any) -> NormPlaces:
     return NormPlaces(dense(module.weight), getattr(module, "variance_epsilon", getattr(module, "eps", None)))
 
 
-def unwrapped(module: nn.Module) -> tuple[LoRALinear | None, Any]:
-    return (module, module.base_layer) if isinstance(module, LoRALinear) else (None, module)
+def base_layer_of(module: nn.Module) -> Any:
+    """The base's own layer, whether or not there is room for adapters beside it."""
+    return module.base_layer if isinstance(module, LoRALinear) else module
 
 
 def arena_of(module: nn.Module) -> int | None:
-    layer, _ = unwrapped(module)
-    return layer.arena.native if layer is not None else None
+    return module.arena.native if isinstance(module, LoRALinear) else None
 
 
 def dense(weight: torch.Tensor) -> int:

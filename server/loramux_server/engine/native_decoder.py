@@ -23,12 +23,12 @@ from loramux_server.engine.decoder_places import (
     NotOfThisShape,
     StepPlaces,
     arena_of,
+    base_layer_of,
     dense,
     layer_of,
     norm_of,
     parts_of,
     places_of,
-    unwrapped,
 )
 from loramux_server.engine.kv_cache import BLOCK_SIZE, KVCache, KVShape
 from loramux_server.kernels import native_library
@@ -52,7 +52,7 @@ class NativeDecoder:
         if library is None:
             raise NotOfThisShape("there are no compiled kernels")
         body, head = parts_of(model)
-        _, linear = unwrapped(head)
+        linear = base_layer_of(head)
         self._step = library.loramux_decoder_step
         self._step.argtypes, self._step.restype = [POINTER, POINTER], None
         scratch = library.loramux_decoder_scratch
