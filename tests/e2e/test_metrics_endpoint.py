@@ -156,12 +156,12 @@ def test_a_client_that_leaves_frees_its_sequence(server: RealServer) -> None:
         assert grown(before, after, "loramux_requests_total", adapter=ADAPTERS[1], outcome="abort") == 1
         assert grown(before, after, "loramux_sequences_cancelled_total") == 1
         eventually(lambda: server.adapters()[ADAPTERS[1]]["requests"], 0)
-        assert grown(before, after, "loramux_generated_tokens_total") < 300
+        assert grown(before, after, "loramux_generated_tokens_total") < body["max_tokens"] * 2 / 3
 
 
 def _gives_up(client: httpx.Client, body: dict[str, Any]) -> None:
     try:
-        client.post("/v1/completions", json=body, timeout=3)
+        client.post("/v1/completions", json=body, timeout=1.5)
     except httpx.ReadTimeout:
         return
     raise AssertionError("the reply came sooner than expected")
