@@ -110,7 +110,8 @@ def test_a_head_gives_fp32_sums_rounded_once(width: int, columns: int) -> None:
     model = Headed(width, columns)
     model.head.weight.data = torch.randn(columns, width) / width**0.5
     assert compiled(model) == "1 head"
-    for rows in (1, 2, 3, 4, 33):
+    assert model.head(torch.empty(0, width).bfloat16()).shape == (0, columns)
+    for rows in (1, 2, 3, 4, 8, 9, 33):
         x = torch.randn(rows, width).bfloat16()
         expected = x.double() @ model.head.weight.double().T
         torch.testing.assert_close(model.head(x).double(), expected, rtol=2**-8, atol=1e-2 * float(expected.std()))

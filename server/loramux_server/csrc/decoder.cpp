@@ -73,18 +73,32 @@ struct Run {
     const Step& step;
     const int32_t threads = static_cast<int32_t>(step.threads);
 
-    // While the product keeps the cores busy, memory brings what is read next: the weights of the adapters, and a part of
-    // the keys and values of layer `cached`.
-    void linear(uint16_t* y, const uint16_t* x, const Linear& layer, int64_t rows, const void* lora, int64_t cached = -1,
-                int64_t part = 0) const {
+    // While the product keeps the cores busy, memory brings what is read next: the weights of the adapters, those of the
+    // product that follows, and a part of the keys and values of layer `cached`.
+    void linear(uint16_t* y, const uint16_t* x, const Linear& layer, int64_t rows, const void* lora, const Linear* next,
+                int64_t cached = -1, int64_t part = 0) const {
         Span spans[kRoom];
         int64_t count = lora && layer.arena ? model.lora_spans(layer.arena, lora, spans, kRoom) : 0;
+        if (next) {
+            count += spans_of(spans + count, kRoom - count, next->codes, next->in * next->out / 2);
+            count += spans_of(spans + count, kRoom - count, next->scales, next->in / 64 * next->out * 4);
+        }
         if (cached >= 0 && cached < model.num_layers) count += cache_spans(spans + count, kRoom - count, cached, part);
         loramux_nf4_linear(y, x, layer.codes, layer.scales, layer.levels, rows, layer.in, layer.out, spans, count,
                            threads);
         if (layer.bias)
             for (int64_t t = 0; t < rows; ++t) loramux_add(y + t * layer.out, layer.bias, layer.out, 1);
         add_lora(y, x, layer.arena, lora);
+    }
+
+    // Memory in spans, small enough that all threads get their share; of much memory the beginning.
+    static int64_t spans_of(Span* spans, int64_t room, const void* at, int64_t bytes) {
+        constexpr int64_t kSpan = 4096, kMost = 1 << 20;
+        if (bytes > kMost) bytes = kMost;
+        int64_t count = 0;
+        for (int64_t i = 0; i < bytes && count < room; i += kSpan)
+            spans[count++] = {static_cast<const char*>(at) + i, bytes - i < kSpan ? bytes - i : kSpan};
+        return count;
     }
 
     // Keys and values of a layer, of every third sequence of the step: the places of their blocks.
@@ -119,9 +133,9 @@ struct Run {
     void attention(uint16_t* out, uint16_t* q, uint16_t* k, uint16_t* v, const uint16_t* n, int64_t index) const {
         const Layer& layer = model.layers[index];
         const int64_t rows = step.rows, heads = model.heads, kv_heads = model.kv_heads, dim = model.head_dim;
-        linear(q, n, layer.q, rows, step.lora);
-        linear(k, n, layer.k, rows, step.lora);
-        linear(v, n, layer.v, rows, step.lora);
+        linear(q, n, layer.q, rows, step.lora, &layer.k);
+        linear(k, n, layer.k, rows, step.lora, &layer.v);
+        linear(v, n, layer.v, rows, step.lora, &layer.o);
         if (layer.q_norm.weight) norm(q, q, layer.q_norm, rows * heads, dim);
         if (layer.k_norm.weight) norm(k, k, layer.k_norm, rows * kv_heads, dim);
         loramux_rotate(q, step.cos, step.sin, step.position, rows, heads, dim, threads);
@@ -155,14 +169,14 @@ struct Run {
                 lora = step.head_lora;
                 if (going == 0) return;
             }
-            linear(part, attended, layer.o, going, lora);
+            linear(part, attended, layer.o, going, lora, &layer.gate);
             loramux_add(x, part, going * hidden, threads);
             norm(n, x, layer.before_mlp, going, hidden);
             uint16_t *gate = q, *up = gate + going * layer.gate.out;
-            linear(gate, n, layer.gate, going, lora, index + 1, 0);
-            linear(up, n, layer.up, going, lora, index + 1, 1);
+            linear(gate, n, layer.gate, going, lora, &layer.up, index + 1, 0);
+            linear(up, n, layer.up, going, lora, &layer.down, index + 1, 1);
             loramux_silu_mul(gate, gate, up, going, layer.gate.out, threads);
-            linear(part, gate, layer.down, going, lora, index + 1, 2);
+            linear(part, gate, layer.down, going, lora, index + 1 < model.num_layers ? &model.layers[index + 1].q : nullptr, index + 1, 2);
             loramux_add(x, part, going * hidden, threads);
         }
         norm(n, x, model.norm, going, hidden);

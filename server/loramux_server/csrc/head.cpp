@@ -1,93 +1,99 @@
-// The output head on the CPU: a dense bf16 product with many columns and few rows. Plain C ABI, loaded by base/compiled_ops.py.
+// The output head on the CPU: a dense bf16 product with many columns and few rows. Plain C ABI, loaded by
+// base/compiled_ops.py.
 //
 //   y[t, o] = bf16(sum_i x[t, i] * w[o, i])        bf16 products, fp32 sums
-// Every (row, column) is summed alone and in a fixed order, so its bits do not depend on the rows around it.
+//
+// A piece turns the weights of 32 columns on their side, so that one pair of x serves 16 columns, and uses them for all
+// rows. Every (row, column) is summed alone, pair of inputs by pair, so its bits do not depend on the rows around it.
 
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "bf16.h"
 #include "kernels.h"
+#include "row_groups.h"
 #include "threads.h"
 
 namespace {
 
-constexpr int kColumns = 8;  // computed together, and read ahead
-constexpr int kRows = 3;
-constexpr int64_t kTile = 64;      // columns that are written at a time
-constexpr int64_t kTileRows = 48;  // of so many rows
+constexpr int64_t kColumns = 16;  // of a vector
+constexpr int kVectors = 2;       // whose columns are computed together
+constexpr int kRows = 8;          // that share a load of weights, at most
+constexpr int64_t kRun = 16;      // pairs of inputs between two looks ahead
+constexpr int64_t kLine = 64;
 
 #if defined(__x86_64__)
 
-// The sum over the lanes of each of eight vectors.
-LORAMUX_BF16 inline __m256 lane_sums(const __m512* sum) {
-    __m256 half[kColumns];
-    for (int o = 0; o < kColumns; ++o)
-        half[o] = _mm256_add_ps(_mm512_castps512_ps256(sum[o]), _mm512_extractf32x8_ps(sum[o], 1));
-    const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
-    const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(half[4], half[5]), _mm256_hadd_ps(half[6], half[7]));
-    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+inline int32_t pair_of(const uint16_t* from, int64_t left) {  // a last number without another goes with zero
+    int32_t pair = 0;
+    std::memcpy(&pair, from, left > 1 ? 4 : 2);
+    return pair;
 }
 
-// R rows of x by `count` columns, up to kColumns; `ahead`: where the weights lie that are read next.
+// packed [in / 2, 16 columns] of pairs = the weights of `count` columns, w [count, in]; the columns beyond repeat the
+// last. `ahead`: the weights of the next tile are asked for.
+LORAMUX_BF16 void turn(int32_t* packed, const uint16_t* w, int64_t in, int64_t count, bool ahead) {
+    const uint16_t* column[kColumns];
+    for (int64_t o = 0; o < kColumns; ++o) column[o] = w + (o < count ? o : count - 1) * in;
+    int64_t i = 0;
+    for (; i + 8 <= in; i += 8, packed += 4 * kColumns) {
+        if (ahead && i % 32 == 0)
+            for (int64_t o = 0; o < kColumns; ++o)
+                _mm_prefetch(reinterpret_cast<const char*>(column[o] + kVectors * kColumns * in + i), _MM_HINT_T1);
+        __m512i four[4];  // pairs of columns c, c + 4, c + 8, c + 12
+        for (int c = 0; c < 4; ++c) {
+            const auto at = [&](int o) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(column[o] + i)); };
+            four[c] = _mm512_castsi128_si512(at(c));
+            four[c] = _mm512_mask_broadcast_i32x4(four[c], 0x00f0, at(c + 4));
+            four[c] = _mm512_mask_broadcast_i32x4(four[c], 0x0f00, at(c + 8));
+            four[c] = _mm512_mask_broadcast_i32x4(four[c], 0xf000, at(c + 12));
+        }
+        const __m512i low01 = _mm512_unpacklo_epi32(four[0], four[1]), high01 = _mm512_unpackhi_epi32(four[0], four[1]);
+        const __m512i low23 = _mm512_unpacklo_epi32(four[2], four[3]), high23 = _mm512_unpackhi_epi32(four[2], four[3]);
+        _mm512_storeu_si512(packed, _mm512_unpacklo_epi64(low01, low23));
+        _mm512_storeu_si512(packed + kColumns, _mm512_unpackhi_epi64(low01, low23));
+        _mm512_storeu_si512(packed + 2 * kColumns, _mm512_unpacklo_epi64(high01, high23));
+        _mm512_storeu_si512(packed + 3 * kColumns, _mm512_unpackhi_epi64(high01, high23));
+    }
+    for (; i < in; i += 2)
+        for (int64_t o = 0; o < kColumns; ++o) *packed++ = pair_of(column[o] + i, in - i);
+}
+
+// sum += one pair of inputs, or one number, of R rows of x by two vectors of weights.
 template <int R>
-LORAMUX_BF16 void block(uint16_t* y, const uint16_t* x, const uint16_t* w, const uint16_t* ahead, int64_t in,
-                        int64_t out, int64_t count) {
-    __m512 sum[R][kColumns];
+LORAMUX_BF16 inline void add(__m512 (&sum)[R][kVectors], const uint16_t* x, int64_t numbers, const int32_t* packed,
+                             int64_t in) {
+    __m512bh w[kVectors];
+    for (int k = 0; k < kVectors; ++k)
+        w[k] = (__m512bh)_mm512_loadu_si512(packed + k * ((in + 1) / 2) * kColumns);
+    for (int t = 0; t < R; ++t) {
+        const auto a = (__m512bh)_mm512_set1_epi32(pair_of(x + t * in, numbers));
+        for (int k = 0; k < kVectors; ++k) sum[t][k] = _mm512_dpbf16_ps(sum[t][k], a, w[k]);
+    }
+}
+
+// R rows by two vectors of columns, of which `count` are stored; for every kRun pairs `lines` lines of memory from
+// `ahead` on are asked for.
+template <int R>
+LORAMUX_BF16 void block(uint16_t* y, const uint16_t* x, const int32_t* packed, int64_t in, int64_t out, int64_t count,
+                        const char* ahead, int64_t lines) {
+    const int64_t pairs = (in + 1) / 2;
+    __m512 sum[R][kVectors];
     for (auto& row : sum)
         for (auto& s : row) s = _mm512_setzero_ps();
-    const uint16_t* column[kColumns];
-    for (int o = 0; o < kColumns; ++o) column[o] = w + (o < count ? o : count - 1) * in;
-    int64_t i = 0;
-    for (; i + 32 <= in; i += 32) {
-        __m512bh xv[R];
-        for (int t = 0; t < R; ++t) xv[t] = (__m512bh)_mm512_loadu_si512(x + t * in + i);
-        for (int o = 0; o < kColumns; ++o) {
-            if (ahead) _mm_prefetch(reinterpret_cast<const char*>(ahead + o * in + i), _MM_HINT_T0);
-            const auto wv = (__m512bh)_mm512_loadu_si512(column[o] + i);
-            for (int t = 0; t < R; ++t) sum[t][o] = _mm512_dpbf16_ps(sum[t][o], xv[t], wv);
-        }
+    int64_t p = 0;
+    for (; p + kRun <= in / 2; p += kRun) {
+        for (int64_t line = 0; line < lines; ++line, ahead += kLine) _mm_prefetch(ahead, _MM_HINT_T1);
+        for (int64_t i = 0; i < kRun; ++i) add<R>(sum, x + 2 * (p + i), 2, packed + (p + i) * kColumns, in);
     }
-    if (i < in) {
-        const __mmask32 mask = (1u << (in - i)) - 1u;
-        for (int o = 0; o < kColumns; ++o) {
-            const auto wv = (__m512bh)_mm512_maskz_loadu_epi16(mask, column[o] + i);
-            for (int t = 0; t < R; ++t)
-                sum[t][o] = _mm512_dpbf16_ps(sum[t][o], (__m512bh)_mm512_maskz_loadu_epi16(mask, x + t * in + i), wv);
-        }
-    }
-    const auto stored = static_cast<__mmask8>((1u << count) - 1u);
-    for (int t = 0; t < R; ++t)
-        _mm_mask_storeu_epi16(y + t * out, stored, (__m128i)_mm256_cvtneps_pbh(lane_sums(sum[t])));
-}
-
-// Columns [start, stop) of some rows, by way of a tile: rows of y lie whole pages apart and would push each other out of
-// the cache if a few of their columns were written at a time.
-LORAMUX_BF16 void columns(uint16_t* y, const uint16_t* x, const uint16_t* w, int64_t rows, int64_t in, int64_t out,
-                          int64_t start, int64_t stop) {
-    uint16_t tile[kTileRows * kTile];
-    for (int64_t first = start; first < stop; first += kTile) {
-        const int64_t last = first + kTile < stop ? first + kTile : stop;
-        for (int64_t o = first; o < last; o += kColumns) {
-            const int64_t count = last - o < kColumns ? last - o : kColumns;
-            const uint16_t* next = o + 2 * kColumns <= stop ? w + (o + kColumns) * in : nullptr;
-            for (int64_t t = 0; t < rows;) {
-                const uint16_t *ahead = t == 0 ? next : nullptr, *from = x + t * in, *weights = w + o * in;
-                uint16_t* to = tile + t * kTile + (o - first);
-                if (rows - t >= kRows) {
-                    block<kRows>(to, from, weights, ahead, in, kTile, count);
-                    t += kRows;
-                } else if (rows - t == 2) {
-                    block<2>(to, from, weights, ahead, in, kTile, count);
-                    t += 2;
-                } else {
-                    block<1>(to, from, weights, ahead, in, kTile, count);
-                    t += 1;
-                }
-            }
-        }
-        for (int64_t t = 0; t < rows; ++t)
-            std::memcpy(y + t * out + first, tile + t * kTile, (last - first) * sizeof(uint16_t));
+    for (; p < in / 2; ++p) add<R>(sum, x + 2 * p, 2, packed + p * kColumns, in);
+    if (p < pairs) add<R>(sum, x + 2 * p, 1, packed + p * kColumns, in);
+    for (int k = 0; k < kVectors; ++k) {
+        const int64_t left = count - k * kColumns;
+        const auto stored = static_cast<__mmask16>(left >= kColumns ? 0xffff : left <= 0 ? 0 : (1 << left) - 1);
+        for (int t = 0; t < R; ++t)
+            _mm256_mask_storeu_epi16(y + t * out + k * kColumns, stored, (__m256i)_mm512_cvtneps_pbh(sum[t][k]));
     }
 }
 
@@ -101,12 +107,29 @@ extern "C" {
 void loramux_head(uint16_t* y, const uint16_t* x, const uint16_t* w, int64_t rows, int64_t in, int64_t out,
                   int32_t threads) {
 #if defined(__x86_64__)
-    const int64_t tiles = (out + kTile - 1) / kTile, pieces = pieces_of(tiles, rows * in * out, threads);
+    if (rows == 0) return;
+    constexpr int64_t kWide = kVectors * kColumns;
+    const int64_t tiles = (out + kWide - 1) / kWide, pieces = pieces_of(tiles, rows * in * out, threads);
     in_pieces(pieces, threads, [&](int64_t piece) {
+        static thread_local std::vector<int32_t> packed;
+        const int64_t half = (in + 1) / 2 * kColumns;
+        packed.resize(kVectors * half);
         const Share share = share_of(tiles, piece, pieces);
-        const int64_t start = share.begin * kTile, stop = share.end * kTile < out ? share.end * kTile : out;
-        for (int64_t t = 0; t < rows; t += kTileRows)
-            columns(y + t * out, x + t * in, w, rows - t < kTileRows ? rows - t : kTileRows, in, out, start, stop);
+        const int64_t groups = (rows + kRows - 1) / kRows, lines = (kWide + groups - 1) / groups;
+        for (int64_t o = share.begin * kWide; o < share.end * kWide && o < out; o += kWide) {
+            // The next tile is asked for while this one computes, or while it is turned, if it is hardly computed with.
+            const uint16_t *here = w + o * in, *next = here + kWide * in;
+            const int64_t count = out - o < kWide ? out - o : kWide, second = count > kColumns ? kColumns : 0;
+            const bool more = o + 2 * kWide <= out, few = rows < 4;
+            turn(packed.data(), here, in, count, more && few);
+            turn(packed.data() + half, here + second * in, in, count - second, more && few);
+            for_row_groups<kRows>(rows, [&](auto size, int64_t first, int64_t left) {
+                const int64_t before = (groups - left) * lines;
+                const bool asks = more && !few && before < kWide;
+                block<size.value>(y + first * out + o, x + first * in, packed.data(), in, out, count,
+                                  reinterpret_cast<const char*>(next + before * in), asks ? lines : 0);
+            });
+        }
     });
 #endif
 }

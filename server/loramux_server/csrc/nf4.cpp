@@ -7,10 +7,10 @@
 // Every (row, output) is summed alone and in a fixed order, so its bits do not depend on the rows around it.
 
 #include <cstdint>
-#include <type_traits>
 
 #include "bf16.h"
 #include "kernels.h"
+#include "row_groups.h"
 #include "threads.h"
 
 namespace {
@@ -106,27 +106,10 @@ LORAMUX_BF16 void outputs(uint16_t* y, const uint16_t* x, const uint8_t* codes, 
                           const uint16_t* levels, int64_t rows, int64_t in, int64_t out, int64_t start, int64_t stop,
                           Ahead& ahead) {
     const __m512i table = _mm512_loadu_si512(levels);
-    const int64_t groups = (rows + kRows - 1) / kRows;
-    for (int64_t o = start; o < stop; o += kTiles * kOutputs) {
-        const uint8_t* own = codes + o * in / 2;
-        for (int64_t t = 0, group = groups; group > 0; --group) {  // groups of nearly equal size: none is left with few
-            const int64_t count = (rows - t) / group;
-            const auto run = [&](auto part) {
-                tiles<part.value>(y + t * out + o, x + t * in, own, scales + o, table, in, out, ahead);
-            };
-            switch (count) {
-                case 1: run(std::integral_constant<int, 1>{}); break;
-                case 2: run(std::integral_constant<int, 2>{}); break;
-                case 3: run(std::integral_constant<int, 3>{}); break;
-                case 4: run(std::integral_constant<int, 4>{}); break;
-                case 5: run(std::integral_constant<int, 5>{}); break;
-                case 6: run(std::integral_constant<int, 6>{}); break;
-                case 7: run(std::integral_constant<int, 7>{}); break;
-                default: run(std::integral_constant<int, kRows>{});
-            }
-            t += count;
-        }
-    }
+    for (int64_t o = start; o < stop; o += kTiles * kOutputs)
+        for_row_groups<kRows>(rows, [&](auto size, int64_t first, int64_t) {
+            tiles<size.value>(y + first * out + o, x + first * in, codes + o * in / 2, scales + o, table, in, out, ahead);
+        });
 }
 
 #endif
@@ -136,7 +119,8 @@ LORAMUX_BF16 void outputs(uint16_t* y, const uint16_t* x, const uint8_t* codes, 
 extern "C" {
 
 // y [rows, out], x [rows, in] bf16; codes [out / 16, in / 4, 32]; scales [in / 64, out] fp32; levels [32] bf16: the 16
-// values of a code, twice; ahead [spans]: memory to ask for meanwhile. `out` is a multiple of 32, `in` of 64. Only where loramux_attention_has_avx512bf16() is 1.
+// values of a code, twice; ahead [spans]: memory to ask for meanwhile. `out` is a multiple of 32, `in` of 64. Only where
+// loramux_attention_has_avx512bf16() is 1.
 void loramux_nf4_linear(uint16_t* y, const uint16_t* x, const uint8_t* codes, const float* scales,
                         const uint16_t* levels, int64_t rows, int64_t in, int64_t out, const Span* ahead,
                         int64_t spans, int32_t threads) {
