@@ -18,6 +18,7 @@ from loramux_adapters.base_info import BaseInfo
 from loramux_server.base.compiled_ops import compiled_ops, use_compiled_ops
 from loramux_server.base.identity import cached_base_id
 from loramux_server.base.nf4_linear import NF4Linear, pack
+from loramux_server.base.quantized import quantization_constants, quantized_once
 from loramux_server.base.source import BaseSource, Report, resolve_base
 from loramux_server.base.support import unsupported_config, unsupported_modules
 from loramux_server.errors import BaseModelError
@@ -89,7 +90,7 @@ def load_base_model(
     quantize: str = "nf4",
     training: bool = False,
 ) -> BaseModel:
-    """The base in NF4 with double quantization and bf16 compute, ready to run.
+    """The base in NF4 with double quantization and bf16 compute, ready to run. Quantized once, then kept in the cache.
 
     Args:
         spec: embedded name, checkpoint directory, .gguf file or hub id.
@@ -110,9 +111,11 @@ def load_base_model(
     _refuse(source.name, unsupported_modules(_skeleton(config)))
     recipe = quantization_recipe(config, quantize)
     base_id = _timed(stages, "base id", lambda: cached_base_id(source.directory, recipe, cache_dir))
-    report("loading the base in 16 bit" if quantize == "none" else "loading and quantizing the base to NF4")
-    model = _timed(stages, "load", lambda: _load(source.directory, device, quantize))
-    if quantize == "nf4":
+    if quantize == "none":
+        report("loading the base in 16 bit")
+        model = _timed(stages, "load", lambda: _load(source.directory, device))
+    else:
+        model = _timed(stages, "load", lambda: _load_nf4(source.directory, device, base_id, cache_dir, report))
         _check_quantized(model, source.name)
     _choose_kernels(model, training=training)
     if not training:
@@ -154,7 +157,7 @@ def _skeleton(config: Any) -> nn.Module:
     return model
 
 
-def _load(directory: Path, device: torch.device, quantize: str) -> Any:
+def _load_nf4(directory: Path, device: torch.device, base_id: str, cache_dir: Path, report: Report) -> Any:
     untyped: Any = BitsAndBytesConfig
     nf4 = untyped(
         load_in_4bit=True,
@@ -162,15 +165,26 @@ def _load(directory: Path, device: torch.device, quantize: str) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+    return quantized_once(
+        cache_dir,
+        base_id,
+        device,
+        report,
+        read=lambda kept: _load(kept, device),
+        quantize=lambda: _load(directory, device, quantization_config=nf4),
+    )
+
+
+def _load(directory: Path, device: torch.device, **options: Any) -> Any:
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             directory,
-            quantization_config=nf4 if quantize == "nf4" else None,
             dtype=torch.bfloat16,
             device_map={"": str(device)},
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
+            **options,
         )
     except torch.OutOfMemoryError as error:
         raise BaseModelError(f"the base does not fit into the memory of {device}; use a smaller base") from error
@@ -182,8 +196,11 @@ def _load(directory: Path, device: torch.device, quantize: str) -> Any:
 def _settle(model: Any) -> Any:
     """Copies what still points into the mapped checkpoint, so that the file can be unmapped."""
     for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.device.type == "cpu" and tensor.is_floating_point():
+        if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
+    for holder, name, constant in quantization_constants(model):
+        if constant.device.type == "cpu":
+            setattr(holder, name, constant.clone())
     return model
 
 
@@ -232,19 +249,15 @@ def resident_bytes(model: nn.Module) -> int:
     """Exact bytes of all weights, quantization constants and buffers as they lie in memory; shared ones count once."""
     tensors: dict[int, int] = {}
 
-    def add(tensor: object) -> None:
-        if isinstance(tensor, torch.Tensor) and tensor.numel():
+    def add(tensor: torch.Tensor) -> None:
+        if tensor.numel():
             storage = tensor.untyped_storage()
             tensors[storage.data_ptr()] = storage.nbytes()
 
     for parameter in [*model.parameters(), *model.buffers()]:
         add(parameter)
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            state = getattr(module.weight, "quant_state", None)
-            for part in (state, getattr(state, "state2", None)):
-                for name in ("absmax", "code", "offset"):
-                    add(getattr(part, name, None))
+    for _, _, constant in quantization_constants(model):
+        add(constant)
     return sum(tensors.values())
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from loramux_server.base.cache_directory import partial_directory
 from loramux_server.errors import BaseModelError
 
 Report = Callable[[str], None]
@@ -102,7 +99,7 @@ def _convert_gguf(gguf: Path, target: Path, report: Report) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     report(f"converting {gguf.name} to a 16-bit checkpoint (about half a minute, once)")
-    with _partial_directory(target) as partial:
+    with partial_directory(target) as partial:
         if target.exists():  # another process was faster
             return
         try:
@@ -120,40 +117,6 @@ def _convert_gguf(gguf: Path, target: Path, report: Report) -> None:
             partial.rename(target)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise BaseModelError(f"{gguf.name} could not be converted: {error}") from error
-
-
-@contextmanager
-def _partial_directory(target: Path) -> Iterator[Path]:
-    """A fresh directory beside `target`, removed at the end unless it was renamed.
-
-    One process at a time has one in a cache, so what an earlier one left behind was killed, and is removed.
-    """
-    cache, prefix = target.parent, f".{target.name}-"
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        lock = os.open(cache, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise _cache_failed(cache, error) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # goes with the process, however it ends
-        for left in [path for path in cache.iterdir() if path.name.startswith(prefix)]:
-            shutil.rmtree(left, ignore_errors=True)
-        try:
-            partial = Path(tempfile.mkdtemp(prefix=prefix, dir=cache))
-        except OSError as error:
-            raise _cache_failed(cache, error) from error
-        try:
-            yield partial
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    finally:
-        os.close(lock)
-
-
-def _cache_failed(cache: Path, error: OSError) -> BaseModelError:
-    return BaseModelError(
-        f"the cache directory {cache} cannot be used ({error.strerror}); name another with --cache-dir"
-    )
 
 
 def _fetch_from_hub(spec: str, report: Report) -> Path:
