@@ -7,7 +7,19 @@ import os
 import signal
 import sys
 
-from . import baselines, compare, make_adapters, pauses, registry, replacing, sweep, train_baseline
+from . import (
+    baselines,
+    compare,
+    cost,
+    independent,
+    make_adapters,
+    pauses,
+    registry,
+    replacing,
+    soak,
+    sweep,
+    train_baseline,
+)
 from .errors import LoadTestError
 from .peers import run as peers
 
@@ -19,7 +31,10 @@ COMMANDS = {
     "registry": (registry, "thousands of registered adapters, room for a few: throughput, waiting, memory, start"),
     "replace": (replacing, "one adapter replaced 1,000 times under load: every reply from a version that was current"),
     "pauses": (pauses, "pauses between tokens while adapters are replaced, beside the quiet server"),
+    "cost": (cost, "what adapters cost: base traffic beside them, few among many registered, few beside the base"),
+    "soak": (soak, "ten minutes while adapters come, change and go: memory, threads and descriptors stay"),
     "peers": (peers, "ours beside vLLM on the CPU and llama.cpp's server, in interleaved rounds"),
+    "independent": (independent, "ours and NVIDIA's aiperf as clients of one server: do they see the same"),
     "make-adapters": (make_adapters, "write random PEFT adapters of a checkpoint's shapes"),
 }
 

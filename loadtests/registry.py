@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,40 +21,16 @@ from pathlib import Path
 
 from .client import Outcome, Run, Target, run_clients
 from .make_adapters import make_adapters, read_shapes
-from .memory import resident_bytes
 from .process import Server, started_server
 from .report import Summary, summarize, summary_table, table, write_json
+from .watch import ProcessWatch
 from .workload import Workload, adapter_ranks
 
 RANKS = tuple(range(1, 9))
 TARGETS = ("q_proj", "v_proj")  # with half precision, rank 8 on these stays below a megabyte for the default base
-SAMPLE_SECONDS = 5.0
 STARTS = 3
 # Share of throughput; seconds for a first token; megabytes a minute; seconds between the starts.
 LEAST_SHARE, LONGEST_WAIT, STEEPEST, LATER = 0.60, 10.0, 1.0, 2.0
-
-
-class ResidentSize(threading.Thread):
-    """Notes the resident size of a process every few seconds until it is stopped: (seconds, bytes)."""
-
-    def __init__(self, pid: int) -> None:
-        super().__init__(name="resident-size", daemon=True)
-        self._pid, self._ended = pid, threading.Event()
-        self.samples: list[tuple[float, int]] = []
-
-    def run(self) -> None:
-        began = time.monotonic()
-        while not self._ended.wait(SAMPLE_SECONDS):
-            self.samples.append((time.monotonic() - began, resident_bytes(self._pid)["rss"]))
-
-    def stop(self) -> None:
-        self._ended.set()
-        self.join()
-
-    def slope(self, after: float) -> float:
-        """Megabytes a minute, by least squares over the samples from `after` seconds on; 0 for fewer than two."""
-        late = [(at / 60, size / 1e6) for at, size in self.samples if at >= after]
-        return statistics.linear_regression(*zip(*late, strict=True)).slope if len(late) > 1 else 0.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +80,7 @@ def main(args: argparse.Namespace) -> int:
             "figures": {name: value for name, value, _, _ in figures},
             "starts": starts,
             "tiers": tiers,
-            "resident": [[round(at), size] for at, size in watch.samples],
+            "resident": [[round(it.at), it.rss] for it in watch.samples],
             "runs": [{**asdict(it), "adapters": len(it.adapters)} for it in summaries],
         },
     )
@@ -131,10 +106,10 @@ def _start(args: argparse.Namespace, root: Path, which: str, *, preload: bool = 
 
 def _load(
     server: Server, names: Sequence[str], args: argparse.Namespace
-) -> tuple[list[tuple[str, Run]], ResidentSize, dict[str, float]]:
+) -> tuple[list[tuple[str, Run]], ProcessWatch, dict[str, float]]:
     """The few and all of them in turn; with what the server says of its tiers afterwards."""
     assert server.pid is not None
-    target, watch = Target(server.url, server.base_model()), ResidentSize(server.pid)
+    target, watch = Target(server.url, server.base_model()), ProcessWatch(server.pid)
     watch.start()
     runs: list[tuple[str, Run]] = []
     for part in range(args.parts):
@@ -167,7 +142,7 @@ def _figures(
     args: argparse.Namespace,
     runs: Sequence[tuple[str, Run]],
     summaries: Sequence[Summary],
-    watch: ResidentSize,
+    watch: ProcessWatch,
     starts: dict[str, list[float]],
 ) -> list[tuple[str, float, str, bool]]:
     """(what, measured, target, reached)."""
@@ -175,7 +150,7 @@ def _figures(
     share = statistics.median(b.tokens_per_second / a.tokens_per_second for a, b in zip(few, every, strict=True))
     errors = sum(sum(summary.errors.values()) for summary in summaries)
     wait = max((_wait(outcome) for _, run in runs[1::2] for outcome in run.outcomes), default=0.0)
-    slope = watch.slope(after=watch.samples[-1][0] / args.parts)
+    slope = watch.slope(after=watch.samples[-1].at / args.parts)
     later = statistics.median(starts["all"]) - statistics.median(starts["few"])
     return [
         ("errors", float(errors), "0", errors == 0),

@@ -9,9 +9,11 @@ from torch import nn
 
 from loramux_adapters.host_cache import HostAdapter
 from loramux_adapters.lora_linear import AdapterSlots, head_path
-from loramux_adapters.ops import AddLora, select_add_lora
+from loramux_adapters.ops import AddLora
+from loramux_adapters.paths import select_add_lora
 from loramux_adapters.slots import ScaledSlot, Slot
-from loramux_server.engine.attention import Attend, probe_kv_shape, select_attend
+from loramux_server.engine.attention import Attend, probe_kv_shape
+from loramux_server.engine.attention_paths import select_attend
 from loramux_server.engine.kv_cache import BLOCK_SIZE, KVCache
 from loramux_server.engine.model_runner import ModelRunner
 from loramux_server.engine.sequence import Batch, SamplingParams, ScheduledSequence, SlotLoad

@@ -14,10 +14,10 @@ from loramux_server.engine.attention import (
     NativeAttend,
     attend_reference,
     attention_forward,
-    native_library,
-    select_attend,
 )
+from loramux_server.engine.attention_paths import native_library, select_attend
 from loramux_server.engine.kv_cache import BLOCK_SIZE, KVCache, KVShape
+from loramux_server.engine.varlen import VarlenAttend, varlen_attend
 from loramux_server.errors import BaseModelError
 
 CPU = torch.device("cpu")
@@ -25,11 +25,52 @@ LENGTHS = [1, 5, 16, 17, 33, 100]
 BLOCKS = 24
 
 
+def slow_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+    seqused_k: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    num_splits: int,
+) -> torch.Tensor:
+    """What torch.nn.attention.varlen.varlen_attn says it computes, from its documentation, one row at a time."""
+    assert num_splits == 1 and window_size[1] == 0 and all(x.is_contiguous() for x in (q, k, v))
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and (q.shape[1] != k.shape[-2]) == enable_gqa
+    assert max_q == cu_seq_q.diff().max() and max_k == cu_seq_k.diff().max()
+    out = torch.empty_like(q)
+    for index, (start, stop) in enumerate(zip(cu_seq_q[:-1].tolist(), cu_seq_q[1:].tolist(), strict=True)):
+        if block_table is None:
+            assert seqused_k is None and cu_seq_k[-1] == len(k) == len(v)
+            keys, values = (x[cu_seq_k[index] : cu_seq_k[index + 1]] for x in (k, v))
+        else:
+            assert block_table.dtype == torch.int32 and seqused_k is not None and seqused_k.dtype == torch.int32
+            keys, values = (x[block_table[index].long()].flatten(0, 1)[: seqused_k[index]] for x in (k, v))
+        for t in range(start, stop):
+            last = len(keys) - (stop - t)  # the mask is aligned to the last key
+            first = 0 if window_size[0] < 0 else max(0, last - window_size[0])
+            seen, said = (
+                x[first : last + 1].repeat_interleave(q.shape[1] // x.shape[1], 1).float() for x in (keys, values)
+            )
+            weights = (torch.einsum("hd,shd->hs", q[t].float(), seen) * scale).softmax(-1)
+            out[t] = torch.einsum("hs,shd->hd", weights, said).to(q.dtype)
+    return out
+
+
 def paths() -> dict[str, tuple[Attend, bool]]:
     """Name -> (path, whether it reads the tiled cache)."""
     found: dict[str, tuple[Attend, bool]] = {
         "reference": (attend_reference, False),
         "reference on tiles": (attend_reference, True),
+        "varlen paged": (VarlenAttend(slow_varlen, paged=True), False),
+        "varlen gathered": (VarlenAttend(slow_varlen, paged=False), False),
     }
     if (library := native_library()) is not None:
         found["native"] = (NativeAttend(library), True)
@@ -37,7 +78,7 @@ def paths() -> dict[str, tuple[Attend, bool]]:
     return found
 
 
-PATHS = ["reference", "reference on tiles", "native", "native portable"]
+PATHS = ["reference", "reference on tiles", "varlen paged", "varlen gathered", "native", "native portable"]
 
 
 def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: AttentionParams) -> torch.Tensor:
@@ -146,6 +187,22 @@ def test_the_compiled_kernel_is_chosen_where_it_can_run() -> None:
     assert select_attend(CPU, KVShape(1, 3, 64))[2].startswith("native")
     assert select_attend(CPU, KVShape(1, 3, 24))[0] is attend_reference
     assert select_attend(CPU, KVShape(1, 3, 64, torch.float32))[0] is attend_reference
+
+
+def test_the_librarys_kernel_is_tried_before_it_is_used_and_asked_for_what_it_can() -> None:
+    def no_blocks(*args: Any, **options: Any) -> torch.Tensor:
+        if options["block_table"] is not None:
+            raise RuntimeError("blocks of 256 only")
+        return slow_varlen(*args, **options)
+
+    def wrong(q: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        return q
+
+    def chosen(kernel: Any) -> str | None:
+        path = varlen_attend(kernel, CPU, KVShape(4, 3, 64))
+        return path.name if path else None
+
+    assert [chosen(kernel) for kernel in (slow_varlen, no_blocks, wrong)] == ["varlen paged", "varlen gathered", None]
 
 
 def test_the_compiled_kernel_refuses_what_it_would_misread() -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from loadtests import replacing
+from loadtests import cost, replacing, soak
 from loadtests.client import Outcome, Run, Target
 from loadtests.errors import LoadTestError
 from loadtests.pauses import Condition, slower
 from loadtests.peers.run import Measured, show
 from loadtests.process import adapter_parts
 from loadtests.publishing import Publication, retouched
-from loadtests.registry import ResidentSize
+from loadtests.watch import ProcessWatch, Sample
 from loadtests.workload import Request, Workload
 
 from adapter_files import TINY_LINEARS, write_adapter
@@ -84,9 +86,25 @@ def test_failed_replies_are_counted_and_open_ones_are_not_judged() -> None:
 
 
 def test_growth_is_told_in_megabytes_a_minute_after_the_warm_up() -> None:
-    watch = ResidentSize(1)
-    watch.samples = [(second, 10**9 + (0 if second < 60 else second * 50_000)) for second in range(0, 600, 5)]
+    watch = ProcessWatch(1)
+    watch.samples = [
+        Sample(second, 10**9 + (0 if second < 60 else second * 50_000), threads=12, descriptors=30 + second // 300)
+        for second in range(0, 600, 5)
+    ]
     assert watch.slope(after=60) == pytest.approx(3.0)
+    assert (watch.risen("threads", after=60), watch.risen("descriptors", after=60)) == (0, 1)
+
+
+def test_a_process_is_watched_as_the_system_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loadtests.watch.SAMPLE_SECONDS", 0.01)
+    watch = ProcessWatch(os.getpid())
+    watch.start()
+    with open(os.devnull):
+        while not watch.samples:
+            time.sleep(0.01)
+    watch.stop()
+    (first, *_) = watch.samples
+    assert first.rss > 10**7 and first.threads >= 2 and first.descriptors >= 4
 
 
 def test_pauses_are_compared_round_by_round() -> None:
@@ -105,6 +123,32 @@ def test_peers_are_compared_with_the_better_one_of_each_round() -> None:
     }
     line = next(line for line in show(results).splitlines() if "loramux" in line)
     assert "4.00 (2.00 .. 5.00)" in line and "8.00 (4.00 .. 8.00)" in line
+
+
+def test_what_adapters_cost_is_told_by_rates_and_by_replies() -> None:
+    comparison = cost.comparisons()[0]
+    fast = Run(1, [reply(None, "zero", 0.0, 1.0, tokens=97)], began=0.0, seconds=1.0, client_cpu_seconds=0.0)
+    slow = Run(1, [reply(None, "zero", 0.0, 1.0, tokens=100)], began=0.0, seconds=1.0, client_cpu_seconds=0.0)
+    cost.compare(comparison, fast, slow)
+    assert comparison.ratios == [pytest.approx(0.97)] and comparison.reached
+    assert "0.970 (0.970 .. 0.970)" in cost.show([comparison])
+    cost.compare(comparison, fast, Run(1, [reply(None, "one", 0.0, 1.0, tokens=97)], 0.0, 1.0, 0.0))
+    assert comparison.different == 1 and not comparison.reached
+
+
+def test_a_soak_fails_for_an_error_for_growth_and_for_what_is_never_closed() -> None:
+    def judged(errors: int = 0, growth: int = 0, descriptors: int = 0) -> list[bool]:
+        watch = ProcessWatch(1)
+        watch.samples = [
+            Sample(second, 10**9 + growth * second, threads=12, descriptors=30 + descriptors * second)
+            for second in range(0, 600, 5)
+        ]
+        return [reached for *_, reached in soak.figures(watch, errors, after=150)]
+
+    assert judged() == [True, True, True, True]
+    assert judged(errors=1) == [False, True, True, True]
+    assert judged(growth=50_000) == [True, False, True, True]
+    assert judged(descriptors=1) == [True, True, True, False]
 
 
 def test_a_server_may_be_asked_for_an_adapter_in_its_own_way() -> None:

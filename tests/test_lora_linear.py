@@ -11,7 +11,8 @@ from torch import nn
 from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.host_cache import HostAdapter
 from loramux_adapters.lora_linear import AdapterSlots, LoRALinear, linears, row_bytes
-from loramux_adapters.ops import LoraRows, native_library, select_add_lora
+from loramux_adapters.ops import LoraRows, native_library
+from loramux_adapters.paths import select_add_lora
 from loramux_adapters.slot_copy import copy_slot
 from loramux_adapters.slots import ScaledSlot, Slot
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from loramux_adapters.grouped import GroupedAddLora, grouped_add_lora
 from loramux_adapters.ops import (
     AddLora,
     Arena,
@@ -13,8 +14,8 @@ from loramux_adapters.ops import (
     add_lora_loop,
     add_lora_segments,
     native_library,
-    select_add_lora,
 )
+from loramux_adapters.paths import select_add_lora
 from loramux_adapters.slots import SMALLEST_RANK, ScaledSlot, Slot
 
 ROWS = 512
@@ -31,7 +32,7 @@ RANKS = [8, 16, 32, 64, 8, 16, 32, 8, 8, 16, 8, 8]
 
 
 def paths() -> dict[str, AddLora]:
-    found: dict[str, AddLora] = {"segments": add_lora_segments}
+    found: dict[str, AddLora] = {"segments": add_lora_segments, "grouped": GroupedAddLora()}
     if (library := native_library()) is not None:
         found["native"] = NativeAddLora(library)
         found["native portable"] = NativeAddLora(library, portable=True)
@@ -82,7 +83,7 @@ def test_the_compiled_kernel_was_built_so_that_the_tests_below_cover_it() -> Non
     assert select_add_lora(torch.device("cpu"), torch.bfloat16)[1].startswith("native")
 
 
-@pytest.mark.parametrize("path", ["segments", "native", "native portable"])
+@pytest.mark.parametrize("path", ["segments", "grouped", "native", "native portable"])
 @pytest.mark.parametrize("popularity", POPULARITY)
 @pytest.mark.parametrize(("inputs", "outputs"), [(576, 192), (64, 320), (50, 33)])
 def test_a_fast_path_equals_the_loop(path: str, popularity: str, inputs: int, outputs: int) -> None:
@@ -151,6 +152,35 @@ def test_the_compiled_kernel_refuses_what_it_would_misread() -> None:
         native(torch.zeros(96, 2).bfloat16().T[:1], torch.zeros(1, 64).bfloat16(), arena, rows)
 
 
+def test_grouped_products_are_tried_before_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert isinstance(grouped_add_lora(cpu), GroupedAddLora)
+
+    def wrong(x: torch.Tensor, w: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+        return torch.ones(x.shape[0], w.shape[2]).bfloat16()
+
+    def unable(x: torch.Tensor, w: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("not on this device")
+
+    for kernel in (wrong, unable):
+        monkeypatch.setattr("loramux_adapters.grouped.grouped_mm", kernel)
+        assert grouped_add_lora(cpu) is None
+
+
+def test_grouped_products_are_made_for_a_step_once_and_for_its_rows_alone() -> None:
+    path, arena = GroupedAddLora(), make_arena(64, 96)
+    for counts in ([3, 1], [1, 2], [3, 1]):
+        rows = make_rows(counts)
+        x, y = torch.randn(rows.num_rows, 64).bfloat16(), torch.zeros(rows.num_rows, 96).bfloat16()
+        expected = y.clone()
+        for _ in range(2):
+            path(y, x, arena, rows)
+            add_lora_segments(expected, x, arena, rows)
+        assert (y.float() - expected.float()).abs().max() <= 0.05
+    with pytest.raises(ValueError, match="the step has"):
+        path(y[:1], x[:1], arena, rows)
+
+
 def test_rows_without_any_adapter_make_no_work() -> None:
     assert LoraRows.build([((), 3), ((), 1)]) is None
     assert LoraRows.build([]) is None
@@ -168,7 +198,7 @@ def test_neighbours_with_the_same_adapters_become_one_segment() -> None:
     assert rows.scale.tolist() == [1, 1, 1, 1, -0.5, 1, -0.5]
 
 
-@pytest.mark.parametrize("path", ["segments", "native", "native portable"])
+@pytest.mark.parametrize("path", ["segments", "grouped", "native", "native portable"])
 @pytest.mark.parametrize("popularity", POPULARITY)
 @pytest.mark.parametrize("ranks", [[8], [256, 8], [64, 32, 16, 8], [8] * 9, [128, 64, 8, 16, 8]], ids=str)
 @pytest.mark.parametrize(("inputs", "outputs"), [(576, 192), (50, 33)])
@@ -198,7 +228,7 @@ def test_a_row_of_several_adapters_gets_the_sum_of_their_scaled_deltas(
     assert torch.equal(got[:2], y[:2])
 
 
-@pytest.mark.parametrize("path", ["segments", "native", "native portable"])
+@pytest.mark.parametrize("path", ["segments", "grouped", "native", "native portable"])
 def test_a_factor_of_one_changes_no_bit_and_one_of_zero_adds_nothing(path: str) -> None:
     arena = make_arena(576, 192)
     x, y = torch.randn(3, 576).bfloat16(), torch.randn(3, 192).bfloat16()

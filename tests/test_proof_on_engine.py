@@ -19,12 +19,13 @@ from loramux_adapters.errors import AdapterCorrupt, AdapterRejected
 from loramux_adapters.format import digest_of, read_config
 from loramux_adapters.host_cache import HostAdapter, HostCache
 from loramux_adapters.lora_linear import AdapterSlots, head_path
-from loramux_adapters.ops import select_add_lora
+from loramux_adapters.paths import select_add_lora
 from loramux_adapters.slots import SlotTable
 from loramux_adapters.staged import StagedVersions
 from loramux_adapters.verify import Checked, check_adapter
 from loramux_server.base.loader import BaseModel, load_base_model
-from loramux_server.engine.attention import probe_kv_shape, select_attend
+from loramux_server.engine.attention import probe_kv_shape
+from loramux_server.engine.attention_paths import select_attend
 from loramux_server.engine.client import EngineClient
 from loramux_server.engine.engine import Engine
 from loramux_server.engine.inbox import Inbox

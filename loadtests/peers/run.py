@@ -157,7 +157,10 @@ def _measure(scenario: Scenario, sides: Sequence[Side], results: Results, number
     turn = number % len(chosen)
     names = tuple(f"load{place:03d}" for place in range(scenario.adapters))
     workload = Workload(
-        adapters=names, max_tokens=scenario.max_tokens, prompt_words=scenario.prompt_words, seed=number + 1
+        adapters=names,
+        max_tokens=scenario.max_tokens,
+        prompt_words=scenario.prompt_words,
+        seed=(number + 1) * len(SCENARIOS) + SCENARIOS.index(scenario),  # no prompt comes twice: caches would know it
     )
     requests = workload.requests(scenario.clients if number < 0 else scenario.requests)
     for side in [*chosen[turn:], *chosen[:turn]]:

@@ -96,10 +96,13 @@ def start(
     raise LoadTestError(f"{name} did not start; its output is in {log}")
 
 
-def ours(base: Path, adapters: Mapping[str, Path], *, store: Path, log: Path, lora: bool) -> Side:
-    """Our own server; with `lora` the adapters are uploaded to it."""
+def ours(
+    base: Path, adapters: Mapping[str, Path], *, store: Path, log: Path, lora: bool, preload: Path | None = None
+) -> Side:
+    """Our own server; with `lora` the adapters are uploaded to it. `preload`: a directory of further ones."""
     port = free_port()
     command = [find_command(), "serve", "--port", str(port), "--base", str(base), "--adapter-dir", str(store)]
+    command += ["--preload", str(preload)] if preload is not None else []
     target = Target(f"http://127.0.0.1:{port}", "", extra={"ignore_eos": True})
     side = start("loramux", command, port, target, lora=lora, log=log, ready="/ready")
     server = Server(target.url)

@@ -14,13 +14,14 @@ import torch
 
 from loramux_adapters.errors import DataError, MemoryShort
 from loramux_adapters.lora_linear import AdapterSlots, head_path
-from loramux_adapters.ops import select_add_lora
+from loramux_adapters.paths import select_add_lora
 from loramux_adapters.slots import Slot, SlotTable, bucket_of
 from loramux_adapters.training.scores import TokenScore
 from loramux_adapters.verify import check_adapter
 from loramux_adapters.weights import load_host_adapter
 from loramux_server.base.loader import BaseModel
-from loramux_server.engine.attention import probe_kv_shape, select_attend
+from loramux_server.engine.attention import probe_kv_shape
+from loramux_server.engine.attention_paths import select_attend
 from loramux_server.engine.kv_cache import BLOCK_SIZE, KVCache
 from loramux_server.engine.model_runner import ModelRunner
 from loramux_server.engine.sampler import Sampler

@@ -18,7 +18,7 @@ from loramux_adapters.host_cache import HostCache
 from loramux_adapters.lora_linear import AdapterSlots, head_path
 from loramux_adapters.memory import resident_bytes as process_bytes
 from loramux_adapters.memory import returning_memory
-from loramux_adapters.ops import select_add_lora
+from loramux_adapters.paths import select_add_lora
 from loramux_adapters.slots import SlotTable
 from loramux_adapters.staged import StagedVersions
 from loramux_adapters.store import AdapterStore
@@ -29,7 +29,8 @@ from loramux_server.base.loader import BaseModel, load_base_model, resident_byte
 from loramux_server.base.tokenizer import BaseTokenizer
 from loramux_server.cli_environment import cache_dir_of
 from loramux_server.config import ServeConfig, is_loopback
-from loramux_server.engine.attention import probe_kv_shape, select_attend
+from loramux_server.engine.attention import probe_kv_shape
+from loramux_server.engine.attention_paths import select_attend
 from loramux_server.engine.client import EngineClient
 from loramux_server.engine.engine import Engine
 from loramux_server.engine.inbox import Inbox

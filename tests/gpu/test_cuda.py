@@ -8,11 +8,17 @@ import pytest
 import torch
 
 from adapter_files import write_adapter
+from loramux_adapters.ops import Arena, add_lora_loop
+from loramux_adapters.paths import select_add_lora
 from loramux_adapters.slots import Slot
 from loramux_adapters.weights import load_host_adapter
 from loramux_server.base.loader import load_base_model
+from loramux_server.engine.attention import AttentionParams, AttentionStep, attend_reference
+from loramux_server.engine.attention_paths import select_attend
+from loramux_server.engine.kv_cache import KVCache, KVShape
 from loramux_server.engine.start_check import Checker
 from stepping import Stepper, relative_difference
+from test_ops import RANKS, make_arena, make_rows, make_sums
 from tiny_models import save_tiny_model
 
 PROMPTS = [list(range(40)), [5, 6, 7], list(range(100, 133))]
@@ -66,3 +72,46 @@ def test_the_checks_at_start_pass(architecture: str, tmp_path: Path) -> None:
     )
     stepper = Stepper(base.model, device=device)
     Checker(stepper.runner, stepper.slots, base.model, vocabulary=256, num_blocks=256, rows=20).run()
+
+
+def test_the_librarys_kernels_are_in_use() -> None:
+    """What the tensor paths would do slowly; on a device without them this says so."""
+    device = torch.device("cuda")
+    assert select_attend(device, KVShape(2, 3, 64))[2].startswith("varlen")
+    assert select_add_lora(device, torch.bfloat16)[1] == "grouped"
+
+
+@pytest.mark.parametrize("counts", [[1] * 12, [12, 6, 3, 2, 1], [24], [20, 1, 1, 1, 1]], ids=str)
+@pytest.mark.parametrize("composed", [False, True])
+def test_deltas_on_the_device_equal_the_loop_on_the_cpu(counts: list[int], composed: bool) -> None:
+    rows = make_sums(counts, RANKS) if composed else make_rows(counts)
+    on_cpu = make_arena(576, 192)
+    arena = Arena(on_cpu.a.cuda(), on_cpu.bt.cuda(), on_cpu.targeted.cuda())
+    x, y = torch.randn(rows.num_rows, 576).bfloat16(), torch.randn(rows.num_rows, 192).bfloat16()
+    got = y.cuda()
+    select_add_lora(torch.device("cuda"), torch.bfloat16)[0](got, x.cuda(), arena, rows)
+    add_lora_loop(y, x, on_cpu, rows)
+    assert (got.cpu().float() - y.float()).abs().mean() <= 0.01
+
+
+@pytest.mark.parametrize("window", [0, 7])
+def test_attention_on_the_device_equals_the_reference(window: int) -> None:
+    device, shape = torch.device("cuda"), KVShape(1, 3, 64)
+    attend, _, _ = select_attend(device, shape)
+    tables = torch.tensor([[4, 1, 3], [2, 0, 0]], dtype=torch.int32, device=device)
+    runs = ((0, 0, 40, 0), (1, 40, 5, 0))
+    sequence = torch.tensor([0] * 40 + [1] * 5, dtype=torch.int32, device=device)
+    position = torch.tensor([*range(40), *range(5)], dtype=torch.int32, device=device)
+    q, k, v = (torch.randn(45, heads, 64, device=device).bfloat16() for heads in (9, 3, 3))
+    outs = [
+        path(
+            q,
+            k,
+            v,
+            0,
+            AttentionStep(KVCache(shape, 6, device, tiled=False), path, tables, sequence, position, runs),
+            AttentionParams(0.125, window=window),
+        )
+        for path in (attend, attend_reference)
+    ]
+    torch.testing.assert_close(*outs, rtol=0.05, atol=0.05)

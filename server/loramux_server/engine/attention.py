@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 from loramux_adapters.native import bind
 from loramux_server.engine.kv_cache import BLOCK_SIZE, KVCache, KVShape
 from loramux_server.errors import BaseModelError
-from loramux_server.kernels import has_avx512bf16, native_library
+from loramux_server.kernels import has_avx512bf16
 
 ATTENTION_NAME = "loramux"
 
@@ -132,15 +132,6 @@ class NativeAttend:
             *(self.portable, torch.get_num_threads()),
         )
         return out
-
-
-def select_attend(device: torch.device, shape: KVShape) -> tuple[Attend, bool, str]:
-    """The kernel for this device, whether it reads the tiled cache, and its name for the start-up report."""
-    fits = device.type == "cpu" and shape.dtype == torch.bfloat16 and shape.head_dim % 16 == 0
-    if fits and (library := native_library()) is not None:
-        kernel = NativeAttend(library)
-        return kernel, True, kernel.name
-    return attend_reference, False, "tensor"
 
 
 def attention_forward(
