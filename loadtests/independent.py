@@ -95,8 +95,9 @@ def _aiperf(server: Server, workload: Workload, env: Path, args: argparse.Namesp
         command += ["--use-server-token-count", "--extra-inputs", "ignore_eos:true"]
         command += ["--extra-inputs", f"max_tokens:{args.max_tokens}", "--extra-inputs", "temperature:0"]
         command += ["--workers-max", "1", "--ui", "none", "--artifact-dir", scratch]
-        quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=quiet, timeout=600, check=False)
+        # Told to be offline, it would look for the tokenizer's directory in the hub's cache.
+        online = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
+        done = subprocess.run(command, capture_output=True, text=True, env=online, timeout=600, check=False)
         exported = next(Path(scratch).rglob("profile_export_aiperf.json"), None)
         if done.returncode or exported is None:
             raise LoadTestError(f"aiperf failed:\n{(done.stdout + done.stderr)[-3000:]}")
