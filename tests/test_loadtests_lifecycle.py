@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from loadtests import cost, replacing, soak
+from loadtests import cost, independent, replacing, soak
 from loadtests.client import Outcome, Run, Target
 from loadtests.errors import LoadTestError
+from loadtests.independent import Seen
 from loadtests.pauses import Condition, slower
 from loadtests.peers.run import Measured, show
 from loadtests.process import adapter_parts
@@ -149,6 +150,18 @@ def test_a_soak_fails_for_an_error_for_growth_and_for_what_is_never_closed() -> 
     assert judged(errors=1) == [False, True, True, True]
     assert judged(growth=50_000) == [True, False, True, True]
     assert judged(descriptors=1) == [True, True, True, False]
+
+
+def test_another_client_agrees_if_it_stands_to_the_server_as_ours_does() -> None:
+    def found(first_token: float, tokens: float = 64.0) -> dict[str, independent.Rounds]:
+        ours = (Seen(500.0, 0.11, 0.022, 64.0), Seen(500.0, 0.10, 0.020, 64.0))
+        theirs = (Seen(250.0, first_token, 0.044, tokens), Seen(250.0, 0.20, 0.040, 64.0))
+        return {"ours": [ours] * 3, "aiperf": [theirs] * 3}
+
+    assert independent.agrees(found(0.22)) and independent.agrees(found(0.235))
+    assert not independent.agrees(found(0.25)) and not independent.agrees(found(0.22, tokens=63.0))
+    assert independent.disagreement(found(0.22), "first_token") == pytest.approx(0.0)
+    assert "aiperf over ours" in independent.show(found(0.22))
 
 
 def test_a_server_may_be_asked_for_an_adapter_in_its_own_way() -> None:

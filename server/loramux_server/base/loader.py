@@ -108,7 +108,7 @@ def load_base_model(
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(f"the base's config cannot be read: {_first_line(error)}") from error
     _refuse(source.name, unsupported_config(config))
-    _refuse(source.name, unsupported_modules(_skeleton(config)))
+    _timed(stages, "architecture", lambda: _refuse(source.name, unsupported_modules(_skeleton(config))))
     recipe = quantization_recipe(config, quantize)
     base_id = _timed(stages, "base id", lambda: cached_base_id(source.directory, recipe, cache_dir))
     if quantize == "none":
@@ -120,11 +120,8 @@ def load_base_model(
     _choose_kernels(model, training=training)
     if not training:
         _timed(stages, "pack for the CPU kernel", lambda: pack(model))
-        use_compiled_ops(model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise BaseModelError(f"the base's tokenizer cannot be read: {_first_line(error)}") from error
+        _timed(stages, "compiled operations", lambda: use_compiled_ops(model))
+    tokenizer = _timed(stages, "tokenizer", lambda: _load_tokenizer(source.directory))
     return BaseModel(
         model=model,
         tokenizer=tokenizer,
@@ -142,6 +139,13 @@ def load_base_model(
         bytes_16bit=_bytes_16bit(model),
         stages=stages,
     )
+
+
+def _load_tokenizer(directory: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(f"the base's tokenizer cannot be read: {_first_line(error)}") from error
 
 
 def _skeleton(config: Any) -> nn.Module:
