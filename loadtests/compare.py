@@ -81,9 +81,8 @@ class Rounds:
         self._base = Workload(max_tokens=args.max_tokens)
         self.runs: dict[str, list[Run]] = {"mixed": [], "base": []}
 
-    def ours(self, scenario: str) -> float:
-        workload = self._mixed if scenario == "mixed" else self._base
-        requests = workload.requests(self._args.requests)
+    def ours(self, scenario: str, number: int) -> float:
+        requests = self._workload(scenario, number).requests(self._args.requests)
         run = asyncio.run(
             run_clients(self._target, requests, clients=self._args.clients, seconds=self._args.round_seconds)
         )
@@ -93,15 +92,19 @@ class Rounds:
         self.runs[scenario].append(run)
         return sum(outcome.tokens for outcome in run.outcomes) / run.seconds
 
-    def theirs(self, scenario: str) -> float:
+    def theirs(self, scenario: str, number: int) -> float:
         """The first batch of the very same requests."""
-        requests = (self._mixed if scenario == "mixed" else self._base).requests(self._args.clients)
+        requests = self._workload(scenario, number).requests(self._args.clients)
         return self._worker.measure(
             "peft" if scenario == "mixed" else "static",
             [request.prompt for request in requests],
             [request.adapter for request in requests],
             self._args.max_tokens,
         )
+
+    def _workload(self, scenario: str, number: int) -> Workload:
+        """Each round has prompts of its own: our prefix cache would know those of the last."""
+        return replace(self._mixed if scenario == "mixed" else self._base, seed=number + 1)
 
     def warm_up(self) -> None:
         """A few tokens of everything, unmeasured: first forwards repack weights, first requests load adapters."""
@@ -122,7 +125,7 @@ def measure(rounds: Rounds, count: int, seconds: float, say: Callable[[str], Non
             break
         for scenario in TARGETS:
             for side in list(sides) if number % 2 == 0 else reversed(list(sides)):
-                rate = sides[side](scenario)
+                rate = sides[side](scenario, number)
                 rates[side, scenario].append(rate)
                 say(f"round {number + 1}/{count}  {scenario:5}  {side:6}  {rate:7.1f} tok/s")
     baselines = {"mixed": "peft generate(adapter_names)", "base": "static generate"}

@@ -183,20 +183,20 @@ class FakeRounds(Rounds):
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    def ours(self, scenario: str) -> float:
-        self.asked.append(f"ours {scenario}")
+    def ours(self, scenario: str, number: int) -> float:
+        self.asked.append(f"ours {scenario} {number}")
         return 10.0 + len(self.asked)
 
-    def theirs(self, scenario: str) -> float:
-        self.asked.append(f"theirs {scenario}")
+    def theirs(self, scenario: str, number: int) -> float:
+        self.asked.append(f"theirs {scenario} {number}")
         return 10.0
 
 
 def test_rounds_are_interleaved_the_first_side_changes_and_time_is_bounded() -> None:
     rounds, said = FakeRounds(), list[str]()
     comparisons = measure(rounds, 2, 60.0, said.append)
-    assert rounds.asked[:4] == ["ours mixed", "theirs mixed", "ours base", "theirs base"]
-    assert rounds.asked[4:] == ["theirs mixed", "ours mixed", "theirs base", "ours base"]
+    assert rounds.asked[:4] == ["ours mixed 0", "theirs mixed 0", "ours base 0", "theirs base 0"]
+    assert rounds.asked[4:] == ["theirs mixed 1", "ours mixed 1", "theirs base 1", "ours base 1"]
     assert [len(it.ratios) for it in comparisons] == [2, 2]
     late = measure(FakeRounds(), 5, -1.0, said.append)
     assert [len(it.ratios) for it in late] == [1, 1]
