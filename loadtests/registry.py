@@ -22,7 +22,7 @@ from pathlib import Path
 from .client import Outcome, Run, Target, run_clients
 from .make_adapters import make_adapters, read_shapes
 from .process import Server, started_server
-from .report import Summary, summarize, summary_table, table, write_json
+from .report import Figure, Summary, figures_table, summarize, summary_table, write_json
 from .watch import ProcessWatch
 from .workload import Workload, adapter_ranks
 
@@ -72,7 +72,7 @@ def main(args: argparse.Namespace) -> int:
     summaries = [summarize(label, run) for label, run in runs]
     print(f"\n{summary_table(summaries)}\n")
     figures = _figures(args, runs, summaries, watch, starts)
-    print(table([["", "measured", "target"], *([name, f"{value:.2f}", aim] for name, value, aim, _ in figures)]))
+    print(figures_table(figures))
     write_json(
         args.out / "registry.json",
         {
@@ -144,8 +144,8 @@ def _figures(
     summaries: Sequence[Summary],
     watch: ProcessWatch,
     starts: dict[str, list[float]],
-) -> list[tuple[str, float, str, bool]]:
-    """(what, measured, target, reached)."""
+) -> list[Figure]:
+    """What is held against its target."""
     few, every = summaries[0::2], summaries[1::2]
     share = statistics.median(b.tokens_per_second / a.tokens_per_second for a, b in zip(few, every, strict=True))
     errors = sum(sum(summary.errors.values()) for summary in summaries)

@@ -71,6 +71,13 @@ class Summary:
     adapters: dict[str, AdapterShare] = field(default_factory=dict)
 
 
+Figure = tuple[str, float, str, bool]  # what, measured, target, reached
+
+
+def figures_table(figures: Iterable[Figure]) -> str:
+    return table([["", "measured", "target"], *([what, f"{value:.2f}", aim] for what, value, aim, _ in figures)])
+
+
 def percentile(values: Sequence[float], share: float) -> float | None:
     """The value below which `share` (0 to 1) of the values lie, interpolated; None for no values."""
     if not values:

@@ -24,7 +24,7 @@ from .errors import LoadTestError
 from .make_adapters import make_adapters, read_shapes
 from .process import Server, adapter_parts, started_server
 from .publishing import Parts, retouched
-from .report import table, write_json
+from .report import Figure, figures_table, write_json
 from .watch import ProcessWatch
 from .workload import Workload
 
@@ -96,7 +96,7 @@ def main(args: argparse.Namespace) -> int:
             watch.stop()
     errors = [*(f"{times} x {error}" for error, times in failed.items()), *churn.errors]
     found = figures(watch, len(errors), after=args.seconds / 4)
-    print("\n" + table([["", "measured", "target"], *([name, f"{value:.2f}", aim] for name, value, aim, _ in found)]))
+    print("\n" + figures_table(found))
     print(
         f"{replies} replies, {cut} left in the middle; adapters " + ", ".join(f"{n} {w}" for w, n in churn.done.items())
     )
@@ -133,8 +133,8 @@ def _load(server: Server, names: tuple[str, ...], args: argparse.Namespace) -> t
     return replies, failed, cut
 
 
-def figures(watch: ProcessWatch, errors: int, after: float) -> list[tuple[str, float, str, bool]]:
-    """(what, measured, target, reached), over the samples from `after` seconds on."""
+def figures(watch: ProcessWatch, errors: int, after: float) -> list[Figure]:
+    """What is held against its target, over the samples from `after` seconds on."""
     slope = watch.slope(after)
     risen = {what: watch.risen(what, after) for what in ("threads", "descriptors")}
     return [

@@ -151,7 +151,7 @@ def add_lora_loop(y: torch.Tensor, x: torch.Tensor, arena: Arena, rows: LoraRows
 
 def add_lora_segments(y: torch.Tensor, x: torch.Tensor, arena: Arena, rows: LoraRows) -> None:
     """The tensor path of every device: two products per adapter and segment, on views of the resident stacks."""
-    _check_rows(y, x, rows)
+    check_rows(y, x, rows)
     for segment in rows.segments:
         run = slice(segment.start, segment.stop)
         delta: torch.Tensor | None = None  # of the first adapter in bf16, of several in fp32
@@ -188,11 +188,11 @@ class NativeAddLora:
     def __call__(self, y: torch.Tensor, x: torch.Tensor, arena: Arena, rows: LoraRows) -> None:
         if not (y.is_contiguous() and x.is_contiguous() and y.dtype == x.dtype == torch.bfloat16):
             raise ValueError("the compiled LoRA kernel takes dense bf16 rows")
-        _check_rows(y, x, rows)
+        check_rows(y, x, rows)
         self._call(y.data_ptr(), x.data_ptr(), arena.native, rows.native, self.portable, torch.get_num_threads())
 
 
-def _check_rows(y: torch.Tensor, x: torch.Tensor, rows: LoraRows) -> None:
+def check_rows(y: torch.Tensor, x: torch.Tensor, rows: LoraRows) -> None:
     """A layer that runs on other rows than the step's tokens would get other requests' adapters."""
     if not x.shape[0] == y.shape[0] == rows.num_rows:
         raise ValueError(f"the layer runs on {x.shape[0]} rows, the step has {rows.num_rows}")

@@ -56,6 +56,12 @@ class AttentionStep:
     position: torch.Tensor
     runs: tuple[tuple[int, int, int, int], ...]
 
+    def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Puts the rows' keys and values, [rows, kv_heads, dim], into the cache."""
+        position = self.position.long()
+        blocks = self.tables.long()[self.sequence.long(), position // BLOCK_SIZE]
+        self.cache.write(layer, blocks, position % BLOCK_SIZE, k, v)
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionParams:
@@ -75,8 +81,7 @@ def attend_reference(
 ) -> torch.Tensor:
     """The slow reference and the path of devices without a kernel: one sequence at a time, softmax in fp32."""
     position, tables = step.position.long(), step.tables.long()
-    blocks = tables[step.sequence.long(), position // BLOCK_SIZE]
-    step.cache.write(layer, blocks, position % BLOCK_SIZE, k, v)
+    step.store(layer, k, v)
     out = torch.empty_like(q)
     group = q.shape[1] // k.shape[1]
     for sequence, start, count, first in step.runs:
