@@ -31,6 +31,24 @@ def test_each_piece_is_run_once(pieces: int, threads: int) -> None:
         assert run(pieces, threads) == Counter(range(pieces))
 
 
+def test_each_thread_begins_with_a_part_of_its_own() -> None:
+    assert LIBRARY is not None
+    seen: dict[int, list[int]] = {}
+    both = threading.Barrier(2, timeout=10)
+
+    def body(context: object, piece: int) -> None:
+        mine = seen.setdefault(threading.get_ident(), [])
+        mine.append(piece)
+        if len(mine) == 1:
+            both.wait()  # nobody goes on before the other has begun
+
+    LIBRARY.loramux_run_pieces(RUN(body), None, ctypes.c_int64(100), ctypes.c_int32(2))
+    caller = seen.pop(threading.get_ident())
+    (other,) = seen.values()
+    assert (caller[0], other[0]) == (0, 50)
+    assert sorted(caller + other) == list(range(100))
+
+
 def test_loops_of_many_callers_at_once_are_all_run_whole() -> None:
     failed: list[int] = []
 

@@ -8,3 +8,8 @@ struct Span {
     const char* at;
     int64_t bytes;
 };
+
+struct Reads {  // by one later loop, in the order of its pieces
+    const Span* spans;
+    int64_t count;
+};

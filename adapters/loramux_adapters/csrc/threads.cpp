@@ -15,6 +15,7 @@ namespace {
 
 constexpr int kLooks = 4000;  // before a thread sleeps: some 50 microseconds
 constexpr int kBits = 20;     // of a piece's number
+constexpr int32_t kMost = 128;  // threads
 constexpr uint64_t kMask = (uint64_t{1} << kBits) - 1;
 
 inline void pause() {
@@ -33,17 +34,22 @@ class Pool {
             for (int64_t piece = 0; piece < pieces; ++piece) run(context, piece);
             return;
         }
-        for (; helpers_ < threads - 1; ++helpers_) std::thread([this] { help(); }).detach();
+        threads = threads < 1 ? 1 : threads > kMost ? kMost : threads;
+        for (; helpers_ < threads - 1; ++helpers_) std::thread([this, own = helpers_ + 1] { help(own); }).detach();
         run_ = run;
         context_ = context;
         done_.store(0, std::memory_order_relaxed);
-        const uint64_t loop = (ticket_.load(std::memory_order_relaxed) >> 2 * kBits) + 1;
-        ticket_.store(loop << 2 * kBits | static_cast<uint64_t>(pieces) << kBits);
+        ++loop_;
+        parts_.store(threads);
+        for (int32_t part = 0; part < threads; ++part) {
+            const Share share = share_of(pieces, part, threads);
+            left_[part].pieces.store(Left{loop_, share.begin, share.end}.packed());
+        }
         if (sleeping_.load() > 0) {
             const std::lock_guard<std::mutex> guard(sleep_);
             wake_.notify_all();
         }
-        while (take()) {
+        while (take(0)) {
         }
         for (int look = 0; done_.load(std::memory_order_acquire) < pieces; ++look) {
             if (look < kLooks) {
@@ -59,44 +65,77 @@ class Pool {
     }
 
   private:
-    // Runs one piece, if one is left. What is read of a loop after its number was taken is of that loop: it cannot end
-    // before this piece has.
-    bool take() {
-        uint64_t ticket = ticket_.load(std::memory_order_acquire);
-        do {
-            if ((ticket & kMask) >= (ticket >> kBits & kMask)) return false;
-        } while (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel,
-                                                std::memory_order_acquire));
-        run_(context_, static_cast<int64_t>(ticket & kMask));
-        done_.fetch_add(1);
-        if (waiting_.load()) {
-            const std::lock_guard<std::mutex> guard(sleep_);
-            end_.notify_one();
+    // Pieces of one thread's part that nobody has taken: [begin, end) of loop `loop`.
+    struct Left {
+        uint64_t loop;
+        int64_t begin, end;
+
+        uint64_t packed() const {
+            return loop << 2 * kBits | static_cast<uint64_t>(begin) << kBits | static_cast<uint64_t>(end);
         }
-        return true;
+
+        static Left of(uint64_t bits) {
+            return {bits >> 2 * kBits, static_cast<int64_t>(bits >> kBits & kMask), static_cast<int64_t>(bits & kMask)};
+        }
+    };
+
+    // Runs one piece, if one is left: the next of the own part, or the last of another's. What is read of a loop after
+    // one of its pieces was taken is of that loop: it cannot end before this piece has.
+    bool take(int32_t own) {
+        const int32_t parts = parts_.load(std::memory_order_relaxed);
+        for (int32_t n = 0; own < parts && n < parts; ++n) {
+            const int32_t part = (own + n) % parts;
+            std::atomic<uint64_t>& pieces = left_[part].pieces;
+            uint64_t bits = pieces.load(std::memory_order_acquire);
+            for (;;) {
+                Left left = Left::of(bits);
+                if (left.begin >= left.end) break;
+                const int64_t piece = part == own ? left.begin++ : --left.end;
+                if (!pieces.compare_exchange_weak(bits, left.packed(), std::memory_order_acq_rel,
+                                                  std::memory_order_acquire))
+                    continue;
+                run_(context_, piece);
+                done_.fetch_add(1);
+                if (waiting_.load()) {
+                    const std::lock_guard<std::mutex> guard(sleep_);
+                    end_.notify_one();
+                }
+                return true;
+            }
+        }
+        return false;
     }
 
-    bool has_work() const {
-        const uint64_t ticket = ticket_.load();
-        return (ticket & kMask) < (ticket >> kBits & kMask);
+    bool has_work(int32_t own) const {
+        if (own >= parts_.load()) return false;  // a loop of fewer threads
+        for (const Part& part : left_) {
+            const Left left = Left::of(part.pieces.load());
+            if (left.begin < left.end) return true;
+        }
+        return false;
     }
 
-    void help() {
+    void help(int32_t own) {
         for (;;) {
             for (int look = 0; look < kLooks; ++look) {
-                if (take()) look = 0;
+                if (take(own)) look = 0;
                 pause();
             }
             std::unique_lock<std::mutex> guard(sleep_);
             ++sleeping_;
-            wake_.wait(guard, [this] { return has_work(); });
+            wake_.wait(guard, [this, own] { return has_work(own); });
             --sleeping_;
         }
     }
 
     std::mutex callers_, sleep_;
     std::condition_variable wake_, end_;
-    std::atomic<uint64_t> ticket_{0};  // number of the loop, its pieces, the next piece
+    struct alignas(64) Part {
+        std::atomic<uint64_t> pieces{0};  // Left
+    };
+    Part left_[kMost];  // by thread, the caller's first
+    std::atomic<int32_t> parts_{1};
+    uint64_t loop_ = 0;
     std::atomic<int64_t> done_{0};
     std::atomic<int> sleeping_{0};
     std::atomic<bool> waiting_{false};

@@ -2,7 +2,8 @@
 //
 // Whoever calls takes pieces too, and never waits for a thread that has not begun: where other work keeps a core busy,
 // a loop takes as long as the cores that are left need. With OpenMP every loop waits for all its threads, and a step of a
-// model is some hundreds of loops.
+// model is some hundreds of loops. A loop's pieces are parted among the threads in their order, and only who is done with
+// its own part helps another: so a core finds in its cache what it read or wrote in the loop before.
 
 #pragma once
 

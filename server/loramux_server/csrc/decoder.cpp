@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "threads.h"
 
 namespace {
 
@@ -19,7 +20,7 @@ using AddLora = void (*)(uint16_t* y, const uint16_t* x, const void* arena, cons
                          int32_t threads);
 using LoraSpans = int64_t (*)(const void* arena, const void* rows, Span* spans, int64_t room);
 
-constexpr int64_t kRoom = 1024;  // spans that are asked for during one product
+constexpr int64_t kRoom = 512;  // spans of each kind that are asked for during one product
 
 struct Linear {
     const uint8_t* codes;
@@ -77,38 +78,40 @@ struct Run {
     // product that follows, and a part of the keys and values of layer `cached`.
     void linear(uint16_t* y, const uint16_t* x, const Linear& layer, int64_t rows, const void* lora, const Linear* next,
                 int64_t cached = -1, int64_t part = 0) const {
-        Span spans[kRoom];
-        int64_t count = lora && layer.arena ? model.lora_spans(layer.arena, lora, spans, kRoom) : 0;
-        if (next) {
-            count += spans_of(spans + count, kRoom - count, next->codes, next->in * next->out / 2);
-            count += spans_of(spans + count, kRoom - count, next->scales, next->in / 64 * next->out * 4);
-        }
-        if (cached >= 0 && cached < model.num_layers) count += cache_spans(spans + count, kRoom - count, cached, part);
-        loramux_nf4_linear(y, x, layer.codes, layer.scales, layer.levels, rows, layer.in, layer.out, spans, count,
+        Span spans[3][kRoom];
+        Reads reads[4];
+        int64_t count = 0;
+        if (lora && layer.arena) reads[count++] = {spans[0], model.lora_spans(layer.arena, lora, spans[0], kRoom)};
+        if (next) reads[count++] = {spans[1], codes_of(spans[1], *next)};
+        if (cached >= 0 && cached < model.num_layers) reads[count++] = {spans[2], cache_spans(spans[2], cached, part)};
+        loramux_nf4_linear(y, x, layer.codes, layer.scales, layer.levels, rows, layer.in, layer.out, reads, count,
                            threads);
         if (layer.bias)
             for (int64_t t = 0; t < rows; ++t) loramux_add(y + t * layer.out, layer.bias, layer.out, 1);
         add_lora(y, x, layer.arena, lora);
     }
 
-    // Memory in spans, small enough that all threads get their share; of much memory the beginning.
-    static int64_t spans_of(Span* spans, int64_t room, const void* at, int64_t bytes) {
-        constexpr int64_t kSpan = 4096, kMost = 1 << 20;
-        if (bytes > kMost) bytes = kMost;
-        int64_t count = 0;
-        for (int64_t i = 0; i < bytes && count < room; i += kSpan)
-            spans[count++] = {static_cast<const char*>(at) + i, bytes - i < kSpan ? bytes - i : kSpan};
-        return count;
+    // The codes that each thread begins a product with.
+    int64_t codes_of(Span* spans, const Linear& layer) const {
+        constexpr int64_t kMost = 1 << 20;
+        const char* at = reinterpret_cast<const char*>(layer.codes);
+        const int64_t bytes = layer.in * layer.out / 2, parts = threads < kRoom ? threads : kRoom;
+        for (int64_t part = 0; part < parts; ++part) {
+            const Share share = share_of(bytes, part, parts);
+            const int64_t count = share.end - share.begin;
+            spans[part] = {at + share.begin, count < kMost / parts ? count : kMost / parts};
+        }
+        return parts;
     }
 
     // Keys and values of a layer, of every third sequence of the step: the places of their blocks.
-    int64_t cache_spans(Span* spans, int64_t room, int64_t layer, int64_t part) const {
+    int64_t cache_spans(Span* spans, int64_t layer, int64_t part) const {
         const int64_t size = model.kv_heads * kCacheTile * model.head_dim * 2;
         int64_t count = 0;
         for (int64_t t = 0; t < step.rows; ++t) {
             const int32_t sequence = step.sequence[t];
             if (sequence % 3 != part || (t + 1 < step.rows && step.sequence[t + 1] == sequence)) continue;
-            for (int64_t block = 0; block <= step.position[t] / kCacheTile && count + 2 <= room; ++block) {
+            for (int64_t block = 0; block <= step.position[t] / kCacheTile && count + 2 <= kRoom; ++block) {
                 const int64_t at = step.tables[sequence * step.table_width + block] * size;
                 spans[count++] = {reinterpret_cast<const char*>(step.k_cache[layer]) + at, size};
                 spans[count++] = {reinterpret_cast<const char*>(step.v_cache[layer]) + at, size};

@@ -15,8 +15,8 @@ constexpr int64_t kCacheTile = 16;  // tokens in a block of the KV cache (kv_cac
 extern "C" {
 
 void loramux_nf4_linear(uint16_t* y, const uint16_t* x, const uint8_t* codes, const float* scales,
-                        const uint16_t* levels, int64_t rows, int64_t in, int64_t out, const Span* ahead,
-                        int64_t spans, int32_t threads);
+                        const uint16_t* levels, int64_t rows, int64_t in, int64_t out, const Reads* ahead,
+                        int64_t reads, int32_t threads);
 void loramux_head(uint16_t* y, const uint16_t* x, const uint16_t* w, int64_t rows, int64_t in, int64_t out,
                   int32_t threads);
 void loramux_rms_norm(uint16_t* y, const uint16_t* x, const uint16_t* w, int64_t rows, int64_t dim, float eps,

@@ -7,6 +7,7 @@
 // Every (row, output) is summed alone and in a fixed order, so its bits do not depend on the rows around it.
 
 #include <cstdint>
+#include <vector>
 
 #include "bf16.h"
 #include "kernels.h"
@@ -19,14 +20,32 @@ constexpr int64_t kOutputs = 16, kBlock = 64, kTile = 32;
 constexpr int kTiles = 2, kRows = 8;  // that share a pair of x; that share a look-up, at most
 
 // Asks for memory that is read after this product, a few lines now and then: with many rows than memory keeps a core busy.
+// The pieces of every loop go to the threads in the same order (threads.h), so a piece asks for its own share of each
+// later loop's memory: the core that asks is the one that reads.
 class Ahead {
   public:
     // What one piece of the loop asks for, over so many steps.
-    Ahead(const Span* spans, int64_t count, int64_t share, int64_t shares, int64_t steps)
-        : next_(spans + share), end_(spans + count), shares_(shares) {
+    Ahead(const Reads* reads, int64_t count, int64_t piece, int64_t pieces, int64_t steps) {
+        static thread_local std::vector<Span> spans;
+        spans.clear();
+        if (steps <= 0) return;
         int64_t lines = 0;
-        for (const Span* span = next_; span < end_; span += shares) lines += span->bytes / kLine + 1;
-        if (steps > 0) lines_ = lines / steps + 1 < kMost ? lines / steps + 1 : kMost;
+        for (const Reads* from = reads; from < reads + count; ++from) {
+            int64_t bytes = 0, passed = 0;
+            for (int64_t i = 0; i < from->count; ++i) bytes += from->spans[i].bytes;
+            const Share share = share_of(bytes, piece, pieces);
+            for (int64_t i = 0; i < from->count; passed += from->spans[i++].bytes) {
+                const Span& span = from->spans[i];
+                const int64_t begin = passed < share.begin ? share.begin - passed : 0;
+                const int64_t end = span.bytes < share.end - passed ? span.bytes : share.end - passed;
+                if (begin >= end) continue;
+                spans.push_back({span.at + begin, end - begin});
+                lines += (end - begin) / kLine + 1;
+            }
+        }
+        lines_ = lines / steps + 1 < kMost ? lines / steps + 1 : kMost;
+        next_ = spans.data();
+        end_ = next_ + spans.size();
         take();
     }
 
@@ -43,15 +62,14 @@ class Ahead {
 
   private:
     void take() {
-        if (next_ >= end_) return;
+        if (next_ == end_) return;
         at_ = next_->at;
         stop_ = at_ + next_->bytes;
-        next_ += shares_;
+        ++next_;
     }
 
     static constexpr int64_t kLine = 64, kMost = 32;
-    const Span *next_, *end_;
-    const int64_t shares_;
+    const Span *next_ = nullptr, *end_ = nullptr;
     int64_t lines_ = 0;
     const char *at_ = nullptr, *stop_ = nullptr;
 };
@@ -119,18 +137,18 @@ LORAMUX_BF16 void outputs(uint16_t* y, const uint16_t* x, const uint8_t* codes, 
 extern "C" {
 
 // y [rows, out], x [rows, in] bf16; codes [out / 16, in / 4, 32]; scales [in / 64, out] fp32; levels [32] bf16: the 16
-// values of a code, twice; ahead [spans]: memory to ask for meanwhile. `out` is a multiple of 32, `in` of 64. Only where
+// values of a code, twice; ahead [reads]: memory to ask for meanwhile. `out` is a multiple of 32, `in` of 64. Only where
 // loramux_attention_has_avx512bf16() is 1.
 void loramux_nf4_linear(uint16_t* y, const uint16_t* x, const uint8_t* codes, const float* scales,
-                        const uint16_t* levels, int64_t rows, int64_t in, int64_t out, const Span* ahead,
-                        int64_t spans, int32_t threads) {
+                        const uint16_t* levels, int64_t rows, int64_t in, int64_t out, const Reads* ahead,
+                        int64_t reads, int32_t threads) {
 #if defined(__x86_64__)
     constexpr int64_t kWide = kTiles * kOutputs;
     const int64_t count = out / kWide, pieces = pieces_of(count, rows * in * out, threads);
     in_pieces(pieces, threads, [&](int64_t piece) {
         const Share share = share_of(count, piece, pieces);
         const int64_t steps = rows < 4 ? 0 : (rows + kRows - 1) / kRows * (share.end - share.begin) * (in / kBlock);
-        Ahead part(ahead, spans, piece, pieces, steps);
+        Ahead part(ahead, reads, piece, pieces, steps);
         outputs(y, x, codes, scales, levels, rows, in, out, share.begin * kWide, share.end * kWide, part);
     });
 #endif
