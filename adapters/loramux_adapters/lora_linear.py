@@ -81,7 +81,7 @@ class AdapterSlots:
         arena = Arena(
             reserve((self.rows, linear.in_features), torch.bfloat16, device),
             reserve((self.rows, linear.out_features), torch.bfloat16, device),
-            torch.zeros(self.rows // SMALLEST_RANK, dtype=torch.uint8),
+            torch.zeros(self.rows // SMALLEST_RANK, dtype=torch.uint8, device=device),
         )
         self._written[path] = np.zeros(self.rows // SMALLEST_RANK, dtype=np.bool_)
         layer = LoRALinear(linear, arena, add_lora)
