@@ -2,8 +2,8 @@
 
     python -m loadtests cost
 
-Three servers of ours take turns, the others being frozen meanwhile: one that never had an adapter, one with a few, all
-in their slots, and one with the same few among many registered.
+Four servers of ours take turns, the others being frozen meanwhile: one that never had an adapter, one with a few, all
+in their slots, one with the same few among many registered, and one with 64 of one rank and 64 of mixed ranks.
 """
 
 from __future__ import annotations
@@ -25,19 +25,22 @@ from .report import summarize, summary_table, table, write_json
 from .workload import Workload, adapter_ranks
 
 RANK = 16
+FEW, EVEN, MIXED = "few", "even", "mixed"  # adapters of rank 16, twice, and of these ranks in turn
+MIXED_RANKS, SET = (4, 8, 16, 32, 64), 64
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Requests of one kind to one of the servers; `adapters`: to the few, else to the base."""
+    """Requests of one kind to one of the servers. `adapters`: how the names of those asked begin; empty: the base."""
 
     server: str
-    adapters: bool
+    adapters: str
     clients: int
+    popularity: str = "distinct"
 
     @property
     def label(self) -> str:
-        return f"{self.server}: {'the few' if self.adapters else 'base'}, {self.clients} clients"
+        return f"{self.server}: {self.adapters or 'base'}, {self.clients} clients"
 
 
 @dataclass(slots=True)
@@ -59,15 +62,13 @@ class Comparison:
 
 def comparisons() -> list[Comparison]:
     """Those that are promised."""
+    few, mixed = Load("few", FEW, 32), Load("sets", MIXED, 64, "zipf")
     return [
-        Comparison(
-            "base, adapters resident", Load("few", False, 32), Load("none", False, 32), least=0.97, same_replies=True
-        ),
-        Comparison(
-            "the few, many registered", Load("many", True, 32), Load("few", True, 32), least=0.97, same_replies=True
-        ),
-        Comparison("the few beside base, 16 clients", Load("few", True, 16), Load("few", False, 16), least=0.88),
-        Comparison("the few beside base, 32 clients", Load("few", True, 32), Load("few", False, 32), least=0.88),
+        Comparison("base, adapters resident", Load("few", "", 32), Load("none", "", 32), least=0.97, same_replies=True),
+        Comparison("the few, many registered", Load("many", FEW, 32), few, least=0.97, same_replies=True),
+        Comparison("the few beside base, 16 clients", Load("few", FEW, 16), Load("few", "", 16), least=0.88),
+        Comparison("the few beside base, 32 clients", few, Load("few", "", 32), least=0.88),
+        Comparison("mixed ranks, Zipf's law", mixed, Load("sets", EVEN, 64, "uniform"), least=0.85),
     ]
 
 
@@ -85,14 +86,18 @@ def main(args: argparse.Namespace) -> int:
     """0 if every request was answered and all targets are reached."""
     wanted = comparisons()
     loads = list(dict.fromkeys(load for it in wanted for load in (it.load, it.beside)))
-    names = tuple(f"load{number:03d}" for number in range(args.few))
+    names = {
+        prefix: tuple(f"{prefix}{number:03d}" for number in range(count))
+        for prefix, count in (("", 0), (FEW, args.few), (EVEN, SET), (MIXED, SET))
+    }
     failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="loadtest-cost-") as scratch, ExitStack() as stack:
         sides = _start(args, Path(scratch), stack)
         for number in range(-1, args.rounds):  # round -1 warms up: afterwards the few are in their slots
             turn = number % len(loads)
             runs = {
-                load: _run(sides[load.server], load, names, number, args) for load in [*loads[turn:], *loads[:turn]]
+                load: _run(sides[load.server], load, names[load.adapters], number, args)
+                for load in [*loads[turn:], *loads[:turn]]
             }
             failed += [f"{it.label}: {error}" for it, run in runs.items() for error in summarize("", run).errors]
             if number < 0:
@@ -115,14 +120,21 @@ def main(args: argparse.Namespace) -> int:
 def _start(args: argparse.Namespace, scratch: Path, stack: ExitStack) -> dict[str, Side]:
     """The servers by name, frozen; the many are small, and published by the server itself as it starts."""
     shapes = read_shapes(args.base)
-    few = make_adapters(scratch / "few", shapes, [RANK] * args.few)
+    few = make_adapters(scratch / FEW, shapes, [RANK] * args.few, prefix=FEW)
+    sets = make_adapters(scratch / EVEN, shapes, [RANK] * SET, prefix=EVEN)
+    sets |= make_adapters(scratch / MIXED, shapes, adapter_ranks(MIXED_RANKS, SET), prefix=MIXED)
     ranks = adapter_ranks(RANKS, args.many - args.few)
     make_adapters(scratch / "rest", shapes, ranks, prefix="rest", targets=TARGETS, dtype="float16")
     sides = {}
-    for name, rest in (("none", None), ("few", None), ("many", scratch / "rest")):
+    for name, adapters, rest in (
+        ("none", few, None),
+        ("few", few, None),
+        ("many", few, scratch / "rest"),
+        ("sets", sets, None),
+    ):
         side = ours(
             args.base,
-            few,
+            adapters,
             store=scratch / f"store-{name}",
             log=args.out / f"loramux-{name}.log.tmp",
             lora=name != "none",
@@ -136,10 +148,10 @@ def _start(args: argparse.Namespace, scratch: Path, stack: ExitStack) -> dict[st
 
 def _run(side: Side, load: Load, names: tuple[str, ...], number: int, args: argparse.Namespace) -> Run:
     # Where replies are compared, the same prompts on different servers; on one server none comes twice.
-    seed = 1000 * load.clients + 2 * (number + 1) + load.adapters
-    workload = Workload(adapters=names if load.adapters else (), seed=seed)
+    seed = 1000 * load.clients + 4 * (number + 1) + ("", FEW, EVEN, MIXED).index(load.adapters)
+    workload = Workload(adapters=names, popularity=load.popularity, seed=seed)
     with side.turn() as target:
-        requests = workload.requests(args.requests)
+        requests = workload.requests(max(args.requests, 2 * load.clients))
         return asyncio.run(run_clients(target, requests, clients=load.clients, seconds=args.seconds))
 
 

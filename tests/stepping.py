@@ -35,9 +35,11 @@ class Stepper:
         attend: Attend | None = None,
         add_lora: AddLora | None = None,
         device: torch.device = CPU,
+        tiled: bool | None = None,
     ) -> None:
+        """`attend`, `add_lora`, `tiled`: other paths than the device's own."""
         shape = probe_kv_shape(model, device)
-        chosen, tiled, _ = select_attend(device, shape)
+        chosen, reads_tiles, _ = select_attend(device, shape)
         if attend is not None:
             chosen = attend
         self.host: dict[str, HostAdapter] = {}
@@ -47,7 +49,7 @@ class Stepper:
         self.runner = ModelRunner(
             model,
             slots=self.slots,
-            cache=KVCache(shape, blocks, device, tiled=tiled),
+            cache=KVCache(shape, blocks, device, tiled=reads_tiles if tiled is None else tiled),
             attend=chosen,
             host_adapter=self.host.get,
             device=device,

@@ -44,7 +44,7 @@ def slow_varlen(
     """What torch.nn.attention.varlen.varlen_attn says it computes, from its documentation, one row at a time."""
     assert num_splits == 1 and window_size[1] == 0 and all(x.is_contiguous() for x in (q, k, v))
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and (q.shape[1] != k.shape[-2]) == enable_gqa
-    assert max_q == cu_seq_q.diff().max() and max_k == cu_seq_k.diff().max()
+    assert max_q == cu_seq_q.diff().max() and max_k >= cu_seq_k.diff().max()
     out = torch.empty_like(q)
     for index, (start, stop) in enumerate(zip(cu_seq_q[:-1].tolist(), cu_seq_q[1:].tolist(), strict=True)):
         if block_table is None:

@@ -1,6 +1,6 @@
 """A step on a device that is not the CPU: every tensor is there, and nothing waits for what the device computes.
 
-PyTorch's `meta` device stands for it: it computes shapes only, refuses to mix with the CPU, and has no value to wait for.
+PyTorch's `meta` device stands for it: it computes shapes only, does not mix with the CPU, and has nothing to wait for.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ class Part:
         ends: [slots of this rank] int32, where each slot's rows end.
         unit: [n] int64, which SMALLEST_RANK rows of the arena each entry's slot begins with.
         scale: [n, 1] fp32.
+        used: [n, 1] bool; the rows without such an entry lie behind the others. None: all have one.
     """
 
     rank: int
@@ -39,6 +40,38 @@ class Part:
     ends: torch.Tensor
     unit: torch.Tensor
     scale: torch.Tensor
+    used: torch.Tensor | None = None
+
+    @classmethod
+    def empty(cls, rank: int, rows: int, arena_rows: int, device: torch.device) -> Part:
+        """One to be filled again and again, for steps of so many rows."""
+        return cls(
+            rank,
+            torch.zeros(rows, dtype=torch.int64, device=device),
+            torch.zeros(arena_rows // rank, dtype=torch.int32, device=device),
+            torch.zeros(rows, dtype=torch.int64, device=device),
+            torch.zeros(rows, 1, device=device),
+            torch.zeros(rows, 1, dtype=torch.bool, device=device),
+        )
+
+    def fill(self, rows: LoraRows) -> None:
+        """For rows with one entry each at most, all of them in this part, whatever their rank."""
+        assert self.used is not None
+        has = np.flatnonzero(np.diff(rows.first))
+        has = has[rows.rank[rows.first[has]] == self.rank]
+        order, entries, ends = _in_order(rows, rows.first[has], self.rank, len(self.ends))
+        count, total = len(has), len(self.rows)
+        without = np.setdiff1d(np.arange(total), has)
+        unit, scale = np.zeros(total, dtype=np.int64), np.zeros((total, 1), dtype=np.float32)
+        unit[:count], scale[:count, 0] = rows.offset[entries] // SMALLEST_RANK, rows.scale[entries]
+        for tensor, values in (
+            (self.rows, np.concatenate([has[order], without])),
+            (self.ends, ends),
+            (self.unit, unit),
+            (self.scale, scale),
+            (self.used, np.arange(total)[:, None] < count),
+        ):
+            tensor.copy_(torch.from_numpy(values))
 
     def delta(self, x: torch.Tensor, arena: Arena) -> torch.Tensor:
         """[n, out] bf16."""
@@ -46,8 +79,10 @@ class Part:
         a, bt = (stack[: slots * self.rank].view(slots, self.rank, -1) for stack in (arena.a, arena.bt))
         h = grouped_mm(x.index_select(0, self.rows), a.transpose(1, 2), offs=self.ends)
         targeted = arena.targeted[self.unit].bool()[:, None]  # elsewhere the slot holds what another adapter left
-        h = torch.where(targeted, h * self.scale, 0.0).to(x.dtype)
-        return grouped_mm(h, bt, offs=self.ends)
+        if self.used is None:
+            return grouped_mm(torch.where(targeted, h * self.scale, 0.0).to(x.dtype), bt, offs=self.ends)
+        h = torch.where(targeted & self.used, h * self.scale, 0.0).to(x.dtype)
+        return torch.where(self.used, grouped_mm(h, bt, offs=self.ends), 0.0)  # rows in no group hold anything
 
 
 class GroupedAddLora:
@@ -75,6 +110,10 @@ class GroupedAddLora:
         used = torch.cat([part.rows for part in places[0]])  # every row with an adapter has a first one
         y.index_copy_(0, used, (y[used].float() + total[used]).to(y.dtype))
 
+    def expect(self, rows: LoraRows, plan: list[list[Part]]) -> None:
+        """For rows whose plan is made elsewhere."""
+        self._plans.append((rows, plan))
+
     def _plan_of(self, rows: LoraRows, arena_rows: int, device: torch.device) -> list[list[Part]]:
         """Made once for all layers of a step."""
         for known, plan in self._plans:
@@ -99,10 +138,7 @@ def make_plan(rows: LoraRows, arena_rows: int, device: torch.device) -> list[lis
         parts = []
         for rank in np.unique(rows.rank[entries]):
             chosen = rows.rank[entries] == rank
-            slots = rows.offset[entries[chosen]] // rank
-            order = np.argsort(slots, kind="stable")
-            own = entries[chosen][order]
-            ends = np.cumsum(np.bincount(slots, minlength=arena_rows // rank))
+            order, own, ends = _in_order(rows, entries[chosen], int(rank), arena_rows // int(rank))
             parts.append(
                 Part(
                     int(rank),
@@ -114,6 +150,15 @@ def make_plan(rows: LoraRows, arena_rows: int, device: torch.device) -> list[lis
             )
         plan.append(parts)
     return plan
+
+
+def _in_order(
+    rows: LoraRows, entries: npt.NDArray[np.int32], rank: int, slots: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """Entries of one rank by slot: (their order, the entries in it, where each slot's end)."""
+    slot = rows.offset[entries] // rank
+    order = np.argsort(slot, kind="stable")
+    return order, entries[order], np.cumsum(np.bincount(slot, minlength=slots))
 
 
 def grouped_add_lora(device: torch.device) -> GroupedAddLora | None:

@@ -223,6 +223,8 @@ class Device:
         except BaseException:
             host_cache.close()
             raise
+        if runner.graphs is not None:
+            runner.graphs.exact = checked.batch_invariant
         scheduler = Scheduler(
             SchedulerConfig(
                 max_num_seqs=config.max_num_seqs,

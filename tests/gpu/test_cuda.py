@@ -16,7 +16,9 @@ from loramux_server.base.loader import load_base_model
 from loramux_server.engine.attention import AttentionParams, AttentionStep, attend_reference
 from loramux_server.engine.attention_paths import select_attend
 from loramux_server.engine.kv_cache import KVCache, KVShape
+from loramux_server.engine.sequence import Batch, ScheduledSequence
 from loramux_server.engine.start_check import Checker
+from loramux_server.engine.step_graphs import OFTEN, TRIALS
 from stepping import Stepper, relative_difference
 from test_ops import RANKS, make_arena, make_rows, make_sums
 from tiny_models import save_tiny_model
@@ -79,6 +81,28 @@ def test_the_librarys_kernels_are_in_use() -> None:
     device = torch.device("cuda")
     assert select_attend(device, KVShape(2, 3, 64))[2].startswith("varlen")
     assert select_add_lora(device, torch.bfloat16)[1] == "grouped"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_replayed_steps_give_the_logits_of_plain_ones(architecture: str, tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "base", architecture)
+    stepper = stepper_on("cuda", tmp_path)
+    graphs = stepper.runner.graphs
+    assert graphs is not None
+    sequences = [stepper.sequence(str(i), p, s) for i, (p, s) in enumerate(zip(PROMPTS, SLOTS, strict=True))]
+    stepper.logits([(sequence, len(sequence.prompt)) for sequence in sequences])
+    for step in range(2 * OFTEN):
+        for sequence in sequences:
+            sequence.output.append(step)
+        got = stepper.logits([(sequence, 1) for sequence in sequences])
+        for sequence in sequences:
+            sequence.num_computed -= 1
+        with torch.inference_mode():
+            plain = stepper.runner._plain(Batch([ScheduledSequence(s, 1, samples=True) for s in sequences]))
+        for sequence in sequences:
+            sequence.num_computed += 1
+        assert relative_difference(got, plain) < 0.05
+    assert graphs.replays > TRIALS
 
 
 @pytest.mark.parametrize("counts", [[1] * 12, [12, 6, 3, 2, 1], [24], [20, 1, 1, 1, 1]], ids=str)

@@ -19,6 +19,7 @@ from loramux_server.engine.kv_cache import KVCache
 from loramux_server.engine.native_decoder import NativeDecoder, native_decoder
 from loramux_server.engine.sampler import Sampler
 from loramux_server.engine.sequence import Batch, SampledToken, SlotLoad
+from loramux_server.engine.step_graphs import step_graphs
 from loramux_server.errors import SequenceFailed
 
 
@@ -31,6 +32,7 @@ class ModelRunner:
 
     Attributes:
         decoder: the compiled step; None where transformers' code runs, which is also its reference.
+        graphs: steps captured as CUDA graphs; None where there are none.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class ModelRunner:
         self._device = device
         self._sampler = Sampler()
         self.decoder: NativeDecoder | None = native_decoder(model, slots, cache, attend)
+        self.graphs = step_graphs(self._call, cache, attend, slots)
 
     def run(self, batch: Batch) -> list[SampledToken]:
         """One step: a token for each row with `samples`, in row order.
@@ -71,6 +74,11 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits [rows with samples, vocabulary]; keys and values of all rows are in the cache afterwards."""
+        if self.graphs is not None:
+            return self.graphs.run(batch, lambda: self._plain(batch))
+        return self._plain(batch)
+
+    def _plain(self, batch: Batch) -> torch.Tensor:
         tokens: list[int] = []
         sequence: list[int] = []
         position: list[int] = []
@@ -96,15 +104,36 @@ class ModelRunner:
             runs=tuple(runs),
         )
         lora = LoraRows.build([(row.sequence.slots, row.num_tokens) for row in batch.rows])
-        head = LoraRows.build([(row.sequence.slots, 1) for row in batch.rows if row.samples])
+        head = lora  # each row is one token that is sampled
+        if len(heads) != len(tokens):
+            head = LoraRows.build([(row.sequence.slots, 1) for row in batch.rows if row.samples])
         if self.decoder is not None:
             return self.decoder.forward(tokens, heads, step, lora, head)
+        return self._call(
+            torch.tensor([tokens], device=self._device),
+            torch.tensor([position], device=self._device),
+            torch.tensor(heads, dtype=torch.long, device=self._device),
+            step,
+            lora,
+            head,
+        )
+
+    def _call(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        sampled: torch.Tensor,
+        step: AttentionStep,
+        lora: LoraRows | None,
+        head: LoraRows | None,
+    ) -> torch.Tensor:
+        """transformers' code on tensors [1, rows] of the device; `sampled`: [n] rows whose logits are wanted."""
         self._slots.set_lora(lora, head)
         try:
             output = self._model(
-                input_ids=torch.tensor([tokens], device=self._device),
-                position_ids=torch.tensor([position], device=self._device),
-                logits_to_keep=torch.tensor(heads, dtype=torch.long, device=self._device),
+                input_ids=tokens,
+                position_ids=positions,
+                logits_to_keep=sampled,
                 use_cache=False,
                 loramux_step=step,
             )

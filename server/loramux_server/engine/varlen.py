@@ -47,7 +47,7 @@ class VarlenAttend:
     def __init__(self, kernel: Kernel, *, paged: bool) -> None:
         """`paged`: the kernel reads block tables; otherwise keys and values are gathered for it."""
         self._kernel = kernel
-        self._paged = paged
+        self.paged = paged
         self._last: tuple[AttentionStep, Lengths] | None = None
         self.name = "varlen paged" if paged else "varlen gathered"
 
@@ -65,7 +65,7 @@ class VarlenAttend:
         step.store(layer, k, v)
         lengths = self._lengths_of(step)
         keys, values = step.cache.k[layer], step.cache.v[layer]
-        if not self._paged:
+        if not self.paged:
             keys, values = (stack.flatten(0, 1).index_select(0, lengths.places) for stack in (keys, values))
         out: torch.Tensor = self._kernel(
             q.contiguous(),
@@ -78,16 +78,20 @@ class VarlenAttend:
             scale=params.scaling,
             window_size=(params.window - 1 if params.window else -1, 0),
             enable_gqa=q.shape[1] != k.shape[1],
-            seqused_k=lengths.used if self._paged else None,
-            block_table=step.tables if self._paged else None,
+            seqused_k=lengths.used if self.paged else None,
+            block_table=step.tables if self.paged else None,
             num_splits=1,
         )
         return out
 
+    def expect(self, step: AttentionStep, lengths: Lengths) -> None:
+        """For a step whose lengths are made elsewhere."""
+        self._last = step, lengths
+
     def _lengths_of(self, step: AttentionStep) -> Lengths:
         """Made once for all layers of a step."""
         if self._last is None or self._last[0] is not step:
-            self._last = step, lengths_of(step, paged=self._paged)
+            self._last = step, lengths_of(step, paged=self.paged)
         return self._last[1]
 
 

@@ -1,0 +1,243 @@
+"""Steps whose shapes repeat, captured once as CUDA graphs and replayed: one launch in place of thousands.
+
+A decode step feeds one token of each sequence, so its shapes follow from the number of sequences, rounded up to a power
+of two, and the ranks of their adapters. What differs from step to step is copied into tensors that the graph reads;
+rows up to the rounded number repeat the last one, and nobody looks at their logits. Other steps run as they are. So
+does a shape that has not come often yet, or whose replays do not agree with the plain step when they are tried: each
+shape's first ones are, so a value that a graph remembers from its capture shows.
+
+The mechanism is https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs. All bookkeeping is tested on the CPU,
+with a capture that runs the step again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from loramux_adapters.grouped import GroupedAddLora, Part
+from loramux_adapters.lora_linear import AdapterSlots
+from loramux_adapters.ops import LoraRows
+from loramux_server.engine.attention import Attend, AttentionStep
+from loramux_server.engine.kv_cache import BLOCK_SIZE, KVCache
+from loramux_server.engine.sequence import Batch, ScheduledSequence
+from loramux_server.engine.varlen import Lengths, VarlenAttend
+
+logger = logging.getLogger(__name__)
+
+OFTEN = 16  # steps of a shape before it is captured, which takes some hundred milliseconds
+TRIALS = 3  # replays of a shape that are compared with the plain step
+MOST = 32  # shapes captured at a time
+_MOST_BLOCKS = 512  # of a sequence's table: longer sequences run as they are
+_TOLERANCE = 0.05  # root mean square difference of the logits, as a share of their spread, where bits may differ
+
+Replay = Callable[[], None]
+# Runs a step and gives what runs it again on the same tensors, and the tensor that holds its logits each time.
+Capture = Callable[[Callable[[], torch.Tensor]], tuple[Replay, torch.Tensor]]
+# (input ids [1, rows], position ids [1, rows], sampled rows [rows], step, adapters of all rows and of the sampled ones)
+# -> logits [rows, vocabulary]
+Forward = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, AttentionStep, LoraRows | None, LoraRows | None], torch.Tensor
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a step's tensors have their sizes by: rows, a power of two, and the ranks of the slots in use."""
+
+    rows: int
+    ranks: tuple[int, ...]
+
+
+class Inputs:
+    """The tensors that a captured step of one shape reads."""
+
+    def __init__(self, shape: Shape, cache: KVCache, attend: VarlenAttend, arena_rows: int) -> None:
+        device, rows = cache.k[0].device, shape.rows
+        width = min(_MOST_BLOCKS, cache.num_blocks)
+        each = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        self.tokens = torch.zeros(1, rows, dtype=torch.int64, device=device)
+        self.positions = torch.zeros(1, rows, dtype=torch.int64, device=device)
+        self.sampled = torch.arange(rows, device=device)
+        self.lengths = Lengths(
+            rows=each,
+            keys=torch.zeros_like(each),
+            used=torch.zeros(rows, dtype=torch.int32, device=device),
+            most_rows=1,
+            most_keys=width * BLOCK_SIZE,
+            places=torch.empty(0, dtype=torch.int64, device=device),
+        )
+        self.step = AttentionStep(
+            cache=cache,
+            attend=attend,
+            tables=torch.zeros(rows, width, dtype=torch.int32, device=device),
+            sequence=each[:-1],
+            position=torch.zeros(rows, dtype=torch.int32, device=device),
+            runs=(),
+        )
+        self.parts = [Part.empty(rank, rows, arena_rows, device) for rank in shape.ranks]
+
+    def fill(self, rows: list[ScheduledSequence], lora: LoraRows | None) -> None:
+        """`rows`: as many as the shape has. `lora`: their adapters."""
+        positions = np.array([row.sequence.num_computed for row in rows])
+        tables = np.zeros(tuple(self.step.tables.shape), dtype=np.int32)
+        for index, row in enumerate(rows):
+            tables[index, : len(row.sequence.blocks)] = row.sequence.blocks
+        tokens = [row.sequence.tokens_from(row.sequence.num_computed, 1)[0] for row in rows]
+        for tensor, values in (
+            (self.tokens, np.array([tokens])),
+            (self.positions, positions[None]),
+            (self.step.position, positions),
+            (self.step.tables, tables),
+            (self.lengths.used, positions + 1),
+            (self.lengths.keys, np.concatenate([[0], np.cumsum(positions + 1)])),
+        ):
+            tensor.copy_(torch.from_numpy(values))
+        for part in self.parts:
+            assert lora is not None
+            part.fill(lora)
+
+
+@dataclass(slots=True)
+class Captured:
+    shape: Shape
+    inputs: Inputs
+    replay: Replay
+    logits: torch.Tensor
+    trials: int = 0
+
+
+class StepGraphs:
+    """Captured steps of one model. Owner: the engine thread.
+
+    Attributes:
+        exact: replays must give the bits of plain steps; for devices on which the check at start found that a reply has
+            the same bits in any batch.
+        replays: steps that were replayed.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        cache: KVCache,
+        attend: VarlenAttend,
+        add_lora: GroupedAddLora,
+        rows: int,
+        capture: Capture,
+    ) -> None:
+        """`rows`: of the adapters' arenas."""
+        self._forward = forward
+        self._cache = cache
+        self._attend = attend
+        self._add_lora = add_lora
+        self._rows = rows
+        self._capture = capture
+        self._seen: Counter[Shape] = Counter()
+        self._captured: OrderedDict[Shape, Captured] = OrderedDict()  # least recently used first
+        self._works = True
+        self.exact = False
+        self.replays = 0
+
+    def run(self, batch: Batch, plain: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Logits of a batch: those of a captured step if there is one for it, else those that `plain` computes."""
+        shape = shape_of(batch, self._cache) if self._works else None
+        if shape is None:
+            return plain()
+        self._seen[shape] += 1
+        captured = self._captured.get(shape)
+        if captured is not None and captured.trials >= TRIALS:
+            return self._replay(captured, batch)
+        expected = plain()
+        if self._seen[shape] < OFTEN:
+            return expected
+        try:
+            captured = captured or self._add(shape, batch)
+            logits = self._replay(captured, batch)
+        except RuntimeError as error:  # what the library says of a step that it cannot capture
+            self._give_up(f"{shape} cannot be captured: {error}")
+            return expected
+        captured.trials += 1
+        if not (torch.equal(logits, expected) if self.exact else _is_close(logits, expected)):
+            self._give_up(f"{shape} gives other logits when it is replayed")
+        return expected
+
+    def _add(self, shape: Shape, batch: Batch) -> Captured:
+        rows, lora = _padded(batch, shape.rows)
+        inputs = Inputs(shape, self._cache, self._attend, self._rows)
+        inputs.fill(rows, lora)
+        captured = self._captured[shape] = Captured(shape, inputs, *self._capture(lambda: self._step(inputs, lora)))
+        if len(self._captured) > MOST:
+            self._captured.popitem(last=False)
+        return captured
+
+    def _replay(self, captured: Captured, batch: Batch) -> torch.Tensor:
+        captured.inputs.fill(*_padded(batch, captured.shape.rows))
+        captured.replay()
+        self._captured.move_to_end(captured.shape)
+        self.replays += 1
+        return captured.logits[: len(batch.rows)].clone()
+
+    def _step(self, inputs: Inputs, lora: LoraRows | None) -> torch.Tensor:
+        self._attend.expect(inputs.step, inputs.lengths)
+        if lora is not None:
+            self._add_lora.expect(lora, [inputs.parts])
+        return self._forward(inputs.tokens, inputs.positions, inputs.sampled, inputs.step, lora, lora)
+
+    def _give_up(self, reason: str) -> None:
+        logger.warning("steps run without CUDA graphs from now on: %s", reason)
+        self._works = False
+        self._captured.clear()
+
+
+def _padded(batch: Batch, count: int) -> tuple[list[ScheduledSequence], LoraRows | None]:
+    """The rows of a batch, the last one repeated up to `count`, and their adapters."""
+    rows = batch.rows + batch.rows[-1:] * (count - len(batch.rows))
+    return rows, LoraRows.build([(row.sequence.slots, 1) for row in rows])
+
+
+def _is_close(logits: torch.Tensor, expected: torch.Tensor) -> bool:
+    difference = (logits.float() - expected.float()).square().mean().sqrt()
+    return float(difference / expected.float().std()) <= _TOLERANCE
+
+
+def shape_of(batch: Batch, cache: KVCache) -> Shape | None:
+    """None for a step that is not captured: one that feeds more than a token of a sequence, does not sample each, has
+    several adapters for one, or has a sequence of more blocks than a captured step knows.
+    """
+    most = min(_MOST_BLOCKS, cache.num_blocks)
+    ranks: set[int] = set()
+    for row in batch.rows:
+        slots = row.sequence.slots
+        if row.num_tokens != 1 or not row.samples or len(slots) > 1 or len(row.sequence.blocks) > most:
+            return None
+        ranks.update(entry.slot.rank for entry in slots)
+    return Shape(1 << (len(batch.rows) - 1).bit_length(), tuple(sorted(ranks)))
+
+
+def capture_cuda(run: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
+    """`Capture` by a CUDA graph."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()  # what libraries allocate at the first call must not be part of the graph
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = run()
+    return graph.replay, logits
+
+
+def step_graphs(
+    forward: Forward, cache: KVCache, attend: Attend, slots: AdapterSlots, capture: Capture = capture_cuda
+) -> StepGraphs | None:
+    """Graphs for a device and paths that they are made for; None for others."""
+    if cache.k[0].device.type != "cuda" and capture is capture_cuda:
+        return None
+    if not isinstance(attend, VarlenAttend) or not attend.paged or not isinstance(slots.add_lora, GroupedAddLora):
+        return None
+    return StepGraphs(forward, cache, attend, slots.add_lora, slots.rows, capture)
