@@ -227,7 +227,7 @@ def capture_cuda(run: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]
         run()  # what libraries allocate at the first call must not be part of the graph
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the device meanwhile
         logits = run()
     return graph.replay, logits
 
