@@ -26,7 +26,7 @@ from .workload import Workload, adapter_ranks
 
 RANK = 16
 FEW, EVEN, MIXED = "few", "even", "mixed"  # adapters of rank 16, twice, and of these ranks in turn
-MIXED_RANKS, SET = (4, 8, 16, 32, 64), 64
+MIXED_RANKS, SET = (16, 64, 4, 32, 8), 64  # those asked most are neither the small nor the large ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +112,7 @@ def main(args: argparse.Namespace) -> int:
     for line in failed[:10]:
         print(f"  {line}")
     settings = {"rounds": args.rounds, "requests": args.requests, "few": args.few, "many": args.many, "rank": RANK}
+    settings |= {"sets": SET, "mixed_ranks": MIXED_RANKS}
     results = {it.label: {"ratios": it.ratios, "target": it.least, "different_replies": it.different} for it in wanted}
     write_json(args.out / "cost.json", {"settings": settings, "results": results, "errors": failed})
     return 0 if not failed and all(it.reached for it in wanted) else 1

@@ -21,8 +21,9 @@ from loramux_adapters.host_cache import HostAdapter
 from loramux_adapters.slots import ScaledSlot, Slot
 from loramux_server.engine import step_graphs
 from loramux_server.engine.attention import attend_reference
+from loramux_server.engine.sequence import Batch, ScheduledSequence
 from loramux_server.engine.sequence import Sequence as EngineSequence
-from loramux_server.engine.step_graphs import Capture, Shape, StepGraphs, capture_cuda, shape_of
+from loramux_server.engine.step_graphs import Capture, Shape, shape_of
 from loramux_server.engine.varlen import VarlenAttend
 from stepping import CPU, Stepper, relative_difference
 from test_attention import slow_varlen
@@ -85,64 +86,64 @@ def record(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.T
     return recorder.replay, logits
 
 
-class Case:
-    """A runner on the paths of CUDA devices, beside the same runner without graphs."""
+def stepper_of(architecture: str) -> Stepper:
+    """On the paths of CUDA devices; the same model each time."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(architecture), dtype=torch.bfloat16).eval()
+    attend = VarlenAttend(kernel, paged=True)
+    return Stepper(model, rows=64, blocks=256, attend=attend, add_lora=GroupedAddLora(), tiled=False)
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, architecture: str, capture: Capture) -> None:
+
+class Case:
+    """A runner that captures steps, beside one with a cache of its own that does not."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capture: Capture, architecture: str = "llama") -> None:
         monkeypatch.setattr(step_graphs, "OFTEN", 2)
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(tiny_config(architecture), dtype=torch.bfloat16).eval()
-        self.stepper = Stepper(
-            model, rows=64, blocks=128, attend=VarlenAttend(kernel, paged=True), add_lora=GroupedAddLora(), tiled=False
-        )
+        self.stepper, self.plain = stepper_of(architecture), stepper_of(architecture)
         runner = self.stepper.runner
-        self.plain = runner._plain
         graphs = step_graphs.step_graphs(
             runner._call, runner._cache, runner._attend, self.stepper.slots, capture=capture
         )
         assert graphs is not None
-        self.graphs: StepGraphs = graphs
-        runner.graphs = graphs
+        self.graphs = runner.graphs = graphs
+        self.twins: dict[int, EngineSequence] = {}
         for seed, slot in enumerate(SLOTS):
             self.load(slot, seed)
 
     def load(self, slot: Slot, seed: int, rank: int | None = None) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        modules = {
-            path: tuple(
-                (torch.randn(rank or slot.rank, size, generator=generator) / 4).bfloat16()
-                for size in (layer.base_layer.in_features, layer.base_layer.out_features)
-            )
-            for path, layer in self.stepper.slots.layers.items()
-            if seed % 2 or "down_proj" not in path
-        }
-        self.stepper.load(slot, HostAdapter(f"v{seed}", rank or slot.rank, 0, modules))  # type: ignore[arg-type]
+        for stepper in (self.stepper, self.plain):
+            generator = torch.Generator().manual_seed(seed)
+            modules = {
+                path: tuple(
+                    (torch.randn(rank or slot.rank, size, generator=generator) / 4).bfloat16()
+                    for size in (layer.base_layer.in_features, layer.base_layer.out_features)
+                )
+                for path, layer in stepper.slots.layers.items()
+                if seed % 2 or "down_proj" not in path
+            }
+            stepper.load(slot, HostAdapter(f"v{seed}", rank or slot.rank, 0, modules))  # type: ignore[arg-type]
 
     def start(self, name: str, slots: tuple[ScaledSlot, ...], length: int) -> EngineSequence:
-        sequence = self.stepper.sequence(name, [7 * i % 256 for i in range(length)], slots)
+        prompt = [7 * i % 256 for i in range(length)]
+        sequence = self.stepper.sequence(name, prompt, slots)
+        self.twins[id(sequence)] = self.plain.sequence(name, prompt, slots)
         self.feed([(sequence, length)])
         return sequence
 
     def feed(self, rows: list[tuple[EngineSequence, int]]) -> None:
-        """One step; its logits agree with those of the step without graphs."""
-        seen: list[torch.Tensor] = []
-
-        def both(batch: Any, plain: Callable[[], torch.Tensor]) -> torch.Tensor:
-            got = StepGraphs.run(self.graphs, batch, plain)
-            seen.append(self.plain(batch))
-            return got
-
-        self.graphs.run = both  # type: ignore[method-assign]
-        logits = self.stepper.logits(rows)
-        for row, expected in zip(logits, seen[0], strict=True):
-            assert relative_difference(row, expected) < 0.03
-        for row, (sequence, _) in zip(logits, rows, strict=True):
-            sequence.output.append(int(row.argmax()))
+        """One step of both: they give the same logits, and go on with the same tokens."""
+        twins = [(self.twins[id(sequence)], count) for sequence, count in rows]
+        for ours, theirs, (sequence, _), (twin, _) in zip(
+            self.stepper.logits(rows), self.plain.logits(twins), rows, twins, strict=True
+        ):
+            assert relative_difference(ours, theirs) < 0.03
+            sequence.output.append(int(theirs.argmax()))
+            twin.output.append(int(theirs.argmax()))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "phi3"])
 def test_replays_give_the_logits_of_plain_steps(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(monkeypatch, architecture, record)
+    case = Case(monkeypatch, record, architecture)
     choose = random.Random(0)
     uses: list[tuple[ScaledSlot, ...]] = [(), *((ScaledSlot(slot, choose.choice((1.0, 0.5))),) for slot in SLOTS)]
     live = [case.start(str(i), uses[i % len(uses)], choose.randint(1, 40)) for i in range(9)]
@@ -167,7 +168,7 @@ def test_where_replies_have_the_same_bits_in_any_batch_replays_must_have_them(
         return replay_nearly, logits
 
     for exact in (False, True):
-        case = Case(monkeypatch, "llama", nearly)
+        case = Case(monkeypatch, nearly)
         case.graphs.exact = exact
         sequence = case.start("one", (), 5)
         for _ in range(5):
@@ -176,7 +177,7 @@ def test_where_replies_have_the_same_bits_in_any_batch_replays_must_have_them(
 
 
 def test_only_steps_that_follow_from_their_shape_are_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(monkeypatch, "llama", record)
+    case = Case(monkeypatch, record)
     both = tuple(ScaledSlot(slot) for slot in SLOTS[:2])
     base, composed = case.start("base", (), 5), case.start("composed", both, 5)
     for _ in range(4):
@@ -189,15 +190,58 @@ def test_only_steps_that_follow_from_their_shape_are_captured(monkeypatch: pytes
 
 
 def test_shapes_are_rounded_up_and_say_which_ranks_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(monkeypatch, "llama", record)
+    case = Case(monkeypatch, record)
     seen: list[Shape | None] = []
     monkeypatch.setattr(step_graphs, "shape_of", lambda *args: seen.append(shape_of(*args)) or seen[-1])
     rows = [case.start(str(i), (ScaledSlot(slot),), 3) for i, slot in enumerate((SLOTS[0], SLOTS[2], SLOTS[3]))]
     seen.clear()
     case.feed([(row, 1) for row in rows])
     case.feed([(rows[0], 1)])
-    rows[0].prompt = [*rows[0].prompt]
     assert seen == [Shape(4, (8, 16)), Shape(1, (8,))]
+
+
+def test_no_more_shapes_are_captured_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_graphs, "MOST", 1)
+    case = Case(monkeypatch, record)
+    rows = [(case.start(str(i), (), 5), 1) for i in range(3)]
+    for _ in range(3):
+        case.feed(rows[:1])
+    before = case.graphs.replays
+    for _ in range(3):
+        case.feed(rows)
+    assert case.graphs.replays == before > 0
+    case.feed(rows[:1])
+    assert case.graphs.replays == before + 1
+
+
+def test_a_row_that_is_not_finite_does_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(monkeypatch, record)
+    case.graphs.exact = True
+    modules = {
+        path: (torch.full((8, 64), 1e30).bfloat16(), torch.full((8, layer.base_layer.out_features), 1e30).bfloat16())
+        for path, layer in case.stepper.slots.layers.items()
+        if "q_proj" in path or "v_proj" in path
+    }
+    case.stepper.load(SLOTS[1], HostAdapter("huge", 8, 0, modules))
+    runner, rows = case.stepper.runner, []
+    for index, slots in enumerate(((), (ScaledSlot(SLOTS[1]),))):
+        sequence = case.stepper.sequence(str(index), [5], slots)
+        rows.append(ScheduledSequence(sequence, 1, samples=True))
+    for _ in range(6):
+        logits = runner.forward(Batch(rows))
+    assert logits[0].isfinite().all() and not logits[1].isfinite().all()
+    assert case.graphs.replays > 3
+
+
+def test_a_model_with_a_soft_cap_runs_as_before(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = Case(monkeypatch, record, "gemma2")
+    sequence = case.start("one", (), 5)
+    for _ in range(5):
+        case.feed([(sequence, 1)])
+    assert case.graphs.replays == 0
+    assert "soft cap" in caplog.text
 
 
 def test_a_step_that_cannot_be_captured_runs_as_before(
@@ -206,7 +250,7 @@ def test_a_step_that_cannot_be_captured_runs_as_before(
     def refuse(run: Callable[[], torch.Tensor]) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    case = Case(monkeypatch, "llama", refuse)
+    case = Case(monkeypatch, refuse)
     sequence = case.start("one", (), 5)
     for _ in range(5):
         case.feed([(sequence, 1)])
@@ -234,7 +278,7 @@ def test_replays_that_give_other_logits_are_not_used(
 
         return wrong, logits
 
-    case = Case(monkeypatch, "llama", forgetful)
+    case = Case(monkeypatch, forgetful)
     sequence = case.start("one", (), 5)
     for _ in range(8):
         case.feed([(sequence, 1)])
@@ -243,10 +287,10 @@ def test_replays_that_give_other_logits_are_not_used(
 
 
 def test_there_are_none_where_they_are_not_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(monkeypatch, "llama", record)
+    case = Case(monkeypatch, record)
     runner, slots = case.stepper.runner, case.stepper.slots
     make = step_graphs.step_graphs
-    assert make(runner._call, runner._cache, runner._attend, slots, capture=capture_cuda) is None  # it is the CPU
+    assert make(runner._call, runner._cache, runner._attend, slots) is None  # it is the CPU
     assert make(runner._call, runner._cache, attend_reference, slots, capture=record) is None
     assert make(runner._call, runner._cache, VarlenAttend(kernel, paged=False), slots, capture=record) is None
     assert runner._cache.k[0].device == CPU

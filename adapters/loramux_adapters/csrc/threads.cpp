@@ -83,13 +83,15 @@ class Pool {
     // one of its pieces was taken is of that loop: it cannot end before this piece has.
     bool take(int32_t own) {
         const int32_t parts = parts_.load(std::memory_order_relaxed);
+        uint64_t loop = 0;  // of the own part: others get theirs a moment sooner or later, and are not helped before
         for (int32_t n = 0; own < parts && n < parts; ++n) {
             const int32_t part = (own + n) % parts;
             std::atomic<uint64_t>& pieces = left_[part].pieces;
             uint64_t bits = pieces.load(std::memory_order_acquire);
             for (;;) {
                 Left left = Left::of(bits);
-                if (left.begin >= left.end) break;
+                if (n == 0) loop = left.loop;
+                if (left.begin >= left.end || left.loop != loop) break;
                 const int64_t piece = part == own ? left.begin++ : --left.end;
                 if (!pieces.compare_exchange_weak(bits, left.packed(), std::memory_order_acq_rel,
                                                   std::memory_order_acquire))

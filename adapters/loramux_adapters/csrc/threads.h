@@ -13,7 +13,7 @@ extern "C" {
 
 using RunPiece = void (*)(const void* context, int64_t piece);
 
-// Runs all pieces and returns when they are done; other callers meanwhile run theirs alone. At most 2^20 pieces.
+// Runs all pieces and returns when they are done; other callers meanwhile run theirs alone. Fewer than 2^20 pieces.
 void loramux_run_pieces(RunPiece run, const void* context, int64_t pieces, int32_t threads);
 
 }  // extern "C"

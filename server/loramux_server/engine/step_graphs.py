@@ -3,8 +3,12 @@
 A decode step feeds one token of each sequence, so its shapes follow from the number of sequences, rounded up to a power
 of two, and the ranks of their adapters. What differs from step to step is copied into tensors that the graph reads;
 rows up to the rounded number repeat the last one, and nobody looks at their logits. Other steps run as they are. So
-does a shape that has not come often yet, or whose replays do not agree with the plain step when they are tried: each
-shape's first ones are, so a value that a graph remembers from its capture shows.
+does a shape that has not come often yet. The first replay of a shape, the second, fourth, eighth and so on are
+compared with the plain step, so a value that a graph remembers from its capture shows; if they do not agree, no graph
+is used any more.
+
+They need attention that reads block tables: the library's does so with blocks of 16 tokens only on devices with
+FlashAttention 3 or 4, where that is installed and activated.
 
 The mechanism is https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs. All bookkeeping is tested on the CPU,
 with a capture that runs the step again.
@@ -13,7 +17,7 @@ with a capture that runs the step again.
 from __future__ import annotations
 
 import logging
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,8 +35,7 @@ from loramux_server.engine.varlen import Lengths, VarlenAttend
 logger = logging.getLogger(__name__)
 
 OFTEN = 16  # steps of a shape before it is captured, which takes some hundred milliseconds
-TRIALS = 3  # replays of a shape that are compared with the plain step
-MOST = 32  # shapes captured at a time
+MOST = 32  # shapes that are captured: a graph stays, since others may read what libraries keep in its memory
 _MOST_BLOCKS = 512  # of a sequence's table: longer sequences run as they are
 _TOLERANCE = 0.05  # root mean square difference of the logits, as a share of their spread, where bits may differ
 
@@ -105,11 +108,17 @@ class Inputs:
 
 @dataclass(slots=True)
 class Captured:
-    shape: Shape
+    """A captured step: what it reads, what runs it, and where its logits lie."""
+
     inputs: Inputs
     replay: Replay
     logits: torch.Tensor
-    trials: int = 0
+    replays: int = 0
+
+    @property
+    def on_trial(self) -> bool:
+        """Whether the coming replay is compared with the plain step: ever more rarely, but for ever."""
+        return self.replays & (self.replays - 1) == 0
 
 
 class StepGraphs:
@@ -138,7 +147,7 @@ class StepGraphs:
         self._rows = rows
         self._capture = capture
         self._seen: Counter[Shape] = Counter()
-        self._captured: OrderedDict[Shape, Captured] = OrderedDict()  # least recently used first
+        self._captured: dict[Shape, Captured] = {}
         self._works = True
         self.exact = False
         self.replays = 0
@@ -149,20 +158,19 @@ class StepGraphs:
         if shape is None:
             return plain()
         self._seen[shape] += 1
-        captured = self._captured.get(shape)
-        if captured is not None and captured.trials >= TRIALS:
-            return self._replay(captured, batch)
-        expected = plain()
-        if self._seen[shape] < OFTEN:
-            return expected
+        if shape not in self._captured and (self._seen[shape] < OFTEN or len(self._captured) == MOST):
+            return plain()
         try:
-            captured = captured or self._add(shape, batch)
-            logits = self._replay(captured, batch)
-        except RuntimeError as error:  # what the library says of a step that it cannot capture
+            captured = self._captured.get(shape) or self._add(shape, batch)
+            on_trial = captured.on_trial
+            logits = self._replay(captured, shape, batch)
+        except Exception as error:  # whatever the library says of a step that it cannot capture
             self._give_up(f"{shape} cannot be captured: {error}")
-            return expected
-        captured.trials += 1
-        if not (torch.equal(logits, expected) if self.exact else _is_close(logits, expected)):
+            return plain()
+        if not on_trial:
+            return logits
+        expected = plain()  # after the replay, so that the keys and values that stay are its
+        if not _agree(logits, expected, exact=self.exact):
             self._give_up(f"{shape} gives other logits when it is replayed")
         return expected
 
@@ -170,15 +178,14 @@ class StepGraphs:
         rows, lora = _padded(batch, shape.rows)
         inputs = Inputs(shape, self._cache, self._attend, self._rows)
         inputs.fill(rows, lora)
-        captured = self._captured[shape] = Captured(shape, inputs, *self._capture(lambda: self._step(inputs, lora)))
-        if len(self._captured) > MOST:
-            self._captured.popitem(last=False)
+        captured = Captured(inputs, *self._capture(lambda: self._step(inputs, lora)))
+        self._captured[shape] = captured
         return captured
 
-    def _replay(self, captured: Captured, batch: Batch) -> torch.Tensor:
-        captured.inputs.fill(*_padded(batch, captured.shape.rows))
+    def _replay(self, captured: Captured, shape: Shape, batch: Batch) -> torch.Tensor:
+        captured.inputs.fill(*_padded(batch, shape.rows))
         captured.replay()
-        self._captured.move_to_end(captured.shape)
+        captured.replays += 1
         self.replays += 1
         return captured.logits[: len(batch.rows)].clone()
 
@@ -200,9 +207,14 @@ def _padded(batch: Batch, count: int) -> tuple[list[ScheduledSequence], LoraRows
     return rows, LoraRows.build([(row.sequence.slots, 1) for row in rows])
 
 
-def _is_close(logits: torch.Tensor, expected: torch.Tensor) -> bool:
-    difference = (logits.float() - expected.float()).square().mean().sqrt()
-    return float(difference / expected.float().std()) <= _TOLERANCE
+def _agree(logits: torch.Tensor, expected: torch.Tensor, *, exact: bool) -> bool:
+    """Row by row. Rows that are not finite say nothing: they have failed already, alone."""
+    finite = expected.isfinite().all(-1)
+    logits, expected = logits[finite].float(), expected[finite].float()
+    if exact:
+        return torch.equal(logits, expected)
+    difference = (logits - expected).square().mean(-1).sqrt() / expected.std(-1)
+    return bool((difference <= _TOLERANCE).all())
 
 
 def shape_of(batch: Batch, cache: KVCache) -> Shape | None:
@@ -219,25 +231,39 @@ def shape_of(batch: Batch, cache: KVCache) -> Shape | None:
     return Shape(1 << (len(batch.rows) - 1).bit_length(), tuple(sorted(ranks)))
 
 
-def capture_cuda(run: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
-    """`Capture` by a CUDA graph."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()  # what libraries allocate at the first call must not be part of the graph
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the device meanwhile
-        logits = run()
-    return graph.replay, logits
+class CudaCapture:
+    """`Capture` by CUDA graphs, all on one stream and in one pool of memory."""
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
+        before, mode = torch.cuda.current_stream(), torch.cuda.get_sync_debug_mode()
+        self._stream.wait_stream(before)
+        try:
+            with torch.cuda.stream(self._stream):
+                run()  # what libraries allocate at the first call must not be part of the graph
+                torch.cuda.set_sync_debug_mode("error")  # who waits for the device shows before the capture begins
+                run()
+            torch.cuda.set_sync_debug_mode(mode)
+            before.wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may use the device meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                logits = run()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            torch.cuda.set_stream(before)  # a capture that fails would leave its own
+        return graph.replay, logits
 
 
 def step_graphs(
-    forward: Forward, cache: KVCache, attend: Attend, slots: AdapterSlots, capture: Capture = capture_cuda
+    forward: Forward, cache: KVCache, attend: Attend, slots: AdapterSlots, capture: Capture | None = None
 ) -> StepGraphs | None:
-    """Graphs for a device and paths that they are made for; None for others."""
-    if cache.k[0].device.type != "cuda" and capture is capture_cuda:
+    """Graphs for a device and paths that they are made for; None for others. `capture`: another than the device's."""
+    if cache.k[0].device.type != "cuda" and capture is None:
         return None
     if not isinstance(attend, VarlenAttend) or not attend.paged or not isinstance(slots.add_lora, GroupedAddLora):
         return None
-    return StepGraphs(forward, cache, attend, slots.add_lora, slots.rows, capture)
+    return StepGraphs(forward, cache, attend, slots.add_lora, slots.rows, capture or CudaCapture())

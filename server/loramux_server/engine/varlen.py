@@ -61,6 +61,8 @@ class VarlenAttend:
         params: AttentionParams,
     ) -> torch.Tensor:
         if params.softcap:  # the kernel has none
+            if not step.runs:
+                raise RuntimeError("a model with a soft cap on its attention is not captured")
             return attend_reference(q, k, v, layer, step, params)
         step.store(layer, k, v)
         lengths = self._lengths_of(step)
