@@ -25,7 +25,7 @@ from .report import summarize, summary_table, table, write_json
 from .workload import Workload, adapter_ranks
 
 RANK = 16
-FEW, EVEN, MIXED = "few", "even", "mixed"  # adapters of rank 16, twice, and of these ranks in turn
+FEW, EVEN, MIXED = "few", "even", "mixed"  # how their names begin: of rank 16, twice, and mixed
 MIXED_RANKS, SET = (16, 64, 4, 32, 8), 64  # those asked most are neither the small nor the large ones
 
 

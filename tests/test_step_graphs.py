@@ -29,7 +29,6 @@ from stepping import CPU, Stepper, relative_difference
 from test_attention import slow_varlen
 from tiny_models import tiny_config
 
-Loads = dict[Slot, int]
 SLOTS = [Slot(0, 8), Slot(8, 8), Slot(16, 16), Slot(32, 16)]
 
 

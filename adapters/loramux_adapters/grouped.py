@@ -79,10 +79,9 @@ class Part:
         a, bt = (stack[: slots * self.rank].view(slots, self.rank, -1) for stack in (arena.a, arena.bt))
         h = grouped_mm(x.index_select(0, self.rows), a.transpose(1, 2), offs=self.ends)
         targeted = arena.targeted[self.unit].bool()[:, None]  # elsewhere the slot holds what another adapter left
-        if self.used is None:
-            return grouped_mm(torch.where(targeted, h * self.scale, 0.0).to(x.dtype), bt, offs=self.ends)
-        h = torch.where(targeted & self.used, h * self.scale, 0.0).to(x.dtype)
-        return torch.where(self.used, grouped_mm(h, bt, offs=self.ends), 0.0)  # rows in no group hold anything
+        h = torch.where(targeted, h * self.scale, 0.0).to(x.dtype)
+        delta = grouped_mm(h, bt, offs=self.ends)
+        return delta if self.used is None else torch.where(self.used, delta, 0.0)  # rows in no group hold anything
 
 
 class GroupedAddLora:

@@ -13,8 +13,8 @@
 
 namespace {
 
-constexpr int kLooks = 4000;  // before a thread sleeps: some 50 microseconds
-constexpr int kBits = 20;     // of a piece's number
+constexpr int kLooks = 4000;    // before a thread sleeps: some 50 microseconds
+constexpr int kBits = 20;       // of a piece's number
 constexpr int32_t kMost = 128;  // threads
 constexpr uint64_t kMask = (uint64_t{1} << kBits) - 1;
 
@@ -109,9 +109,9 @@ class Pool {
     }
 
     bool has_work(int32_t own) const {
-        if (own >= parts_.load()) return false;  // a loop of fewer threads
-        for (const Part& part : left_) {
-            const Left left = Left::of(part.pieces.load());
+        const int32_t parts = parts_.load();
+        for (int32_t part = 0; own < parts && part < parts; ++part) {  // others are not of this loop
+            const Left left = Left::of(left_[part].pieces.load());
             if (left.begin < left.end) return true;
         }
         return false;

@@ -79,7 +79,7 @@ struct Run {
     void linear(uint16_t* y, const uint16_t* x, const Linear& layer, int64_t rows, const void* lora, const Linear* next,
                 int64_t cached = -1, int64_t part = 0) const {
         Span spans[3][kRoom];
-        Reads reads[4];
+        Reads reads[3];
         int64_t count = 0;
         if (lora && layer.arena) reads[count++] = {spans[0], model.lora_spans(layer.arena, lora, spans[0], kRoom)};
         if (next) reads[count++] = {spans[1], codes_of(spans[1], *next)};

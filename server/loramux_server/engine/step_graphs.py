@@ -11,7 +11,7 @@ They need attention that reads block tables: the library's does so with blocks o
 FlashAttention 3 or 4, where that is installed and activated.
 
 The mechanism is https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs. All bookkeeping is tested on the CPU,
-with a capture that runs the step again.
+with a capture that does the same operations again on the same tensors.
 """
 
 from __future__ import annotations
@@ -161,9 +161,10 @@ class StepGraphs:
         if shape not in self._captured and (self._seen[shape] < OFTEN or len(self._captured) == MOST):
             return plain()
         try:
-            captured = self._captured.get(shape) or self._add(shape, batch)
+            rows, lora = _padded(batch, shape.rows)
+            captured = self._captured.get(shape) or self._add(shape, rows, lora)
             on_trial = captured.on_trial
-            logits = self._replay(captured, shape, batch)
+            logits = self._replay(captured, rows, lora)[: len(batch.rows)].clone()
         except Exception as error:  # whatever the library says of a step that it cannot capture
             self._give_up(f"{shape} cannot be captured: {error}")
             return plain()
@@ -174,20 +175,19 @@ class StepGraphs:
             self._give_up(f"{shape} gives other logits when it is replayed")
         return expected
 
-    def _add(self, shape: Shape, batch: Batch) -> Captured:
-        rows, lora = _padded(batch, shape.rows)
+    def _add(self, shape: Shape, rows: list[ScheduledSequence], lora: LoraRows | None) -> Captured:
         inputs = Inputs(shape, self._cache, self._attend, self._rows)
-        inputs.fill(rows, lora)
+        inputs.fill(rows, lora)  # a capture runs the step, which writes to the blocks that it is told
         captured = Captured(inputs, *self._capture(lambda: self._step(inputs, lora)))
         self._captured[shape] = captured
         return captured
 
-    def _replay(self, captured: Captured, shape: Shape, batch: Batch) -> torch.Tensor:
-        captured.inputs.fill(*_padded(batch, shape.rows))
+    def _replay(self, captured: Captured, rows: list[ScheduledSequence], lora: LoraRows | None) -> torch.Tensor:
+        captured.inputs.fill(rows, lora)
         captured.replay()
         captured.replays += 1
         self.replays += 1
-        return captured.logits[: len(batch.rows)].clone()
+        return captured.logits
 
     def _step(self, inputs: Inputs, lora: LoraRows | None) -> torch.Tensor:
         self._attend.expect(inputs.step, inputs.lengths)
