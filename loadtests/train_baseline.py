@@ -1,6 +1,7 @@
 """Training beside a plain `peft` + `bitsandbytes` loop: the same batches in the same order, in interleaved rounds.
 
-    python -m loadtests train --base DIR --data train.jsonl --held held.jsonl --ours "python tests/train_worker.py"
+    python -m loadtests train --base DIR --data train.jsonl --held held.jsonl \\
+        --ours "python tests/support/train_worker.py"
 
 Three processes load the same checkpoint in NF4 and wait: the loop that the libraries' own guides show, with
 `prepare_model_for_kbit_training` as it comes (gradient checkpointing on) and with gradient checkpointing off, and the

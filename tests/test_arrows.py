@@ -7,6 +7,7 @@ type of the server's in the adapter package would turn an arrow around.
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -17,14 +18,14 @@ ROOT = Path(__file__).parent.parent
 SERVER = ROOT / "server" / "loramux_server"
 ADAPTERS = ROOT / "adapters" / "loramux_adapters"
 LOADTESTS = ROOT / "loadtests"
-MAX_LINES = 300
+MAX_LINES = 500
+MAX_MODULES = 15  # of a folder: more are several rooms
 
 TORCH_FREE = (
-    "adapters/loramux_adapters/slots.py",
+    "adapters/loramux_adapters/lora/slots.py",
     "server/loramux_server/api",
-    "server/loramux_server/config.py",
-    "server/loramux_server/metrics.py",
-    "server/loramux_server/settings.py",
+    "server/loramux_server/config",
+    "server/loramux_server/metrics",
     "server/loramux_server/engine/client.py",
     "server/loramux_server/engine/engine.py",
     "server/loramux_server/engine/kv_blocks.py",
@@ -32,7 +33,7 @@ TORCH_FREE = (
     "server/loramux_server/engine/sequence.py",
 )
 DEVICE_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
-OFFLINE = SERVER / "offline.py"  # the serving path in one process, without HTTP: a small wiring of its own
+OFFLINE = SERVER / "engine" / "local_engine.py"  # builds an engine without HTTP
 PARTS = ("Engine", "EngineClient", "ModelRunner", "AdapterStore", "HostCache", "Metrics", "load_base_model")
 
 
@@ -51,7 +52,7 @@ def tree_of(path: Path) -> ast.Module:
 
 def is_wiring(path: Path) -> bool:
     """True for the modules that may build objects, read the environment and print."""
-    return path.parent == SERVER and path.stem.startswith(("cli", "wiring", "__main__"))
+    return path.parent in (SERVER / "cli", SERVER / "serving") or path == SERVER / "config" / "environment.py"
 
 
 def walk(tree: ast.AST, *, type_checking: bool) -> Iterator[ast.AST]:
@@ -119,9 +120,8 @@ def test_policy_and_the_api_do_not_touch_the_device() -> None:
 
 
 def test_the_engine_gets_its_runner_passed_in() -> None:
-    device_side = within(
-        *(f"loramux_server.engine.{name}" for name in ("model_runner", "kv_cache", "attention", "sampler"))
-    )
+    in_engine = (f"loramux_server.engine.{name}" for name in ("model_runner", "sampler", "step_graphs"))
+    device_side = within("loramux_server.kernels", *in_engine)
     policy = [SERVER / "engine" / f"{name}.py" for name in ("client", "engine", "kv_blocks", "scheduler", "sequence")]
 
     assert offences(modules(*policy), device_side) == []
@@ -138,9 +138,58 @@ def test_the_api_reaches_the_engine_through_its_facade_alone() -> None:
 
 
 def test_nothing_below_the_command_line_imports_it() -> None:
-    below = [path for path in modules(SERVER, ADAPTERS) if not is_wiring(path)]
+    below = [path for path in modules(SERVER, ADAPTERS) if not is_wiring(path) and path != SERVER / "__main__.py"]
 
-    assert offences(below, lambda name: name.startswith(("loramux_server.cli", "loramux_server.wiring"))) == []
+    assert offences(below, within("loramux_server.cli", "loramux_server.serving")) == []
+    assert offences(modules(SERVER / "serving"), within("loramux_server.cli")) == []
+
+
+def module_name(path: Path) -> str:
+    """The dotted name by which a source file is imported."""
+    parts = path.relative_to(ROOT).with_suffix("").parts[1:]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def arrows(*, between_folders: bool) -> dict[str, set[str]]:
+    """What each module, or each folder, imports of ours. `__init__` and `__main__` hold no code and are left out."""
+    ours = {module_name(path): path for path in modules(SERVER, ADAPTERS)}
+    found: dict[str, set[str]] = {}
+    for name, path in ours.items():
+        if path.stem in ("__init__", "__main__"):
+            continue
+        needed = {other for other in imports(path) if other in ours and ours[other].stem != "__init__"}
+        if between_folders:
+            name, needed = name.rpartition(".")[0], {other.rpartition(".")[0] for other in needed}
+        found.setdefault(name, set()).update(needed - {name})
+    return found
+
+
+def cycles(arrows: dict[str, set[str]]) -> list[str]:
+    """Names that need each other, found by taking away layer by layer those that need nothing that is left."""
+    left = dict(arrows)
+    while bottom := [name for name, needs in left.items() if not needs & left.keys()]:
+        left = {name: needs for name, needs in left.items() if name not in bottom}
+    return [f"{name} needs {sorted(needs & left.keys())}" for name, needs in left.items()]
+
+
+@pytest.mark.parametrize("between_folders", [True, False], ids=["folders", "modules"])
+def test_folders_and_modules_form_layers_without_cycles(between_folders: bool) -> None:
+    found = arrows(between_folders=between_folders)
+
+    assert len(found) > 20
+    assert cycles(found) == []
+
+
+def test_a_cycle_is_seen() -> None:
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert cycles({"a": {"b"}, "b": {"a"}, "c": set()}) == ["a needs ['b']", "b needs ['a']"]
+
+
+@pytest.mark.parametrize("place", [SERVER, ADAPTERS], ids=lambda place: place.name)
+def test_a_folder_is_a_room_with_few_modules(place: Path) -> None:
+    counts = Counter(path.parent for path in modules(place) if path.stem != "__init__")
+
+    assert {str(folder.relative_to(ROOT)): count for folder, count in counts.items() if count > MAX_MODULES} == {}
 
 
 def test_the_server_never_imports_peft_and_never_loads_a_pickle() -> None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from loramux_adapters.training.conversation import Example, Message
-from loramux_adapters.training.overlap import deduplicate
+from loramux_adapters.training.data.conversation import Example, Message
+from loramux_adapters.training.data.overlap import deduplicate
 
 Messages: TypeAlias = Callable[[str], list[dict[str, str]]]  # a text -> the conversation that asks for its label
 

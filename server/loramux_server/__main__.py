@@ -1,5 +1,5 @@
 """`python -m loramux_server` is the `loramux` command."""
 
-from loramux_server.cli import main
+from loramux_server.cli.main import main
 
 raise SystemExit(main())

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from real_adapters import ADAPTERS, make_adapter
-from real_server import RealServer, running_server
+
+from support.real_adapters import ADAPTERS, make_adapter
+from support.real_server import RealServer, running_server
 
 
 @pytest.fixture(scope="session")

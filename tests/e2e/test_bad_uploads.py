@@ -16,11 +16,11 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from real_adapters import ADAPTERS
-from real_server import BASE, RealServer, eventually
-from replies import whole
 
-from adapter_files import write_adapter
+from support.adapter_files import write_adapter
+from support.real_adapters import ADAPTERS
+from support.real_server import BASE, RealServer, eventually
+from support.replies import whole
 
 QUERY = "model.layers.0.self_attn.q_proj"
 SHAPE = (576, 576)

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_adapters import ADAPTERS, make_adapter
-from real_server import BASE, RealServer, eventually, running_server
-from replies import Answer, Reply, streamed, whole
+
+from support.real_adapters import ADAPTERS, make_adapter
+from support.real_server import BASE, RealServer, eventually, running_server
+from support.replies import Answer, Reply, streamed, whole
 
 STEADY = [ADAPTERS[index] for index in (0, 1, 4, 5, 6, 7, 8)]  # 168 rows of slots, 33 MB
 REPLACED = [ADAPTERS[3], ADAPTERS[9]]

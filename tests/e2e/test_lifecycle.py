@@ -10,13 +10,13 @@ from typing import Any
 
 import httpx
 import pytest
-from real_adapters import ADAPTERS, LINEARS, make_adapter
-from real_server import BASE, RealServer, eventually, running_server
-from replies import streamed, whole
 
-from adapter_files import write_adapter
-from loramux_adapters.store import AdapterStore
-from loramux_server import cli
+from loramux_adapters.store.store import AdapterStore
+from loramux_server.cli import main as cli
+from support.adapter_files import write_adapter
+from support.real_adapters import ADAPTERS, LINEARS, make_adapter
+from support.real_server import BASE, RealServer, eventually, running_server
+from support.replies import streamed, whole
 
 NAME = ADAPTERS[0]
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from loramux_adapters.training.memory_use import PeakMemory
-from loramux_adapters.training.model import LoraModel
-from loramux_adapters.training.optimizer import make_optimizer
-from loramux_adapters.training.plan import plan_memory
+from loramux_adapters.training.model.model import LoraModel
 from loramux_adapters.training.recipe import Recipe
+from loramux_adapters.training.run.memory_use import PeakMemory
+from loramux_adapters.training.run.optimizer import make_optimizer
+from loramux_adapters.training.run.plan import plan_memory
 from loramux_server.base.loader import load_base_model, resident_bytes
 from loramux_server.base.source import EMBEDDED_NAME
-from measured_memory import different_rows, optimizer_bytes, saved_by_a_step
+from support.measured_memory import different_rows, optimizer_bytes, saved_by_a_step
 
 CPU = torch.device("cpu")
 

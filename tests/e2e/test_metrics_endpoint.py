@@ -7,9 +7,10 @@ import time
 from typing import Any
 
 import httpx
-from real_adapters import ADAPTERS
-from real_server import BASE, RealServer, eventually
-from replies import whole
+
+from support.real_adapters import ADAPTERS
+from support.real_server import BASE, RealServer, eventually
+from support.replies import whole
 
 PROMISED = {
     *["loramux_requests_total", "loramux_prompt_tokens_total", "loramux_generated_tokens_total"],

@@ -6,8 +6,8 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from real_adapters import ADAPTERS
-from real_server import BASE, RealServer
+from support.real_adapters import ADAPTERS
+from support.real_server import BASE, RealServer
 
 PROMPTS = [
     "The capital of France is",

@@ -13,10 +13,10 @@ import openai
 import pytest
 from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletionMessageParam
-from real_adapters import ADAPTERS
-from real_server import BASE, RealServer
 
 from loramux_server.base.source import EMBEDDED_NAME, resolve_base
+from support.real_adapters import ADAPTERS
+from support.real_server import BASE, RealServer
 
 TEXT = "The best way to learn a new language is"
 MESSAGES: list[ChatCompletionMessageParam] = [

@@ -9,14 +9,14 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from real_adapters import ADAPTERS
 
-from loramux_adapters.slots import ScaledSlot, Slot, bucket_of
-from loramux_adapters.weights import load_host_adapter
+from loramux_adapters.lora.slots import ScaledSlot, Slot, bucket_of
+from loramux_adapters.lora.weights import load_host_adapter
 from loramux_server.base.loader import load_base_model
 from loramux_server.base.source import EMBEDDED_NAME
 from loramux_server.engine.sequence import Sequence
-from stepping import Stepper
+from support.real_adapters import ADAPTERS
+from support.stepping import Stepper
 
 PROMPT = "The three things that every good cook knows about bread are"
 TOKENS = 8

@@ -12,11 +12,11 @@ from typing import Any
 
 import httpx
 import pytest
-from real_adapters import ADAPTERS, make_adapter
-from real_server import BASE, RealServer, running_server
-from replies import Answer, streamed, whole
 
-from adapter_files import write_adapter
+from support.adapter_files import write_adapter
+from support.real_adapters import ADAPTERS, make_adapter
+from support.real_server import BASE, RealServer, running_server
+from support.replies import Answer, streamed, whole
 
 API_KEY, ADMIN_KEY = "key-of-the-callers", "key-of-the-operator"
 SMALL = [ADAPTERS[0], ADAPTERS[6]]  # under 2 MiB

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from real_adapters import ADAPTERS, LINEARS
-from real_server import BASE, RealServer
 
-from adapter_files import write_adapter
+from support.adapter_files import write_adapter
+from support.real_adapters import ADAPTERS, LINEARS
+from support.real_server import BASE, RealServer
 
 
 def put(server: RealServer, name: str, directory: Path, query: str = "") -> httpx.Response:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_adapters import ADAPTERS
-from real_server import BASE, RealServer, running_server
+
+from support.real_adapters import ADAPTERS
+from support.real_server import BASE, RealServer, running_server
 
 SYSTEM = " ".join(f"Rule {number}: answer question {number % 7} in {number % 5 + 1} words." for number in range(20))
 

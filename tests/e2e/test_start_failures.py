@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from real_server import clean_environment
 
-from tiny_models import save_tiny_model
+from support.real_server import clean_environment
+from support.tiny_models import save_tiny_model
 
 
 @dataclass(frozen=True)

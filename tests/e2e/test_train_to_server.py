@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from real_server import RealServer
+from support.real_server import RealServer
 
 NAME = "weather"
 

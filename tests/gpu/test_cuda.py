@@ -6,21 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_ops import RANKS, make_arena, make_rows, make_sums
 
-from adapter_files import write_adapter
-from loramux_adapters.ops import Arena, add_lora_loop
-from loramux_adapters.paths import select_add_lora
-from loramux_adapters.slots import Slot
-from loramux_adapters.weights import load_host_adapter
+from loramux_adapters.lora.ops import Arena, add_lora_loop
+from loramux_adapters.lora.slots import Slot
+from loramux_adapters.lora.weights import load_host_adapter
 from loramux_server.base.loader import load_base_model
-from loramux_server.engine.attention import AttentionParams, AttentionStep, attend_reference
-from loramux_server.engine.attention_paths import select_attend
-from loramux_server.engine.kv_cache import KVCache, KVShape
 from loramux_server.engine.start_check import Checker
 from loramux_server.engine.step_graphs import OFTEN
-from stepping import Stepper, relative_difference
-from test_ops import RANKS, make_arena, make_rows, make_sums
-from tiny_models import save_tiny_model
+from loramux_server.kernels.attention import AttentionParams, AttentionStep, attend_reference
+from loramux_server.kernels.attention_paths import select_attend
+from loramux_server.kernels.kv_cache import KVCache, KVShape
+from loramux_server.kernels.lora_paths import select_add_lora
+from support.adapter_files import write_adapter
+from support.stepping import Stepper, relative_difference
+from support.tiny_models import save_tiny_model
 
 PROMPTS = [list(range(40)), [5, 6, 7], list(range(100, 133))]
 SLOTS = [None, Slot(0, 8), Slot(16, 16)]

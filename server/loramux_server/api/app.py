@@ -11,16 +11,16 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from loramux_adapters.errors import AdapterError
-from loramux_server.api.adapters import Adapters
-from loramux_server.api.auth import Gate
-from loramux_server.api.deps import Deps
-from loramux_server.api.edge import REQUEST_ID, Edge, request_id_of
-from loramux_server.api.errors import answer_to, http_answer
-from loramux_server.api.generation import Generation
-from loramux_server.api.lifecycle import Lifecycle
+from loramux_server.api.adapters.lifecycle import Lifecycle
+from loramux_server.api.adapters.routes import Adapters
+from loramux_server.api.adapters.vllm_routes import VllmAdapters
+from loramux_server.api.completions.routes import Generation
+from loramux_server.api.http.auth import Gate
+from loramux_server.api.http.deps import Deps
+from loramux_server.api.http.edge import REQUEST_ID, Edge, request_id_of
+from loramux_server.api.http.errors import answer_to, http_answer
 from loramux_server.api.models import Models
 from loramux_server.api.operations import Operations
-from loramux_server.api.vllm_adapters import VllmAdapters
 from loramux_server.errors import LoramuxError, ServerBusy
 
 CLIENT_GONE = 499  # nobody reads it; nginx's number, for the access log

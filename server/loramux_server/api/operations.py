@@ -10,12 +10,12 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from loramux_adapters.errors import StoreUnavailable
-from loramux_server.api.auth import Access, access
-from loramux_server.api.deps import Deps
-from loramux_server.api.offload import offload
-from loramux_server.api.ports import RecordPort
-from loramux_server.metrics import CONTENT_TYPE
-from loramux_server.metrics_vllm import LoraRequests, render_vllm
+from loramux_server.api.http.auth import Access, access
+from loramux_server.api.http.deps import Deps
+from loramux_server.api.http.offload import offload
+from loramux_server.api.http.ports import RecordPort
+from loramux_server.metrics.metrics import CONTENT_TYPE
+from loramux_server.metrics.vllm_names import LoraRequests, render_vllm
 
 logger = logging.getLogger(__name__)
 

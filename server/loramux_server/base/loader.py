@@ -15,13 +15,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from loramux_adapters.base_info import BaseInfo
-from loramux_server.base.compiled_ops import compiled_ops, use_compiled_ops
 from loramux_server.base.identity import cached_base_id
-from loramux_server.base.nf4_linear import NF4Linear, pack
 from loramux_server.base.quantized import quantization_constants, quantized_once
 from loramux_server.base.source import BaseSource, Report, resolve_base
 from loramux_server.base.support import unsupported_config, unsupported_modules
 from loramux_server.errors import BaseModelError
+from loramux_server.kernels.compiled_ops import compiled_ops, use_compiled_ops
+from loramux_server.kernels.nf4_linear import NF4Linear, pack
 
 BLOCK = 64  # weights that share one scale in NF4
 

@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Protocol
 
-from loramux_adapters.host_cache import LoadState
-from loramux_adapters.slots import ScaledSlot, SlotTable
+from loramux_adapters.lora.host_cache import LoadState
+from loramux_adapters.lora.slots import ScaledSlot, SlotTable
 from loramux_server.engine.kv_blocks import KVBlocks
 from loramux_server.engine.prefix_keys import extend_keys
 from loramux_server.engine.scheduler_config import SchedulerConfig

@@ -17,8 +17,7 @@ from typing import Protocol
 from loramux_server.engine.inbox import ENDED, EngineState, Inbox
 from loramux_server.engine.scheduler import Scheduler
 from loramux_server.engine.sequence import Batch, FinishReason, SampledToken, Sequence, TokenOutput
-from loramux_server.engine.stats import EngineStats
-from loramux_server.engine.step_metrics import EngineMetrics, StepMetrics
+from loramux_server.engine.step_metrics import EngineMetrics, EngineStats, StepMetrics
 from loramux_server.errors import EngineDead
 
 __all__ = ["Engine", "EngineMetrics", "EngineState", "EngineStats", "Runner"]

@@ -11,16 +11,16 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from loramux_adapters.host_cache import HostAdapter
-from loramux_adapters.lora_linear import AdapterSlots
-from loramux_adapters.ops import LoraRows
-from loramux_server.engine.attention import Attend, AttentionStep, use_our_attention
-from loramux_server.engine.kv_cache import KVCache
-from loramux_server.engine.native_decoder import NativeDecoder, native_decoder
+from loramux_adapters.lora.host_cache import HostAdapter
+from loramux_adapters.lora.lora_linear import AdapterSlots
+from loramux_adapters.lora.ops import LoraRows
 from loramux_server.engine.sampler import Sampler
 from loramux_server.engine.sequence import Batch, SampledToken, SlotLoad
 from loramux_server.engine.step_graphs import step_graphs
 from loramux_server.errors import SequenceFailed
+from loramux_server.kernels.attention import Attend, AttentionStep, use_our_attention
+from loramux_server.kernels.kv_cache import KVCache
+from loramux_server.kernels.native_decoder import NativeDecoder, native_decoder
 
 
 class ModelRunner:

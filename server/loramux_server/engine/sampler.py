@@ -12,7 +12,7 @@ import torch
 
 from loramux_adapters.native import bind
 from loramux_server.engine.sequence import NOT_FINITE, SampledToken, SamplingParams, Sequence, TokenLogprob
-from loramux_server.kernels import native_library
+from loramux_server.kernels.native import native_library
 
 _SORTED = 1024  # top-p looks at this many tokens first; only where they do not reach p is the whole row sorted
 _MASK = (1 << 64) - 1

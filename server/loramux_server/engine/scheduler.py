@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as ReadOnlyList
 
-from loramux_adapters.slots import SlotTable, bucket_of
+from loramux_adapters.lora.slots import SlotTable, bucket_of
 from loramux_server.engine.admission import Admission, Admitted, HostView
 from loramux_server.engine.kv_blocks import KVBlocks
 from loramux_server.engine.prefix_keys import extend_keys

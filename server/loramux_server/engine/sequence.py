@@ -9,7 +9,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from loramux_adapters.slots import ScaledSlot, Slot
+    from loramux_adapters.lora.slots import ScaledSlot, Slot
 
 
 NOT_FINITE = "the model's output is not finite; the adapter may be broken"  # the error of a row, and of that row alone

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from loramux_adapters.host_cache import HostAdapter
-from loramux_adapters.lora_linear import AdapterSlots
-from loramux_adapters.slots import SMALLEST_RANK, ScaledSlot, Slot
-from loramux_server.engine.attention import ATTENTION_NAME
-from loramux_server.engine.kv_cache import BLOCK_SIZE
+from loramux_adapters.lora.host_cache import HostAdapter
+from loramux_adapters.lora.lora_linear import AdapterSlots
+from loramux_adapters.lora.slots import SMALLEST_RANK, ScaledSlot, Slot
 from loramux_server.engine.model_runner import ModelRunner
 from loramux_server.engine.sequence import Batch, SamplingParams, ScheduledSequence, Sequence
 from loramux_server.errors import BaseModelError
+from loramux_server.kernels.attention import ATTENTION_NAME
+from loramux_server.kernels.kv_cache import BLOCK_SIZE
 
 # Our attention and transformers' eager one round differently in bf16, which is up to a tenth of the logits' spread on
 # random tokens. A wrong mask, position or scale is off by as much as the spread itself.

@@ -24,13 +24,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from loramux_adapters.grouped import GroupedAddLora, Part
-from loramux_adapters.lora_linear import AdapterSlots
-from loramux_adapters.ops import LoraRows
-from loramux_server.engine.attention import Attend, AttentionStep
-from loramux_server.engine.kv_cache import BLOCK_SIZE, KVCache
+from loramux_adapters.lora.lora_linear import AdapterSlots
+from loramux_adapters.lora.ops import LoraRows
 from loramux_server.engine.sequence import Batch, ScheduledSequence
-from loramux_server.engine.varlen import Lengths, VarlenAttend
+from loramux_server.kernels.attention import Attend, AttentionStep
+from loramux_server.kernels.grouped_lora import GroupedAddLora, Part
+from loramux_server.kernels.kv_cache import BLOCK_SIZE, KVCache
+from loramux_server.kernels.varlen_attention import Lengths, VarlenAttend
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""An adapter as strangers send it: a PEFT directory or archive, read strictly, checked, and named by its digest."""

@@ -1,0 +1,183 @@
+"""A zip or tar.gz of a PEFT directory -> its files, without trusting a name, a size or a link in it."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, cast
+
+from loramux_adapters.artifact.tar_reader import TarRefused, tar_files
+from loramux_adapters.errors import AdapterRejected, AdapterTooLarge
+
+CONFIG = "adapter_config.json"
+MAX_MEMBERS = 1000
+MAX_NAME = 1024
+MAX_PART_BYTES = 255  # of one component of a path, what file systems take
+_MAX_READ = 2**20  # of one call: what the directory of a zip may have
+_COPY = 64 * 2**10
+_ZIP, _GZIP = b"PK\x03\x04", b"\x1f\x8b"
+# What zipfile, gzip and zlib raise over bytes that somebody has tampered with.
+_DAMAGE = (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, struct.error, EOFError, ValueError, RuntimeError)
+_DEFLATE_OR_STORED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One regular file. `open` is valid until the next member is asked for."""
+
+    path: PurePosixPath
+    size: int
+    content: BinaryIO
+
+
+def unpack(archive: Path, target: Path, limit: int) -> None:
+    """Write the files of the archive's adapter into `target`; folders beside or below it are left out.
+
+    The adapter is where the archive's topmost adapter_config.json is. Blocks; at most `limit` bytes are written or
+    unpacked. Raises AdapterRejected, AdapterTooLarge, OSError.
+    """
+    try:
+        home = _home(archive, limit)
+        with _members(archive, limit) as members:
+            for member in members:
+                if member.path.parent == home:
+                    _copy(member, target / member.path.name, limit)
+    except TarRefused as error:
+        raise AdapterRejected([f"the archive cannot be used: {error}"]) from error
+    except _DAMAGE as error:
+        raise AdapterRejected(["the archive is damaged"]) from error
+
+
+def _home(archive: Path, limit: int) -> PurePosixPath:
+    """The folder of the topmost config. Looks at every member, so that nothing is written of an archive to refuse."""
+    total = count = 0
+    seen: set[PurePosixPath] = set()
+    with _members(archive, limit) as members:
+        for member in members:
+            count += 1
+            total += member.size
+            if count > MAX_MEMBERS:
+                raise AdapterRejected([f"the archive holds more than {MAX_MEMBERS} files"])
+            if total > limit:
+                raise AdapterTooLarge(limit)
+            if member.path in seen:
+                raise AdapterRejected(["the archive holds two files of one name"])
+            seen.add(member.path)
+    homes = sorted((path.parent for path in seen if path.name == CONFIG), key=lambda home: len(home.parts))
+    if not homes:
+        raise AdapterRejected([f"the archive holds no {CONFIG}"])
+    if len(homes) > 1 and len(homes[0].parts) == len(homes[1].parts):
+        raise AdapterRejected([f"the archive holds more than one {CONFIG} at its top"])
+    return homes[0]
+
+
+def _members(archive: Path, limit: int) -> AbstractContextManager[Iterator[Member]]:
+    with archive.open("rb") as file:
+        magic = file.read(4)
+    if magic == _ZIP:
+        return _zip_members(archive)
+    if magic.startswith(_GZIP):
+        return _tar_members(archive, limit)
+    raise AdapterRejected(["the archive is neither a zip nor a tar.gz"])
+
+
+@contextmanager
+def _tar_members(archive: Path, limit: int) -> Iterator[Iterator[Member]]:
+    with gzip.open(archive, "rb") as file:
+        # What is not file content, headers and padding, is at most 2 KiB for each of MAX_MEMBERS and some extensions.
+        bounded = cast(BinaryIO, _Bounded(cast(BinaryIO, file), limit + 64 * 2**20, AdapterTooLarge(limit)))
+        yield (Member(_safe(entry.name), entry.size, bounded) for entry in tar_files(bounded))
+
+
+@contextmanager
+def _zip_members(archive: Path) -> Iterator[Iterator[Member]]:
+    with ExitStack() as stack:
+        file = _SmallReads(stack.enter_context(archive.open("rb", buffering=0)))
+        container = stack.enter_context(zipfile.ZipFile(file))
+
+        def members() -> Iterator[Member]:
+            for entry in container.infolist():
+                mode = entry.external_attr >> 16
+                if entry.filename.endswith("/"):  # `is_dir` fails for an empty name
+                    continue
+                if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
+                    raise AdapterRejected(["the archive holds a link or another special file"])
+                if entry.flag_bits & 1 or entry.compress_type not in _DEFLATE_OR_STORED:
+                    raise AdapterRejected(["the archive is encrypted, or packed in a way other than deflate"])
+                path = _safe(entry.filename)
+                with container.open(entry) as content:
+                    yield Member(path, entry.file_size, cast(BinaryIO, content))
+
+        yield members()
+
+
+def _safe(name: str) -> PurePosixPath:
+    """The name as a relative path. Raises AdapterRejected if it could be taken for anything else."""
+    parts = name.removeprefix("./").split("/")
+    is_long = len(name) > MAX_NAME or len(parts[-1].encode(errors="replace")) > MAX_PART_BYTES
+    if is_long or any(part in ("", ".", "..") for part in parts) or not name.isprintable():
+        raise AdapterRejected(["the archive holds a name that is absolute, too long, or leads out of it"])
+    if "\\" in name or ":" in name:
+        raise AdapterRejected(["the archive holds a name with a backslash or a colon"])
+    return PurePosixPath(*parts)
+
+
+def _copy(member: Member, target: Path, limit: int) -> None:
+    left = min(member.size, limit)
+    with target.open("xb") as file:
+        while left:
+            data = member.content.read(min(left, _COPY))
+            if not data:
+                raise EOFError("a file of the archive is shorter than it says")
+            file.write(data)
+            left -= len(data)
+
+
+class _Bounded:
+    """A decompressed stream, read from front to back, that gives out at most so many bytes."""
+
+    def __init__(self, file: BinaryIO, limit: int, too_large: Exception) -> None:
+        self._file, self._left, self._too_large = file, limit, too_large
+        self._position = 0
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self._position += len(data)
+        if self._position > self._left:
+            raise self._too_large
+        return data
+
+    def tell(self) -> int:
+        return self._position
+
+
+class _SmallReads(io.BufferedReader):
+    """A file that refuses a large read: how a zip with a huge directory is found before it is in memory.
+
+    A place that no file has is damage too, and nothing else: zipfile goes wherever the directory points.
+    """
+
+    def __init__(self, raw: io.FileIO) -> None:
+        super().__init__(raw)
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        try:
+            return super().seek(offset, whence)
+        except (OSError, OverflowError) as error:
+            raise zipfile.BadZipFile("the directory points outside of the file") from error
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0:
+            size = _MAX_READ + 1
+        data = super().read(min(size, _MAX_READ + 1))
+        if len(data) > _MAX_READ:
+            raise zipfile.BadZipFile("the directory is too large")
+        return data

@@ -1,0 +1,243 @@
+"""adapter_config.json -> AdapterConfig. The text is hostile: nothing in it is imported, evaluated or trusted."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from loramux_adapters.artifact.pattern_table import PatternTable
+from loramux_adapters.artifact.patterns import Effort, Pattern, PatternRefused
+from loramux_adapters.artifact.strict_json import StrictJSONError, is_empty, is_int, is_number, parse_object, quoted
+from loramux_adapters.artifact.targets import ALL_LINEAR, Names, TargetRule
+from loramux_adapters.errors import AdapterRejected
+
+CONFIG_FILE = "adapter_config.json"
+BASE_ID_KEY = "loramux_base_id"
+MAX_CONFIG_BYTES = 2**20
+MAX_ALPHA = 1e6
+MAX_RANK = 65_536
+MAX_NAMES = 4096
+MAX_LAYER_LISTS = 16
+MAX_NAME_LENGTH = 1024
+
+# Read below, each with its own check.
+_READ = frozenset(
+    "peft_type task_type r lora_alpha use_rslora rank_pattern alpha_pattern bias init_lora_weights target_modules "
+    "exclude_modules layers_to_transform layers_pattern base_model_name_or_path".split()
+) | {BASE_ID_KEY}
+# Fields that matter in training only, or say nothing about the weights. Their values are never looked at.
+_INFORMATIONAL = frozenset(
+    "auto_mapping revision peft_version inference_mode lora_dropout loftq_config eva_config corda_config "
+    "lora_ga_config runtime_config ephemeral_gpu_offload megatron_core qalora_group_size ensure_weight_tying".split()
+)
+# Everything else, known to PEFT or not (use_dora, modules_to_save, ...), is accepted only while it is empty.
+_PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # the others change the base weights, or the maths
+_BASE_ID = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What the serving path reads of a PEFT config.
+
+    Attributes:
+        rank, alpha: where no pattern says otherwise.
+        rank_pattern, alpha_pattern: exceptions by module pattern.
+        target_modules: as written: names, a pattern or "all-linear", or None.
+        rule: `target_modules` and its companions, ready to be asked.
+        base_model_name: as written; a label for people.
+        base_id: of the base it was made for, hex; None if it does not say.
+    """
+
+    rank: int
+    alpha: float
+    use_rslora: bool = False
+    rank_pattern: PatternTable[int] = field(default_factory=lambda: PatternTable({}))
+    alpha_pattern: PatternTable[float] = field(default_factory=lambda: PatternTable({}))
+    target_modules: tuple[str, ...] | str | None = None
+    rule: TargetRule = field(default_factory=lambda: TargetRule(None))
+    base_model_name: str | None = None
+    base_id: str | None = None
+
+
+def parse_config(raw: bytes) -> AdapterConfig:
+    """Parse and check the bytes of adapter_config.json; raises `AdapterRejected` with every reason found."""
+    try:
+        fields = parse_object(raw, limit=MAX_CONFIG_BYTES)
+    except StrictJSONError as error:
+        raise AdapterRejected([f"{CONFIG_FILE} {error}"]) from error
+    return _ConfigReader(fields).read()
+
+
+def rank_of(config: AdapterConfig, module: str) -> int:
+    """The rank that the config states for the module at this path."""
+    return config.rank_pattern.match(module, config.rank)
+
+
+def scale_of(config: AdapterConfig, module: str, rank: int) -> float:
+    """The factor on B A for the module at this path: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+    alpha = config.alpha_pattern.match(module, config.alpha)
+    return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+
+
+def check_base_id(value: object) -> str | None:
+    """A base id as a config or a card carries it; raises ValueError if it is not one."""
+    if value is None or (isinstance(value, str) and _BASE_ID.fullmatch(value)):
+        return value
+    raise ValueError("is not a sha256 in lower-case hex")
+
+
+N = TypeVar("N", int, float)
+
+
+class _ConfigReader:
+    """Reads the fields one by one and collects what is wrong with them."""
+
+    def __init__(self, fields: Mapping[str, object]) -> None:
+        self._fields = fields
+        self._reasons: list[str] = []
+        self._effort = Effort()
+
+    def read(self) -> AdapterConfig:
+        self._check_kind()
+        config = AdapterConfig(
+            rank=self._rank("r", self._fields.get("r")),
+            alpha=self._alpha("lora_alpha", self._fields.get("lora_alpha")),
+            use_rslora=self._flag("use_rslora"),
+            rank_pattern=self._table("rank_pattern", self._rank),
+            alpha_pattern=self._table("alpha_pattern", self._alpha),
+            target_modules=self._target_modules(),
+            rule=self._rule(),
+            base_model_name=self._text("base_model_name_or_path"),
+            base_id=self._base_id(),
+        )
+        self._check_unread()
+        if self._reasons:
+            raise AdapterRejected(list(dict.fromkeys(self._reasons)))
+        return config
+
+    def _refuse(self, name: str, why: str) -> None:
+        self._reasons.append(f"{name} {why}")
+
+    def _check_kind(self) -> None:
+        if self._fields.get("peft_type") != "LORA":
+            self._refuse("peft_type", "is not LORA")
+        if self._fields.get("task_type") not in (None, "CAUSAL_LM"):
+            self._refuse("task_type", "is neither CAUSAL_LM nor null")
+        if self._fields.get("bias") not in (None, "none"):
+            self._refuse("bias", 'is not "none": trained biases are not served')
+        init = self._fields.get("init_lora_weights")
+        if isinstance(init, str):
+            init = init.lower()
+        if not any(init is plain or (isinstance(init, str) and init == plain) for plain in _PLAIN_INITS):
+            self._refuse("init_lora_weights", f"is {quoted(str(init), 40)}, which changes the base or is not known")
+
+    def _check_unread(self) -> None:
+        for name, value in self._fields.items():
+            if name not in _READ and name not in _INFORMATIONAL and not is_empty(value):
+                self._refuse(quoted(name)[1:-1], "is set, and is not served")
+
+    def _flag(self, name: str) -> bool:
+        value = self._fields.get(name)
+        if value is None or isinstance(value, bool):
+            return bool(value)
+        self._refuse(name, "is neither true nor false")
+        return False
+
+    def _text(self, name: str) -> str | None:
+        value = self._fields.get(name)
+        if value is None or (isinstance(value, str) and len(value) <= MAX_NAME_LENGTH):
+            return value
+        self._refuse(name, f"is not a text of at most {MAX_NAME_LENGTH} characters")
+        return None
+
+    def _base_id(self) -> str | None:
+        try:
+            return check_base_id(self._fields.get(BASE_ID_KEY))
+        except ValueError as error:
+            self._refuse(BASE_ID_KEY, str(error))
+            return None
+
+    def _rank(self, name: str, value: object) -> int:
+        if isinstance(value, int) and is_int(value) and 1 <= value <= MAX_RANK:
+            return value
+        self._refuse(name, f"is not an integer from 1 to {MAX_RANK}")
+        return 1
+
+    def _alpha(self, name: str, value: object) -> float:
+        if isinstance(value, int | float) and is_number(value) and 0 < value <= MAX_ALPHA:
+            return float(value)
+        self._refuse(name, f"is not a number above 0 and up to {MAX_ALPHA:.0f}")
+        return 1.0
+
+    def _table(self, name: str, read: Callable[[str, object], N]) -> PatternTable[N]:
+        value = self._fields.get(name)
+        empty: PatternTable[N] = PatternTable({})
+        if value is None:
+            return empty
+        if not isinstance(value, dict) or len(value) > MAX_NAMES:
+            self._refuse(name, f"is not an object of at most {MAX_NAMES} patterns")
+            return empty
+        try:
+            entries = {key: read(f"{name} of {quoted(key)}", entry) for key, entry in value.items()}
+            return PatternTable(entries, self._effort)
+        except PatternRefused as error:
+            self._refuse(name, str(error))
+            return empty
+
+    def _target_modules(self) -> tuple[str, ...] | str | None:
+        value = self._fields.get("target_modules")
+        if value is None or isinstance(value, str):
+            return value
+        return tuple(sorted(self._names("target_modules")))
+
+    def _names(self, name: str) -> frozenset[str]:
+        value = self._fields.get(name)
+        if (
+            isinstance(value, list)
+            and len(value) <= MAX_NAMES
+            and all(isinstance(item, str) and item for item in value)
+        ):
+            return frozenset(value)
+        self._refuse(name, f"is not a text or a list of at most {MAX_NAMES} names")
+        return frozenset()
+
+    def _selector(self, name: str) -> Names | Pattern | None:
+        value = self._fields.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, str):
+            return Names(self._names(name))
+        try:
+            return Pattern(value, self._effort)
+        except PatternRefused as error:
+            self._refuse(name, f"is a regular expression that {error}")
+            return None
+
+    def _rule(self) -> TargetRule:
+        value = self._fields.get("target_modules")
+        if isinstance(value, str) and value.lower() == ALL_LINEAR:
+            targets: Names | Pattern | str | None = ALL_LINEAR
+        else:
+            targets = self._selector("target_modules")
+        excluded = self._selector("exclude_modules") if self._fields.get("exclude_modules") else None
+        return TargetRule(targets, excluded, self._layers(), self._layer_lists())
+
+    def _layers(self) -> frozenset[int] | None:
+        value = self._fields.get("layers_to_transform")
+        layers = value if isinstance(value, list) else [] if value is None else [value]
+        if len(layers) > MAX_NAMES or not all(is_int(layer) for layer in layers):
+            self._refuse("layers_to_transform", "is not a layer number or a list of them")
+            return None
+        return frozenset(layers) or None
+
+    def _layer_lists(self) -> tuple[str, ...]:
+        value = self._fields.get("layers_pattern")
+        names = value if isinstance(value, list) else [value] if value else []
+        is_plain = all(isinstance(name, str) and re.fullmatch(r"\w+", name) for name in names)
+        if len(names) > MAX_LAYER_LISTS or not is_plain:
+            self._refuse("layers_pattern", f"is not a plain module name or a list of at most {MAX_LAYER_LISTS}")
+            return ()
+        return tuple(names)

@@ -1,0 +1,190 @@
+"""A PEFT directory as an artifact: which tensor belongs to which linear layer, and the digest that names a version.
+
+Reads headers and bytes only, without torch; `weights` turns them into tensors. Never pickle, never peft.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from io import BufferedReader
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from loramux_adapters.artifact.config import (
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
+    AdapterConfig,
+    parse_config,
+    rank_of,
+    scale_of,
+)
+from loramux_adapters.artifact.safetensors_header import TensorSpec, open_regular, read_header
+from loramux_adapters.artifact.strict_json import quoted
+from loramux_adapters.errors import AdapterRejected
+
+__all__ = [
+    "CARD_FILE",
+    "CONFIG_FILE",
+    "FINGERPRINT_FILE",
+    "KNOWN_FILES",
+    "WEIGHTS_FILE",
+    "AdapterConfig",
+    "Layout",
+    "Pair",
+    "TensorSpec",
+    "digest_of",
+    "module_path",
+    "pair_up",
+    "parse_config",
+    "rank_of",
+    "read_config",
+    "read_header",
+    "scale_of",
+]
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CARD_FILE = "card.json"
+FINGERPRINT_FILE = "fingerprint.json"
+KNOWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, FINGERPRINT_FILE)
+
+Kind: TypeAlias = Literal["A", "B", "base"]
+
+_PREFIX = "base_model.model."
+_KINDS: Mapping[str, Kind] = {
+    ".lora_A.weight": "A",
+    ".lora_A.default.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_B.default.weight": "B",
+}
+_NOT_SERVED = {
+    ".lora_magnitude_vector": "a DoRA magnitude (use_dora)",
+    ".lora_embedding_": "an embedding delta",
+    ".modules_to_save": "a fully trained module (modules_to_save)",
+    ".token_adapter": "trained token embeddings (trainable_token_indices)",
+    ".lora_B.bias": "a bias of B (lora_bias)",
+    ".lora_B.default.bias": "a bias of B (lora_bias)",
+}
+_DIGEST_DOMAIN = b"loramux adapter 1\n"
+_CHUNK_BYTES = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The two tensors of one linear layer: A [rank, in] and B [out, rank], under their names in the file."""
+
+    a_name: str
+    a: TensorSpec
+    b_name: str
+    b: TensorSpec
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+@dataclass
+class Layout:
+    """What the tensors of a file are.
+
+    Attributes:
+        pairs: module path in the base -> its pair; complete and with equal rank on both sides.
+        base_tensors: parameter name in the base -> tensor name in the file, for copies of base weights.
+        reasons: what does not fit together, one sentence each.
+    """
+
+    pairs: dict[str, Pair] = field(default_factory=dict)
+    base_tensors: dict[str, str] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+
+
+def read_config(directory: Path) -> AdapterConfig:
+    """Read and check adapter_config.json of a PEFT directory; raises `AdapterRejected`."""
+    with open_regular(directory / CONFIG_FILE) as file:
+        return parse_config(file.read(MAX_CONFIG_BYTES + 1))
+
+
+def module_path(tensor_name: str) -> tuple[str, Kind]:
+    """Module path in the base, and which half of its pair the tensor is.
+
+    With "base" the tensor is no LoRA weight, and the path is that of the base parameter of which it may be a copy.
+    Raises `AdapterRejected` for a kind of weight that is not served.
+    """
+    name = tensor_name.removeprefix(_PREFIX)
+    for suffix, kind in _KINDS.items():
+        if name.endswith(suffix):
+            return name.removesuffix(suffix), kind
+    for mark, what in _NOT_SERVED.items():
+        if mark in name:
+            raise AdapterRejected([f"tensor {quoted(tensor_name)} is {what}, which is not served"])
+    return name.replace(".base_layer.", "."), "base"
+
+
+def pair_up(specs: Mapping[str, TensorSpec]) -> Layout:
+    """Sort the tensors of a file into pairs and copies of base weights; never raises, see `Layout.reasons`."""
+    layout = Layout()
+    halves: dict[str, dict[Kind, str]] = {}
+    for name in specs:
+        try:
+            path, kind = module_path(name)
+        except AdapterRejected as error:
+            layout.reasons.extend(error.reasons)
+            continue
+        found = halves.setdefault(path, {})
+        if kind in found:
+            layout.reasons.append(f"tensors {quoted(found[kind])} and {quoted(name)} are the same weight")
+        found[kind] = name
+    for path, names in halves.items():
+        if "base" in names:
+            layout.base_tensors[path] = names["base"]
+        if "A" not in names and "B" not in names:
+            continue
+        if "A" not in names or "B" not in names:
+            present, absent = ("A", "B") if "A" in names else ("B", "A")
+            layout.reasons.append(f"module {quoted(path)} has lora_{present} but no lora_{absent}")
+            continue
+        pair = Pair(names["A"], specs[names["A"]], names["B"], specs[names["B"]])
+        if len(pair.a.shape) != 2 or len(pair.b.shape) != 2 or 0 in pair.a.shape + pair.b.shape:
+            layout.reasons.append(f"module {quoted(path)} has weights that are not matrices")
+        elif pair.a.shape[0] != pair.b.shape[1]:
+            layout.reasons.append(
+                f"module {quoted(path)} has lora_A of rank {pair.a.shape[0]} but lora_B of rank {pair.b.shape[1]}"
+            )
+        else:
+            layout.pairs[path] = pair
+    return layout
+
+
+def digest_of(config: AdapterConfig, directory: Path) -> str:
+    """The version id: sha256, in hex, over what the adapter computes and over nothing else.
+
+    That is, in the order of module paths, the scale and both tensors (dtype, shape, bytes). The order of tensors in the
+    file, spelling of the config, training-only fields, card and fingerprint do not count.
+    Raises `AdapterRejected` if the weights cannot be read.
+    """
+    path = directory / WEIGHTS_FILE
+    layout = pair_up(read_header(path))
+    if layout.reasons:
+        raise AdapterRejected(layout.reasons)
+    digest = hashlib.sha256(_DIGEST_DOMAIN)
+    with open_regular(path) as file:
+        for module, pair in sorted(layout.pairs.items()):
+            scale = scale_of(config, module, pair.rank).hex()
+            line = [module, scale, pair.a.dtype, pair.a.shape, pair.b.dtype, pair.b.shape]
+            digest.update(json.dumps(line).encode() + b"\n")
+            for spec in (pair.a, pair.b):
+                _digest_bytes(digest, file, spec)
+    return digest.hexdigest()
+
+
+def _digest_bytes(digest: hashlib._Hash, file: BufferedReader, spec: TensorSpec) -> None:
+    file.seek(spec.offset)
+    remaining = spec.nbytes
+    while remaining:
+        chunk = file.read(min(remaining, _CHUNK_BYTES))
+        if not chunk:
+            raise AdapterRejected([f"{WEIGHTS_FILE} ended while it was read"])
+        remaining -= len(chunk)
+        digest.update(chunk)

@@ -1,0 +1,203 @@
+"""Adds LoRA deltas to the output of a linear layer for a batch in which every row may use another adapter.
+
+Semantics of every `add_lora_*` here, for each token row t of x, over its entries e in [first[t], first[t + 1]) whose
+adapter targets this layer, with o = offset[e], r = rank[e]:
+
+    y[t] += sum_e scale[e] * (x[t] @ a[o : o + r].T) @ bt[o : o + r]
+
+Stacks are bf16 with alpha/r folded into `bt`; sums are fp32, in the order of the entries. The compiled kernel keeps the
+rank-r intermediate in fp32 and rounds once, into y; the tensor path rounds each intermediate and delta to bf16 as well.
+With the compiled kernel each row's bits depend on that row alone: on its adapters and its input, never on the batch
+around it. A scale of 1.0 changes no bit.
+
+The idea of applying many adapters to one batch by segments is Punica's (https://arxiv.org/abs/2310.18547) and
+S-LoRA's (https://arxiv.org/abs/2311.03285).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from loramux_adapters.lora.slots import SMALLEST_RANK, ScaledSlot, Slot
+from loramux_adapters.native import bind, load_library
+
+_SIZE = ctypes.c_int64
+
+
+class _NativeArena(ctypes.Structure):
+    """`Arena` in csrc/arena.h."""
+
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("a", "bt", "targeted")), ("inputs", _SIZE), ("outputs", _SIZE)]
+
+
+class _NativeRows(ctypes.Structure):
+    """`Rows` in csrc/lora.cpp."""
+
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("first", "offset", "rank", "scale")), ("count", _SIZE)]
+
+
+@dataclass(frozen=True, slots=True)
+class Arena:
+    """Device memory of one linear layer for all adapters. Owner: the engine thread.
+
+    Attributes:
+        a: [arena_rows, in] bf16.
+        bt: [arena_rows, out] bf16, B transposed and scaled.
+        targeted: [arena_rows / 8] uint8; 0 where the slot's adapter has no weights for this layer.
+    """
+
+    a: torch.Tensor
+    bt: torch.Tensor
+    targeted: torch.Tensor
+    _native: _NativeArena = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        places = (tensor.data_ptr() for tensor in (self.a, self.bt, self.targeted))
+        object.__setattr__(self, "_native", _NativeArena(*places, self.a.shape[1], self.bt.shape[1]))
+
+    @property
+    def native(self) -> int:
+        """Where the compiled kernel finds all this; the tensors never move."""
+        return ctypes.addressof(self._native)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of token rows [start, stop) that use the same adapters, with the same factors, in the same order."""
+
+    start: int
+    stop: int
+    slots: tuple[ScaledSlot, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraRows:
+    """Which adapters each token row of one step uses.
+
+    Attributes:
+        segments: runs of rows in order; rows outside of them use the base alone.
+        first: [rows + 1] int32; the entries of row t are [first[t], first[t + 1]).
+        offset: [entries] int32, first arena row of the entry's adapter.
+        rank: [entries] int32, arena rows of the entry's adapter.
+        scale: [entries] fp32, factor of the entry's delta.
+        num_rows: token rows, those without an adapter included.
+
+    The arrays are numpy's: every call of PyTorch gives up the interpreter lock, and has to wait to get it back.
+    """
+
+    segments: tuple[Segment, ...]
+    first: npt.NDArray[np.int32]
+    offset: npt.NDArray[np.int32]
+    rank: npt.NDArray[np.int32]
+    scale: npt.NDArray[np.float32]
+    num_rows: int
+    _native: _NativeRows = field(repr=False)
+
+    @classmethod
+    def build(cls, runs: Sequence[tuple[tuple[ScaledSlot, ...], int]]) -> LoraRows | None:
+        """From (adapters, number of token rows) in row order; None if no row has an adapter."""
+        segments: list[Segment] = []
+        entries: list[ScaledSlot] = []
+        first = [0]
+        for slots, count in runs:
+            start = len(first) - 1
+            for _ in range(count):
+                entries += slots
+                first.append(len(entries))
+            if not slots or count == 0:
+                continue
+            if segments and segments[-1].slots == slots and segments[-1].stop == start:
+                segments[-1] = Segment(segments[-1].start, start + count, slots)
+            else:
+                segments.append(Segment(start, start + count, slots))
+        if not segments:
+            return None
+        arrays = (
+            np.array(first, dtype=np.int32),
+            np.array([entry.slot.offset for entry in entries], dtype=np.int32),
+            np.array([entry.slot.rank for entry in entries], dtype=np.int32),
+            np.array([entry.scale for entry in entries], dtype=np.float32),
+        )
+        count = len(first) - 1
+        return cls(tuple(segments), *arrays, count, _NativeRows(*(array.ctypes.data for array in arrays), count))
+
+    @property
+    def native(self) -> int:
+        """Where the compiled kernel finds all this, put together once for all layers of a step."""
+        return ctypes.addressof(self._native)
+
+
+AddLora = Callable[[torch.Tensor, torch.Tensor, Arena, LoraRows], None]
+
+
+def add_lora_loop(y: torch.Tensor, x: torch.Tensor, arena: Arena, rows: LoraRows) -> None:
+    """The slow reference: one row at a time, all in fp32, one rounding at the end. y [rows, out] changed in place."""
+    for segment in rows.segments:
+        for t in range(segment.start, segment.stop):
+            total = y[t].float()
+            for entry in segment.slots:
+                if arena.targeted[entry.slot.offset // SMALLEST_RANK]:
+                    a, bt = _weights(arena, entry.slot)
+                    total += entry.scale * (x[t].float() @ a.float().T) @ bt.float()
+            y[t] = total.to(y.dtype)
+
+
+def add_lora_segments(y: torch.Tensor, x: torch.Tensor, arena: Arena, rows: LoraRows) -> None:
+    """The tensor path of every device: two products per adapter and segment, on views of the resident stacks."""
+    check_rows(y, x, rows)
+    for segment in rows.segments:
+        run = slice(segment.start, segment.stop)
+        delta: torch.Tensor | None = None  # of the first adapter in bf16, of several in fp32
+        for entry in segment.slots:
+            if arena.targeted[entry.slot.offset // SMALLEST_RANK]:
+                a, bt = _weights(arena, entry.slot)
+                part = ((x[run] @ a.T) * entry.scale) @ bt
+                delta = part if delta is None else delta.float() + part.float()
+        if delta is not None:
+            y[run] += delta
+
+
+def _weights(arena: Arena, slot: Slot) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [rank, in] and B transposed [rank, out], as views."""
+    window = slice(slot.offset, slot.offset + slot.rank)
+    return arena.a[window], arena.bt[window]
+
+
+class NativeAddLora:
+    """The compiled CPU kernel (csrc/lora.cpp): rows in parallel, each read of an adapter straight from its slot.
+
+    Needs bf16 tensors on the CPU with dense rows.
+    """
+
+    def __init__(self, library: ctypes.CDLL, *, portable: bool | None = None) -> None:
+        self._call = bind(library.loramux_add_lora, "ppppii")
+        # for compiled code that calls it
+        self.address = ctypes.cast(library.loramux_add_lora, ctypes.c_void_p).value
+        self.spans_address = ctypes.cast(library.loramux_lora_spans, ctypes.c_void_p).value
+        vector = bool(library.loramux_lora_has_avx512bf16())
+        self.portable = not vector if portable is None else portable
+        self.name = "native portable" if self.portable else "native AVX512-BF16"
+
+    def __call__(self, y: torch.Tensor, x: torch.Tensor, arena: Arena, rows: LoraRows) -> None:
+        if not (y.is_contiguous() and x.is_contiguous() and y.dtype == x.dtype == torch.bfloat16):
+            raise ValueError("the compiled LoRA kernel takes dense bf16 rows")
+        check_rows(y, x, rows)
+        self._call(y.data_ptr(), x.data_ptr(), arena.native, rows.native, self.portable, torch.get_num_threads())
+
+
+def check_rows(y: torch.Tensor, x: torch.Tensor, rows: LoraRows) -> None:
+    """A layer that runs on other rows than the step's tokens would get other requests' adapters."""
+    if not x.shape[0] == y.shape[0] == rows.num_rows:
+        raise ValueError(f"the layer runs on {x.shape[0]} rows, the step has {rows.num_rows}")
+
+
+def native_library() -> ctypes.CDLL | None:
+    """The compiled kernels of this package, where they were built."""
+    return load_library(Path(__file__).parent.parent, "_kernels", "loramux_run_pieces")

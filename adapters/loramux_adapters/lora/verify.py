@@ -1,0 +1,197 @@
+"""Checks an uploaded adapter against the base it is to run on, before anything of it is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from loramux_adapters.artifact.config import BASE_ID_KEY, check_base_id, rank_of
+from loramux_adapters.artifact.format import (
+    CARD_FILE,
+    FINGERPRINT_FILE,
+    WEIGHTS_FILE,
+    AdapterConfig,
+    Layout,
+    Pair,
+    digest_of,
+    pair_up,
+    read_config,
+    read_header,
+)
+from loramux_adapters.artifact.safetensors_header import open_regular
+from loramux_adapters.artifact.strict_json import StrictJSONError, parse_object, quoted
+from loramux_adapters.base_info import BaseInfo
+from loramux_adapters.errors import AdapterRejected, BaseMismatch
+from loramux_adapters.lora.weights import read_tensor, served_modules
+
+MAX_REASONS = 20
+MAX_METADATA_BYTES = 4 * 2**20
+
+# A tokenizer beside the adapter may add tokens that the served base does not know.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What the check found out.
+
+    Attributes:
+        version: the digest of what it computes, under which it is stored.
+        rank: the largest of its modules.
+        target_modules: last parts of the module paths that carry weights ("q_proj"), sorted.
+        base_id: that the adapter names, None if it names none.
+        base_verified: it names the base that is served.
+        fingerprint: how its fingerprint was replayed; "none" until somebody does.
+    """
+
+    config: AdapterConfig
+    version: str
+    rank: int
+    target_modules: list[str]
+    base_id: str | None
+    base_verified: bool
+    fingerprint: str = "none"
+
+
+def check_adapter(directory: Path, base: BaseInfo, max_rank: int, *, force: bool = False) -> Checked:
+    """Check a PEFT directory (adapter_config.json, adapter_model.safetensors, card.json?, fingerprint.json?).
+
+    Every tensor must be half of a pair of a linear layer of the base, with that layer's shape and the configured rank,
+    at most `max_rank`, and finite; or a copy of a base weight that PEFT wrote beside them. The files are only read.
+    Raises `AdapterRejected` with every reason, `BaseMismatch` if it names another base (not with `force`).
+    """
+    reasons = _file_reasons(directory)
+    config = _collect(reasons, lambda: read_config(directory))
+    card = _collect(reasons, lambda: _read_metadata(directory / CARD_FILE))
+    _collect(reasons, lambda: _read_metadata(directory / FINGERPRINT_FILE))
+    base_id = _collect(reasons, lambda: _base_id_of(config, card))
+    if base_id is not None and base_id != base.base_id and not force:
+        raise BaseMismatch(base_id, base.base_id)
+    specs = _collect(reasons, lambda: read_header(directory / WEIGHTS_FILE))
+    layout = pair_up(specs or {})
+    reasons += layout.reasons
+    if specs is not None and not layout.pairs and not layout.reasons:
+        reasons.append(f"{WEIGHTS_FILE} holds no LoRA weights")
+    reasons += _layout_reasons(layout, config, base, max_rank)
+    if config is None or reasons:
+        raise AdapterRejected(_at_most(reasons))
+    _collect(reasons, lambda: _check_values(directory, config, layout, base))
+    if reasons:
+        raise AdapterRejected(_at_most(reasons))
+    return Checked(
+        config=config,
+        version=digest_of(config, directory),
+        rank=max(pair.rank for pair in layout.pairs.values()),
+        target_modules=sorted({module.rpartition(".")[2] for module in layout.pairs}),
+        base_id=base_id,
+        base_verified=base_id == base.base_id,
+    )
+
+
+def _collect(reasons: list[str], read: Callable[[], T]) -> T | None:
+    try:
+        return read()
+    except AdapterRejected as error:
+        reasons += error.reasons
+        return None
+
+
+def _at_most(reasons: list[str]) -> list[str]:
+    if len(reasons) <= MAX_REASONS:
+        return reasons
+    return [*reasons[:MAX_REASONS], f"and {len(reasons) - MAX_REASONS} more"]
+
+
+def _file_reasons(directory: Path) -> list[str]:
+    return [
+        *(
+            f"{name} is a pickle, which is never read: send {WEIGHTS_FILE}"
+            for name in _PICKLES
+            if (directory / name).exists()
+        ),
+        *(
+            f"{name} is there: an adapter's own tokenizer is not served, leave it out"
+            for name in _TOKENIZER_FILES
+            if (directory / name).exists()
+        ),
+    ]
+
+
+def _read_metadata(path: Path) -> dict[str, object]:
+    """A JSON file that may be absent; raises `AdapterRejected` if it is there and is not one JSON object."""
+    if not path.is_symlink() and not path.exists():
+        return {}
+    try:
+        with open_regular(path) as file:
+            return parse_object(file.read(MAX_METADATA_BYTES + 1), limit=MAX_METADATA_BYTES)
+    except StrictJSONError as error:
+        raise AdapterRejected([f"{path.name} {error}"]) from error
+
+
+def _base_id_of(config: AdapterConfig | None, card: dict[str, object] | None) -> str | None:
+    try:
+        in_card = check_base_id((card or {}).get(BASE_ID_KEY))
+    except ValueError as error:
+        raise AdapterRejected([f"{BASE_ID_KEY} in {CARD_FILE} {error}"]) from error
+    in_config = config.base_id if config is not None else None
+    if in_card and in_config and in_card != in_config:
+        raise AdapterRejected([f"{CARD_FILE} and the config name different bases in {BASE_ID_KEY}"])
+    return in_card or in_config
+
+
+def _layout_reasons(layout: Layout, config: AdapterConfig | None, base: BaseInfo, max_rank: int) -> list[str]:
+    """What can be said of names and shapes without reading data."""
+    reasons = []
+    for module, pair in layout.pairs.items():
+        why = _pair_reason(module, pair, config, base, max_rank)
+        if why is not None:
+            reasons.append(f"module {quoted(module)} {why}")
+    return reasons
+
+
+def _pair_reason(module: str, pair: Pair, config: AdapterConfig | None, base: BaseInfo, max_rank: int) -> str | None:
+    if module not in base.linears:
+        return "is no linear layer of the base"
+    in_features, out_features = base.linears[module]
+    if pair.a.shape[1] != in_features or pair.b.shape[0] != out_features:
+        found = f"{pair.a.shape[1]} -> {pair.b.shape[0]}"
+        return f"has weights for {found} features, the base has {in_features} -> {out_features} there"
+    if pair.rank > max_rank:
+        return f"has rank {pair.rank}, this server takes at most {max_rank}"
+    if config is None:
+        return None
+    if pair.rank != rank_of(config, module):
+        return f"has rank {pair.rank} in the weights and {rank_of(config, module)} in the config"
+    if not config.rule.matches(module):
+        return "has weights but is no target of the config (target_modules and its companions)"
+    return None
+
+
+def _check_values(directory: Path, config: AdapterConfig, layout: Layout, base: BaseInfo) -> None:
+    """Raises `AdapterRejected` with every module whose served values are not finite, and every foreign base weight."""
+    reasons = [
+        f"tensor {quoted(tensor_name)} is neither a LoRA weight nor a copy of the base's"
+        for parameter, tensor_name in layout.base_tensors.items()
+        if not base.tensor_equals(parameter, read_tensor(directory, tensor_name))
+    ]
+    _, not_finite = served_modules(directory, config, layout.pairs)
+    reasons += [f"module {quoted(module)} has values that are not finite in bf16" for module in not_finite]
+    if reasons:
+        raise AdapterRejected(reasons)

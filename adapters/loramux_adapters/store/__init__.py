@@ -1,0 +1,1 @@
+"""Adapters on disk: names, immutable versions, and who uses which."""

@@ -1,0 +1,208 @@
+"""The store's directories: how a version's files come in, stay and go. Knows nothing of names.
+
+<root>/versions/<digest>/   adapter_config.json, adapter_model.safetensors, card.json?, fingerprint.json?; never changed
+<root>/staging/             uploads on their way in, and versions on their way out
+<root>/quarantine/<digest>/ what was found damaged where a version belongs, until it is uploaded again or forgotten
+<root>/lock                 held by the store's owner, the one process that removes what is no longer needed
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from loramux_adapters.artifact.format import KNOWN_FILES, digest_of, read_config
+from loramux_adapters.artifact.safetensors_header import open_regular
+from loramux_adapters.errors import AdapterRejected, StoreUnavailable
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_INCOMING = "incoming-"
+_OUTGOING = "outgoing-"
+# Of a file that is lost, in contrast to one that cannot be read at this moment (too many open files, say).
+_LOST = (errno.ENOENT, errno.EIO, errno.ELOOP, errno.ENOTDIR)
+
+
+@dataclass(frozen=True, slots=True)
+class Staging:
+    """A directory for one upload's files, removed when its context ends unless it was published."""
+
+    directory: Path
+
+
+class VersionFiles:
+    """All methods may raise OSError; the caller says what that means. Thread-safe, apart from what `install` says."""
+
+    def __init__(self, root: Path, *, owner: bool) -> None:
+        """`owner`: be the one process that collects. Raises `StoreUnavailable` if another one is."""
+        self._versions = root / "versions"
+        self._staging = root / "staging"
+        self._versions.mkdir(parents=True, exist_ok=True)
+        self._staging.mkdir(exist_ok=True)
+        self._quarantine = root / "quarantine"
+        self._quarantine.mkdir(exist_ok=True)
+        _sync(root)
+        self._lock = open(root / "lock", "ab")
+        self.is_owner = owner
+        if owner and not _try_lock(self._lock.fileno()):
+            self._lock.close()
+            raise StoreUnavailable("another server uses this store; give each its own --adapter-dir")
+
+    def close(self) -> None:
+        """Let another process own the store. May be called twice."""
+        self._lock.close()
+
+    def directory(self, digest: str) -> Path:
+        """Where a version's files are, whether or not they are there."""
+        assert _DIGEST.fullmatch(digest)
+        return self._versions / digest
+
+    @contextmanager
+    def stage(self) -> Iterator[Staging]:
+        """A fresh directory; its lock tells the next opening that somebody still fills it."""
+        directory = self._staging / f"{_INCOMING}{uuid.uuid4().hex}"
+        directory.mkdir(mode=0o700)
+        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            _try_lock(lock)
+            yield Staging(directory)
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+            os.close(lock)
+
+    def settle(self, staging: Staging) -> int:
+        """Remove what is no part of a version and force the rest to disk; returns its bytes.
+
+        Raises `AdapterRejected` for a part that is not a regular file.
+        """
+        nbytes = 0
+        for path in list(staging.directory.iterdir()):
+            if path.name in KNOWN_FILES:
+                with open_regular(path) as file:
+                    os.fsync(file.fileno())
+                    nbytes += os.fstat(file.fileno()).st_size
+            elif path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        _sync(staging.directory)
+        return nbytes
+
+    def exists(self, digest: str) -> bool:
+        """Whether anything is where the version's files belong."""
+        return self.directory(digest).exists()
+
+    def stored(self) -> set[str]:
+        """The digests for which there are files."""
+        return {path.name for path in self._versions.iterdir() if _DIGEST.fullmatch(path.name)}
+
+    def is_broken(self, digest: str) -> bool:
+        """Whether the version's files are there but no longer have this digest; reads all of them.
+
+        Raises OSError if that cannot be told now.
+        """
+        directory = self.directory(digest)
+        if not directory.exists():
+            return False
+        try:
+            return digest_of(read_config(directory), directory) != digest
+        except (AdapterRejected, OSError) as error:
+            cause = error.__cause__ if isinstance(error, AdapterRejected) else error
+            if isinstance(cause, OSError) and cause.errno not in _LOST:
+                raise cause from None
+            return True
+
+    def install(self, staging: Staging, digest: str, *, replace: bool) -> None:
+        """Move settled files to where their version belongs; files already there stay unless `replace`.
+
+        To be called with the index's write lock held, as nothing else guards two installs of one version.
+        """
+        target = self.directory(digest)
+        if target.exists() and not replace:
+            return
+        outgoing = self.withdraw(digest)
+        os.rename(staging.directory, target)
+        _sync(self._versions)
+        _sync(self._staging)
+        if outgoing is not None:
+            self.erase(outgoing)
+
+    def withdraw(self, digest: str) -> Path | None:
+        """Take a version away from readers at once; returns where its files wait for `erase`, None if it has none."""
+        directory = self.directory(digest)
+        if not directory.exists():
+            return None
+        outgoing = self._staging / f"{_OUTGOING}{uuid.uuid4().hex}"
+        os.rename(directory, outgoing)
+        return outgoing
+
+    def quarantine(self, digest: str) -> Path:
+        """Move a version's files aside, if there are any; returns where they are then."""
+        aside = self._quarantine / digest
+        if self.exists(digest):
+            self.release_quarantine(digest)
+            os.rename(self.directory(digest), aside)
+        return aside
+
+    def release_quarantine(self, digest: str) -> None:
+        """Free the disk of what was set aside, if anything was."""
+        aside = self._quarantine / digest
+        if aside.exists():
+            shutil.rmtree(aside)
+
+    def link(self, digest: str, target: Path) -> None:
+        """Give a version's files a second name in a new directory: they stay readable if the version goes."""
+        target.mkdir()
+        for path in self.directory(digest).iterdir():
+            os.link(path, target / path.name, follow_symlinks=False)
+
+    def erase(self, outgoing: Path) -> None:
+        """Free the disk of what was withdrawn; large files take a moment."""
+        shutil.rmtree(outgoing)
+
+    def remove_leftovers(self, keep: Collection[str], corrupt: Collection[str]) -> None:
+        """Remove staging directories whose process is gone, and versions that are not in `keep`; nothing else.
+
+        Of what was set aside, that of the versions in `corrupt` stays.
+        """
+        for digest in self.stored() - set(keep):
+            self.withdraw(digest)
+        for path in list(self._quarantine.iterdir()):
+            if _DIGEST.fullmatch(path.name) and path.name not in corrupt:
+                shutil.rmtree(path)
+        for path in list(self._staging.iterdir()):
+            if path.name.startswith(_OUTGOING) or (path.name.startswith(_INCOMING) and _is_abandoned(path)):
+                shutil.rmtree(path)
+
+
+def _sync(directory: Path) -> None:
+    """Force a directory's entries to disk."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Take the lock if nobody has it; it goes when the descriptor is closed or the process ends, however it ends."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_abandoned(staging: Path) -> bool:
+    descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return _try_lock(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,127 @@
+"""What the store hands out: records of adapters and their versions, and leases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from loramux_adapters.store.rows import KeptVersion
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What a name points at now.
+
+    `outcome`: "unchanged" if it already did; "repaired" if, besides, the version's stored files had been damaged.
+    """
+
+    name: str
+    version: str
+    outcome: Literal["created", "updated", "unchanged", "repaired", "rolled_back"]
+
+
+@dataclass(frozen=True, slots=True)
+class VersionRecord:
+    """A version that a name keeps. `created`: when the name got it, unix seconds; `nbytes`: of its files;
+    `corrupt`: they were found damaged, and the version cannot be used until it is uploaded again; `fingerprint`: how
+    the one it came with was replayed, "none" if nobody has.
+    """
+
+    version: str
+    rank: int
+    target_modules: list[str]
+    nbytes: int
+    created: int
+    base_verified: bool
+    corrupt: bool
+    fingerprint: str = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRecord:
+    """A name, the version it points at, and those it keeps.
+
+    Attributes:
+        version, rank, target_modules, nbytes, base_verified, corrupt, fingerprint: of the current version.
+        created, updated: of the name, unix seconds.
+        pinned: it is to stay in memory.
+        versions: newest first, the current one among them.
+        references: leases that are open under this name, on whichever version.
+    """
+
+    name: str
+    version: str
+    rank: int
+    target_modules: list[str]
+    nbytes: int
+    created: int
+    updated: int
+    base_verified: bool
+    corrupt: bool
+    pinned: bool
+    versions: list[VersionRecord]
+    references: int
+    fingerprint: str = "none"
+
+
+class Lease:
+    """The right to use one version: its files stay until `release`, whatever becomes of the name meanwhile."""
+
+    def __init__(self, name: str, version: str, rank: int, nbytes: int, on_release: Callable[[Lease], None]) -> None:
+        """`nbytes`: of the version's files."""
+        self.name = name
+        self.version = version
+        self.rank = rank
+        self.nbytes = nbytes
+        self._on_release: Callable[[Lease], None] | None = on_release
+
+    def release(self) -> None:
+        """Give the version back; a second call does nothing. Never raises.
+
+        Removes the version's files if nobody keeps or leases it any more.
+        """
+        on_release, self._on_release = self._on_release, None
+        if on_release is not None:
+            on_release(self)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.release()
+
+
+def adapter_record(kept: Sequence[KeptVersion], *, served_base_id: str | None, references: int) -> AdapterRecord:
+    """The record of one name from the versions it keeps, newest first."""
+    versions = [_version_record(row, served_base_id) for row in kept]
+    ((current, shown),) = ((row, record) for row, record in zip(kept, versions, strict=True) if row.current)
+    return AdapterRecord(
+        name=current.upload.name,
+        version=shown.version,
+        rank=shown.rank,
+        target_modules=shown.target_modules,
+        nbytes=shown.nbytes,
+        created=current.name_created,
+        updated=current.name_updated,
+        base_verified=shown.base_verified,
+        corrupt=shown.corrupt,
+        pinned=current.name_pinned,
+        versions=versions,
+        references=references,
+        fingerprint=shown.fingerprint,
+    )
+
+
+def _version_record(row: KeptVersion, served_base_id: str | None) -> VersionRecord:
+    upload = row.upload
+    return VersionRecord(
+        version=upload.digest,
+        rank=upload.rank,
+        target_modules=upload.target_modules.split(","),
+        nbytes=upload.nbytes,
+        created=upload.created,
+        base_verified=upload.base_id is not None and upload.base_id == (served_base_id or upload.base_id),
+        corrupt=row.corrupt,
+        fingerprint=upload.fingerprint,
+    )

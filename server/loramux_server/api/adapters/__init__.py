@@ -1,0 +1,1 @@
+"""Adapters over HTTP: upload, download, life cycle."""

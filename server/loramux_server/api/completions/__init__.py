@@ -1,0 +1,1 @@
+"""A generation request from its body to the last chunk of its reply."""

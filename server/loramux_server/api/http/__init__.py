@@ -1,0 +1,1 @@
+"""What every route needs: who may call, bounds of bodies, errors as replies, work off the event loop."""

@@ -1,0 +1,1 @@
+"""The commands: they parse, call, print, and turn errors into one line and an exit code."""

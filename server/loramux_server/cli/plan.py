@@ -1,0 +1,186 @@
+"""`loramux plan`: what a training will take of memory, before it is started, by QLoRA and by LoRA."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loramux_adapters.training.recipe import Recipe
+from loramux_server.config.commands import load_settings
+from loramux_server.config.environment import cache_dir_of
+from loramux_server.config.plan import PlanConfig
+from loramux_server.config.settings import add_flags, fields_of
+from loramux_server.errors import BaseModelError, ConfigError
+
+if TYPE_CHECKING:
+    from loramux_adapters.training.run.plan import MemoryPlan
+
+MIB = 2**20
+_R = Recipe()
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What this machine has: bytes that are free, and what the libraries already take of the process."""
+
+    device: str
+    free: int
+    libraries: int
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="say what a training will take of memory, before it is started",
+        description="Say what a training will take of memory, by QLoRA and by LoRA; only the base's config is read.",
+        epilog="Example: loramux plan --rank 16 --batch 8 --seq 512. Every setting is a flag, an environment variable "
+        "and a key of the [plan] table of the config file.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="TOML file with a [plan] table (LORAMUX_CONFIG)")
+    add_flags(parser, PlanConfig)
+    parser.set_defaults(run=_run, parser=parser, flags=[field.flag for field in fields_of(PlanConfig).values()])
+
+
+def _run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    return plan(load_settings(PlanConfig, "plan", vars(args), environ, args.config))
+
+
+def plan(config: PlanConfig) -> int:
+    """Prints the table; returns the exit code.
+
+    Raises:
+        AdapterError, LoramuxError: the base cannot be found or read, or the recipe does not fit it.
+    """
+    import torch
+
+    from loramux_adapters.training.run.plan import kv_bytes, plan_memory
+
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise ConfigError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+    cuda = config.device == "cuda" or (config.device == "auto" and available)
+    skeleton = _skeleton(config)
+    learned = config.learned or max(1, config.seq // 4)
+    plans = [
+        plan_memory(skeleton, config.recipe(quantize), sequence=config.seq, learned=learned, cuda=cuda)
+        for quantize in ("nf4", "none")
+    ]
+    memory = _cuda_memory() if cuda else _host_memory()
+    for line in [
+        *_table(config, *plans),
+        "",
+        f"serving: {kv_bytes(skeleton.config):,} bytes of KV cache for each token of a prompt or reply",
+        *_verdict(config, plans[0], plans[1], memory, lambda recipe: plan_memory(
+            skeleton, recipe, sequence=config.seq, learned=learned, cuda=cuda
+        )),
+    ]:  # fmt: skip
+        print(line)
+    return 0
+
+
+def _skeleton(config: PlanConfig) -> Any:
+    """The base without weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from loramux_server.base.source import resolve_base
+
+    cache_dir = cache_dir_of(config.cache_dir, os.environ)
+    directory = resolve_base(config.base, cache_dir, print).directory
+    try:
+        found = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        factory: Any = AutoModelForCausalLM
+        with torch.device("meta"):
+            return factory.from_config(found, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(f"the base's config cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _table(config: PlanConfig, qlora: MemoryPlan, lora: MemoryPlan) -> Sequence[str]:
+    share = 100 * qlora.trainable / (qlora.parameters + qlora.trainable)
+    rows = [
+        ("base weights", qlora.base, lora.base),
+        ("adapter, fp32", qlora.adapter, lora.adapter),
+        ("gradients", qlora.gradients, lora.gradients),
+        ("optimizer moments", qlora.optimizer, lora.optimizer),
+        ("activations", qlora.activations, lora.activations),
+        ("logits or layer in work", qlora.work, lora.work),
+        ("together", qlora.total, lora.total),
+    ]
+    return [
+        f"{config.base}: {qlora.parameters:,} parameters",
+        f"rank {config.rank} trains {qlora.trainable:,} more ({share:.2f} % of all)",
+        f"{config.batch} examples of {config.seq} tokens a step"
+        + (f", in {config.accumulation} parts" if config.accumulation > 1 else ""),
+        "",
+        f"{'MiB':<24} {'QLoRA (NF4)':>12} {'LoRA (16 bit)':>14}",
+        *(f"{name:<24} {left / MIB:>12,.1f} {right / MIB:>14,.1f}" for name, left, right in rows),
+        "",
+        f"the adapter on disk takes {qlora.saved / MIB:,.1f} MiB",
+        f"training every weight (Adam, 16 bytes each, without activations) takes {qlora.full / MIB:,.1f} MiB",
+        "examples that begin alike and shorter ones take less: these are the activations of full, different ones",
+    ]
+
+
+def _verdict(config: PlanConfig, qlora: MemoryPlan, lora: MemoryPlan, memory: Memory, again: Any) -> Sequence[str]:
+    """Whether it fits, and if not, which change would make it fit."""
+    room = memory.free - memory.libraries
+    lines = [
+        f"{memory.device} has {memory.free / MIB:,.0f} MiB free; libraries take {memory.libraries / MIB:,.0f} of them"
+    ]
+    for name, needed in (("QLoRA", qlora.total), ("LoRA", lora.total)):
+        fits = "fits" if needed <= room else "does NOT fit"
+        lines.append(f"{name} needs {needed / MIB:,.0f} MiB and {fits}")
+    if qlora.total <= room:
+        return lines
+    recipe = config.recipe("nf4")
+    parts = 2
+    while parts <= recipe.batch_size:
+        if again(replace(recipe, accumulation=parts)).total <= room:
+            return [*lines, f"--accumulation {parts} makes it fit; the gradients stay the same"]
+        parts *= 2
+    least = replace(recipe, accumulation=recipe.batch_size, gradient_checkpointing=True)
+    if again(least).total <= room:
+        return [*lines, f"--accumulation {recipe.batch_size} with --gradient-checkpointing yes makes it fit"]
+    return [*lines, "lower --seq or --rank, or take a smaller base"]
+
+
+def _host_memory() -> Memory:
+    """Free memory of the machine or, if it is less, of the control group that this process may not exceed."""
+    free = _field(Path("/proc/meminfo"), "MemAvailable") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit, used = (_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
+    if limit is not None and used is not None:
+        free = min(free, max(0, limit - used))
+    taken = _field(Path("/proc/self/status"), "VmRSS")
+    return Memory("this machine", free + taken, taken)  # what this process takes will be free again
+
+
+def _cuda_memory() -> Memory:
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return Memory(torch.cuda.get_device_name(), free, 0)
+
+
+def _field(path: Path, name: str) -> int:
+    """A field of a /proc file in bytes; 0 if there is none."""
+    try:
+        found = re.search(rf"^{name}:\s+(\d+) kB$", path.read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file; None where there is none, or no limit."""
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None

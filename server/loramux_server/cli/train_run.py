@@ -1,0 +1,198 @@
+"""The part of `loramux train` that needs PyTorch: base, adapter, loop, and the adapter's directory."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from loramux_adapters.errors import MemoryShort
+from loramux_adapters.memory import resident_bytes
+from loramux_adapters.training.model.model import LoraModel
+from loramux_adapters.training.run.card import make_card, write_card
+from loramux_adapters.training.run.curves import draw_curves
+from loramux_adapters.training.run.optimizer import state_bytes
+from loramux_adapters.training.run.ports import Outcome, Plan
+from loramux_adapters.training.run.run_dir import RunDirectory
+from loramux_adapters.training.run.trainer import Trainer
+from loramux_server.base.device import device_of
+from loramux_server.base.loader import BaseModel, load_base_model
+from loramux_server.base.originals import original_weights
+from loramux_server.cli.progress import MIB, Progress, duration
+from loramux_server.cli.train_data import Material, data_lines, render
+from loramux_server.config.train import TrainConfig
+from loramux_server.errors import CommandFailed
+from loramux_server.serving.startup import Stages
+
+
+def run_training(
+    config: TrainConfig,
+    material: Material,
+    run: RunDirectory,
+    stages: Stages,
+    *,
+    cache_dir: Path,
+    skip_bad: bool,
+    dry_run: bool,
+) -> Outcome | None:
+    """Trains and writes the adapter; None if it was only to be shown. The base has left the memory when this returns.
+
+    Raises:
+        AdapterError, LoramuxError: it cannot be done; what was saved stays.
+    """
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    device = device_of(config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    recipe = config.recipe()
+    train, held = render(config, material, stages, cache_dir=cache_dir, skip_bad=skip_bad)
+    with stages.stage("load the base"):
+        base = load_base_model(
+            config.base,
+            device=device,
+            cache_dir=cache_dir,
+            report=stages.note,
+            quantize=recipe.quantize,
+            training=True,
+        )
+    with stages.stage("add the adapter" if recipe.init == "default" else f"add the adapter ({recipe.init})"):
+        model = _add_adapter(base, config)
+    progress = Progress(sys.stdout, memory=_memory(device), terminal=sys.stdout.isatty())
+    trainer = Trainer(
+        model,
+        train.rendered.rows,
+        held.rendered.rows if held is not None else (),
+        recipe,
+        run_dir=run.path,
+        data_sha256=material.train.sha256,
+        base_id=base.base_id,
+        observer=progress,
+        checkpoint_every=config.checkpoint_every,
+    )
+    about = [*data_lines(config, material, train, held), *_model_lines(model, base, recipe.quantize)]
+    for line in ["", *about, *_step_lines(trainer.plan(), config, run), ""]:
+        _show(line)
+    if dry_run:
+        _show("nothing was trained: --dry-run")
+        return None
+    with _on_signal(trainer.stop):
+        try:
+            outcome = trainer.run()
+        finally:
+            progress.end()
+    if not outcome.finished:
+        return outcome
+    card = make_card(
+        name=str(config.name),
+        base_name=base.name,
+        base_id=base.base_id,
+        recipe=recipe,
+        data=train.summary(),
+        held=held.summary() if held is not None else None,
+        outcome=outcome,
+        device=_device_in_words(device),
+    )
+
+    def fill(directory: Path) -> None:
+        model.save(directory, base_name=base.name, base_id=base.base_id, dtype=recipe.save_dtype)
+        write_card(directory, card)
+
+    _draw(outcome, run, f"{config.name}: LoRA of {base.name}")
+    run.publish(fill)
+    trainer.forget()
+    speed = card["training"]["tokens_per_second"] or 0
+    _show(
+        f"trained in {duration(outcome.seconds)}, {speed:,.0f} tokens/s; memory: at most "
+        f"{outcome.peak_bytes / MIB:,.0f} MiB"
+    )
+    return outcome
+
+
+def _add_adapter(base: BaseModel, config: TrainConfig) -> LoraModel:
+    recipe = config.recipe()
+    torch.manual_seed(recipe.seed)
+    originals = original_weights(base.source.directory) if recipe.init == "loftq" else None
+    try:
+        return LoraModel.build(base.model, recipe, originals=originals)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise MemoryShort(
+            f"an adapter of rank {recipe.rank} does not fit into memory; lower --rank, or name fewer --target-modules"
+        ) from error
+
+
+def _model_lines(model: LoraModel, base: BaseModel, quantize: str) -> list[str]:
+    """Parameters and bytes, before the first step."""
+    counts = model.counts()
+    in_16_bit = f"{counts.base_bytes_16bit / MIB:,.1f} MiB in 16 bit"
+    ratio = counts.base_bytes_16bit / counts.base_bytes
+    size = f"{counts.base_bytes / MIB:,.1f} MiB in NF4; {in_16_bit}, {ratio:.1f} times as much"
+    adapter, optimizer = counts.adapter_bytes / MIB, state_bytes(model.trainable) / MIB
+    return [
+        f"base      {base.name}: {size if quantize == 'nf4' else in_16_bit}",
+        f"model     {counts.total:,} parameters, {counts.trainable:,} of them trainable: "
+        f"{counts.trainable / counts.total:.2%}",
+        f"adapter   {adapter:,.1f} MiB in fp32, as much for its gradients, {optimizer:,.1f} MiB for the optimizer",
+    ]
+
+
+def _step_lines(plan: Plan, config: TrainConfig, run: RunDirectory) -> list[str]:
+    """How long it goes on, and where to."""
+    left_out = f"; {plan.left_out:,} examples have nothing to learn left" if plan.left_out else ""
+    return [
+        f"steps     {plan.steps:,} of {config.batch_size} examples, {plan.steps / plan.steps_per_epoch:.2f} epochs of "
+        f"{plan.tokens_per_epoch:,} tokens{left_out}",
+        f"writes    {run.path}, with a checkpoint every {config.checkpoint_every} steps; Ctrl-C stops, and the same "
+        "command goes on",
+    ]
+
+
+def _draw(outcome: Outcome, run: RunDirectory, title: str) -> None:
+    """Before the adapter is published: from then on the run counts as finished."""
+    try:
+        draw_curves(outcome.trace, run.curves, title=title)
+    except OSError as error:
+        raise CommandFailed(
+            f"{run.curves} cannot be written: {error.strerror}. The last checkpoint is still there: make room and run "
+            "the same command again"
+        ) from error
+
+
+@contextmanager
+def _on_signal(stop: Callable[[], None]) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM calls `stop`; the next one ends the process as if nothing were handled."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def handle(number: int, frame: object) -> None:
+        stop()
+        for each in numbers:
+            signal.signal(each, before[each])
+
+    for number in numbers:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number])
+
+
+def _device_in_words(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def _memory(device: torch.device) -> Callable[[], int]:
+    """What the run takes now: of the device on CUDA, else of the machine."""
+    return (lambda: torch.cuda.memory_allocated(device)) if device.type == "cuda" else resident_bytes
+
+
+def _show(line: str) -> None:
+    print(line, flush=True)

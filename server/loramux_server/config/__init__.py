@@ -1,0 +1,1 @@
+"""What can be set: flags, environment variables and files, as frozen dataclasses."""

@@ -1,0 +1,1 @@
+"""Contenders, here or behind a URL, answer held-out examples."""

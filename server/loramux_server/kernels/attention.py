@@ -1,0 +1,210 @@
+"""Attention of a packed batch over the paged KV cache, behind transformers' attention interface.
+
+Semantics, for token row t of a sequence at position p:
+
+    out[t] = softmax(softcap(scaling * q[t] @ K[lo : p + 1].T)) @ V[lo : p + 1],  lo = max(0, p - window + 1)
+
+where K and V are all keys and values of that sequence so far, this step's included. Each row is computed alone, so its
+bits do not depend on how a prompt was cut into chunks or on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from loramux_adapters.native import bind
+from loramux_server.errors import BaseModelError
+from loramux_server.kernels.kv_cache import BLOCK_SIZE, KVCache, KVShape
+from loramux_server.kernels.native import has_avx512bf16
+
+ATTENTION_NAME = "loramux"
+
+# keyword arguments that models pass along and that change nothing here
+_HARMLESS = frozenset(
+    {"dropout", "is_causal", "position_ids", "use_cache", "output_attentions", "cache_position", "output_hidden_states"}
+)
+
+
+# the compiled kernel's parameters: out; q, k, v with two strides each; both caches; tables and their width; sequence,
+# position; rows, heads, kv heads, head dim; scale, softcap; window; portable, threads
+_SIGNATURE = "p" + "pnn" * 3 + "pp" + "pn" + "pp" + "nnnn" + "ff" + "n" + "ii"
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionStep:
+    """Where the rows of one step belong. One object per step, given to the model as keyword `loramux_step`.
+
+    Attributes:
+        cache: the KV cache.
+        attend: the kernel in use.
+        tables: [sequences, width] int32, blocks of each sequence in order, padded with 0.
+        sequence: [rows] int32, which sequence each token row belongs to.
+        position: [rows] int32, its position in that sequence.
+        runs: (sequence, first row, row count, position of the first row), one per sequence in row order.
+    """
+
+    cache: KVCache
+    attend: Attend
+    tables: torch.Tensor
+    sequence: torch.Tensor
+    position: torch.Tensor
+    runs: tuple[tuple[int, int, int, int], ...]
+
+    def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Puts the rows' keys and values, [rows, kv_heads, dim], into the cache."""
+        position = self.position.long()
+        blocks = self.tables.long()[self.sequence.long(), position // BLOCK_SIZE]
+        self.cache.write(layer, blocks, position % BLOCK_SIZE, k, v)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionParams:
+    """What a layer asks for: `softcap` 0 and `window` 0 mean none."""
+
+    scaling: float
+    softcap: float = 0.0
+    window: int = 0
+
+
+# (q [rows, heads, dim], k and v [rows, kv_heads, dim], layer, step, params) -> [rows, heads, dim]
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, AttentionStep, AttentionParams], torch.Tensor]
+
+
+def attend_reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, step: AttentionStep, params: AttentionParams
+) -> torch.Tensor:
+    """The slow reference and the path of devices without a kernel: one sequence at a time, softmax in fp32."""
+    position, tables = step.position.long(), step.tables.long()
+    step.store(layer, k, v)
+    out = torch.empty_like(q)
+    group = q.shape[1] // k.shape[1]
+    for sequence, start, count, first in step.runs:
+        total = first + count
+        keys, values = step.cache.read(layer, tables[sequence, : -(-total // BLOCK_SIZE)], total)
+        rows = slice(start, start + count)
+        grouped = q[rows].reshape(count, k.shape[1], group, -1)
+        scores = torch.einsum("tkgd,skd->tkgs", grouped.float(), keys.float()) * params.scaling
+        if params.softcap:
+            scores = params.softcap * torch.tanh(scores / params.softcap)
+        distance = position[rows, None] - torch.arange(total, device=q.device)[None]
+        hidden = distance < 0
+        if params.window:
+            hidden |= distance >= params.window
+        weights = scores.masked_fill(hidden[:, None, None], float("-inf")).softmax(-1)
+        out[rows] = torch.einsum("tkgs,skd->tkgd", weights, values.float()).to(q.dtype).reshape(count, *q.shape[1:])
+    return out
+
+
+class NativeAttend:
+    """The compiled CPU kernel (csrc/attention.cpp): reads block tables in place, every row and kv head in parallel."""
+
+    def __init__(self, library: ctypes.CDLL, *, portable: bool | None = None) -> None:
+        self._call = bind(library.loramux_attend, _SIGNATURE)
+        self.portable = not has_avx512bf16(library) if portable is None else portable
+        self.name = "native portable" if self.portable else "native AVX512-BF16"
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: int,
+        step: AttentionStep,
+        params: AttentionParams,
+    ) -> torch.Tensor:
+        cache = step.cache
+        rows, heads, dim = q.shape
+        if not (cache.tiled and q.dtype == k.dtype == v.dtype == torch.bfloat16):
+            raise ValueError("the compiled attention kernel takes bf16 and the tiled cache")
+        if k.shape[1:] != (cache.shape.kv_heads, cache.shape.head_dim) or v.shape != k.shape:
+            raise ValueError(f"keys {tuple(k.shape)} and values {tuple(v.shape)} do not fit the cache")
+        q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+        out = torch.empty((rows, heads, dim), dtype=q.dtype)
+        self._call(
+            out.data_ptr(),
+            *(q.data_ptr(), q.stride(0), q.stride(1)),
+            *(k.data_ptr(), k.stride(0), k.stride(1)),
+            *(v.data_ptr(), v.stride(0), v.stride(1)),
+            *(cache.k[layer].data_ptr(), cache.v[layer].data_ptr()),
+            *(step.tables.data_ptr(), step.tables.shape[1], step.sequence.data_ptr(), step.position.data_ptr()),
+            *(rows, heads, k.shape[1], dim, params.scaling, params.softcap, params.window),
+            *(self.portable, torch.get_num_threads()),
+        )
+        return out
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    loramux_step: AttentionStep | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function: query [1, heads, rows, dim], key and value [1, kv_heads, rows, dim].
+
+    Raises:
+        BaseModelError: the model asks for a kind of attention that this function does not compute.
+    """
+    if loramux_step is None:
+        raise BaseModelError("this model's code does not hand its keyword arguments down to its attention")
+    unknown = sorted(name for name, value in others.items() if value is not None and name not in _HARMLESS)
+    if unknown or attention_mask is not None:
+        raise BaseModelError(f"this model's attention needs {', '.join(unknown) or 'a mask'}, which is not supported")
+    params = AttentionParams(
+        scaling=float(query.shape[-1] ** -0.5 if scaling is None else scaling),
+        softcap=float(softcap or 0.0),
+        window=int(sliding_window or 0),
+    )
+    layer: Any = module.layer_idx
+    out = loramux_step.attend(
+        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), layer, loramux_step, params
+    )
+    return out[None], None
+
+
+def use_our_attention(model: Any) -> None:
+    """Switches a transformers model to `attention_forward`."""
+    AttentionInterface.register(ATTENTION_NAME, attention_forward)
+    model.set_attn_implementation(ATTENTION_NAME)
+
+
+@torch.no_grad()
+def probe_kv_shape(model: Any, device: torch.device) -> KVShape:
+    """What one token of this model needs in the cache, seen in a forward of one token; configs are not always true.
+
+    Raises:
+        BaseModelError: its layers differ, or it asks for a kind of attention that is not supported.
+    """
+    seen: dict[int, tuple[int, int, torch.dtype]] = {}
+
+    def record(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, step: AttentionStep, params: AttentionParams
+    ) -> torch.Tensor:
+        if v.shape != k.shape or layer in seen:
+            raise BaseModelError("this model's layers share keys and values, or these differ in size; not supported")
+        seen[layer] = (k.shape[1], k.shape[2], k.dtype)
+        return torch.zeros_like(q)
+
+    use_our_attention(model)
+    none = torch.zeros(1, dtype=torch.int32)
+    empty = KVCache(KVShape(0, 1, 2), 0, device, tiled=False)
+    step = AttentionStep(empty, record, none[None], none, none, ((0, 0, 1, 0),))
+    one = torch.zeros(1, 1, dtype=torch.long, device=device)
+    model(input_ids=one, position_ids=one, use_cache=False, loramux_step=step)
+    kinds = set(seen.values())
+    if len(kinds) != 1 or sorted(seen) != list(range(len(seen))):
+        raise BaseModelError(f"this model's layers need caches of different shapes ({sorted(map(str, kinds))})")
+    ((kv_heads, head_dim, dtype),) = kinds
+    return KVShape(len(seen), kv_heads, head_dim, dtype)

@@ -1,0 +1,179 @@
+"""LoRA deltas as grouped products of the library: the path of CUDA devices, tested on the CPU.
+
+Semantics are those of ops.py. However many adapters a step uses, there are two products for each rank and each place in
+a row's sum: an arena seen as [slots of that rank, rank, width] has one group of rows for each slot, most of them empty.
+Intermediates are rounded to bf16 where `add_lora_segments` rounds them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn.functional import grouped_mm
+
+from loramux_adapters.lora.ops import Arena, LoraRows, add_lora_segments, check_rows
+from loramux_adapters.lora.slots import SMALLEST_RANK, ScaledSlot, Slot
+
+_ALIGNED = 8  # numbers of bf16 in the 16 bytes that the library wants rows to be a multiple of
+_KEPT = 2  # plans: a step has one for its rows and one for the output head's
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The entries of one rank at one place of their rows' sums, in the order of their slots.
+
+    Attributes:
+        rows: [n] int64, none twice.
+        ends: [slots of this rank] int32, where each slot's rows end.
+        unit: [n] int64, which SMALLEST_RANK rows of the arena each entry's slot begins with.
+        scale: [n, 1] fp32.
+        used: [n, 1] bool; the rows without such an entry lie behind the others. None: all have one.
+    """
+
+    rank: int
+    rows: torch.Tensor
+    ends: torch.Tensor
+    unit: torch.Tensor
+    scale: torch.Tensor
+    used: torch.Tensor | None = None
+
+    @classmethod
+    def empty(cls, rank: int, rows: int, arena_rows: int, device: torch.device) -> Part:
+        """One to be filled again and again, for steps of so many rows."""
+        return cls(
+            rank,
+            torch.zeros(rows, dtype=torch.int64, device=device),
+            torch.zeros(arena_rows // rank, dtype=torch.int32, device=device),
+            torch.zeros(rows, dtype=torch.int64, device=device),
+            torch.zeros(rows, 1, device=device),
+            torch.zeros(rows, 1, dtype=torch.bool, device=device),
+        )
+
+    def fill(self, rows: LoraRows) -> None:
+        """For rows with one entry each at most, all of them in this part, whatever their rank."""
+        assert self.used is not None
+        has = np.flatnonzero(np.diff(rows.first))
+        has = has[rows.rank[rows.first[has]] == self.rank]
+        order, entries, ends = _in_order(rows, rows.first[has], self.rank, len(self.ends))
+        count, total = len(has), len(self.rows)
+        without = np.setdiff1d(np.arange(total), has)
+        unit, scale = np.zeros(total, dtype=np.int64), np.zeros((total, 1), dtype=np.float32)
+        unit[:count], scale[:count, 0] = rows.offset[entries] // SMALLEST_RANK, rows.scale[entries]
+        for tensor, values in (
+            (self.rows, np.concatenate([has[order], without])),
+            (self.ends, ends),
+            (self.unit, unit),
+            (self.scale, scale),
+            (self.used, np.arange(total)[:, None] < count),
+        ):
+            tensor.copy_(torch.from_numpy(values))
+
+    def delta(self, x: torch.Tensor, arena: Arena) -> torch.Tensor:
+        """[n, out] bf16."""
+        slots = len(self.ends)
+        a, bt = (stack[: slots * self.rank].view(slots, self.rank, -1) for stack in (arena.a, arena.bt))
+        h = grouped_mm(x.index_select(0, self.rows), a.transpose(1, 2), offs=self.ends)
+        targeted = arena.targeted[self.unit].bool()[:, None]  # elsewhere the slot holds what another adapter left
+        h = torch.where(targeted, h * self.scale, 0.0).to(x.dtype)
+        delta = grouped_mm(h, bt, offs=self.ends)
+        return delta if self.used is None else torch.where(self.used, delta, 0.0)  # rows in no group hold anything
+
+
+class GroupedAddLora:
+    """`AddLora` by grouped products. Widths that are no multiple of 8 take the tensor path."""
+
+    name = "grouped"
+
+    def __init__(self) -> None:
+        self._plans: deque[tuple[LoraRows, list[list[Part]]]] = deque(maxlen=_KEPT)
+
+    def __call__(self, y: torch.Tensor, x: torch.Tensor, arena: Arena, rows: LoraRows) -> None:
+        if arena.a.shape[1] % _ALIGNED or arena.bt.shape[1] % _ALIGNED:
+            add_lora_segments(y, x, arena, rows)
+            return
+        check_rows(y, x, rows)
+        places = self._plan_of(rows, arena.a.shape[0], x.device)
+        if len(places) == 1:
+            for part in places[0]:
+                y.index_add_(0, part.rows, part.delta(x, arena))
+            return
+        total = torch.zeros(y.shape, dtype=torch.float32, device=y.device)
+        for place in places:  # in the order of the sums
+            for part in place:
+                total.index_add_(0, part.rows, part.delta(x, arena).float())
+        used = torch.cat([part.rows for part in places[0]])  # every row with an adapter has a first one
+        y.index_copy_(0, used, (y[used].float() + total[used]).to(y.dtype))
+
+    def expect(self, rows: LoraRows, plan: list[list[Part]]) -> None:
+        """For rows whose plan is made elsewhere."""
+        self._plans.append((rows, plan))
+
+    def _plan_of(self, rows: LoraRows, arena_rows: int, device: torch.device) -> list[list[Part]]:
+        """Made once for all layers of a step."""
+        for known, plan in self._plans:
+            if known is rows:
+                return plan
+        plan = make_plan(rows, arena_rows, device)
+        self._plans.append((rows, plan))
+        return plan
+
+
+def make_plan(rows: LoraRows, arena_rows: int, device: torch.device) -> list[list[Part]]:
+    """For each place in the sums, its entries by rank."""
+
+    def on_device(values: npt.NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
+        return torch.from_numpy(values).to(dtype).to(device)
+
+    counts = np.diff(rows.first)
+    plan: list[list[Part]] = []
+    for place in range(int(counts.max())):
+        having = np.flatnonzero(counts > place)
+        entries = rows.first[having] + place
+        parts = []
+        for rank in np.unique(rows.rank[entries]):
+            chosen = rows.rank[entries] == rank
+            order, own, ends = _in_order(rows, entries[chosen], int(rank), arena_rows // int(rank))
+            parts.append(
+                Part(
+                    int(rank),
+                    on_device(having[chosen][order], torch.int64),
+                    on_device(ends, torch.int32),
+                    on_device(rows.offset[own] // SMALLEST_RANK, torch.int64),
+                    on_device(rows.scale[own], torch.float32)[:, None],
+                )
+            )
+        plan.append(parts)
+    return plan
+
+
+def _in_order(
+    rows: LoraRows, entries: npt.NDArray[np.int32], rank: int, slots: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """Entries of one rank by slot: (their order, the entries in it, where each slot's end)."""
+    slot = rows.offset[entries] // rank
+    order = np.argsort(slot, kind="stable")
+    return order, entries[order], np.cumsum(np.bincount(slot, minlength=slots))
+
+
+def grouped_add_lora(device: torch.device) -> GroupedAddLora | None:
+    """This path if the device's library has it and it agrees there with the tensor path; None otherwise."""
+    random = torch.Generator().manual_seed(0)
+    a, bt = (torch.randn(64, 64, generator=random).to(device, torch.bfloat16) / 8 for _ in range(2))
+    arena = Arena(a, bt, torch.ones(len(a) // SMALLEST_RANK, dtype=torch.uint8, device=device))
+    slots = [(ScaledSlot(Slot(0, 16)),), (ScaledSlot(Slot(16, 8)), ScaledSlot(Slot(32, 32), 0.5)), ()]
+    rows = LoraRows.build([(used, count) for used, count in zip(slots, (3, 2, 1), strict=True)])
+    assert rows is not None
+    x = torch.randn(rows.num_rows, 64, generator=random).to(device, torch.bfloat16)
+    ours, theirs = torch.zeros_like(x), torch.zeros_like(x)
+    path = GroupedAddLora()
+    try:
+        path(ours, x, arena, rows)
+    except RuntimeError:  # what the library says of a device it has no kernel for; the start-up report names the path
+        return None
+    add_lora_segments(theirs, x, arena, rows)
+    return path if torch.allclose(ours.float(), theirs.float(), rtol=0.05, atol=0.05) else None

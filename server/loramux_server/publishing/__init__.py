@@ -1,0 +1,1 @@
+"""Adapters into and out of service: tried out, preloaded, watched, pinned, backed up."""

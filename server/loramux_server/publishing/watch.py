@@ -1,0 +1,151 @@
+"""The watched directory: each subdirectory is an adapter under its own name, published whenever it has changed.
+
+An adapter is taken when it is complete and looks the same in two polls and after it was copied, so it is never half
+read. A directory whose name begins with a dot is no adapter: it is where to put files together before a rename. What
+was uploaded, rolled back or deleted by other ways stays so until the directory changes, and a directory that
+disappears unregisters nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from loramux_adapters.artifact.format import digest_of, read_config
+from loramux_adapters.errors import AdapterError, AdapterNotFound, AdapterRejected
+from loramux_adapters.lora.verify import Checked
+from loramux_adapters.store.store import AdapterStore
+from loramux_server.errors import LoramuxError, ServerBusy
+from loramux_server.publishing.local_source import Look, copy_adapter, is_complete, look_at
+from loramux_server.publishing.preload import is_usable, publish_files
+
+logger = logging.getLogger(__name__)
+
+
+class _Changed(Exception):
+    """The files were changed while they were copied: their turn comes again."""
+
+
+class _KeptAlready(Exception):
+    """The store has this version under this name."""
+
+
+@dataclass(slots=True)
+class _Adapter:
+    """What is known of one subdirectory.
+
+    Attributes:
+        seen: at the last poll; a str is why it could not be looked at.
+        done: what was last published or refused; None if nothing was yet.
+    """
+
+    seen: Look | str
+    done: Look | str | None = None
+
+
+class DirectoryWatch:
+    """Owner: the thread that polls."""
+
+    def __init__(
+        self,
+        store: AdapterStore,
+        directory: Path,
+        check: Callable[[Path], Checked],
+        *,
+        limit: int,
+        failed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`limit`: most bytes of an adapter. `failed` is called for each change that could not be published."""
+        self._store = store
+        self._directory = directory
+        self._check = check
+        self._limit = limit
+        self._failed = failed
+        self._adapters: dict[str, _Adapter] = {}
+        self._is_readable = True
+
+    def poll(self) -> None:
+        """Look at everything once, and publish what has changed and come to rest."""
+        names = self._names()
+        if names is None:
+            return
+        for name in self._adapters.keys() - set(names):
+            if self._adapters.pop(name).done is not None:
+                logger.info("%s is gone from the watched directory; the adapter stays registered", name)
+        for name in names:
+            look = self._look(name)
+            adapter = self._adapters.get(name)
+            if adapter is None:
+                self._adapters[name] = _Adapter(look)
+                continue
+            is_at_rest, adapter.seen = look == adapter.seen, look
+            if is_at_rest and look != adapter.done:
+                self._take(name, adapter, look)
+
+    def _names(self) -> list[str] | None:
+        try:
+            with os.scandir(self._directory) as entries:
+                names = sorted(
+                    entry.name
+                    for entry in entries
+                    if not entry.name.startswith(".") and (entry.is_dir(follow_symlinks=False) or entry.is_symlink())
+                )
+        except OSError as error:
+            if self._is_readable:
+                logger.warning("the watched directory cannot be read: %s", error.strerror)
+                self._failed()
+            self._is_readable = False
+            return None
+        self._is_readable = True
+        return names
+
+    def _look(self, name: str) -> Look | str:
+        try:
+            return look_at(self._directory, [name])
+        except AdapterRejected as error:
+            return str(error)
+        except OSError as error:
+            return f"it cannot be read: {error.strerror}"
+
+    def _take(self, name: str, adapter: _Adapter, look: Look | str) -> None:
+        is_first = adapter.done is None
+        if isinstance(look, str):
+            self._refuse(name, look)
+        elif not is_complete(look):
+            return
+        else:
+            try:
+                published, _ = publish_files(
+                    self._store, name, lambda target: self._copy(name, look, target, is_first), self._check
+                )
+                logger.info("%s from the watched directory: %s, %.12s", name, published.outcome, published.version)
+            except (_Changed, ServerBusy):
+                return  # its turn comes again
+            except _KeptAlready:
+                logger.info("%s in the watched directory is a version that is kept already", name)
+            except (AdapterError, LoramuxError) as error:
+                self._refuse(name, str(error))
+            except OSError as error:
+                self._refuse(name, f"it cannot be copied: {error.strerror}")
+        adapter.done = look
+
+    def _copy(self, name: str, look: Look, target: Path, is_first: bool) -> None:
+        copied = copy_adapter(self._directory, [name], target, limit=self._limit)
+        if copied != look or look_at(self._directory, [name]) != look:
+            raise _Changed
+        # After a start, a directory that nobody changed must not undo a rollback or a newer upload.
+        if is_first and is_usable(self._store, name) and self._keeps(name, digest_of(read_config(target), target)):
+            raise _KeptAlready
+
+    def _keeps(self, name: str, version: str) -> bool:
+        try:
+            return version in {kept.version for kept in self._store.record(name).versions}
+        except AdapterNotFound:
+            return False
+
+    def _refuse(self, name: str, reason: str) -> None:
+        self._failed()
+        logger.warning("%s in the watched directory is not published: %s", name, reason)

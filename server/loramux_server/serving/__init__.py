@@ -1,0 +1,1 @@
+"""One server put together, started and stopped."""

@@ -1,0 +1,292 @@
+"""Builds a server from its settings: the only place where base, adapters, engine and API are put together."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from fastapi import FastAPI
+from transformers.utils import logging as transformers_logging
+
+from loramux_adapters.lora.host_cache import HostCache
+from loramux_adapters.lora.lora_linear import AdapterSlots, head_path
+from loramux_adapters.lora.slots import SlotTable
+from loramux_adapters.lora.staged import StagedVersions
+from loramux_adapters.memory import resident_bytes as process_bytes
+from loramux_adapters.memory import returning_memory
+from loramux_adapters.store.store import AdapterStore
+from loramux_server.api.app import create_app
+from loramux_server.api.http.deps import Base, Deps, Keys, Limits
+from loramux_server.base.device import device_of
+from loramux_server.base.loader import BaseModel, load_base_model, resident_bytes
+from loramux_server.base.tokenizer import BaseTokenizer
+from loramux_server.config.environment import cache_dir_of
+from loramux_server.config.serve import ServeConfig, is_loopback
+from loramux_server.engine.client import EngineClient
+from loramux_server.engine.engine import Engine
+from loramux_server.engine.inbox import Inbox
+from loramux_server.engine.kv_blocks import KVBlocks
+from loramux_server.engine.model_runner import ModelRunner
+from loramux_server.engine.numerics import numerics_id
+from loramux_server.engine.scheduler import Scheduler
+from loramux_server.engine.scheduler_config import SchedulerConfig
+from loramux_server.engine.start_check import Checker, StartCheck
+from loramux_server.errors import ConfigError
+from loramux_server.kernels.attention import probe_kv_shape
+from loramux_server.kernels.attention_paths import select_attend
+from loramux_server.kernels.kv_cache import BLOCK_SIZE, KVCache, KVShape
+from loramux_server.kernels.lora_paths import select_add_lora
+from loramux_server.metrics.metrics import Levels, Metrics
+from loramux_server.publishing.preload import preload
+from loramux_server.publishing.proof import Prover
+from loramux_server.serving.lifecycle import CountedCheck, Lifecycle, pin_bytes
+from loramux_server.serving.sizes import arena_rows, kept_blocks, num_blocks, vocabulary_of
+from loramux_server.serving.startup import Stages
+from loramux_server.serving.summary import MIB, summary
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A built server, as `cli_serve` runs it. Its methods are called on the event loop."""
+
+    app: FastAPI
+    name: str
+    summary: Sequence[str]
+    stages: Stages
+    preload: Callable[[], None] | None
+    client: EngineClient
+    store: AdapterStore
+    host_cache: HostCache
+    lifecycle: Lifecycle
+
+    @property
+    def models(self) -> Sequence[str]:
+        """Names a client can ask for: the base first, then the adapters."""
+        return [self.name, *(record.name for record in self.store.records() if record.name != self.name)]
+
+    async def start(self) -> None:
+        """Adapters to preload are tried on the running engine, as uploads are, before anybody can ask for them."""
+        with self.stages.stage("start the engine"):
+            await self.client.start()
+            self.lifecycle.start()
+        if self.preload is not None:
+            with self.stages.stage("try and publish the adapters to preload"):
+                await asyncio.to_thread(self.preload)
+
+    async def drain(self, timeout: float) -> None:
+        await self.client.drain(timeout)
+
+    async def stop(self) -> None:
+        await asyncio.to_thread(self.lifecycle.stop)
+        await self.client.drain(0.0)
+        self.host_cache.close()
+        self.store.close()
+
+
+def build(config: ServeConfig, stages: Stages) -> Server:
+    """Loads the base and puts everything around it. Slow; run it beside the event loop.
+
+    Raises:
+        BaseModelError, ConfigError: the base, or the memory given to it, cannot serve.
+        AdapterError: the store or an adapter to preload cannot be used.
+    """
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    device = device_of(config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    cache_dir = cache_dir_of(config.cache_dir, os.environ)
+    with stages.stage("load the base"), returning_memory():
+        base = load_base_model(config.base, device=device, cache_dir=cache_dir, report=stages.note)
+        shape = probe_kv_shape(base.model, device)
+    name = config.served_model_name or base.name
+    metrics = Metrics(config.metrics_adapter_labels)
+    with stages.stage("open the adapter store"):
+        store = AdapterStore(
+            config.adapter_dir,
+            reserved_names=[name],
+            served_base_id=base.base_id,
+            keep_versions=config.keep_versions,
+            pin_bytes=pin_bytes(config),
+        )
+    rows = arena_rows(config, base)
+    max_rank = min(config.max_lora_rank, 1 << (rows.bit_length() - 1))
+    try:
+        with stages.stage("check the base through the engine's own path"):
+            parts = Device.build(config, base, shape, store, metrics, rows)
+        check = CountedCheck(base.info(), max_rank, metrics)
+        context = min(config.max_model_len, base.context_length, parts.cache.num_blocks * BLOCK_SIZE)
+
+        def build_prover(forget: Callable[[str], None]) -> Prover:
+            return Prover(
+                parts.client.generate,
+                parts.staged.holding,
+                forget,
+                metrics,
+                base_id=base.base_id,
+                numerics_id=numerics_id(base, parts.attention_kernel, parts.lora_kernel),
+                vocabulary=vocabulary_of(base),
+                context=context,
+                timeout=config.proof_timeout,
+            )
+
+        lifecycle = Lifecycle.build(
+            config, store, parts.host_cache, parts.inbox, check, metrics, build_prover, rows=parts.slots.rows
+        )
+    except BaseException:
+        store.close()
+        raise
+    tokenizer = BaseTokenizer(base.tokenizer, getattr(base.model, "generation_config", None), vocabulary_of(base))
+    app = create_app(
+        Deps(
+            engine=parts.client,
+            store=store,
+            tokenizer=tokenizer,
+            pins=lifecycle.pins,
+            check=check,
+            prove=lifecycle.prover.prove,
+            metrics=metrics,
+            base=Base(name=name, base_id=base.base_id, context=context, created=int(time.time())),
+            keys=Keys(config.api_key, config.admin_key, check_host=is_loopback(config.host)),
+            limits=Limits(upload_bytes=config.max_upload_mib * MIB, request_seconds=config.request_timeout),
+            local=lifecycle.local,
+        )
+    )
+    overhead = _overhead(parts, base)
+    metrics.read_levels_from(_levels(parts, resident_bytes(base.model), overhead))
+    return Server(
+        app=app,
+        name=name,
+        summary=summary(config, base, parts, context, overhead),
+        stages=stages,
+        preload=None
+        if config.preload is None
+        else partial(preload, store, config.preload, lifecycle.check, stages.note),
+        client=parts.client,
+        store=store,
+        host_cache=parts.host_cache,
+        lifecycle=lifecycle,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Everything between the store and the API."""
+
+    slots: AdapterSlots
+    cache: KVCache
+    staged: StagedVersions
+    host_cache: HostCache
+    inbox: Inbox
+    client: EngineClient
+    checked: StartCheck
+    attention_kernel: str
+    lora_kernel: str
+    compiled_step: bool
+
+    @classmethod
+    def build(
+        cls, config: ServeConfig, base: BaseModel, shape: KVShape, store: AdapterStore, metrics: Metrics, rows: int
+    ) -> Device:
+        attend, tiled, attention_kernel = select_attend(base.device, shape)
+        add_lora, lora_kernel = select_add_lora(base.device, shape.dtype)
+        try:
+            slots = AdapterSlots(base.model, rows, add_lora, head=head_path(base.model))
+            cache = KVCache(shape, num_blocks(config, shape), base.device, tiled=tiled)
+        except (MemoryError, RuntimeError) as error:
+            raise ConfigError(
+                f"there is no room on {base.device} for --device-memory-mib {config.device_memory_mib}; lower it"
+            ) from error
+        inbox = Inbox(config.max_waiting)
+        staged = StagedVersions(store.load)
+        host_cache = HostCache(
+            staged.load, config.host_cache_mib * MIB, on_ready=inbox.wake, observer=metrics.host_cache()
+        )
+        runner = ModelRunner(
+            base.model, slots=slots, cache=cache, attend=attend, host_adapter=host_cache.get, device=base.device
+        )
+        try:
+            checked = Checker(
+                runner,
+                slots,
+                base.model,
+                vocabulary=vocabulary_of(base),
+                num_blocks=cache.num_blocks,
+                rows=config.max_num_seqs,
+            ).run()
+        except BaseException:
+            host_cache.close()
+            raise
+        if runner.graphs is not None:
+            runner.graphs.exact = checked.batch_invariant
+        scheduler = Scheduler(
+            SchedulerConfig(
+                max_num_seqs=config.max_num_seqs,
+                max_batch_tokens=config.max_batch_tokens,
+                max_background_tokens=config.proof_tokens,
+                max_prefetch_bytes=config.host_cache_mib * MIB - pin_bytes(config),
+            ),
+            KVBlocks(cache.num_blocks, BLOCK_SIZE, max_kept=kept_blocks(config, shape)),
+            SlotTable(slots.rows),
+            host_cache,
+        )
+        engine = Engine(scheduler, runner, inbox, metrics, watchdog_timeout=config.watchdog_timeout)
+        client = EngineClient(engine, in_host=host_cache.holds)
+        compiled_step = runner.decoder is not None
+        return cls(
+            slots, cache, staged, host_cache, inbox, client, checked, attention_kernel, lora_kernel, compiled_step
+        )
+
+    def pools(self, base_bytes: int) -> dict[str, int]:
+        """Bytes held, by what they are held for."""
+        return {
+            "base": base_bytes,
+            "adapter_device": self.slots.held_bytes,
+            "adapter_host": self.host_cache.stats().nbytes,
+            "kv": self.cache.held_bytes(max(self.client.stats().kv_blocks_peak, self.checked.blocks)),
+        }
+
+
+def _overhead(device: Device, base: BaseModel) -> int:
+    """Bytes of this process that are in none of the pools: libraries, tokenizer, working memory of a full step.
+
+    Measured when the checks have run full batches and before the first request; 0 where the system does not tell.
+    """
+    pools = device.pools(resident_bytes(base.model))
+    ours = sum(pools.values()) if base.device.type == "cpu" else pools["adapter_host"]
+    return max(0, process_bytes() - ours)
+
+
+def _levels(device: Device, base_bytes: int, overhead: int) -> Callable[[], Levels]:
+    """What the gauges show, read at each scrape."""
+
+    def read() -> Levels:
+        stats, host = device.client.stats(), device.host_cache.stats()
+        return Levels(
+            running=stats.running,
+            waiting=stats.waiting,
+            kv_blocks_used=stats.kv_blocks_used,
+            kv_blocks_kept=stats.kv_blocks_kept,
+            kv_blocks=stats.kv_blocks_total,
+            adapters_device=len(stats.resident),
+            slot_rows=stats.slot_rows_total,
+            device_versions=stats.resident,
+            waiting_adapters=stats.waiting_adapters,
+            lookups={
+                ("device", "hit"): stats.slot_hits,
+                ("device", "miss"): stats.slot_misses,
+                ("host", "hit"): host.hits,
+                ("host", "miss"): host.misses,
+            },
+            adapters_host=host.entries,
+            pool_bytes=device.pools(base_bytes) | {"overhead": overhead},
+            base_bytes=base_bytes,
+        )
+
+    return read

@@ -1,0 +1,60 @@
+"""What a server prints when it is up: where the memory goes, which kernels run, what was checked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from loramux_server.base.loader import BaseModel, kernel_paths, resident_bytes
+from loramux_server.config.serve import ServeConfig
+from loramux_server.kernels.kv_cache import BLOCK_SIZE
+
+if TYPE_CHECKING:
+    from loramux_server.serving.build import Device
+
+MIB = 2**20
+
+
+def summary(config: ServeConfig, base: BaseModel, device: Device, context: int, overhead: int) -> list[str]:
+    """The memory table, the kernels in use and what was checked."""
+    nf4, slots = resident_bytes(base.model), device.slots
+    adapter_bytes = slots.rows * slots.row_bytes
+    rank16 = 16 * slots.row_bytes
+    full = device.cache.num_blocks // -(-context // BLOCK_SIZE)
+    table = [
+        (
+            "base in NF4",
+            nf4,
+            f"{base.bytes_16bit / MIB:,.0f} MiB in 16 bit, {base.bytes_16bit / nf4:.1f} times as much",
+        ),
+        (
+            "KV cache",
+            device.cache.nbytes,
+            f"up to; {device.cache.num_blocks * BLOCK_SIZE:,} tokens, {full} requests of the full {context:,} at once",
+        ),
+        (
+            "adapters",
+            adapter_bytes,
+            f"up to; {slots.rows // 16} of rank 16 on every layer, {rank16 / MIB:.1f} MiB each",
+        ),
+        ("adapters in host memory", config.host_cache_mib * MIB, "up to"),
+        ("everything else", overhead, "libraries, tokenizer, working memory of a full step; measured just now"),
+    ]
+    table.append(("together", sum(size for _, size, _ in table), "at most"))
+    threads = f", {torch.get_num_threads()} threads" if base.device.type == "cpu" else ""
+    invariance = (
+        "checked here: a reply is the same, bit for bit, alone or in any batch"
+        if device.checked.batch_invariant
+        else "NOT given here: a reply may differ in the last bits with what else is in its batch"
+    )
+    return [
+        "",
+        f"base id  {base.base_id}",
+        *(f"  {what:<24} {size / MIB:>8,.0f} MiB  ({note})" for what, size, note in table),
+        f"device   {base.device}{threads}; {kernel_paths(base.model, base.device)}; "
+        f"attention {device.attention_kernel}; LoRA {device.lora_kernel} (stacks bf16, sums fp32); "
+        f"{'a step is one compiled call' if device.compiled_step else 'a step is run module by module'}",
+        f"batch    {invariance}",
+        *(f"  {what:<24} {seconds:>8.1f} s" for what, seconds in base.stages),
+    ]

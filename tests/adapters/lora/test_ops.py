@@ -1,0 +1,261 @@
+"""Every way to add LoRA deltas against the slow loop, over ranks, shapes, popularity and missing targets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loramux_adapters.lora.ops import (
+    AddLora,
+    Arena,
+    LoraRows,
+    NativeAddLora,
+    add_lora_loop,
+    add_lora_segments,
+    native_library,
+)
+from loramux_adapters.lora.slots import SMALLEST_RANK, ScaledSlot, Slot
+from loramux_server.kernels.grouped_lora import GroupedAddLora, grouped_add_lora
+from loramux_server.kernels.lora_paths import select_add_lora
+
+ROWS = 512
+# how many of 24 rows each of the adapters gets; style after Punica's benchmarks
+POPULARITY = {
+    "distinct": [1] * 12,
+    "uniform": [3] * 8,
+    "zipf": [12, 6, 3, 2, 1],
+    "identical": [24],
+    "skewed": [20, 1, 1, 1, 1],
+}
+SCALES = [0.7, -1.5, 1.0, 0.0, 0.25]
+RANKS = [8, 16, 32, 64, 8, 16, 32, 8, 8, 16, 8, 8]
+
+
+def paths() -> dict[str, AddLora]:
+    found: dict[str, AddLora] = {"segments": add_lora_segments, "grouped": GroupedAddLora()}
+    if (library := native_library()) is not None:
+        found["native"] = NativeAddLora(library)
+        found["native portable"] = NativeAddLora(library, portable=True)
+    return found
+
+
+def make_arena(inputs: int, outputs: int) -> Arena:
+    generator = torch.Generator().manual_seed(0)
+    targeted = torch.ones(ROWS // SMALLEST_RANK, dtype=torch.uint8)
+    return Arena(
+        (torch.randn(ROWS, inputs, generator=generator) / inputs**0.5).bfloat16(),
+        (torch.randn(ROWS, outputs, generator=generator) * 0.1).bfloat16(),
+        targeted,
+    )
+
+
+def make_rows(counts: list[int], base_rows: int = 2) -> LoraRows:
+    slots: list[tuple[tuple[ScaledSlot, ...], int]] = [((), base_rows)]
+    offset = 0
+    for count, rank in zip(counts, RANKS, strict=False):
+        offset = -(-offset // rank) * rank
+        slots.append(((ScaledSlot(Slot(offset, rank)),), count))
+        offset += rank
+    rows = LoraRows.build(slots)
+    assert rows is not None
+    return rows
+
+
+def make_sums(counts: list[int], ranks: list[int], base_rows: int = 2) -> LoraRows:
+    """Rows of one to five adapters of these ranks each, which several of them share, with factors of any sign."""
+    slots, offset = [], 0
+    for rank in ranks:
+        offset = -(-offset // rank) * rank
+        slots.append(Slot(offset, rank))
+        offset += rank
+    assert offset <= ROWS
+    runs: list[tuple[tuple[ScaledSlot, ...], int]] = [((), base_rows)]
+    for index, count in enumerate(counts):
+        chosen = [slots[(index + step) % len(slots)] for step in range(1 + index % min(5, len(slots)))]
+        runs.append((tuple(ScaledSlot(slot, SCALES[(index + i) % 5]) for i, slot in enumerate(chosen)), count))
+    rows = LoraRows.build(runs)
+    assert rows is not None
+    return rows
+
+
+def test_the_compiled_kernel_was_built_so_that_the_tests_below_cover_it() -> None:
+    assert native_library() is not None
+    assert select_add_lora(torch.device("cpu"), torch.bfloat16)[1].startswith("native")
+
+
+@pytest.mark.parametrize("path", ["segments", "grouped", "native", "native portable"])
+@pytest.mark.parametrize("popularity", POPULARITY)
+@pytest.mark.parametrize(("inputs", "outputs"), [(576, 192), (64, 320), (50, 33)])
+def test_a_fast_path_equals_the_loop(path: str, popularity: str, inputs: int, outputs: int) -> None:
+    arena, rows = make_arena(inputs, outputs), make_rows(POPULARITY[popularity])
+    arena.targeted[rows.segments[-1].slots[0].slot.offset // SMALLEST_RANK] = 0
+    x = torch.randn(rows.num_rows, inputs).bfloat16()
+    y = torch.randn(rows.num_rows, outputs).bfloat16()
+    expected, got = y.clone(), y.clone()
+    add_lora_loop(expected, x, arena, rows)
+    paths()[path](got, x, arena, rows)
+    # one bf16 rounding of values up to about 8 (compiled), three (tensor)
+    tolerance = 0.04 if path.startswith("native") else 0.1
+    assert (got.float() - expected.float()).abs().max() <= tolerance
+    assert (got.float() - expected.float()).abs().mean() <= 0.004
+    assert torch.equal(got[:2], y[:2]), "rows without an adapter are untouched"
+    last = rows.segments[-1]
+    assert torch.equal(got[last.start : last.stop], y[last.start : last.stop]), "a layer it does not target neither"
+
+
+@pytest.mark.parametrize("path", ["native", "native portable"])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("composed", [False, True])
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(path: str, threads: int, composed: bool) -> None:
+    rows = make_sums(POPULARITY["zipf"], RANKS) if composed else make_rows(POPULARITY["zipf"])
+    arena = make_arena(576, 192)
+    x = torch.randn(rows.num_rows, 576).bfloat16()
+    y = torch.randn(rows.num_rows, 192).bfloat16()
+    together = y.clone()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        paths()[path](together, x, arena, rows)
+    finally:
+        torch.set_num_threads(before)
+    for segment in rows.segments:
+        for t in range(segment.start, segment.stop):
+            alone, row = y[t : t + 1].clone(), LoraRows.build([(segment.slots, 1)])
+            assert row is not None
+            paths()[path](alone, x[t : t + 1].contiguous(), arena, row)
+            assert torch.equal(alone[0], together[t])
+
+
+@pytest.mark.parametrize("path", ["native", "native portable", "segments"])
+def test_a_broken_adapter_harms_only_its_own_rows(path: str) -> None:
+    arena, rows = make_arena(64, 96), make_rows([2, 2, 2])
+    x = torch.randn(8, 64).bfloat16()
+    y = torch.randn(8, 96).bfloat16()
+    clean = y.clone()
+    paths()[path](clean, x, arena, rows)
+    slot = rows.segments[1].slots[0].slot
+    arena.a[slot.offset] = float("nan")
+    arena.bt[slot.offset + 1] = float("inf")
+    broken = y.clone()
+    paths()[path](broken, x, arena, rows)
+    assert broken[4:6].isnan().any(-1).all()
+    keep = [0, 1, 2, 3, 6, 7]
+    assert torch.equal(broken[keep], clean[keep])
+
+
+def test_the_compiled_kernel_refuses_what_it_would_misread() -> None:
+    arena, rows = make_arena(64, 96), make_rows([1], base_rows=0)
+    native = paths()["native"]
+    with pytest.raises(ValueError, match="dense bf16"):
+        native(torch.zeros(1, 96), torch.zeros(1, 64), arena, rows)
+    with pytest.raises(ValueError, match="dense bf16"):
+        native(torch.zeros(96, 2).bfloat16().T[:1], torch.zeros(1, 64).bfloat16(), arena, rows)
+
+
+def test_grouped_products_are_tried_before_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert isinstance(grouped_add_lora(cpu), GroupedAddLora)
+
+    def wrong(x: torch.Tensor, w: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+        return torch.ones(x.shape[0], w.shape[2]).bfloat16()
+
+    def unable(x: torch.Tensor, w: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("not on this device")
+
+    for kernel in (wrong, unable):
+        monkeypatch.setattr("loramux_server.kernels.grouped_lora.grouped_mm", kernel)
+        assert grouped_add_lora(cpu) is None
+
+
+def test_grouped_products_are_made_for_a_step_once_and_for_its_rows_alone() -> None:
+    path, arena = GroupedAddLora(), make_arena(64, 96)
+    for counts in ([3, 1], [1, 2], [3, 1]):
+        rows = make_rows(counts)
+        x, y = torch.randn(rows.num_rows, 64).bfloat16(), torch.zeros(rows.num_rows, 96).bfloat16()
+        expected = y.clone()
+        for _ in range(2):
+            path(y, x, arena, rows)
+            add_lora_segments(expected, x, arena, rows)
+        assert (y.float() - expected.float()).abs().max() <= 0.05
+    with pytest.raises(ValueError, match="the step has"):
+        path(y[:1], x[:1], arena, rows)
+
+
+def test_rows_without_any_adapter_make_no_work() -> None:
+    assert LoraRows.build([((), 3), ((), 1)]) is None
+    assert LoraRows.build([]) is None
+
+
+def test_neighbours_with_the_same_adapters_become_one_segment() -> None:
+    one, two = (ScaledSlot(Slot(8, 8)),), (ScaledSlot(Slot(8, 8)), ScaledSlot(Slot(16, 16), -0.5))
+    rows = LoraRows.build([((), 1), (one, 2), (one, 1), (two, 1), (two, 1)])
+    assert rows is not None
+    assert [(s.start, s.stop, s.slots) for s in rows.segments] == [(1, 4, one), (4, 6, two)]
+    assert rows.num_rows == 6
+    assert rows.first.tolist() == [0, 0, 1, 2, 3, 5, 7]
+    assert rows.offset.tolist() == [8, 8, 8, 8, 16, 8, 16]
+    assert rows.rank.tolist() == [8, 8, 8, 8, 16, 8, 16]
+    assert rows.scale.tolist() == [1, 1, 1, 1, -0.5, 1, -0.5]
+
+
+@pytest.mark.parametrize("path", ["segments", "grouped", "native", "native portable"])
+@pytest.mark.parametrize("popularity", POPULARITY)
+@pytest.mark.parametrize("ranks", [[8], [256, 8], [64, 32, 16, 8], [8] * 9, [128, 64, 8, 16, 8]], ids=str)
+@pytest.mark.parametrize(("inputs", "outputs"), [(576, 192), (50, 33)])
+def test_a_row_of_several_adapters_gets_the_sum_of_their_scaled_deltas(
+    path: str, popularity: str, ranks: list[int], inputs: int, outputs: int
+) -> None:
+    arena, rows = make_arena(inputs, outputs), make_sums(POPULARITY[popularity], ranks)
+    arena.targeted[rows.segments[-1].slots[-1].slot.offset // SMALLEST_RANK] = 0
+    x = torch.randn(rows.num_rows, inputs).bfloat16()
+    y = torch.randn(rows.num_rows, outputs).bfloat16()
+    expected, got = y.clone(), y.clone()
+    for segment in rows.segments:  # in double precision, and not by way of the loop
+        run = slice(segment.start, segment.stop)
+        total = y[run].double()
+        for entry in segment.slots:
+            window = slice(entry.slot.offset, entry.slot.offset + entry.slot.rank)
+            if arena.targeted[window.start // SMALLEST_RANK]:
+                total += entry.scale * (x[run].double() @ arena.a[window].double().T @ arena.bt[window].double())
+        expected[run] = total.bfloat16()
+    reference = y.clone()
+    add_lora_loop(reference, x, arena, rows)
+    paths()[path](got, x, arena, rows)
+    assert (reference.float() - expected.float()).abs().max() <= 0.07, "the loop itself"
+    # one bf16 rounding of values up to about 16 (compiled), three for each adapter (tensor)
+    assert (got.float() - expected.float()).abs().max() <= (0.07 if path.startswith("native") else 0.3)
+    assert (got.float() - expected.float()).abs().mean() <= 0.01
+    assert torch.equal(got[:2], y[:2])
+
+
+@pytest.mark.parametrize("path", ["segments", "grouped", "native", "native portable"])
+def test_a_factor_of_one_changes_no_bit_and_one_of_zero_adds_nothing(path: str) -> None:
+    arena = make_arena(576, 192)
+    x, y = torch.randn(3, 576).bfloat16(), torch.randn(3, 192).bfloat16()
+    first, second = Slot(0, 16), Slot(64, 64)
+    results = []
+    for slots in ([(first, 1.0)], [(first, 1.0), (second, 0.0)], [(second, 0.0), (first, 1.0)]):
+        rows = LoraRows.build([(tuple(ScaledSlot(slot, scale) for slot, scale in slots), 3)])
+        assert rows is not None
+        got = y.clone()
+        paths()[path](got, x, arena, rows)
+        results.append(got)
+    assert not torch.equal(results[0], y)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("path", ["native", "native portable"])
+def test_an_adapter_that_does_not_target_the_layer_leaves_no_trace_wherever_it_stands(path: str) -> None:
+    arena = make_arena(64, 96)
+    arena.targeted[8] = 0
+    absent, present = ScaledSlot(Slot(64, 8), 3.0), [ScaledSlot(Slot(0, 16), 0.5), ScaledSlot(Slot(16, 8), -1.0)]
+    x, y = torch.randn(1, 64).bfloat16(), torch.randn(1, 96).bfloat16()
+    results = []
+    for slots in (present, [absent, *present], [present[0], absent, present[1]], [*present, absent], [absent]):
+        rows = LoraRows.build([(tuple(slots), 1)])
+        assert rows is not None
+        got = y.clone()
+        paths()[path](got, x, arena, rows)
+        results.append(got)
+    assert all(torch.equal(results[0], other) for other in results[1:4])
+    assert not torch.equal(results[0], y) and torch.equal(results[4], y)

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from loramux_adapters.artifact.format import WEIGHTS_FILE, pair_up, read_config
+from loramux_adapters.artifact.safetensors_header import read_header
+from loramux_adapters.base_info import BaseInfo
+from loramux_adapters.errors import AdapterRejected
+from loramux_adapters.lora.ops import native_library
+from loramux_adapters.lora.verify import check_adapter
+from loramux_adapters.lora.weights import fold, load_host_adapter, served_modules
+from support.adapter_files import TINY_LINEARS, write_adapter
+
+
+def tiny_llama(*, tied: bool) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=96,
+        tie_word_embeddings=tied,
+    )
+    return LlamaForCausalLM(config)
+
+
+def base_info(model: LlamaForCausalLM) -> BaseInfo:
+    parameters = dict(model.state_dict())
+    linears = {
+        name: (module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    return BaseInfo(
+        "0" * 64, linears, lambda name, tensor: name in parameters and torch.equal(parameters[name], tensor)
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": "all-linear", "use_rslora": True, "r": 16, "lora_alpha": 3},
+        {
+            "target_modules": ["q_proj", "down_proj", "lm_head"],
+            "rank_pattern": {"layers.0.self_attn.q_proj": 2, r"layers\.1\..*": 32, "lm_head": 1},
+            "alpha_pattern": {"down_proj": 5, "^lm_head": 7},
+            "use_rslora": True,
+        },
+        {"target_modules": r".*layers\.1\.(self_attn|mlp)\.(o|up)_proj", "rank_pattern": {".*up_proj": 3}},
+        {"target_modules": ["gate_proj"], "layers_to_transform": [1], "init_lora_weights": "orthogonal"},
+    ],
+)
+def test_the_loaded_weights_give_the_delta_that_peft_gives(tmp_path: Path, tied: bool, options: dict[str, Any]) -> None:
+    model = tiny_llama(tied=tied)
+    base = base_info(model)
+    config = LoraConfig(**{"r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM", **options})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft warns of tied weights and of saving embeddings
+        tuned = get_peft_model(model, config)
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        tuned.save_pretrained(str(tmp_path))
+    assert isinstance(tuned, PeftModel)
+
+    checked = check_adapter(tmp_path, base, max_rank=256)
+    adapter = load_host_adapter(tmp_path, "v")
+
+    expected = {
+        name.removeprefix("base_model.model."): module.get_delta_weight("default")
+        for name, module in tuned.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+    assert adapter.modules.keys() == expected.keys() and expected
+    assert checked.rank == adapter.rank == max(a.shape[0] for a, _ in adapter.modules.values())
+    for module, (a, bt) in adapter.modules.items():
+        delta = bt.float().t() @ a.float()
+        error = (delta - expected[module]).norm() / expected[module].norm()
+        assert error < 2**-7, module
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_weights_arrive_in_bf16_contiguous_and_counted(tmp_path: Path, dtype: str) -> None:
+    write_adapter(tmp_path, TINY_LINEARS, dtype=dtype, rank=4, rank_pattern={"q_proj": 6})
+    adapter = load_host_adapter(tmp_path, "some version")
+    assert adapter.version == "some version" and adapter.rank == 6
+    for module, (a, bt) in adapter.modules.items():
+        in_features, out_features = TINY_LINEARS[module]
+        rank = 6 if module.endswith("q_proj") else 4
+        assert a.shape == (rank, in_features) and bt.shape == (rank, out_features)
+        assert a.dtype == bt.dtype == torch.bfloat16 and a.is_contiguous() and bt.is_contiguous()
+    assert adapter.nbytes == sum(2 * (a.numel() + bt.numel()) for a, bt in adapter.modules.values())
+
+
+def test_the_scale_is_folded_in_fp32_and_rounded_once() -> None:
+    b = torch.randn(5, 3).half()
+    _, bt = fold(torch.ones(3, 2), b, 1 / 3)
+    assert torch.equal(bt, (b.float() * (1 / 3)).to(torch.bfloat16).t())
+
+
+@pytest.mark.skipif(native_library() is None, reason="no compiler was there at installation")
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_the_compiled_reader_gives_what_tensors_give(
+    tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_adapter(tmp_path, TINY_LINEARS, dtype=dtype, rank=5, rank_pattern={"q_proj": 33}, alpha=7, std_b=3e-6)
+    config, pairs = read_config(tmp_path), pair_up(read_header(tmp_path / WEIGHTS_FILE)).pairs
+    compiled, not_finite = served_modules(tmp_path, config, pairs)
+    monkeypatch.setattr("loramux_adapters.lora.weights.native_library", lambda: None)
+    by_tensors, _ = served_modules(tmp_path, config, pairs)
+    assert compiled.keys() == by_tensors.keys() and not not_finite
+    for module, parts in by_tensors.items():
+        assert all(torch.equal(*both) for both in zip(parts, compiled[module], strict=True)), module
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(("dtype", "width"), [("F32", 4), ("F16", 2), ("BF16", 2)])
+def test_every_number_of_a_format_arrives_as_tensors_convert_it(
+    tmp_path: Path, dtype: str, width: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All 65,536 patterns of the upper or only 16 bits, among them subnormal numbers, infinities and NaN."""
+    if compiled and native_library() is None:
+        pytest.skip("no compiler was there at installation")
+    if not compiled:
+        monkeypatch.setattr("loramux_adapters.lora.weights.native_library", lambda: None)
+    bits = torch.arange(1 << 16, dtype=torch.int32)
+    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    numbers = ((bits << 16) | 0x8001 if width == 4 else bits.to(torch.int16)).view(kinds[dtype]).view(256, 256)
+    write_adapter(tmp_path, {"layer": (256, 256)}, dtype=dtype, rank=256, alpha=512)
+    path = tmp_path / WEIGHTS_FILE
+    header = read_header(path)
+    content = bytearray(path.read_bytes())
+    for spec in header.values():
+        content[spec.offset : spec.offset + spec.nbytes] = numbers.contiguous().view(torch.uint8).numpy().tobytes()
+    path.write_bytes(content)
+    modules, not_finite = served_modules(tmp_path, read_config(tmp_path), pair_up(read_header(path)).pairs)
+    a, bt = fold(numbers, numbers, 2.0)
+    torch.testing.assert_close(modules["layer"][0], a, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(modules["layer"][1], bt, rtol=0, atol=0, equal_nan=True)
+    assert not_finite == ["layer"]
+
+
+def test_loading_needs_no_peft_and_leaves_the_file_free(tmp_path: Path) -> None:
+    write_adapter(tmp_path, TINY_LINEARS, targets=["q_proj"], dtype="BF16")
+    adapter = load_host_adapter(tmp_path, "v")
+    kept = {module: a.clone() for module, (a, _) in adapter.modules.items()}
+    (tmp_path / WEIGHTS_FILE).write_bytes(bytes((tmp_path / WEIGHTS_FILE).stat().st_size))
+    assert all(torch.equal(adapter.modules[module][0], a) for module, a in kept.items())
+
+
+def test_files_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterRejected, match="missing"):
+        load_host_adapter(tmp_path, "v")

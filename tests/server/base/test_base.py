@@ -1,0 +1,271 @@
+"""Where the base comes from, its id, its tokenizer, and what is said when something is wrong with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
+
+from loramux_server.base.identity import cached_base_id, compute_base_id
+from loramux_server.base.loader import BaseModel, kernel_paths, load_base_model, quantization_recipe, resident_bytes
+from loramux_server.base.source import resolve_base
+from loramux_server.base.tokenizer import BaseTokenizer
+from loramux_server.errors import BaseModelError, RequestError
+from support.tiny_models import save_tiny_model, tiny_tokenizer
+
+CPU = torch.device("cpu")
+RECIPE = {"type": "nf4"}
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def load(spec: str, tmp_path: Path) -> BaseModel:
+    return load_base_model(spec, device=CPU, cache_dir=tmp_path / "cache", report=silent)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny", "llama")
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("no-such-model", "neither a directory, nor a .gguf file, nor a hub id"),
+        ("./missing", "neither a directory"),
+        ("missing.gguf", "no GGUF file"),
+        ("a/b/c", "neither a directory"),
+    ],
+)
+def test_a_base_that_is_not_there_is_named(spec: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(BaseModelError, match=says):
+        resolve_base(spec, tmp_path, silent)
+
+
+def test_a_directory_that_is_no_checkpoint_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(BaseModelError, match="config.json"):
+        resolve_base(str(tmp_path), tmp_path, silent)
+
+
+def test_a_gguf_file_that_is_none_is_refused_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + b"\0" * 100)
+    with pytest.raises(BaseModelError, match="could not be converted"):
+        resolve_base(str(tmp_path / "bad.gguf"), tmp_path / "cache", silent)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_what_a_killed_conversion_left_behind_goes_with_the_next(tmp_path: Path) -> None:
+    gguf, cache = tmp_path / "bad.gguf", tmp_path / "cache"
+    gguf.write_bytes(b"GGUF" + b"\0" * 100)
+    digest = hashlib.sha256(gguf.read_bytes()).hexdigest()[:12]
+    for name in (f".bad-{digest}-left", f"bad-{digest}-other", "other"):
+        (cache / name).mkdir(parents=True)
+    with pytest.raises(BaseModelError, match="could not be converted"):
+        resolve_base(str(gguf), cache, silent)
+    assert {path.name for path in cache.iterdir()} == {f"bad-{digest}-other", "other"}
+
+
+def test_a_cache_directory_that_cannot_be_made_is_named_with_its_flag(tmp_path: Path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF")
+    for cache in (tmp_path / "bad.gguf", tmp_path / "bad.gguf" / "cache"):
+        with pytest.raises(BaseModelError, match="bad.gguf.*cannot be used.*--cache-dir"):
+            resolve_base(str(tmp_path / "bad.gguf"), cache, silent)
+
+
+def test_a_hub_repository_is_fetched_without_second_copies_of_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [
+        *("config.json", "model-1-of-2.safetensors", "model.safetensors.index.json", "tokenizer.json"),
+        *("consolidated.safetensors", "consolidated-00001.safetensors", "original/model.safetensors", "model.bin"),
+    ]
+    fetched: list[str] = []
+
+    def snapshot_download(spec: str, **patterns: list[str]) -> str:
+        fetched.extend(filter_repo_objects(files, **patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert resolve_base("owner/name", tmp_path, silent).directory == tmp_path
+    assert fetched == files[:4]
+
+
+def damaged(checkpoint: Path, tmp_path: Path) -> Path:
+    copy = tmp_path / "damaged"
+    shutil.copytree(checkpoint, copy)
+    return copy
+
+
+def test_weights_that_are_cut_short_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    copy = damaged(checkpoint, tmp_path)
+    weights = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(BaseModelError, match="model.safetensors"):
+        load(str(copy), tmp_path)
+
+
+def test_weights_in_pickle_format_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    copy = damaged(checkpoint, tmp_path)
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(BaseModelError, match="pickled"):
+        load(str(copy), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"version https://git-lfs.github.com/spec/v1", b"\x02" + b"\0" * 7 + b"[]", b"\xff" * 16, b"", b"{}"],
+    ids=["git-lfs pointer", "no object", "huge header", "empty", "short"],
+)
+def test_a_weights_file_that_is_none_is_refused_by_name(content: bytes, checkpoint: Path, tmp_path: Path) -> None:
+    copy = damaged(checkpoint, tmp_path)
+    (copy / "model.safetensors").write_bytes(content)
+    with pytest.raises(BaseModelError, match=r"model\.safetensors of the base is not a readable"):
+        load(str(copy), tmp_path)
+
+
+def test_a_checkpoint_that_is_quantized_already_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    copy = damaged(checkpoint, tmp_path)
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BaseModelError, match="quantized already"):
+        load(str(copy), tmp_path)
+
+
+def test_a_cache_directory_that_cannot_be_used_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(BaseModelError, match="--cache-dir"):
+        load(str(checkpoint), tmp_path)
+
+
+def test_a_config_that_is_not_json_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    copy = damaged(checkpoint, tmp_path)
+    (copy / "config.json").write_text("{")
+    with pytest.raises(BaseModelError, match="config"):
+        load(str(copy), tmp_path)
+
+
+def test_the_base_id_does_not_depend_on_sharding_path_or_noise(checkpoint: Path, tmp_path: Path) -> None:
+    expected = compute_base_id(checkpoint, RECIPE)
+    copy = damaged(checkpoint, tmp_path)
+    tensors = load_file(copy / "model.safetensors")
+    names = sorted(tensors)
+    (copy / "model.safetensors").unlink()
+    save_file({name: tensors[name] for name in names[::2]}, copy / "model-1.safetensors")
+    save_file({name: tensors[name] for name in names[1::2]}, copy / "model-2.safetensors", metadata={"by": "someone"})
+    config = json.loads((copy / "config.json").read_text())
+    config |= {"transformers_version": "0.0", "_name_or_path": "elsewhere"}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert compute_base_id(copy, RECIPE) == expected
+
+
+@pytest.mark.parametrize("what", ["weights", "config", "tokenizer", "recipe"])
+def test_the_base_id_changes_with_everything_that_changes_answers(what: str, checkpoint: Path, tmp_path: Path) -> None:
+    expected = compute_base_id(checkpoint, RECIPE)
+    copy = damaged(checkpoint, tmp_path)
+    if what == "weights":
+        tensors = load_file(copy / "model.safetensors")
+        tensors["model.norm.weight"][3] += 1
+        save_file(tensors, copy / "model.safetensors")
+    elif what == "config":
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    elif what == "tokenizer":
+        text = (copy / "tokenizer.json").read_text()
+        (copy / "tokenizer.json").write_text(text.replace("<s>", "<t>"))
+    assert compute_base_id(copy, {"type": "fp4"} if what == "recipe" else RECIPE) != expected
+
+
+def test_the_base_id_is_remembered_until_the_files_change(checkpoint: Path, tmp_path: Path) -> None:
+    copy, cache = damaged(checkpoint, tmp_path), tmp_path / "cache"
+    first = cached_base_id(copy, RECIPE, cache)
+    assert cached_base_id(copy, RECIPE, cache) == first == compute_base_id(copy, RECIPE)
+    assert len(list((cache / "base-ids").iterdir())) == 1
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, copy / "model.safetensors")
+    assert cached_base_id(copy, RECIPE, cache) != first
+
+
+def test_a_loaded_base_knows_its_layers_bytes_and_copies_of_its_weights(checkpoint: Path, tmp_path: Path) -> None:
+    base = load(str(checkpoint), tmp_path)
+    info = base.info()
+    assert info.linears["model.layers.1.mlp.down_proj"] == (128, 64)
+    assert info.linears["lm_head"] == (64, 320)
+    assert info.base_id == base.base_id == compute_base_id(checkpoint, quantization_recipe(base.config))
+    head = load_file(checkpoint / "model.safetensors").get("lm_head.weight")
+    held = base.floats["lm_head.weight"] if head is None else head
+    assert info.tensor_equals("lm_head.weight", held)
+    assert not info.tensor_equals("lm_head.weight", held + 1)
+    assert not info.tensor_equals("lm_head.weight", held[:-1])
+    assert not info.tensor_equals("no.such.weight", held)
+    assert resident_bytes(base.model) < base.bytes_16bit
+    assert kernel_paths(base.model, CPU).startswith("NF4")
+    assert base.context_length == 512
+
+
+def test_repacking_for_the_cpu_is_counted_too(checkpoint: Path, tmp_path: Path) -> None:
+    base = load(str(checkpoint), tmp_path)
+    quantized = sum(i * o // 2 for name, (i, o) in base.linears.items() if name != "lm_head")
+    kept = {t.data_ptr(): t.numel() * t.element_size() for t in base.floats.values()}
+    with torch.no_grad():
+        base.model(input_ids=torch.tensor([[1, 2, 3]]))
+    after = resident_bytes(base.model)
+    constants = after - quantized - sum(kept.values())
+    assert 0 < constants < 0.2 * quantized
+
+
+def tokenizer() -> BaseTokenizer:
+    return BaseTokenizer(tiny_tokenizer(), None, 320)
+
+
+def test_text_becomes_ids_and_bytes_and_text_again() -> None:
+    made = tokenizer()
+    text = "Grüße, 世界"
+    ids = made.encode(text)
+    assert made.decode(ids) == text
+    assert b"".join(made.token_bytes(token) for token in ids) == text.encode()
+    assert made.token_bytes(100_000) == b""
+    assert made.stop_ids == {made.encode("</s>")[0]}
+    assert made.stop_ids <= made.special_ids
+
+
+def test_truncation_and_padding_saved_with_a_tokenizer_do_not_touch_prompts() -> None:
+    raw = tiny_tokenizer()
+    raw.backend_tokenizer.enable_truncation(4)
+    raw.backend_tokenizer.enable_padding(length=9)
+    made = BaseTokenizer(raw, None, 320)
+    assert len(made.encode("a" * 6)) == 6
+    assert made.longest_token >= 1
+
+
+def test_the_bases_own_template_is_applied() -> None:
+    made = tokenizer()
+    ids = made.encode_chat([{"role": "user", "content": "Hi"}])
+    assert made.decode(ids) == "<user>Hi<assistant>"
+
+
+def test_a_template_that_refuses_or_is_missing_is_the_clients_error() -> None:
+    raw = tiny_tokenizer()
+    raw.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(RequestError, match="roles must alternate"):
+        BaseTokenizer(raw, None, 320).encode_chat([{"role": "user", "content": "Hi"}])
+    raw.chat_template = None
+    with pytest.raises(RequestError, match="no chat template"):
+        BaseTokenizer(raw, None, 320).encode_chat([{"role": "user", "content": "Hi"}])
+
+
+def test_a_hostile_template_reaches_nothing_outside_its_sandbox() -> None:
+    raw = tiny_tokenizer()
+    raw.chat_template = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
+    with pytest.raises(RequestError, match="refuses"):
+        BaseTokenizer(raw, None, 320).encode_chat([{"role": "user", "content": "Hi"}])

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from loramux_adapters.errors import StoreUnavailable
+from loramux_server.cli import adapters as cli_adapters
+from loramux_server.cli import main as cli
+from loramux_server.cli import serve as cli_serve
+from loramux_server.config.serve import ServeConfig
+from loramux_server.config.settings import fields_of
+from loramux_server.errors import BaseModelError, ConfigError
+
+ROOT = Path(__file__).parents[3]
+
+
+def usage_error(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command line that argparse refuses leaves on stderr."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(argv, {})
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+def help_text(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*argv, "--help"], {})
+    assert caught.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "mentioned"),
+    [
+        ([], ["serve", "adapters", "version", "--version"]),
+        (["serve"], ["--config", "LORAMUX_API_KEY", "[serve]"]),
+        (["adapters"], ["push", "pull", "list", "show", "rm", "LORAMUX_ADMIN_KEY"]),
+        (["adapters", "push"], ["DIR", "--name", "--validate-only", "--url", "LORAMUX_URL"]),
+        (["adapters", "pull"], ["NAME", "DIR"]),
+        (["adapters", "list"], ["--json"]),
+        (["adapters", "show"], ["NAME", "--json"]),
+        (["adapters", "rm"], ["NAME"]),
+        (["version"], ["versions"]),
+    ],
+)
+def test_every_level_explains_itself(argv: list[str], mentioned: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_text(argv, capsys)
+
+    assert [word for word in mentioned if word not in text] == []
+
+
+def test_the_help_of_serve_names_every_setting_but_offers_no_flag_for_a_secret(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    text = help_text(["serve"], capsys)
+
+    for field in fields_of(ServeConfig).values():
+        assert (field.flag in text) != field.setting.secret
+        assert field.variable in text
+
+
+def test_wrong_command_lines_are_usage_errors_that_say_what_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "COMMAND" in usage_error([], capsys)
+    assert "invalid choice: 'sevre'" in usage_error(["sevre"], capsys)
+    assert "unknown argument --prot; did you mean --port?" in usage_error(["serve", "--prot", "1"], capsys)
+    assert "unknown argument --jsn; did you mean --json?" in usage_error(["adapters", "list", "--jsn"], capsys)
+    assert "unknown argument --api-key" in usage_error(["serve", "--api-key", "k"], capsys)
+    assert "ACTION" in usage_error(["adapters"], capsys)
+    assert "DIR" in usage_error(["adapters", "push"], capsys)
+
+
+def test_a_flag_may_not_be_shortened(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unknown argument --max-num" in usage_error(["serve", "--max-num", "8"], capsys)
+
+
+def test_the_versions_of_everything_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["version"], {}) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"loramux {cli.version()}"
+    assert [line.split()[0] for line in lines[1:]] == ["python", *cli.REPORTED]
+
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"], {})
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"loramux {cli.version()}\n"
+
+
+def test_serve_gets_the_config_that_flags_environment_and_file_make(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "c.toml").write_text("[serve]\nmax_waiting = 5\n")
+    served: list[ServeConfig] = []
+
+    def serve(config: ServeConfig) -> int:
+        served.append(config)
+        return 0
+
+    monkeypatch.setattr(cli_serve, "serve", serve)
+
+    code = cli.main(["serve", "--port", "0", "--config", str(tmp_path / "c.toml")], {"LORAMUX_THREADS": "2"})
+
+    assert code == 0
+    assert served == [ServeConfig(port=0, max_waiting=5, threads=2)]
+
+
+def failing(error: BaseException) -> Callable[[ServeConfig], int]:
+    def serve(config: ServeConfig) -> int:
+        raise error
+
+    return serve
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ConfigError("--port must be from 0 to 65535"), 2, "loramux: --port must be from 0 to 65535\n"),
+        (BaseModelError("no such base"), 1, "loramux: no such base\n"),
+        (StoreUnavailable("the disk is full"), 1, "loramux: the disk is full\n"),
+        (KeyboardInterrupt(), 130, "loramux: interrupted\n"),
+    ],
+)
+def test_an_error_becomes_one_line_and_an_exit_code(
+    error: BaseException, code: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli_serve, "serve", failing(error))
+
+    assert cli.main(["serve"], {}) == code
+    assert capsys.readouterr().err == line
+
+
+def test_an_error_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_serve, "serve", failing(ZeroDivisionError()))
+
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["serve"], {})
+
+
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    script = "import sys; from loramux_server.cli.main import main; sys.exit(main(['version']))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "server"), str(ROOT / "adapters")])},
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, stderr = process.communicate(timeout=20)
+
+    assert (process.returncode, stderr) == (1, b"")
+
+
+def test_the_command_line_is_parsed_without_importing_anything_heavy() -> None:
+    script = "import sys, loramux_server.cli.main; print({'torch', 'transformers', 'fastapi'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "server"), str(ROOT / "adapters")])},
+    )
+
+    assert done.stdout == "set()\n"
+
+
+def test_adapters_talks_to_where_serve_listens_by_default() -> None:
+    assert cli_adapters.DEFAULT_URL == f"http://{ServeConfig().host}:{ServeConfig().port}"

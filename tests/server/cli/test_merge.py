@@ -1,0 +1,167 @@
+"""`loramux merge` from the command line, on a tiny base."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loramux_adapters.errors import BaseMismatch, CheckpointError
+from loramux_adapters.training.model.merge import Merged
+from loramux_server.base.loader import BaseModel, load_base_model
+from loramux_server.cli import merge as cli_merge
+from loramux_server.engine.local_engine import Offline
+from loramux_server.errors import CommandFailed, ConfigError
+from loramux_server.fingerprint import fingerprint
+from loramux_server.fingerprint.drift import QUESTIONS, drift_prompts
+from loramux_server.publishing.local_adapter import find_adapter
+from support.adapter_files import write_adapter
+from support.tiny_models import save_tiny_model, tiny_tokenizer
+
+
+def run(*argv: str, environ: dict[str, str] | None = None) -> int:
+    parser = argparse.ArgumentParser()
+    cli_merge.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["merge", *argv])
+    return int(args.run(args, environ or {}))
+
+
+def load(tmp_path: Path, spec: Path, quantize: str = "nf4") -> BaseModel:
+    return load_base_model(
+        str(spec), device=torch.device("cpu"), cache_dir=tmp_path / "cache", report=lambda line: None, quantize=quantize
+    )
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return save_tiny_model(tmp_path / "base")
+
+
+def adapter(tmp_path: Path, base: Path, *, base_id: str | None, **others: Any) -> Path:
+    return write_adapter(
+        tmp_path / "adapter",
+        load(tmp_path, base).linears,
+        std_b=0.2,
+        extra_config={} if base_id is None else {"loramux_base_id": base_id},
+        **others,
+    )
+
+
+def arguments(tmp_path: Path, base: Path, found: Path) -> Sequence[str]:
+    return [
+        *("--base", str(base), "--adapter", str(found), "--out", str(tmp_path / "out")),
+        *("--cache-dir", str(tmp_path / "cache"), "--device", "cpu"),
+    ]
+
+
+def test_a_merged_checkpoint_answers_like_the_adapter_and_the_report_says_how_much(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = adapter(tmp_path, base, base_id=load(tmp_path, base).base_id)
+    offline = Offline.open(load(tmp_path, base), rows=4, tokens=1024, max_rank=8)
+    prompts = [list(b"one"), list(b"another one")]
+    made = fingerprint.make(offline, prompts, offline.load(found))
+    (found / "fingerprint.json").write_text(json.dumps(made))
+
+    assert run(*arguments(tmp_path, base, found)) == 0
+
+    report = json.loads((tmp_path / "out" / "merge.json").read_text())
+    assert report["onto"] == "nf4" and report["layers"] == 15 and report["drift"]["prompts"] == 2
+    drift = report["drift"]
+    assert 0 < drift["merged"]["mean"] < 0.1 * drift["bare"]["mean"]  # near the adapter, far from the base
+    assert drift["merged"]["mean"] < drift["quantized"]["mean"]
+    out = capsys.readouterr().out
+    assert "2 prompts, 32 tokens" in out and "the base without the adapter" in out
+    assert load(tmp_path, tmp_path / "out").base_id != load(tmp_path, base).base_id
+
+
+def test_an_adapter_of_the_16_bit_base_is_merged_onto_it(tmp_path: Path, base: Path) -> None:
+    found = adapter(tmp_path, base, base_id=load(tmp_path, base, "none").base_id)
+
+    assert run(*arguments(tmp_path, base, found)) == 0
+
+    report = json.loads((tmp_path / "out" / "merge.json").read_text())
+    assert report["onto"] == "16bit" and report["rounded"] == 0
+
+
+def test_an_adapter_of_another_base_leaves_nothing_behind(tmp_path: Path, base: Path) -> None:
+    found = adapter(tmp_path, base, base_id="0" * 64)
+
+    with pytest.raises(BaseMismatch):
+        run(*arguments(tmp_path, base, found))
+
+    assert not (tmp_path / "out").exists()
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_full_directory_is_refused_before_anything_is_loaded(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = adapter(tmp_path, base, base_id=None)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("mine")
+    monkeypatch.setattr("loramux_server.base.loader.load_base_model", lambda *_, **__: pytest.fail("loaded"))
+
+    with pytest.raises(CheckpointError, match="not empty"):
+        run(*arguments(tmp_path, base, found))
+
+
+def drift(quantized: float, bare: float) -> cli_merge.Drift:
+    far = [fingerprint.Comparison(8, mean, mean) for mean in (0.01, quantized, bare)]
+    return cli_merge.Drift(1, 8, *far)
+
+
+def test_it_is_said_when_nf4_takes_the_adapter_away_again() -> None:
+    config = cli_merge.MergeConfig(adapter="a", out=Path("out"))
+    merged = Merged(layers=1, rounded=1, head_untied=True, delta=0.03)
+
+    undone = "\n".join(cli_merge._lines(config, merged, "nf4", drift(1.5, 2.0), from_gguf=False))
+    kept = "\n".join(cli_merge._lines(config, merged, "16bit", drift(0.2, 2.0), from_gguf=True))
+
+    assert "NF4 undoes most of this adapter" in undone and "--onto 16bit" in undone and "head" in undone
+    assert "loramux serve --base out" in kept and "GGUF" in kept
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        (("--out", "x"), "--adapter is needed"),
+        (("--adapter", "x"), "--out is needed"),
+        (("--adapter", "x", "--out", "y", "--onto", "8bit"), "--onto"),
+    ],
+)
+def test_wrong_settings_are_named(argv: tuple[str, ...], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        run(*argv)
+
+
+def test_variables_of_other_commands_do_not_disturb() -> None:
+    with pytest.raises(ConfigError, match="--adapter is needed"):
+        run("--out", "x", environ={"LORAMUX_PORT": "1", "LORAMUX_EPOCHS": "2", "LORAMUX_URL": "u"})
+
+
+def test_an_adapter_is_found_by_directory_run_or_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = tmp_path / "trained"
+    directory = write_adapter(trained / "spam" / "adapter", {"q_proj": (8, 8)})
+    monkeypatch.chdir(tmp_path)
+
+    for spec in (str(directory), str(trained / "spam"), "spam"):
+        assert find_adapter(spec, trained) == directory
+    with pytest.raises(CommandFailed, match="no adapter 'ham'.*loramux train"):
+        find_adapter("ham", trained)
+
+
+def test_without_a_fingerprint_general_questions_are_asked(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+
+    prompts = drift_prompts(tmp_path, tokenizer)
+
+    assert len(prompts) == len(QUESTIONS)
+    assert tokenizer.decode(prompts[0]) == f"<user>{QUESTIONS[0]}</s><assistant>"
+    (tmp_path / "fingerprint.json").write_text("{")
+    assert drift_prompts(tmp_path, tokenizer) == prompts

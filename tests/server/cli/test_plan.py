@@ -1,0 +1,86 @@
+"""`loramux plan` from the command line, on a tiny base."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import pytest
+
+from loramux_adapters.errors import RecipeError
+from loramux_server.cli import plan as cli_plan
+from loramux_server.cli.plan import Memory
+from loramux_server.errors import BaseModelError, ConfigError
+from support.tiny_models import save_tiny_model
+
+MIB = 2**20
+
+
+def run(*argv: str, environ: dict[str, str] | None = None) -> int:
+    parser = argparse.ArgumentParser()
+    cli_plan.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["plan", "--device", "cpu", *argv])
+    return int(args.run(args, environ or {}))
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> str:
+    return str(save_tiny_model(tmp_path / "base"))
+
+
+def has(monkeypatch: pytest.MonkeyPatch, mib: float) -> None:
+    monkeypatch.setattr(cli_plan, "_host_memory", lambda: Memory("this machine", int(mib * MIB), 0))
+
+
+def test_the_table_adds_up(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--base", base, "--rank", "16", "--batch", "8", "--seq", "128") == 0
+
+    out = capsys.readouterr().out
+    rows = [tuple(map(float, found)) for found in re.findall(r"^[a-z, 0-9]+? +([\d.]+) +([\d.]+)$", out, re.MULTILINE)]
+    assert len(rows) == 7
+    for column in (0, 1):
+        assert sum(row[column] for row in rows[:-1]) == pytest.approx(rows[-1][column], abs=0.4)
+    assert "8 examples of 128 tokens" in out and "256 bytes of KV cache" in out
+    assert "QLoRA needs" in out and "LoRA needs" in out and out.count("and fits") == 2
+
+
+def test_what_does_not_fit_is_said_with_what_helps(
+    base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(mib: float) -> str:
+        has(monkeypatch, mib)
+        assert run("--base", base, "--batch", "16", "--seq", "256") == 0
+        return capsys.readouterr().out
+
+    assert "--accumulation" not in said(1000)
+    assert re.search(r"does NOT fit.*--accumulation \d+ makes it fit", said(8), re.DOTALL)
+    assert "--accumulation 16 with --gradient-checkpointing yes makes it fit" in said(1.9)
+    assert "lower --seq or --rank" in said(0.1)
+
+
+def test_wrong_settings_are_named(base: str) -> None:
+    for argv in (("--rank", "0"), ("--seq", "1"), ("--batch", "2", "--accumulation", "4"), ("--device", "tpu")):
+        with pytest.raises(ConfigError, match="rank|seq|accumulation|device"):
+            run("--base", base, *argv)
+    with pytest.raises(RecipeError, match="none_proj"):
+        run("--base", base, "--target-modules", "none_proj")
+    with pytest.raises(BaseModelError):
+        run("--base", "./not-there")
+
+
+def test_settings_come_from_the_environment_and_a_file_too(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "loramux.toml"
+    file.write_text(f'[plan]\nbase = "{base}"\nbatch = 3\n')
+
+    assert run("--config", str(file), environ={"LORAMUX_SEQ": "77", "LORAMUX_PORT": "1"}) == 0
+
+    assert "3 examples of 77 tokens" in capsys.readouterr().out
+
+
+def test_this_machine_is_measured() -> None:
+    memory = cli_plan._host_memory()
+
+    assert memory.free > memory.libraries > MIB

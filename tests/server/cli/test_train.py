@@ -1,0 +1,496 @@
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loramux_adapters.errors import AdapterError, CheckpointError, DataError, InvalidAdapterName
+from loramux_adapters.training.recipe import Recipe
+from loramux_adapters.training.run.ports import Plan
+from loramux_adapters.training.run.run_dir import RunDirectory
+from loramux_adapters.training.run.trace import EpochRecord, StepRecord
+from loramux_server.cli import train as cli_train
+from loramux_server.cli.progress import Progress, duration
+from loramux_server.cli.train_data import read_material
+from loramux_server.client.adapters import AdaptersClient, Reply
+from loramux_server.config.train import TrainConfig, load_train_config
+from loramux_server.errors import CommandFailed, ConfigError
+from support.tiny_models import save_tiny_model
+
+ROOT = Path(__file__).parents[3]
+WORDS = "free prize win cash claim meet lunch tomorrow home thanks see call later the a now".split()
+
+
+def examples(path: Path, count: int, *, seed: int, labels: tuple[str, ...] = ("ham", "spam")) -> Path:
+    draw = random.Random(seed)
+    lines = []
+    for index in range(count):
+        text = " ".join(draw.choice(WORDS) + str(draw.randrange(1000)) for _ in range(6))
+        lines.append(json.dumps({"prompt": text, "completion": labels[index % len(labels)]}) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("train") / "tiny-base")
+
+
+@pytest.fixture
+def where(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with data, and an evaluation that takes no time."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli_train, "configure_logging", lambda level: None)  # it takes pytest's own handlers away
+    monkeypatch.setattr(cli_train, "_finish", lambda config, run, *, skip_bad: 0)
+    examples(tmp_path / "train.jsonl", 24, seed=1)
+    examples(tmp_path / "held.jsonl", 6, seed=2)
+    return tmp_path
+
+
+def run(argv: list[str], environ: Mapping[str, str] | None = None) -> int:
+    parser = argparse.ArgumentParser()
+    cli_train.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["train", *argv])
+    return int(args.run(args, environ or {}))
+
+
+def arguments(base: Path, *more: str) -> list[str]:
+    given = ["--data", "train.jsonl", "--eval-data", "held.jsonl", "--name", "spam", "--base", str(base)]
+    return [*given, "--cache-dir", "cache", "--batch-size", "8", "--dropout", "0.1", "--rank", "4", *more]
+
+
+def config(**changes: Any) -> TrainConfig:
+    return TrainConfig(**({"data": Path("train.jsonl"), "name": "spam"} | changes))
+
+
+# settings
+
+
+def test_the_defaults_are_the_recipes_own() -> None:
+    assert config().recipe() == Recipe()
+
+
+def test_every_field_of_the_recipe_can_be_set() -> None:
+    given = {
+        field.name: value
+        for field in fields(Recipe)
+        for value in [
+            {"target_modules": "q_proj, v_proj", "rslora": True, "gradient_checkpointing": True}.get(field.name)
+        ]
+        if value is not None
+    } | {"rank": 16, "alpha": 8.0, "dropout": 0.1, "init": "loftq", "learning_rate": 1e-4, "schedule": "linear"}
+    given |= {"warmup": 0.2, "weight_decay": 0.1, "epochs": 2.0, "max_steps": 7, "batch_size": 4, "accumulation": 2}
+    given |= {"max_length": 64, "max_grad_norm": 0.5, "batching": "shuffle", "seed": 5, "save_dtype": "float32"}
+
+    recipe = config(**given).recipe()
+
+    assert recipe.target_modules == ("q_proj", "v_proj") and recipe.rslora and recipe.gradient_checkpointing
+    unchanged = {field.name for field in fields(Recipe) if getattr(recipe, field.name) == getattr(Recipe(), field.name)}
+    assert unchanged == {"quantize"}
+    assert config(quantize="none").recipe().quantize == "none"
+
+
+def test_flag_environment_and_file_go_together_in_this_order(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('[train]\ndata = "a.jsonl"\nname = "n"\nrank = 4\nalpha = 2\nseed = 1\n')
+
+    found = load_train_config(
+        {"rank": "16"}, {"LORAMUX_RANK": "32", "LORAMUX_ALPHA": "64", "LORAMUX_PORT": "8000"}, str(file)
+    )
+
+    assert (found.data, found.name, found.rank, found.alpha, found.seed) == (Path("a.jsonl"), "n", 16, 64.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": None}, "--data is needed"),
+        ({"name": None}, "--name is needed"),
+        ({"name": "a:b"}, "--name 'a:b'"),
+        ({"name": "x" * 64}, "1 to 63 characters"),
+        ({"rank": 0}, "--rank must be from 1 to 1024, not 0"),
+        ({"alpha": 0.0}, "--alpha must be positive"),
+        ({"learning_rate": 3.0}, "--learning-rate must be between 0 and 1"),
+        ({"accumulation": 32}, "--accumulation must be from 1 to batch_size"),
+        ({"init": "pissa"}, "--init must be one of default, loftq"),
+        ({"init": "loftq", "quantize": "none"}, "loftq makes up for what NF4 lost"),
+        ({"labels": "ham"}, "--labels must name two or more"),
+        ({"labels": "ham,ham", "eval_data": Path("h")}, "--labels must name two or more different"),
+        ({"labels": "ham,spam"}, "--eval-data"),
+        ({"csv_prompt": "text"}, "both --csv-prompt and --csv-completion"),
+        ({"csv_prompt": "a", "csv_completion": "b", "csv_labels": "x"}, "labels must look like"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_with_what_can(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config(**changes)
+
+    assert said in str(caught.value)
+
+
+def test_a_switch_needs_no_value() -> None:
+    parser = argparse.ArgumentParser()
+    cli_train.add_parser(parser.add_subparsers())
+
+    assert vars(parser.parse_args(["train", "--rslora", "--rank", "4"]))["rslora"] is True
+    assert vars(parser.parse_args(["train", "--no-rslora"]))["rslora"] is False
+
+
+def test_the_help_explains_what_is_asked_first(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(["--help"])
+
+    text = " ".join(capsys.readouterr().out.split())
+    for said in (
+        "goes on when the same command is given again",
+        "--overwrite",
+        "--dry-run",
+        "LORAMUX_EVAL_DATA",
+        "ham,spam",
+    ):
+        assert said in text
+
+
+# data
+
+
+@pytest.mark.parametrize(
+    ("labels", "wanted", "said"),
+    [
+        (("ham", "spam", "egg"), "ham,spam", r"line 3: the answer 'egg' is none of --labels ham, spam"),
+        (("ham",), "ham,spam", r"train.jsonl holds no example that is answered 'spam'"),
+    ],
+)
+def test_answers_must_go_with_the_labels(where: Path, labels: tuple[str, ...], wanted: str, said: str) -> None:
+    examples(where / "train.jsonl", 12, seed=3, labels=labels)
+
+    with pytest.raises(DataError, match=said):
+        read_material(config(eval_data=Path("held.jsonl"), labels=wanted), skip_bad=False, allow_overlap=False)
+
+
+def test_held_out_examples_that_are_trained_on_are_refused_unless_allowed(where: Path) -> None:
+    (where / "held.jsonl").write_bytes((where / "train.jsonl").read_bytes())
+    asked = config(eval_data=Path("held.jsonl"))
+
+    with pytest.raises(DataError, match="--allow-overlap"):
+        read_material(asked, skip_bad=False, allow_overlap=False)
+    assert len(read_material(asked, skip_bad=False, allow_overlap=True).overlaps) == 24
+
+
+def test_a_csv_file_can_be_held_out_against_a_jsonl_file(where: Path) -> None:
+    (where / "held.csv").write_text("text,spam\ncompletely different words here,1\n")
+    asked = config(eval_data=Path("held.csv"), csv_prompt="text", csv_completion="spam", csv_labels="0=ham,1=spam")
+
+    held = read_material(asked, skip_bad=False, allow_overlap=False).held
+
+    assert held is not None and held.examples[0].answer == "spam"
+
+
+def test_what_is_wrong_with_the_data_is_said_before_anything_heavy_is_imported(where: Path) -> None:
+    script = (
+        "import argparse, sys\n"
+        "from loramux_server.cli import train as cli_train\n"
+        "from loramux_adapters.errors import DataError\n"
+        "parser = argparse.ArgumentParser()\n"
+        "cli_train.add_parser(parser.add_subparsers())\n"
+        "args = parser.parse_args(['train', '--data', 'nothing.jsonl', '--name', 'spam'])\n"
+        "try:\n"
+        "    args.run(args, {})\n"
+        "except DataError as error:\n"
+        "    print(error, {'torch', 'transformers', 'peft', 'matplotlib'} & set(sys.modules))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "server"), str(ROOT / "adapters")])},
+    )
+
+    assert "nothing.jsonl cannot be read" in done.stdout and done.stdout.endswith("set()\n"), done.stderr
+    assert not (where / "adapters-trained").exists()
+
+
+# the whole command
+
+
+def test_a_run_shows_what_it_does_and_leaves_an_adapter(
+    where: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments(base, "--epochs", "2", "--labels", "ham,spam")) == 0
+
+    text = capsys.readouterr().out
+    for said in (
+        "data      train.jsonl: 24 examples",
+        "held out  held.jsonl: 6 examples",
+        "none of them is in the training data",
+        "MiB in NF4; ",
+        "of them trainable: ",
+        "for the optimizer",
+        "steps     6 of 8 examples, 2.00 epochs",
+        "before training: held-out loss",
+        "epoch 1 (step 3/6): training loss",
+        "epoch 2 (step 6/6): training loss",
+        "| held-out loss",
+        "trained in 0:0",
+        "loramux adapters push adapters-trained/spam/adapter --name spam",
+    ):
+        assert said in text, said
+    made = where / "adapters-trained" / "spam"
+    assert {path.name for path in made.iterdir()} == {".lock", "adapter", "curves.png", "log.jsonl"}
+    card = json.loads((made / "adapter" / "card.json").read_text())
+    assert card["name"] == "spam" and card["data"]["rows"] == 24 and card["held_out"]["rows"] == 6
+    assert card["training"]["steps"] == 6 and card["recipe"]["rank"] == 4
+    config_file = json.loads((made / "adapter" / "adapter_config.json").read_text())
+    assert config_file["loramux_base_id"] == card["loramux_base_id"]
+    assert oct((made / "adapter" / "adapter_model.safetensors").stat().st_mode)[-3:] == "644"
+
+
+def test_a_finished_run_is_refused_unless_it_may_be_overwritten(
+    where: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = arguments(base, "--max-steps", "1")
+    assert run(asked) == 0
+    (where / "adapters-trained" / "spam" / "mine.txt").write_text("keep me")
+
+    with pytest.raises(CommandFailed, match="finished run; give --overwrite"):
+        run(asked)
+    assert run([*asked, "--overwrite", "--seed", "1"]) == 0
+
+    card = json.loads((where / "adapters-trained" / "spam" / "adapter" / "card.json").read_text())
+    assert card["recipe"]["seed"] == 1
+    assert (where / "adapters-trained" / "spam" / "mine.txt").read_text() == "keep me"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_makes_a_checkpoint_and_the_same_command_goes_on(
+    where: Path, base: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = arguments(base, "--epochs", "2")
+    assert run([*asked, "--out", "unharmed"]) == 0
+    before = signal.getsignal(number)
+    show = Progress.step
+
+    def interrupted(self: Progress, record: StepRecord) -> None:
+        show(self, record)
+        if record.step == 4:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(Progress, "step", interrupted)
+    assert run([*asked, "--out", "stopped"]) == 130
+    assert "stopped after step 4 of 6; the same command goes on from there" in capsys.readouterr().out
+    assert signal.getsignal(number) is before
+    monkeypatch.setattr(Progress, "step", show)
+
+    with pytest.raises(CheckpointError, match="rank was 4, is 8"):
+        run([*asked, "--out", "stopped", "--rank", "8"])
+    assert run([*asked, "--out", "stopped"]) == 0
+
+    assert "goes on from the checkpoint of step 4 of 6" in capsys.readouterr().out
+    weights = [
+        (where / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("unharmed", "stopped")
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_a_dry_run_shows_the_plan_and_trains_nothing(
+    where: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments(base, "--dry-run")) == 0
+
+    text = capsys.readouterr().out
+    assert "steps     3 of 8 examples" in text and "nothing was trained" in text
+    assert [path.name for path in (where / "adapters-trained" / "spam").iterdir()] == [".lock"]
+
+
+def test_without_held_out_examples_the_run_says_so(where: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [word for word in arguments(base, "--max-steps", "1") if word not in ("--eval-data", "held.jsonl")]
+    assert run(asked) == 0
+
+    text = capsys.readouterr().out
+    assert "held out  nothing: without --eval-data nobody can say" in text
+    assert "held-out loss" not in text
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "said"),
+    [
+        (("--max-length", "30"), DataError, "--max-length|max_length"),
+        (("--name", "tiny-base"), InvalidAdapterName, "base's own name"),
+        (("--target-modules", "no_such"), AdapterError, "no_such"),
+        (("--device", "cuda"), ConfigError, "--device cuda"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_first_step(
+    where: Path, base: Path, more: tuple[str, ...], error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        run(arguments(base, *more))
+
+    assert not list(where.glob("adapters-trained/**/step-*"))
+
+
+def test_two_runs_do_not_share_a_directory(where: Path, base: Path) -> None:
+    with RunDirectory(where / "busy").owned(), pytest.raises(AdapterError, match="another process trains"):
+        run(arguments(base, "--out", "busy"))
+
+
+def test_the_finishing_process_is_told_all_that_it_needs() -> None:
+    finish = pytest.importorskip("loramux_server.cli.finish")
+    asked = config(
+        eval_data=Path("held.csv"), labels="ham,spam", csv_prompt="text", csv_completion="y", threads=2, base="hub/one"
+    )
+
+    command = cli_train.finish_command(asked, RunDirectory(Path("run")), skip_bad=True)
+    bare = cli_train.finish_command(config(), RunDirectory(Path("run")), skip_bad=False)
+
+    assert command[:3] == ["-m", "loramux_server.cli.finish", "run"]
+    given = vars(finish._parser().parse_args(command[2:]))
+    assert (given["base"], given["eval_data"], given["train_data"]) == (
+        "hub/one",
+        Path("held.csv"),
+        Path("train.jsonl"),
+    )
+    assert (given["labels"], given["csv_prompt"], given["threads"], given["skip_bad"]) == ("ham,spam", "text", 2, True)
+    assert bare[2:] == ["run", "--base", TrainConfig(data=Path("d"), name="n").base, "--device", "auto"]
+
+
+class Server:
+    """Stands for a running server; remembers what was pushed."""
+
+    pushed: list[tuple[str, str | None, str, list[str]]] = []
+
+    def __init__(self, *, full: bool = False) -> None:
+        self._full = full
+
+    def push(self, client: AdaptersClient, name: str, directory: Path, **options: Any) -> Reply:
+        if self._full:
+            raise CommandFailed("the server refused (507): the disk is full")
+        self.pushed = [(client.url, client.key, name, sorted(path.name for path in directory.iterdir()))]
+        return Reply(201, {"outcome": "created"})
+
+
+def test_a_done_adapter_is_uploaded_with_the_admins_key(
+    where: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = Server()
+    monkeypatch.setattr(AdaptersClient, "push", lambda *args, **options: server.push(*args, **options))
+
+    code = run(arguments(base, "--max-steps", "1", "--upload", "http://there"), {"LORAMUX_ADMIN_KEY": "k"})
+
+    assert code == 0
+    files = ["README.md", "adapter_config.json", "adapter_model.safetensors", "card.json"]
+    assert server.pushed == [("http://there", "k", "spam", files)]
+    assert "uploaded to http://there: spam created" in capsys.readouterr().out
+
+
+def test_a_refused_upload_or_a_failed_evaluation_loses_nothing(
+    where: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = Server(full=True)
+    monkeypatch.setattr(AdaptersClient, "push", lambda *args, **options: server.push(*args, **options))
+    monkeypatch.setattr(cli_train, "_finish", lambda config, run, *, skip_bad: 1)
+
+    assert run(arguments(base, "--max-steps", "1", "--upload", "http://there")) == 1
+
+    text = capsys.readouterr().out
+    assert "the adapter is saved but not uploaded: the server refused (507)" in text
+    assert "loramux adapters push" in text
+    assert (where / "adapters-trained" / "spam" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+# progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def record(step: int, *, loss: float = 0.5, seconds: float = 2.0) -> StepRecord:
+    return StepRecord(step, step / 10, loss, 0.9, 16, 500, 1e-3, 1.0, seconds)
+
+
+def progress(stream: io.StringIO, *, terminal: bool, seconds_between: float) -> Progress:
+    times = iter(range(10_000))
+    shown = Progress(stream, memory=lambda: 900 << 20, terminal=terminal, clock=lambda: next(times) * seconds_between)
+    shown.started(
+        Plan(
+            steps=20,
+            first=0,
+            steps_per_epoch=10,
+            tokens_per_epoch=5000,
+            learned_per_epoch=160,
+            left_out=0,
+            passed_over=(),
+        )
+    )
+    return shown
+
+
+def test_a_terminal_gets_a_bar_that_makes_way_for_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    stream = Terminal()
+    shown = progress(stream, terminal=True, seconds_between=1.0)
+
+    shown.epoch(EpochRecord(0, 0.0, None, None, 2.5, 0.125, 3.0))
+    for step in range(1, 6):
+        shown.step(record(step))
+    shown.line("a line")
+    shown.end()
+
+    text = stream.getvalue()
+    assert text.startswith("before training: held-out loss 2.5000, 12.5% of tokens right\n")
+    assert text.count("\r") == 6 and text.endswith("\r\x1b[Ka line\n")
+    assert "[######------------------] 25%  step 5/20  loss 0.500" in text
+    assert "250 tokens/s  900 MiB  0:36 left" in text  # 15 steps of 2 s, two evaluations of 3 s
+
+
+@pytest.mark.parametrize("columns", [60, 72, 80, 90, 200])
+def test_the_time_left_is_on_every_terminal_that_is_wide_enough(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    stream = Terminal()
+    shown = progress(stream, terminal=True, seconds_between=1.0)
+    shown.step(record(5))
+
+    line = stream.getvalue().removeprefix("\r").removesuffix("\x1b[K")
+    assert len(line) < columns
+    assert line.endswith("0:30 left") == (columns >= 80)
+    assert line.startswith("[##") == (columns >= 90)
+
+
+def test_a_file_gets_a_line_now_and_then() -> None:
+    stream = io.StringIO()
+    shown = progress(stream, terminal=False, seconds_between=10.0)
+
+    for step in range(1, 21):
+        shown.step(record(step))
+    shown.epoch(EpochRecord(20, 2.0, 0.5, 0.9, None, None, 0.0))
+
+    lines = stream.getvalue().splitlines()
+    assert [line.split()[1] for line in lines[:-1]] == [
+        "1/20",
+        "4/20",
+        "7/20",
+        "10/20",
+        "13/20",
+        "16/20",
+        "19/20",
+        "20/20",
+    ]
+    assert lines[-1] == "epoch 2 (step 20/20): training loss 0.5000, 90.0% of tokens right"
+    assert "\r" not in stream.getvalue()
+
+
+def test_durations_are_read_at_a_glance() -> None:
+    assert [duration(seconds) for seconds in (7, 750.4, 11100)] == ["0:07", "12:30", "3:05:00"]

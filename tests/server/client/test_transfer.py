@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from email.message import Message
+from email.parser import BytesParser
+from pathlib import Path
+
+import pytest
+
+from loramux_server.client.transfer import Upload, extract
+from loramux_server.errors import CommandFailed
+
+CONFIG = b'{"r": 8}'
+WEIGHTS = os.urandom(600_000)
+
+
+def adapter(directory: Path, **more: bytes) -> Path:
+    directory.mkdir(exist_ok=True)
+    (directory / "adapter_config.json").write_bytes(CONFIG)
+    (directory / "adapter_model.safetensors").write_bytes(WEIGHTS)
+    for name, content in more.items():
+        (directory / f"{name}.json").write_bytes(content)
+    return directory
+
+
+def archive(*members: tuple[str, bytes], kind: bytes = tarfile.REGTYPE, link: str = "") -> io.BytesIO:
+    """A tar.gz of these files; `kind` and `link` apply to the last one."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        for index, (name, content) in enumerate(members):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            if index == len(members) - 1:
+                info.type, info.linkname = kind, link
+            tar.addfile(info, io.BytesIO(content))
+    packed.seek(0)
+    return packed
+
+
+GOOD = (("adapter_config.json", CONFIG), ("adapter_model.safetensors", WEIGHTS))
+
+
+def test_a_body_is_as_long_as_it_says_and_a_multipart_parser_reads_it_back(tmp_path: Path) -> None:
+    upload = Upload.of(adapter(tmp_path / "a", card=b"{}", fingerprint=b"[]"))
+    body = b"".join(upload)
+
+    assert len(body) == upload.length
+    message = BytesParser().parsebytes(f"Content-Type: {upload.content_type}\r\n\r\n".encode() + body)
+    parts = message.get_payload()
+    assert isinstance(parts, list)
+    found = {}
+    for part in parts:
+        assert isinstance(part, Message)
+        name = part.get_param("name", header="content-disposition")
+        found[name] = (part.get_filename(), part.get_payload(decode=True))
+    assert found == {
+        "config": ("adapter_config.json", CONFIG),
+        "weights": ("adapter_model.safetensors", WEIGHTS),
+        "card": ("card.json", b"{}"),
+        "fingerprint": ("fingerprint.json", b"[]"),
+    }
+
+
+def test_other_files_of_the_directory_stay_where_they_are(tmp_path: Path) -> None:
+    directory = adapter(tmp_path / "a", tokenizer=b"{}")
+    (directory / "README.md").write_text("hello")
+
+    assert [path.name for _, path, _ in Upload.of(directory).parts] == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_a_directory_that_is_no_adapter_is_refused_with_what_it_lacks(tmp_path: Path) -> None:
+    with pytest.raises(CommandFailed, match="is not a directory"):
+        Upload.of(tmp_path / "missing")
+    with pytest.raises(CommandFailed, match="holds no adapter_config.json"):
+        Upload.of(tmp_path)
+    (tmp_path / "adapter_config.json").write_bytes(CONFIG)
+    with pytest.raises(CommandFailed, match="holds no adapter_model.safetensors$"):
+        Upload.of(tmp_path)
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(CommandFailed, match="is a pickle"):
+        Upload.of(tmp_path)
+
+
+def test_a_file_that_shrinks_while_it_is_sent_is_told(tmp_path: Path) -> None:
+    upload = Upload.of(adapter(tmp_path / "a"))
+    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"short")
+
+    with pytest.raises(CommandFailed, match="became shorter"):
+        b"".join(upload)
+
+
+@pytest.mark.parametrize("folder", ["", "spam/", "./"])
+def test_an_archive_becomes_a_new_directory(tmp_path: Path, folder: str) -> None:
+    names = extract(archive(*((folder + name, content) for name, content in GOOD)), tmp_path / "new" / "spam")
+
+    assert names == ["adapter_config.json", "adapter_model.safetensors"]
+    assert (tmp_path / "new" / "spam" / "adapter_model.safetensors").read_bytes() == WEIGHTS
+    assert os.listdir(tmp_path / "new") == ["spam"]
+
+
+def test_an_empty_directory_is_filled_and_any_other_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    extract(archive(*GOOD), tmp_path / "empty")
+    assert len(os.listdir(tmp_path / "empty")) == 2
+
+    with pytest.raises(CommandFailed, match="is not empty"):
+        extract(archive(*GOOD), tmp_path / "empty")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CommandFailed, match="exists and is not a directory"):
+        extract(archive(*GOOD), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "member",
+    ["../../evil.sh", "/etc/passwd", "adapter_model.bin", "a/../b.py", "adapter_config.json"],
+)
+def test_an_archive_with_anything_unexpected_leaves_nothing_behind(tmp_path: Path, member: str) -> None:
+    with pytest.raises(CommandFailed, match="which is not expected there"):
+        extract(archive(*GOOD, (member, b"x")), tmp_path / "spam")
+
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
+    with pytest.raises(CommandFailed, match="which is not expected there"):
+        extract(archive(GOOD[0], ("adapter_model.safetensors", b""), kind=kind, link="/etc/passwd"), tmp_path / "spam")
+
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_archive_that_grows_too_large_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CommandFailed, match="larger than an adapter can be"):
+        extract(archive(*GOOD), tmp_path / "spam", max_bytes=len(WEIGHTS))
+
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_damaged_or_incomplete_archive_is_refused(tmp_path: Path) -> None:
+    whole = archive(*GOOD).getvalue()
+    for damaged in (b"", b"not gzip", whole[: len(whole) // 2], whole[:-400_000] + b"\0" * 400_000):
+        with pytest.raises(CommandFailed, match="is damaged"):
+            extract(io.BytesIO(damaged), tmp_path / "spam")
+    with pytest.raises(CommandFailed, match="holds no adapter_model.safetensors"):
+        extract(archive(GOOD[0]), tmp_path / "spam")
+
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_connection_that_breaks_is_not_mistaken_for_a_full_disk(tmp_path: Path) -> None:
+    class Broken(io.RawIOBase):
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: object) -> int:
+            raise ConnectionResetError
+
+    with pytest.raises(ConnectionResetError):
+        extract(io.BufferedReader(Broken()), tmp_path / "spam")
+
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,175 @@
+"""The engine when things end: failures at three levels, the warm-up, the watchdog, draining."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from loramux_server.engine.engine import MAX_FAILED_STEPS
+from loramux_server.engine.inbox import EngineState
+from loramux_server.engine.scheduler_config import SchedulerConfig
+from loramux_server.engine.sequence import Batch, FinishReason, SampledToken
+from loramux_server.errors import EngineDead, ServerDraining
+from support.fakes_engine import sequence, solo_reply
+from support.fakes_rig import Rig, eventually
+
+ERROR, LENGTH, STOP, ABORT = FinishReason.ERROR, FinishReason.LENGTH, FinishReason.STOP, FinishReason.ABORT
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    rig = Rig().start()
+    yield rig
+    rig.stop()
+
+
+def health(rig: Rig) -> tuple[bool, bool]:
+    return rig.engine.alive, rig.engine.ready
+
+
+def test_an_error_of_one_row_ends_that_sequence_alone(rig: Rig) -> None:
+    rig.runner.row_errors["bad"] = "the logits are not finite"
+    rig.engine.submit(sequence("bad"))
+    rig.engine.submit(sequence("good"))
+    final = rig.deliveries.final("bad")
+    assert (final.token_id, final.finish_reason, final.error) == (None, ERROR, "the logits are not finite")
+    assert rig.deliveries.reason("good") is LENGTH
+
+
+def test_a_failed_step_ends_its_batch_frees_everything_and_the_engine_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    rig = Rig(config=SchedulerConfig(max_num_seqs=2))
+    rig.runner.failures = [RuntimeError("secret detail at /some/path")]
+    for name in "abc":
+        rig.engine.submit(sequence(name, version="v"))
+    rig.start()
+    for name in "ab":
+        final = rig.deliveries.final(name)
+        assert final.finish_reason is ERROR and final.error is not None
+        assert final.error.startswith("the step failed") and "secret" not in final.error
+    assert rig.deliveries.reason("c") is LENGTH
+    assert rig.deliveries.tokens("c") == solo_reply(sequence("c", version="v"))
+    assert len([load for batch in rig.runner.batches for load in batch.slot_loads]) == 2, "the load was not believed"
+    assert "secret detail" in caplog.text
+    rig.stop()
+
+
+def test_a_runner_that_gives_too_few_tokens_fails_the_step() -> None:
+    rig = Rig()
+    run = rig.runner.run
+    answers = iter([lambda batch: [], run])
+
+    def short(batch: Batch) -> list[SampledToken]:
+        return next(answers, run)(batch)
+
+    rig.runner.run = short  # type: ignore[method-assign]
+    rig.start().engine.submit(sequence("one"))
+    assert rig.deliveries.reason("one") is ERROR
+    rig.engine.submit(sequence("two"))
+    assert rig.deliveries.reason("two") is LENGTH
+    rig.stop()
+
+
+def test_steps_that_fail_in_a_row_end_the_engine_and_everything_it_has() -> None:
+    rig = Rig(config=SchedulerConfig(max_num_seqs=1))
+    rig.runner.failures = [RuntimeError("device lost")] * MAX_FAILED_STEPS
+    for name in "abcde":
+        rig.engine.submit(sequence(name))
+    rig.engine.start(rig.deliveries)
+    assert [rig.deliveries.reason(name) for name in "abcde"] == [ERROR] * 5
+    assert all(len(rig.deliveries.of(name)) == 1 for name in "abcde")
+    eventually(lambda: not rig.engine.alive)
+    assert rig.engine.state is EngineState.DEAD and not rig.engine.ready
+    with pytest.raises(EngineDead):
+        rig.engine.submit(sequence("late"))
+    rig.engine.drain(1)
+
+
+def test_failed_steps_with_a_good_one_between_do_not_end_the_engine(rig: Rig) -> None:
+    for i in range(2 * MAX_FAILED_STEPS):
+        rig.runner.failures = [RuntimeError("once")] * (i % 2)
+        rig.engine.submit(sequence(str(i)))
+        rig.deliveries.final(str(i))
+    assert rig.engine.alive
+
+
+def test_a_bug_outside_the_step_ends_the_engine_and_every_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig()
+
+    def broken() -> Batch:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(rig.scheduler, "schedule", broken)
+    rig.engine.submit(sequence("one"))
+    rig.engine.start(rig.deliveries)
+    final = rig.deliveries.final("one")
+    assert final.finish_reason is ERROR and "bug" not in str(final.error)
+    eventually(lambda: rig.engine.state is EngineState.DEAD)
+
+
+def test_a_failing_warm_up_is_reported_to_who_starts_the_engine() -> None:
+    def fails() -> None:
+        raise MemoryError
+
+    rig = Rig(warm_up=fails)
+    with pytest.raises(EngineDead):
+        rig.start()
+    assert not rig.engine.alive
+
+
+def test_an_engine_is_ready_only_after_its_warm_up() -> None:
+    gate = threading.Event()
+    rig = Rig(warm_up=lambda: None if gate.wait(10) else None)
+    assert health(rig) == (False, False)
+    rig.engine.start(rig.deliveries)
+    assert health(rig) == (True, False)
+    gate.set()
+    rig.engine.wait_until_warm()
+    assert health(rig) == (True, True)
+    rig.stop()
+
+
+def test_the_watchdog_sees_a_step_that_hangs_and_sees_it_end(rig: Rig) -> None:
+    rig.hold_step("one")
+    rig.clock.advance(59)
+    assert health(rig) == (True, True)
+    rig.clock.advance(2)
+    assert health(rig) == (False, False)
+    with pytest.raises(EngineDead):
+        rig.engine.submit(sequence("two"))
+    rig.runner.gate.set()
+    eventually(lambda: rig.engine.alive)
+    rig.deliveries.final("one")
+    rig.clock.advance(1000)
+    assert health(rig) == (True, True), "an idle engine does not hang"
+
+
+def test_a_drain_finishes_what_runs_and_what_waits_and_refuses_the_rest() -> None:
+    rig = Rig(config=SchedulerConfig(max_num_seqs=1)).start()
+    rig.hold_step("runs", "waits")
+    drain = threading.Thread(target=rig.engine.drain, args=(10,))
+    drain.start()
+    eventually(lambda: rig.engine.state is EngineState.DRAINING)
+    assert health(rig) == (True, False)
+    with pytest.raises(ServerDraining):
+        rig.engine.submit(sequence("late"))
+    rig.runner.gate.set()
+    drain.join(10)
+    assert [rig.deliveries.reason(name) for name in ("runs", "waits")] == [LENGTH, LENGTH]
+    assert rig.engine.state is EngineState.STOPPED and not rig.engine.alive
+
+
+def test_a_drain_that_takes_too_long_aborts_what_is_left() -> None:
+    rig = Rig(instant=False).start()
+    rig.engine.submit(sequence("one", version="v"))
+    rig.engine.drain(0.01)
+    assert rig.deliveries.reason("one") is ABORT
+    assert rig.engine.state is EngineState.STOPPED
+
+
+def test_an_idle_or_unstarted_engine_drains_at_once() -> None:
+    idle, unstarted = Rig().start(), Rig()
+    for rig in (idle, unstarted):
+        rig.engine.drain(10)
+        assert rig.engine.state is EngineState.STOPPED

@@ -1,0 +1,180 @@
+"""Sampling: filters, seeds, log probabilities, and rows that do not influence one another."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from loramux_server.engine.sampler import NativeLargest, Sampler, candidates, largest, report_logprob, uniform
+from loramux_server.engine.sequence import SamplingParams, Sequence
+from loramux_server.kernels.native import native_library
+
+LOGITS = torch.tensor([0.0, 3.0, 1.0, 2.0, -1.0])
+PROBABILITIES = LOGITS.softmax(-1)
+
+
+def sequence(params: SamplingParams, drawn: int = 0, name: str = "s") -> Sequence:
+    made = Sequence(name, [1], params)
+    made.output = [0] * drawn
+    return made
+
+
+def draws(params: SamplingParams, count: int) -> list[int]:
+    """The first `count` tokens a sequence would get if its logits never changed."""
+    sampler = Sampler()
+    rows = [sequence(params, drawn) for drawn in range(count)]
+    return [token.token_id for token in sampler.sample(LOGITS.expand(count, -1), rows)]
+
+
+def test_temperature_zero_takes_the_most_likely() -> None:
+    assert set(draws(SamplingParams(temperature=0.0), 5)) == {1}
+
+
+def test_frequencies_follow_the_distribution() -> None:
+    count = 20000
+    seen = Counter(draws(SamplingParams(seed=7), count))
+    for token, probability in enumerate(PROBABILITIES.tolist()):
+        error = math.sqrt(probability * (1 - probability) / count)
+        assert abs(seen[token] / count - probability) < 5 * error
+
+
+def test_temperature_sharpens_and_flattens() -> None:
+    cold, hot = (Counter(draws(SamplingParams(seed=1, temperature=t), 2000))[1] for t in (0.3, 2.0))
+    assert cold > 1800 > 1000 > hot
+
+
+@pytest.mark.parametrize(
+    ("params", "allowed"),
+    [
+        (SamplingParams(top_k=2), {1, 3}),
+        (SamplingParams(top_k=1), {1}),
+        (SamplingParams(top_p=0.6), {1}),
+        (SamplingParams(top_p=0.7), {1, 3}),
+        (SamplingParams(top_p=0.0), {1}),
+        (SamplingParams(min_p=0.3), {1, 3}),
+        (SamplingParams(min_p=0.1), {1, 2, 3}),
+        (SamplingParams(top_k=3, top_p=0.95, min_p=0.2), {1, 3}),
+        (SamplingParams(top_k=99, top_p=1.0), {0, 1, 2, 3, 4}),
+    ],
+)
+def test_filters_keep_the_right_tokens(params: SamplingParams, allowed: set[int]) -> None:
+    _, tokens = candidates(LOGITS, params)
+    assert allowed == (set(range(5)) if tokens is None else set(tokens.tolist()))
+
+
+def test_top_p_is_right_also_where_the_first_thousand_do_not_reach_it() -> None:
+    logits = torch.randn(5000, generator=torch.Generator().manual_seed(0)) * 0.01  # nearly flat
+    _, tokens = candidates(logits, SamplingParams(top_p=0.9))
+    assert tokens is not None
+    mass = logits.double().softmax(-1)
+    assert mass[tokens].sum() >= 0.9 > mass[tokens[:-1]].sum()
+    assert len(tokens) > 4000
+
+
+def test_a_filtered_draw_stays_inside_the_filter() -> None:
+    assert set(draws(SamplingParams(seed=3, top_k=2), 500)) == {1, 3}
+
+
+def test_the_same_seed_gives_the_same_tokens_whatever_else_runs() -> None:
+    params = SamplingParams(seed=11)
+    alone = draws(params, 30)
+    sampler = Sampler()
+    logits = torch.randn(7, 5)
+    logits[4] = LOGITS
+    company = []
+    for drawn in range(30):
+        rows = [sequence(SamplingParams(), name=f"other-{i}") for i in range(7)]
+        rows[4] = sequence(params, drawn)
+        company.append(sampler.sample(logits, rows)[4].token_id)
+    assert company == alone
+    assert draws(SamplingParams(seed=12), 30) != alone
+
+
+def test_without_a_seed_two_sequences_differ() -> None:
+    sampler = Sampler()
+    first, second = (
+        [sampler.sample(LOGITS[None], [sequence(SamplingParams(), i, name)])[0].token_id for i in range(40)]
+        for name in ("a", "b")
+    )
+    assert first != second
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63)])
+def test_every_seed_gives_numbers_in_range(seed: int) -> None:
+    numbers = [uniform(seed, index) for index in range(1000)]
+    assert 0 <= min(numbers) and max(numbers) < 1
+    assert abs(sum(numbers) / 1000 - 0.5) < 0.05
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_fails_alone(bad: float) -> None:
+    logits = LOGITS.repeat(3, 1)
+    logits[1, 2] = bad
+    rows = [sequence(SamplingParams(temperature=0.0), name=str(i)) for i in range(3)]
+    tokens = Sampler().sample(logits, rows)
+    assert [token.error is None for token in tokens] == [True, False, True]
+    assert tokens[0].token_id == tokens[2].token_id == 1
+
+
+def test_log_probabilities_are_the_models_own_before_temperature() -> None:
+    params = SamplingParams(temperature=0.5, seed=1, logprobs=2)
+    token = Sampler().sample(LOGITS[None].bfloat16(), [sequence(params)])[0]
+    assert token.logprob is not None
+    assert token.logprob.logprob == pytest.approx(math.log(PROBABILITIES[token.token_id]), abs=1e-6)
+    assert [index for index, _ in token.logprob.top] == [1, 3]
+
+
+def test_asking_for_no_alternatives_still_reports_the_chosen_one() -> None:
+    reported = report_logprob(LOGITS, 3, 0)
+    assert reported.top == ()
+    assert reported.logprob == pytest.approx(math.log(PROBABILITIES[3]), abs=1e-6)
+
+
+def test_forced_tokens_are_the_reply_and_are_scored_beside_the_likeliest() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0]] * 2)
+    one = Sequence("forced", [1], SamplingParams(temperature=0.0, logprobs=1, max_tokens=2, forced=(2, 1)))
+    first = Sampler().sample(logits[:1], [one])[0]
+    one.output.append(first.token_id)
+    second = Sampler().sample(logits[:1], [one])[0]
+    assert [first.token_id, second.token_id] == [2, 1]
+    assert first.logprob is not None and second.logprob is not None
+    ((best, value),) = first.logprob.top
+    assert best == 1 and value == second.logprob.logprob > first.logprob.logprob
+
+
+def test_a_digest_tells_the_smallest_difference_in_any_logit() -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=1, digests=True)
+    logits = torch.zeros(3, 1000)
+    logits[:, 5] = 80.0
+    logits[1, 7] = -1e-30  # far too unlikely to show in any log probability
+    tokens = Sampler().sample(logits, [Sequence(str(row), [1], params) for row in range(3)])
+    assert tokens[0].digest == tokens[2].digest != tokens[1].digest
+    assert Sampler().sample(logits[:1], [Sequence("x", [1], SamplingParams())])[0].digest is None
+
+
+@pytest.mark.skipif(native_library() is None, reason="no compiler was there at installation")
+@pytest.mark.parametrize("width", [1, 31, 320, 49152])
+def test_the_compiled_search_finds_what_the_tensor_search_finds(width: int) -> None:
+    library = native_library()
+    assert library is not None
+    search = NativeLargest(library)
+    logits = (torch.randn(24, width, generator=torch.Generator().manual_seed(width)) * 5).bfloat16()
+    logits[1] = 0.0
+    logits[2] = -0.0
+    logits[3, width // 2 :] = 0.0
+    logits[3, : width // 2] = -0.0
+    logits[4] = float("-inf")
+    logits[5, width - 1] = float("inf")
+    logits[6, 0] = float("-inf")
+    logits[7] = -logits[7].abs() - 1
+    logits[8] = -3e38
+    logits[9] = 3e38
+    assert search(logits) == largest(logits)
+    assert search(logits[::2]) == largest(logits[::2]), "rows that do not lie together go the other way"
+    for bad in (float("nan"), -float("nan")):
+        row = logits[:1].clone()
+        row[0, width // 3] = bad
+        assert search(row)[1] == largest(row)[1] == [False]

@@ -1,0 +1,248 @@
+"""What a step runs: decodes, prefill chunks, slot loads, and what is freed afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from loramux_server.engine.scheduler_config import SchedulerConfig
+from loramux_server.engine.sequence import AdapterUse, Sequence, SequenceStatus, SlotLoad, composed
+from loramux_server.errors import RequestError
+from support.fakes_engine import sequence, solo_reply
+from support.fakes_scheduler import Bench, rows_of
+
+
+def test_a_prompt_that_fits_the_step_samples_at_once_and_then_decodes_one_token_a_step() -> None:
+    bench = Bench()
+    one = sequence("one", prompt=5, max_tokens=3)
+    bench.add(one)
+    assert rows_of(bench.step()) == [("one", 5, True)]
+    assert rows_of(bench.step()) == [("one", 1, True)]
+    assert rows_of(bench.step()) == [("one", 1, True)]
+    assert rows_of(bench.step()) == []
+    assert one.output == solo_reply(one)
+    assert one.status is SequenceStatus.FINISHED
+    bench.check_empty()
+
+
+def test_a_long_prompt_is_prefilled_in_chunks_and_samples_only_after_the_last() -> None:
+    bench = Bench(SchedulerConfig(max_batch_tokens=4))
+    bench.add(sequence("long", prompt=10, max_tokens=2))
+    steps = [rows_of(bench.step()) for _ in range(4)]
+    assert steps == [[("long", 4, False)], [("long", 4, False)], [("long", 2, True)], [("long", 1, True)]]
+
+
+def test_prefill_gets_what_decodes_leave_in_order_of_admission() -> None:
+    bench = Bench(SchedulerConfig(max_batch_tokens=6))
+    bench.add(sequence("a", prompt=6, max_tokens=9))
+    bench.step()
+    bench.add(sequence("b", prompt=8, max_tokens=9), sequence("c", prompt=4, max_tokens=9))
+    assert rows_of(bench.step()) == [("a", 1, True), ("b", 5, False)]
+    assert rows_of(bench.step()) == [("a", 1, True), ("b", 3, True), ("c", 2, False)]
+    assert rows_of(bench.step()) == [("a", 1, True), ("b", 1, True), ("c", 2, True)]
+
+
+def test_a_chunk_may_be_a_single_token() -> None:
+    bench = Bench(SchedulerConfig(max_batch_tokens=3))
+    bench.add(sequence("a", prompt=2, max_tokens=4), sequence("b", prompt=3, max_tokens=4))
+    assert rows_of(bench.step()) == [("a", 2, True), ("b", 1, False)]
+
+
+def test_decodes_run_even_when_they_exceed_the_budget_and_prefill_then_waits() -> None:
+    bench = Bench(SchedulerConfig(max_batch_tokens=2))
+    bench.add(sequence("a", prompt=2, max_tokens=9), sequence("b", prompt=2, max_tokens=9))
+    bench.run(3)
+    bench.add(sequence("c", prompt=2, max_tokens=9))
+    assert rows_of(bench.step()) == [("a", 1, True), ("b", 1, True)]
+    assert bench.waiting == ["c"]
+
+
+def test_a_sequence_gets_the_blocks_of_its_whole_length_when_it_starts() -> None:
+    bench = Bench(block_size=4, num_blocks=8)
+    one = sequence("one", prompt=5, max_tokens=4)  # 8 tokens are ever cached
+    bench.add(one)
+    bench.step()
+    assert len(one.blocks) == bench.blocks.used == 2
+
+
+def test_rows_are_base_first_then_one_run_per_slot() -> None:
+    bench = Bench()
+    versions = ["y", None, "x", "y", None, "x"]
+    bench.add(*(sequence(str(i), version=version) for i, version in enumerate(versions)))
+    batch = bench.step()
+    assert [row.sequence.id for row in batch.rows] == ["1", "4", "0", "3", "2", "5"]
+
+
+def test_a_slot_load_comes_once_in_the_batch_in_which_the_version_first_runs() -> None:
+    bench = Bench()
+    bench.add(sequence("a", version="v"), sequence("b", version="v"))
+    batch = bench.step()
+    slot = bench.slots.lookup("v")
+    assert slot is not None
+    assert batch.slot_loads == [SlotLoad(slot, "v")]
+    bench.add(sequence("c", version="v"))
+    assert bench.step().slot_loads == []
+    assert len(bench.running) == 3
+
+
+def test_a_version_stays_resident_after_its_last_sequence() -> None:
+    bench = Bench()
+    bench.add(sequence("a", version="v", max_tokens=1))
+    bench.step()
+    assert bench.slots.resident == ["v"] and bench.slots.pinned == []
+    bench.host.evict_unpinned()
+    bench.add(sequence("b", version="v", max_tokens=1))
+    assert bench.step().slot_loads == []
+    assert bench.host.requests == ["v"]
+
+
+def test_a_sequence_aborted_while_it_runs_frees_what_it_holds() -> None:
+    bench = Bench()
+    bench.add(sequence("a", version="v", max_tokens=9))
+    bench.step()
+    bench.abort({"a"})
+    bench.check_empty()
+    assert bench.slots.resident == ["v"]
+
+
+def test_a_failed_step_ends_its_sequences_and_forgets_its_slot_loads() -> None:
+    bench = Bench()
+    bench.add(sequence("a", version="old", max_tokens=9))
+    bench.step()
+    bench.add(sequence("b", version="new", max_tokens=9))
+    bench.step(fails=True)
+    assert bench.ended == {"a": "broken", "b": "broken"}
+    bench.check_empty()
+    assert bench.slots.resident == ["old"]
+    bench.add(sequence("c", version="new"))
+    assert [load.version for load in bench.step().slot_loads] == ["new"]
+
+
+def test_a_sequence_that_waits_survives_a_failed_step() -> None:
+    bench = Bench(SchedulerConfig(max_batch_tokens=2))
+    bench.add(sequence("a", prompt=1, max_tokens=2), sequence("b", prompt=9, max_tokens=1))
+    bench.step()
+    bench.add(sequence("c", prompt=1, max_tokens=9))
+    bench.step(fails=True)
+    assert bench.ended == {"a": "broken", "b": "broken"}
+    bench.step()
+    assert bench.running == ["c"]
+
+
+def test_the_first_step_of_a_sequence_is_stamped() -> None:
+    bench = Bench()
+    bench.clock.advance(7)
+    one = sequence("one")
+    bench.add(one)
+    bench.step()
+    bench.clock.advance(1)
+    bench.step()
+    assert one.scheduled_at == 7
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "rank", "param"),
+    [(0, 1, 8, "prompt"), (1, 0, 8, "max_tokens"), (10, 8, 8, "max_tokens"), (4, 4, 33, "model")],
+)
+def test_what_could_never_start_is_refused_at_once(prompt: int, max_tokens: int, rank: int, param: str) -> None:
+    bench = Bench(rows=32, num_blocks=4, block_size=4)
+    with pytest.raises(RequestError) as error:
+        bench.add(sequence("x", prompt=prompt, max_tokens=max_tokens, version="v", rank=rank))
+    assert error.value.param == param
+
+
+def test_adapters_that_together_exceed_the_device_are_refused_at_once() -> None:
+    bench = Bench(rows=32)
+    uses = [AdapterUse("a", 16), AdapterUse("b", 8), AdapterUse("c", 9)]
+    with pytest.raises(RequestError, match="16, 8, 9 together take 40 rows") as error:
+        bench.add(sequence("x", uses=uses))
+    assert error.value.param == "adapters"
+    bench.add(sequence("y", max_tokens=1, uses=[*uses[:2], AdapterUse("b", 8, scale=2.0)]))
+    bench.step()
+    assert bench.ended == {"y": "done"}
+
+
+def test_rows_of_the_same_sum_are_one_run() -> None:
+    bench = Bench()
+    a, b = AdapterUse("a", 8), AdapterUse("b", 8)
+    kinds = [[a, b], [a], [b], [a, b], [], [a, replace(b, scale=2.0)], [a]]
+    bench.add(*(sequence(str(index), uses=uses) for index, uses in enumerate(kinds)))
+    batch = bench.step()
+    assert [row.sequence.id for row in batch.rows] == ["4", "1", "6", "0", "3", "5", "2"]
+
+
+def test_the_order_in_which_adapters_are_named_does_not_matter() -> None:
+    a, b, none = AdapterUse("a", 8, scale=0.7), AdapterUse("b", 8, scale=-1.0), AdapterUse("c", 8, scale=0.0)
+    assert composed([a, b]) == composed([b, none, a]) == (a, b)
+
+
+def test_what_just_fits_an_idle_server_is_taken() -> None:
+    bench = Bench(rows=32, num_blocks=4, block_size=4)
+    bench.add(sequence("x", prompt=10, max_tokens=7, version="v", rank=32))
+    bench.run(7)
+    assert bench.ended == {"x": "done"}
+
+
+def own(id: str, **fields: Any) -> Sequence:
+    return sequence(id, background=True, **fields)
+
+
+def test_the_servers_own_work_runs_on_the_tokens_that_are_left_and_on_few_of_them() -> None:
+    bench = Bench(SchedulerConfig(max_batch_tokens=10, max_background_tokens=3))
+    bench.add(sequence("user", prompt=4, max_tokens=9), own("own", prompt=8, max_tokens=2))
+    assert sorted(rows_of(bench.step())) == [("own", 3, False), ("user", 4, True)]
+    bench.add(sequence("long", prompt=30, max_tokens=1))
+    assert sorted(rows_of(bench.step())) == [("long", 9, False), ("own", 1, False), ("user", 1, True)]
+    bench.run(3)
+    assert sorted(rows_of(bench.step())) == [("own", 1, True), ("user", 1, True)]
+    assert bench.ended["own"] == "done" and bench.ended["long"] == "done"
+
+
+def test_the_servers_own_work_does_not_start_while_somebody_waits_for_a_seat_and_takes_none() -> None:
+    bench = Bench(SchedulerConfig(max_num_seqs=1, max_background_wait_seconds=50))
+    bench.add(sequence("a", max_tokens=3), sequence("b", max_tokens=3), own("own", max_tokens=9))
+    bench.step()
+    assert bench.running == ["a"]
+    bench.run(2)
+    bench.step()
+    assert bench.running == ["b", "own"]
+    bench.add(sequence("c", max_tokens=3))
+    bench.run(3)
+    assert bench.running == ["own", "c"], "it took no seat of theirs"
+
+
+def test_the_servers_own_work_joins_the_queue_when_it_has_waited_for_long() -> None:
+    bench = Bench(SchedulerConfig(max_num_seqs=1, max_background_wait_seconds=50))
+    bench.add(sequence("a", max_tokens=3), own("own", version="v", max_tokens=1), sequence("b", max_tokens=3))
+    bench.step()
+    assert bench.host.pinned == {"v"}
+    bench.clock.advance(50)
+    bench.step()
+    bench.add(sequence("c", max_tokens=3))
+    bench.run(5)
+    assert bench.running == ["own"] or bench.ended.get("own") == "done"
+    assert bench.waiting == ["c"]
+
+
+def test_what_the_servers_own_work_holds_in_host_memory_is_not_taken_from_others() -> None:
+    bench = Bench(SchedulerConfig(max_prefetch=1), instant=False)
+    bench.add(own("own", version="v"), sequence("user", version="w"))
+    bench.step()
+    assert bench.host.pinned == {"v", "w"}
+    bench.abort({"own"})
+    assert bench.host.pinned == {"w"}
+
+
+def test_the_servers_own_work_survives_a_failed_step_that_it_sat_out() -> None:
+    bench = Bench(SchedulerConfig(max_batch_tokens=4, max_background_tokens=2))
+    bench.add(own("one", prompt=2, max_tokens=9), own("two", prompt=1, version="v", max_tokens=9))
+    bench.run(2)
+    bench.add(sequence("user", prompt=9, max_tokens=1))
+    batch = bench.step(fails=True)
+    assert [row.sequence.id for row in batch.rows] == ["user", "one"]
+    assert bench.running == ["two"]
+    bench.run(10)
+    assert bench.ended == {"user": "broken", "one": "broken", "two": "done"}
+    bench.check_empty()

@@ -1,0 +1,295 @@
+"""Captured steps: whatever differs between two steps reaches a replay, and who cannot be captured runs as before.
+
+tests/gpu tries CUDA graphs on a device. Here a capture writes down every tensor operation and a replay does them again
+on the same tensors: like a graph it knows nothing of Python, so what was a number then stays that number.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
+
+from loramux_adapters.lora.host_cache import HostAdapter
+from loramux_adapters.lora.slots import ScaledSlot, Slot
+from loramux_server.engine import step_graphs
+from loramux_server.engine.sequence import Batch, ScheduledSequence
+from loramux_server.engine.sequence import Sequence as EngineSequence
+from loramux_server.engine.step_graphs import Capture, Shape, shape_of
+from loramux_server.kernels.attention import attend_reference
+from loramux_server.kernels.grouped_lora import GroupedAddLora
+from loramux_server.kernels.varlen_attention import VarlenAttend
+from support.slow_varlen import slow_varlen
+from support.stepping import CPU, Stepper, relative_difference
+from support.tiny_models import tiny_config
+
+SLOTS = [Slot(0, 8), Slot(8, 8), Slot(16, 16), Slot(32, 16)]
+
+
+@torch.library.custom_op("loramux_tests::varlen", mutates_args=())
+def varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    window: Sequence[int],
+    gqa: bool,
+    used: torch.Tensor,
+    tables: torch.Tensor,
+) -> torch.Tensor:
+    """One operation, as the library's kernel is: what it reads of its tensors, it reads when it runs."""
+    return slow_varlen(
+        q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=(window[0], window[1]), enable_gqa=gqa,
+        seqused_k=used, block_table=tables, num_splits=1,
+    )  # fmt: skip
+
+
+def kernel(q: torch.Tensor, *args: Any, window_size: Any, enable_gqa: bool, num_splits: int, **more: Any) -> Any:
+    return varlen(q, *args, more["scale"], list(window_size), enable_gqa, more["seqused_k"], more["block_table"])
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down operations on tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("a captured step waits for a number")
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.calls:
+            for before, now in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                if before.data_ptr() != now.data_ptr():  # else it is a view, or was changed in place
+                    before.copy_(now)
+
+
+def record(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+    with Recorder() as recorder:
+        logits = run()
+    return recorder.replay, logits
+
+
+def stepper_of(architecture: str) -> Stepper:
+    """On the paths of CUDA devices; the same model each time."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(architecture), dtype=torch.bfloat16).eval()
+    attend = VarlenAttend(kernel, paged=True)
+    return Stepper(model, rows=64, blocks=256, attend=attend, add_lora=GroupedAddLora(), tiled=False)
+
+
+class Case:
+    """A runner that captures steps, beside one with a cache of its own that does not."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capture: Capture, architecture: str = "llama") -> None:
+        monkeypatch.setattr(step_graphs, "OFTEN", 2)
+        self.stepper, self.plain = stepper_of(architecture), stepper_of(architecture)
+        runner = self.stepper.runner
+        graphs = step_graphs.step_graphs(
+            runner._call, runner._cache, runner._attend, self.stepper.slots, capture=capture
+        )
+        assert graphs is not None
+        self.graphs = runner.graphs = graphs
+        self.twins: dict[int, EngineSequence] = {}
+        for seed, slot in enumerate(SLOTS):
+            self.load(slot, seed)
+
+    def load(self, slot: Slot, seed: int, rank: int | None = None) -> None:
+        for stepper in (self.stepper, self.plain):
+            generator = torch.Generator().manual_seed(seed)
+            modules = {
+                path: tuple(
+                    (torch.randn(rank or slot.rank, size, generator=generator) / 4).bfloat16()
+                    for size in (layer.base_layer.in_features, layer.base_layer.out_features)
+                )
+                for path, layer in stepper.slots.layers.items()
+                if seed % 2 or "down_proj" not in path
+            }
+            stepper.load(slot, HostAdapter(f"v{seed}", rank or slot.rank, 0, modules))  # type: ignore[arg-type]
+
+    def start(self, name: str, slots: tuple[ScaledSlot, ...], length: int) -> EngineSequence:
+        prompt = [7 * i % 256 for i in range(length)]
+        sequence = self.stepper.sequence(name, prompt, slots)
+        self.twins[id(sequence)] = self.plain.sequence(name, prompt, slots)
+        self.feed([(sequence, length)])
+        return sequence
+
+    def feed(self, rows: list[tuple[EngineSequence, int]]) -> None:
+        """One step of both: they give the same logits, and go on with the same tokens."""
+        twins = [(self.twins[id(sequence)], count) for sequence, count in rows]
+        for ours, theirs, (sequence, _), (twin, _) in zip(
+            self.stepper.logits(rows), self.plain.logits(twins), rows, twins, strict=True
+        ):
+            assert relative_difference(ours, theirs) < 0.03
+            sequence.output.append(int(theirs.argmax()))
+            twin.output.append(int(theirs.argmax()))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "phi3"])
+def test_replays_give_the_logits_of_plain_steps(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(monkeypatch, record, architecture)
+    choose = random.Random(0)
+    uses: list[tuple[ScaledSlot, ...]] = [(), *((ScaledSlot(slot, choose.choice((1.0, 0.5))),) for slot in SLOTS)]
+    live = [case.start(str(i), uses[i % len(uses)], choose.randint(1, 40)) for i in range(9)]
+    for step in range(40):
+        if step == 25:  # another adapter in a slot that captured steps read
+            case.load(SLOTS[2], 10, rank=9)
+        chosen = sorted(choose.sample(live, choose.choice((1, 2, 3, 4, 9))), key=lambda s: s.slots)
+        case.feed([(sequence, 1) for sequence in chosen])
+    assert case.graphs.replays > 15
+
+
+def test_where_replies_have_the_same_bits_in_any_batch_replays_must_have_them(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def nearly(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        replay, logits = record(run)
+
+        def replay_nearly() -> None:
+            replay()
+            logits[0, 0] = logits[0, 0].float() * 1.01
+
+        return replay_nearly, logits
+
+    for exact in (False, True):
+        case = Case(monkeypatch, nearly)
+        case.graphs.exact = exact
+        sequence = case.start("one", (), 5)
+        for _ in range(5):
+            case.feed([(sequence, 1)])
+        assert ("other logits" in caplog.text) == exact
+
+
+def test_only_steps_that_follow_from_their_shape_are_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(monkeypatch, record)
+    both = tuple(ScaledSlot(slot) for slot in SLOTS[:2])
+    base, composed = case.start("base", (), 5), case.start("composed", both, 5)
+    for _ in range(4):
+        case.feed([(composed, 1)])
+        case.feed([(base, 1), (composed, 1)])
+    assert case.graphs.replays == 0
+    for _ in range(4):
+        case.feed([(base, 1)])
+    assert case.graphs.replays > 0
+
+
+def test_shapes_are_rounded_up_and_say_which_ranks_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(monkeypatch, record)
+    seen: list[Shape | None] = []
+    monkeypatch.setattr(step_graphs, "shape_of", lambda *args: seen.append(shape_of(*args)) or seen[-1])
+    rows = [case.start(str(i), (ScaledSlot(slot),), 3) for i, slot in enumerate((SLOTS[0], SLOTS[2], SLOTS[3]))]
+    seen.clear()
+    case.feed([(row, 1) for row in rows])
+    case.feed([(rows[0], 1)])
+    assert seen == [Shape(4, (8, 16)), Shape(1, (8,))]
+
+
+def test_no_more_shapes_are_captured_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_graphs, "MOST", 1)
+    case = Case(monkeypatch, record)
+    rows = [(case.start(str(i), (), 5), 1) for i in range(3)]
+    for _ in range(3):
+        case.feed(rows[:1])
+    before = case.graphs.replays
+    for _ in range(3):
+        case.feed(rows)
+    assert case.graphs.replays == before > 0
+    case.feed(rows[:1])
+    assert case.graphs.replays == before + 1
+
+
+def test_a_row_that_is_not_finite_does_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(monkeypatch, record)
+    case.graphs.exact = True
+    modules = {
+        path: (torch.full((8, 64), 1e30).bfloat16(), torch.full((8, layer.base_layer.out_features), 1e30).bfloat16())
+        for path, layer in case.stepper.slots.layers.items()
+        if "q_proj" in path or "v_proj" in path
+    }
+    case.stepper.load(SLOTS[1], HostAdapter("huge", 8, 0, modules))
+    runner, rows = case.stepper.runner, []
+    for index, slots in enumerate(((), (ScaledSlot(SLOTS[1]),))):
+        sequence = case.stepper.sequence(str(index), [5], slots)
+        rows.append(ScheduledSequence(sequence, 1, samples=True))
+    for _ in range(6):
+        logits = runner.forward(Batch(rows))
+    assert logits[0].isfinite().all() and not logits[1].isfinite().all()
+    assert case.graphs.replays > 3
+
+
+def test_a_model_with_a_soft_cap_runs_as_before(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = Case(monkeypatch, record, "gemma2")
+    sequence = case.start("one", (), 5)
+    for _ in range(5):
+        case.feed([(sequence, 1)])
+    assert case.graphs.replays == 0
+    assert "soft cap" in caplog.text
+
+
+def test_a_step_that_cannot_be_captured_runs_as_before(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(run: Callable[[], torch.Tensor]) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    case = Case(monkeypatch, refuse)
+    sequence = case.start("one", (), 5)
+    for _ in range(5):
+        case.feed([(sequence, 1)])
+    assert case.graphs.replays == 0
+    assert caplog.text.count("without CUDA graphs") == 1
+    assert "not permitted" in caplog.text
+
+
+@pytest.mark.parametrize("right", [0, 1, 2])
+def test_replays_that_give_other_logits_are_not_used(
+    right: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As if a value had stayed in the graph: its first replays may be right, and no client sees the wrong ones."""
+
+    def forgetful(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        replay, logits = record(run)
+        count = 0
+
+        def wrong() -> None:
+            nonlocal count
+            replay()
+            count += 1
+            if count > right:
+                logits.copy_(logits.flip(-1))
+
+        return wrong, logits
+
+    case = Case(monkeypatch, forgetful)
+    sequence = case.start("one", (), 5)
+    for _ in range(8):
+        case.feed([(sequence, 1)])
+    assert "other logits" in caplog.text
+    assert case.graphs.replays == right + 1
+
+
+def test_there_are_none_where_they_are_not_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(monkeypatch, record)
+    runner, slots = case.stepper.runner, case.stepper.slots
+    make = step_graphs.step_graphs
+    assert make(runner._call, runner._cache, runner._attend, slots) is None  # it is the CPU
+    assert make(runner._call, runner._cache, attend_reference, slots, capture=record) is None
+    assert make(runner._call, runner._cache, VarlenAttend(kernel, paged=False), slots, capture=record) is None
+    assert runner._cache.k[0].device == CPU

@@ -1,0 +1,129 @@
+"""Adapters published at start, into a real store."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from loramux_adapters.base_info import BaseInfo
+from loramux_adapters.lora.verify import check_adapter
+from loramux_adapters.store.store import AdapterStore
+from loramux_server.errors import ConfigError
+from loramux_server.publishing.preload import preload
+from support.adapter_files import TINY_LINEARS, write_adapter
+
+OLD, NEW = BaseInfo("aa" * 32, TINY_LINEARS), BaseInfo("bb" * 32, TINY_LINEARS)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A directory with two adapters, a file and a directory that is none."""
+    directory = tmp_path / "adapters"
+    for seed, name in enumerate(("haiku", "pirate")):
+        write_adapter(directory / name, TINY_LINEARS, targets=["q_proj"], rank=4, seed=seed)
+    (directory / "notes").mkdir()
+    (directory / "README.md").write_text("x")
+    return directory
+
+
+@pytest.fixture
+def open_store(tmp_path: Path) -> Iterator[Callable[[BaseInfo], AdapterStore]]:
+    opened: list[AdapterStore] = []
+
+    def open_(base: BaseInfo) -> AdapterStore:
+        for store in opened:
+            store.close()
+        opened.append(AdapterStore(tmp_path / "store", reserved_names=["base"], served_base_id=base.base_id))
+        return opened[-1]
+
+    yield open_
+    for store in opened:
+        store.close()
+
+
+def run(store: AdapterStore, source: Path, base: BaseInfo = OLD) -> list[str]:
+    notes: list[str] = []
+    preload(store, source, lambda directory: check_adapter(directory, base, 256), notes.append)
+    return notes
+
+
+def names(store: AdapterStore) -> list[str]:
+    return [record.name for record in store.records()]
+
+
+def test_every_adapter_in_the_directory_is_published_once(
+    source: Path, open_store: Callable[[BaseInfo], AdapterStore]
+) -> None:
+    store = open_store(OLD)
+    assert run(store, source) == ["published haiku (rank 4, q_proj)", "published pirate (rank 4, q_proj)"]
+    assert names(store) == ["haiku", "pirate"]
+    assert run(store, source) == []
+
+
+def test_a_registered_adapter_keeps_what_was_uploaded_under_its_name(
+    source: Path, open_store: Callable[[BaseInfo], AdapterStore]
+) -> None:
+    store = open_store(OLD)
+    run(store, source)
+    version = store.record("pirate").version
+    write_adapter(source / "pirate", TINY_LINEARS, targets=["q_proj"], rank=4, seed=9)
+    assert run(store, source) == []
+    assert store.record("pirate").version == version
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["the same bytes", "other bytes"])
+def test_an_adapter_that_was_checked_against_another_base_is_published_again(
+    source: Path, open_store: Callable[[BaseInfo], AdapterStore], changed: bool
+) -> None:
+    run(open_store(OLD), source)
+    if changed:
+        write_adapter(source / "pirate", TINY_LINEARS, targets=["q_proj"], rank=4, seed=9)
+    store = open_store(NEW)
+    assert len(run(store, source, NEW)) == 2
+    for name in ("haiku", "pirate"):
+        store.acquire(name).release()
+    assert run(store, source, NEW) == []
+
+
+def test_what_cannot_be_served_is_left_out_with_a_note(
+    source: Path, open_store: Callable[[BaseInfo], AdapterStore]
+) -> None:
+    (source / "haiku" / "adapter_config.json").write_text("{")
+    shutil.copytree(source / "pirate", source / "base")
+    shutil.copytree(source / "pirate", source / "a b")
+    store = open_store(OLD)
+    notes = run(store, source)
+    assert names(store) == ["pirate"]
+    assert [note.partition(":")[0] for note in notes if note.startswith("left out")] == [
+        "left out a b",
+        "left out base",
+        "left out haiku",
+    ]
+
+
+def test_a_file_that_cannot_be_read_is_noted_and_the_others_are_published(
+    source: Path, open_store: Callable[[BaseInfo], AdapterStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copyfile
+
+    def copy_with_permission(path: Path, target: Path) -> Path:
+        if path.parent.name == "haiku":
+            raise PermissionError(13, "Permission denied", str(path))
+        return copy(path, target)
+
+    monkeypatch.setattr(shutil, "copyfile", copy_with_permission)
+    store = open_store(OLD)
+    notes = run(store, source)
+    assert notes[0].startswith("left out haiku: ") and "Permission denied" in notes[0]
+    assert names(store) == ["pirate"]
+
+
+@pytest.mark.parametrize("directory", ["missing", "adapters/README.md"])
+def test_a_directory_that_is_none_is_a_wrong_setting(
+    source: Path, tmp_path: Path, open_store: Callable[[BaseInfo], AdapterStore], directory: str
+) -> None:
+    with pytest.raises(ConfigError, match="--preload: cannot read the directory"):
+        run(open_store(OLD), tmp_path / directory)

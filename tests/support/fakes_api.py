@@ -1,0 +1,354 @@
+"""What the API's tests put in place of the engine, the store, the tokenizer and the check."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import shutil
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+from fastapi import FastAPI
+
+from loramux_adapters.errors import AdapterNotFound, PinRefused, RollbackImpossible
+from loramux_server.api.app import create_app
+from loramux_server.api.http.deps import Base, Deps, Keys, Limits
+from loramux_server.api.http.ports import LocalPort, Message
+from loramux_server.engine.sequence import FinishReason, TokenLogprob, TokenOutput
+from loramux_server.engine.sequence import Sequence as EngineSequence
+from loramux_server.metrics.metrics import Metrics
+
+BASE_NAME = "tiny-base"
+CONTEXT = 128
+END = 257  # the fake tokenizer's end token
+VERSION = hashlib.sha256(b"pirate").hexdigest()
+
+
+class FakeTokenizer:
+    """One token per byte, a beginning token 256 and an end token 257. `encoded` are the texts it was given."""
+
+    vocab_size = 258
+    special_ids = frozenset({256, 257})
+    stop_ids = frozenset({257})
+    longest_token = 1
+
+    def __init__(self) -> None:
+        self.encoded: list[str] = []
+
+    def encode(self, text: str) -> list[int]:
+        self.encoded.append(text)
+        return list(text.encode())
+
+    def encode_chat(self, messages: list[Message]) -> list[int]:
+        return self.encode("".join(f"{m['role']}:{m['content']}\n" for m in messages) + "assistant:")
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return bytes(token for token in token_ids if token < 256).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < 256 else b""
+
+
+class FakeEngine:
+    """Answers every sequence with `reply` of its adapter, byte by byte, then the end token.
+
+    Attributes:
+        refusal: raised instead of the first output.
+        hold_after: give out so many tokens, then nothing more until the iterator is closed.
+        error_after: give out so many tokens, then fail the sequence.
+        crash_after: give out so many tokens, then raise what is no error of ours.
+    """
+
+    def __init__(self) -> None:
+        self.replies: dict[str | None, bytes] = {None: b"Hello world", "pirate": b"Arr, matey"}
+        self.refusal: Exception | None = None
+        self.hold_after: int | None = None
+        self.error_after: int | None = None
+        self.crash_after: int | None = None
+        self.alive = True
+        self.ready = True
+        self.sequences: list[EngineSequence] = []
+        self.running: set[str] = set()
+        self.aborted: list[str] = []
+        self.holding = asyncio.Event()
+
+    async def generate(self, sequence: EngineSequence) -> AsyncIterator[TokenOutput]:
+        if self.refusal is not None:
+            raise self.refusal
+        self.sequences.append(sequence)
+        self.running.add(sequence.id)
+        try:
+            async for output in self._outputs(sequence):
+                yield output
+        finally:
+            self.running.discard(sequence.id)
+
+    async def _outputs(self, sequence: EngineSequence) -> AsyncIterator[TokenOutput]:
+        tokens = [*self.replies[sequence.adapter], END]
+        for count, token in enumerate(tokens):
+            if count == self.hold_after:
+                self.holding.set()
+                await asyncio.Event().wait()
+            if count == self.error_after:
+                yield TokenOutput(finish_reason=FinishReason.ERROR, error="the step of this request failed")
+                return
+            if count == self.crash_after:
+                raise RuntimeError("a secret at 0x7f00 in /srv/model")
+            await asyncio.sleep(0)
+            yield self._output(sequence, token, count)
+            if token in sequence.params.stop_token_ids or count + 1 == sequence.params.max_tokens:
+                return
+
+    def _output(self, sequence: EngineSequence, token: int, count: int) -> TokenOutput:
+        finish = None
+        if token in sequence.params.stop_token_ids:
+            finish = FinishReason.STOP
+        elif count + 1 == sequence.params.max_tokens:
+            finish = FinishReason.LENGTH
+        logprob = None
+        if sequence.params.logprobs is not None:
+            top = tuple((65 + rank, -1.0 - rank) for rank in range(sequence.params.logprobs))
+            logprob = TokenLogprob(token, -0.5, top)
+        output = TokenOutput(token, logprob, finish)
+        return replace(output, queue_seconds=0.002, first_token_seconds=0.01) if count == 0 else output
+
+    def abort(self, sequence_id: str) -> None:
+        self.aborted.append(sequence_id)
+
+    def residency(self, version: str) -> str:
+        return "device" if version == VERSION else "disk"
+
+
+@dataclass
+class FakeLease:
+    name: str
+    version: str
+    rank: int
+    nbytes: int
+    store: FakeStore
+
+    def release(self) -> None:
+        self.store.leased -= 1
+
+
+@dataclass(frozen=True)
+class FakeRecord:
+    name: str
+    version: str
+    rank: int = 8
+    target_modules: Sequence[str] = ("q_proj",)
+    nbytes: int = 1000
+    created: int = 1_700_000_000
+    updated: int = 1_700_000_000
+    base_verified: bool = True
+    references: int = 0
+    corrupt: bool = False
+    pinned: bool = False
+    older: Sequence[FakeRecord] = ()
+    fingerprint: str = "none"
+
+    @property
+    def versions(self) -> Sequence[FakeRecord]:
+        return [self, *self.older]
+
+
+@dataclass(frozen=True)
+class FakeStaging:
+    directory: Path
+
+
+@dataclass(frozen=True)
+class FakePublished:
+    version: str
+    outcome: str
+
+
+@dataclass
+class FakeStore:
+    """Names in a dictionary, files below `root`. `leased` counts references that are held."""
+
+    root: Path
+    known: dict[str, FakeRecord] = field(default_factory=dict)
+    leased: int = 0
+    failure: Exception | None = None
+    pin_bytes: int = 1000
+    files: dict[str, dict[str, bytes]] = field(default_factory=dict)  # of what was published, by name
+
+    def acquire(self, name: str, version_prefix: str | None = None) -> FakeLease:
+        record = self.record(name)
+        if version_prefix is not None and not record.version.startswith(version_prefix):
+            raise AdapterNotFound("no version of it has this digest prefix")
+        self.leased += 1
+        return FakeLease(name, record.version, record.rank, record.nbytes, self)
+
+    def record(self, name: str) -> FakeRecord:
+        if self.failure is not None:
+            raise self.failure
+        if name not in self.known:
+            raise AdapterNotFound("there is no adapter of this name")
+        return self.known[name]
+
+    def records(self) -> list[FakeRecord]:
+        if self.failure is not None:
+            raise self.failure
+        return [*self.known.values()]
+
+    def delete(self, name: str) -> None:
+        self.record(name)
+        del self.known[name]
+
+    def rollback(self, name: str, version_prefix: str | None = None) -> FakePublished:
+        record = self.record(name)
+        older = [one for one in record.older if one.version.startswith(version_prefix or "")]
+        if version_prefix is not None and record.version.startswith(version_prefix):
+            return FakePublished(record.version, "unchanged")
+        if not older:
+            raise RollbackImpossible("no older version") if version_prefix is None else AdapterNotFound("no such one")
+        self.known[name] = older[0]
+        return FakePublished(older[0].version, "rolled_back")
+
+    def pin(self, name: str) -> None:
+        record = self.record(name)
+        if record.nbytes > self.pin_bytes:
+            raise PinRefused(name, record.nbytes, pinned=0, limit=self.pin_bytes)
+        self.known[name] = replace(record, pinned=True)
+
+    def unpin(self, name: str) -> None:
+        self.known[name] = replace(self.record(name), pinned=False)
+
+    def directory(self, version: str) -> Path:
+        return self.root / version
+
+    @contextmanager
+    def stage(self) -> Iterator[FakeStaging]:
+        directory = self.root / "staging"
+        directory.mkdir()
+        try:
+            yield FakeStaging(directory)
+        finally:
+            shutil.rmtree(directory)
+
+    def publish(
+        self,
+        name: str,
+        staging: FakeStaging,
+        *,
+        rank: int,
+        base_id: str | None,
+        target_modules: list[str],
+        proof: str,
+        version: str,
+    ) -> FakePublished:
+        if self.failure is not None:
+            raise self.failure
+        files = {path.name: path.read_bytes() for path in staging.directory.iterdir()}
+        version = hashlib.sha256(repr((version, sorted(files.items()))).encode()).hexdigest()
+        old = self.known.get(name)
+        self.files[name] = files
+        self.known[name] = FakeRecord(name, version, rank, target_modules, fingerprint=proof)
+        if old is None:
+            return FakePublished(version, "created")
+        return FakePublished(version, "unchanged" if old.version == version else "updated")
+
+
+@dataclass(frozen=True)
+class FakeChecked:
+    version: str = "0" * 64
+    rank: int = 4
+    target_modules: Sequence[str] = ("q_proj", "v_proj")
+    base_verified: bool = False
+    base_id: str | None = None
+
+
+@dataclass
+class FakeCheck:
+    """Accepts everything, unless `failure` is set. `seen` are the file names of each upload, `forced` its flag."""
+
+    failure: Exception | None = None
+    seen: list[list[str]] = field(default_factory=list)
+    forced: list[bool] = field(default_factory=list)
+
+    def __call__(self, directory: Path, *, force: bool) -> FakeChecked:
+        self.seen.append(sorted(path.name for path in directory.iterdir()))
+        self.forced.append(force)
+        if self.failure is not None:
+            raise self.failure
+        return FakeChecked()
+
+
+@dataclass
+class FakeProve:
+    """Accepts everything, unless `failure` is set; `seen` are the flags of each call."""
+
+    failure: Exception | None = None
+    outcome: Literal["exact", "within_tolerance", "mismatch", "none"] = "none"
+    seen: list[dict[str, bool]] = field(default_factory=list)
+
+    async def __call__(
+        self, directory: Path, checked: Any, **flags: bool
+    ) -> Literal["exact", "within_tolerance", "mismatch", "none"]:
+        assert (directory / "adapter_model.safetensors").exists()
+        self.seen.append(flags)
+        if self.failure is not None:
+            raise self.failure
+        return self.outcome
+
+
+@dataclass
+class Server:
+    """The app and the fakes behind it. The adapter `pirate` is registered."""
+
+    engine: FakeEngine
+    store: FakeStore
+    check: FakeCheck
+    tokenizer: FakeTokenizer
+    metrics: Metrics
+    deps: Deps
+    app: FastAPI
+
+    def client(self, **options: Any) -> httpx.AsyncClient:
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        return httpx.AsyncClient(transport=transport, **({"base_url": "http://localhost"} | options))
+
+    async def post(self, path: str, body: object) -> httpx.Response:
+        async with self.client() as client:
+            return await client.post(path, json=body)
+
+    def metric(self, line: str) -> float:
+        """The value of the sample that is written like this; 0 if there is none."""
+        for row in self.metrics.render().decode().splitlines():
+            name, _, value = row.rpartition(" ")
+            if name == line:
+                return float(value)
+        return 0.0
+
+
+def usage_of(prompt: int, completion: int) -> dict[str, Any]:
+    """The `usage` of a reply whose prompt was not in the cache."""
+    counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return counts | {"prompt_tokens_details": {"cached_tokens": 0}}
+
+
+def make_server(
+    root: Path, *, keys: Keys | None = None, context: int = CONTEXT, local: LocalPort | None = None, **limits: Any
+) -> Server:
+    engine, store, check, tokenizer = FakeEngine(), FakeStore(root), FakeCheck(), FakeTokenizer()
+    store.known["pirate"] = FakeRecord("pirate", VERSION)
+    deps = Deps(
+        engine=engine,
+        store=store,
+        pins=store,
+        tokenizer=tokenizer,
+        check=check,
+        prove=FakeProve(),
+        metrics=Metrics(),
+        base=Base(BASE_NAME, base_id="ba5e" * 16, context=context, created=1_700_000_000),
+        keys=keys or Keys(),
+        limits=replace(Limits(), **limits),
+        local=local,
+    )
+    return Server(engine, store, check, tokenizer, deps.metrics, deps, create_app(deps))

@@ -1,0 +1,109 @@
+"""Drives a ModelRunner by hand, a sequence or a batch at a time, where a test wants no scheduler in between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from loramux_adapters.lora.host_cache import HostAdapter
+from loramux_adapters.lora.lora_linear import AdapterSlots, head_path
+from loramux_adapters.lora.ops import AddLora
+from loramux_adapters.lora.slots import ScaledSlot, Slot
+from loramux_server.engine.model_runner import ModelRunner
+from loramux_server.engine.sequence import Batch, SamplingParams, ScheduledSequence, SlotLoad
+from loramux_server.engine.sequence import Sequence as EngineSequence
+from loramux_server.kernels.attention import Attend, probe_kv_shape
+from loramux_server.kernels.attention_paths import select_attend
+from loramux_server.kernels.kv_cache import BLOCK_SIZE, KVCache
+from loramux_server.kernels.lora_paths import select_add_lora
+
+CPU = torch.device("cpu")
+GREEDY = SamplingParams(temperature=0.0, max_tokens=64, logprobs=0)
+
+
+class Stepper:
+    """A runner with blocks to give away. `host` maps versions to adapters, as the host cache would."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        rows: int = 256,
+        blocks: int = 256,
+        attend: Attend | None = None,
+        add_lora: AddLora | None = None,
+        device: torch.device = CPU,
+        tiled: bool | None = None,
+    ) -> None:
+        """`attend`, `add_lora`, `tiled`: other paths than the device's own."""
+        shape = probe_kv_shape(model, device)
+        chosen, reads_tiles, _ = select_attend(device, shape)
+        if attend is not None:
+            chosen = attend
+        self.host: dict[str, HostAdapter] = {}
+        self.slots = AdapterSlots(
+            model, rows, add_lora or select_add_lora(device, torch.bfloat16)[0], head=head_path(model)
+        )
+        self.runner = ModelRunner(
+            model,
+            slots=self.slots,
+            cache=KVCache(shape, blocks, device, tiled=reads_tiles if tiled is None else tiled),
+            attend=chosen,
+            host_adapter=self.host.get,
+            device=device,
+        )
+        self._free = list(range(blocks))
+
+    def load(self, slot: Slot, adapter: HostAdapter) -> None:
+        self.slots.load(slot, adapter)
+
+    def sequence(
+        self,
+        name: str,
+        prompt: Sequence[int],
+        slot: Slot | tuple[ScaledSlot, ...] | None = None,
+        params: SamplingParams = GREEDY,
+    ) -> EngineSequence:
+        """`slot`: None for the base, an adapter's slot, or those of several with their factors."""
+        sequence = EngineSequence(name, list(prompt), params)
+        sequence.slots = (ScaledSlot(slot),) if isinstance(slot, Slot) else slot or ()
+        sequence.blocks = [self._free.pop() for _ in range(-(-sequence.max_total // BLOCK_SIZE))]
+        return sequence
+
+    def release(self, sequence: EngineSequence) -> None:
+        self._free += sequence.blocks
+
+    def logits(self, rows: Sequence[tuple[EngineSequence, int]], loads: Sequence[SlotLoad] = ()) -> torch.Tensor:
+        """One forward of (sequence, tokens to feed): logits of every row, whose tokens then count as computed."""
+        scheduled = [ScheduledSequence(sequence, count, samples=True) for sequence, count in rows]
+        scheduled.sort(key=lambda row: row.sequence.slots)
+        order = {id(row.sequence): index for index, row in enumerate(scheduled)}
+        logits = self.runner.forward(Batch(scheduled, list(loads)))
+        for sequence, count in rows:
+            sequence.num_computed += count
+        return logits[[order[id(sequence)] for sequence, _ in rows]]
+
+    def prefill(self, sequence: EngineSequence, chunk: int) -> torch.Tensor:
+        """Logits [vocabulary] after the prompt, fed in chunks."""
+        logits = torch.empty(0)
+        while sequence.num_computed < len(sequence.prompt):
+            count = min(chunk, len(sequence.prompt) - sequence.num_computed)
+            logits = self.logits([(sequence, count)])[0]
+        return logits
+
+    def greedy(self, sequence: EngineSequence, count: int, chunk: int = 1000) -> list[torch.Tensor]:
+        """Feeds the prompt, then `count` - 1 chosen tokens one by one; the logits of each choice."""
+        seen = [self.prefill(sequence, chunk)]
+        sequence.output.append(int(seen[0].argmax()))
+        while len(sequence.output) < count:
+            seen.append(self.logits([(sequence, 1)])[0])
+            sequence.output.append(int(seen[-1].argmax()))
+        return seen
+
+
+def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Root mean square difference as a share of the standard deviation of `theirs`."""
+    ours, theirs = ours.float(), theirs.float()
+    return float((ours - theirs).square().mean().sqrt() / theirs.std())
