@@ -59,8 +59,7 @@ def test_every_command_and_flag_exists(page: Path) -> None:
 @by_page
 def test_every_flag_named_alone_exists(page: Path) -> None:
     named = {span for span in spans(page.read_text(encoding="utf-8")) if span.startswith("--")}
-    docker = {"--gpus"}
-    assert {flag for span in named for flag in _FLAG.findall(span)} - all_flags() - docker == set()
+    assert {flag for span in named for flag in _FLAG.findall(span)} - all_flags() == set()
 
 
 @by_page
