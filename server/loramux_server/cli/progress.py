@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from loramux_adapters.training.run.ports import Plan
 from loramux_adapters.training.run.trace import EpochRecord, StepRecord
+from loramux_adapters.training.run.trainer import Plan
 
 BAR_WIDTH = 24
 BAR_SECONDS = 0.2  # least time between two drawings

@@ -17,9 +17,8 @@ from loramux_adapters.training.model.model import LoraModel
 from loramux_adapters.training.run.card import make_card, write_card
 from loramux_adapters.training.run.curves import draw_curves
 from loramux_adapters.training.run.optimizer import state_bytes
-from loramux_adapters.training.run.ports import Outcome, Plan
 from loramux_adapters.training.run.run_dir import RunDirectory
-from loramux_adapters.training.run.trainer import Trainer
+from loramux_adapters.training.run.trainer import Outcome, Plan, Trainer
 from loramux_server.base.device import device_of
 from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.base.originals import original_weights

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from loramux_adapters.training.recipe import SCHEDULES, Recipe
-from loramux_adapters.training.run.schedule import learning_rate, total_steps, warmup_steps
+from loramux_adapters.training.run.optimizer import learning_rate, total_steps, warmup_steps
 
 
 def rates(steps: int, **changes: object) -> list[float]:
