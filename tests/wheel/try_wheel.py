@@ -40,7 +40,7 @@ def make_wheel(directory: Path) -> Path:
 
 
 def install(wheel: Path, directory: Path) -> Path:
-    """The `loramux` command of a new environment that holds the wheel and what it depends on, at the tested versions."""
+    """The `loramux` command of a new environment that holds the wheel and its dependencies as tested."""
     venv.create(directory, with_pip=True)
     pip = [str(directory / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "-c", str(ROOT / "constraints.txt"), str(wheel)], check=True)
