@@ -1,4 +1,8 @@
-"""Tokens a second of both checkouts under the same loads; the one whose turn it is not is frozen."""
+"""Tokens a second of both checkouts under the same loads; the one whose turn it is not is frozen.
+
+Two processes of the same code can differ by some percent for as long as they live. So ratios come from several pairs of
+processes, and loads are short.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,11 @@ from dataclasses import dataclass
 from ..client import run_clients
 from ..peers.servers import Side
 from ..report import summarize
-from ..workload import Workload
-from .pairs import Pair, Say, in_turn, rounds
+from ..workload import Request, Workload
+from .pairs import Pair, in_turn
 
 AIM = (0.97, 1.03)
+ROUNDS = 2  # for each pair of processes: each of them begins once
 SECONDS = 60.0  # most of one load; what is still open then is an error
 
 
@@ -27,40 +32,46 @@ class Load:
 
 
 LOADS = (
-    Load("base, 1 client", False, 1, 6),
-    Load("base, 32 clients", False, 32, 96),
-    Load("16 adapters, 32 clients", True, 32, 96),
+    Load("base, 1 client", False, 1, 4),
+    Load("base, 32 clients", False, 32, 32),
+    Load("16 adapters, 32 clients", True, 32, 32),
 )
 
 
-def measure(
-    sides: Sequence[Side], adapters: Sequence[str], count: int, deadline: float, say: Say
-) -> tuple[list[Pair], list[str]]:
-    """At most `count` rounds of every load; the figures, and one sentence for each request that failed."""
-    pairs, errors = [Pair(load.label, "tokens/s", AIM) for load in LOADS], list[str]()
-    _round(sides, adapters, -1, errors)  # afterwards the adapters are in their slots
-    for number in rounds(count, deadline, say):
-        for pair, values in zip(pairs, _round(sides, adapters, number, errors), strict=True):
-            pair.add(values)
-        say(f"round {number + 1}/{count}: " + "; ".join(f"{it.label} {it.ratios[-1]:.3f}" for it in pairs))
-    return pairs, errors
+class Speed:
+    """Measures it, on one pair of servers after the other.
 
+    Attributes:
+        errors: one sentence for each kind of failure.
+    """
 
-def _round(sides: Sequence[Side], adapters: Sequence[str], number: int, errors: list[str]) -> list[dict[str, float]]:
-    """Each load once on each side: side -> tokens a second, load by load. Round -1 is short."""
-    figures = []
-    for place, load in enumerate(LOADS):
-        # No prompt comes twice on one server: the prefix cache would know it.
-        seed = 1 + (number + 1) * len(LOADS) + place
-        workload = Workload(adapters=tuple(adapters) if load.adapters else (), seed=seed)
-        requests = workload.requests(load.clients if number < 0 else load.requests)
-        rates = {}
-        for side in in_turn(sides, number):
-            with side.turn() as target:
-                run = asyncio.run(run_clients(target, requests, clients=load.clients, seconds=SECONDS))
-            summary = summarize(load.label, run)
-            rates[side.name] = summary.tokens_per_second
-            errors += [f"{side.name}, {load.label}: {times} x {error}" for error, times in summary.errors.items()]
-            errors += [f"{side.name}, {load.label}: {run.cut} not done after {SECONDS:.0f} s"] if run.cut else []
-        figures.append(rates)
-    return figures
+    def __init__(self, adapters: Sequence[str]) -> None:
+        self._adapters = tuple(adapters)
+        self.pairs = [Pair(load.label, "tokens/s", AIM) for load in LOADS]
+        self.errors: list[str] = []
+
+    def measure(self, sides: Sequence[Side], number: int) -> None:
+        """ROUNDS rounds of all loads on the `number`-th pair of servers."""
+        first = number * (ROUNDS + 1)
+        self._round(sides, first)  # afterwards the adapters are in their slots; it does not count
+        for place in range(first + 1, first + 1 + ROUNDS):
+            for pair, rates in zip(self.pairs, self._round(sides, place), strict=True):
+                pair.add(rates)
+
+    def _round(self, sides: Sequence[Side], number: int) -> list[dict[str, float]]:
+        """Load by load: side -> tokens a second."""
+        figures = []
+        for place, load in enumerate(LOADS):
+            # No prompt comes twice on one server: the prefix cache would know it.
+            adapters = self._adapters if load.adapters else ()
+            requests = Workload(adapters=adapters, seed=number * len(LOADS) + place).requests(load.requests)
+            figures.append({side.name: self._rate(side, load, requests) for side in in_turn(sides, number)})
+        return figures
+
+    def _rate(self, side: Side, load: Load, requests: Sequence[Request]) -> float:
+        with side.turn() as target:
+            run = asyncio.run(run_clients(target, requests, clients=load.clients, seconds=SECONDS))
+        summary = summarize(load.label, run)
+        failures = {**summary.errors, f"not done after {SECONDS:.0f} s": run.cut}
+        self.errors += [f"{side.name}, {load.label}: {times} x {error}" for error, times in failures.items() if times]
+        return summary.tokens_per_second

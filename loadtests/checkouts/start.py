@@ -1,40 +1,56 @@
-"""From the command to a server that is ready, and to `loramux --version`; nothing else of ours runs meanwhile."""
+"""How soon the two are ready: from the command to a server that answers, and to what `loramux --version` says."""
 
 from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import LoadTestError
-from ..process import started_server
+from ..peers.servers import Side, ours
 from .checkout import Checkout
-from .pairs import Pair, Say, in_turn, rounds
+from .pairs import Pair
 
 AIM = (0.0, 1.03)
 
 
-def measure(
-    checkouts: Sequence[Checkout], base: Path | None, count: int, deadline: float, logs: Path, say: Say
-) -> list[Pair]:
-    """At most `count` rounds. A first start of each does not count: it may convert the base, which is then kept."""
-    ready, version = Pair("start to ready", "s", AIM), Pair("loramux --version", "s", AIM)
-    for checkout in checkouts:
-        start_seconds(checkout, base, logs)
-    for number in rounds(count, deadline, say):
-        turns = in_turn(checkouts, number)
-        version.add({it.name: version_seconds(it) for it in turns})
-        ready.add({it.name: start_seconds(it, base, logs) for it in turns})
-        say(f"start {number + 1}/{count}: before {ready.before[-1]:.2f} s, after {ready.after[-1]:.2f} s")
-    return [ready, version]
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What the servers run on: `base` is None for the server's default; `stores` holds one adapter store for each."""
+
+    base: Path | None
+    stores: Path
+    logs: Path
+
+    def server(self, checkout: Checkout, adapters: Mapping[str, Path]) -> AbstractContextManager[Side]:
+        """A server of the checkout, frozen, with what its store holds and these adapters."""
+        store, log = self.stores / checkout.name, self.logs / f"{checkout.name}.log.tmp"
+        return ours(self.base, adapters, store=store, log=log, lora=True, program=checkout.program, name=checkout.name)
 
 
-def start_seconds(checkout: Checkout, base: Path | None, logs: Path) -> float:
-    """Until /ready says so, with an empty store. The server is stopped afterwards."""
-    began = time.perf_counter()
-    with started_server(base, log=logs / f"{checkout.name}-start.log.tmp", program=checkout.program):
-        return time.perf_counter() - began
+class Starts:
+    """Times them, one round after the other."""
+
+    def __init__(self) -> None:
+        self.pairs = [Pair("start to ready", "s", AIM), Pair("loramux --version", "s", AIM)]
+
+    def measure(self, checkouts: Sequence[Checkout], place: Place, stack: ExitStack) -> dict[str, Side]:
+        """One round, in the order of `checkouts`; the servers by name, frozen, until `stack` ends them.
+
+        A server starts while the one before it is frozen, with the adapters that are in its store.
+        """
+        versions = {it.name: version_seconds(it) for it in checkouts}
+        sides, seconds = {}, {}
+        for checkout in checkouts:
+            began = time.perf_counter()
+            sides[checkout.name] = stack.enter_context(place.server(checkout, {}))
+            seconds[checkout.name] = time.perf_counter() - began
+        for pair, values in zip(self.pairs, (seconds, versions), strict=True):
+            pair.add(values)
+        return sides
 
 
 def version_seconds(checkout: Checkout) -> float:

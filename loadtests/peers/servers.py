@@ -16,7 +16,7 @@ from ..errors import LoadTestError
 from ..process import Program, Server, free_port, own_program
 
 START_SECONDS = 400.0
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.05
 
 
 @dataclass(slots=True)
