@@ -16,7 +16,7 @@ from fastapi import FastAPI
 
 from loramux_adapters.errors import AdapterNotFound, PinRefused, RollbackImpossible
 from loramux_server.api.app import create_app
-from loramux_server.api.http.deps import Base, Deps, Keys, Limits
+from loramux_server.api.http.dependencies import Base, Deps, Keys, Limits
 from loramux_server.api.http.ports import LocalPort, Message
 from loramux_server.engine.sequence import FinishReason, TokenLogprob, TokenOutput
 from loramux_server.engine.sequence import Sequence as EngineSequence

@@ -11,7 +11,7 @@ from torch import nn
 
 from loramux_adapters.training.data.tokens import IGNORED, Row, TokenBatch
 from loramux_adapters.training.model.model import StepLoss
-from loramux_adapters.training.run.ports import Plan
+from loramux_adapters.training.run.interface import Plan
 from loramux_adapters.training.run.trace import EpochRecord, StepRecord
 
 VOCABULARY, RANK = 32, 4

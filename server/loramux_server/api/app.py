@@ -16,9 +16,9 @@ from loramux_server.api.adapters.routes import Adapters
 from loramux_server.api.adapters.vllm_routes import VllmAdapters
 from loramux_server.api.completions.routes import Generation
 from loramux_server.api.http.auth import Gate
-from loramux_server.api.http.deps import Deps
-from loramux_server.api.http.edge import REQUEST_ID, Edge, request_id_of
+from loramux_server.api.http.dependencies import Deps
 from loramux_server.api.http.errors import answer_to, http_answer
+from loramux_server.api.http.middleware import REQUEST_ID, Edge, request_id_of
 from loramux_server.api.models import Models
 from loramux_server.api.operations import Operations
 from loramux_server.errors import LoramuxError, ServerBusy

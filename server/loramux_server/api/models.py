@@ -8,9 +8,9 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from loramux_adapters.errors import AdapterNotFound
-from loramux_server.api.http.deps import Deps
+from loramux_server.api.http.dependencies import Deps
 from loramux_server.api.http.model_names import resolve
-from loramux_server.api.http.offload import offload
+from loramux_server.api.http.worker_threads import offload
 
 
 class Models:

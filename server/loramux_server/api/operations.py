@@ -11,9 +11,9 @@ from fastapi.responses import JSONResponse
 
 from loramux_adapters.errors import StoreUnavailable
 from loramux_server.api.http.auth import Access, access
-from loramux_server.api.http.deps import Deps
-from loramux_server.api.http.offload import offload
+from loramux_server.api.http.dependencies import Deps
 from loramux_server.api.http.ports import RecordPort
+from loramux_server.api.http.worker_threads import offload
 from loramux_server.metrics.metrics import CONTENT_TYPE
 from loramux_server.metrics.vllm_names import LoraRequests, render_vllm
 

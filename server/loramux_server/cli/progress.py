@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from loramux_adapters.training.run.ports import Plan
+from loramux_adapters.training.run.interface import Plan
 from loramux_adapters.training.run.trace import EpochRecord, StepRecord
 
 BAR_WIDTH = 24

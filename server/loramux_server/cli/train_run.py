@@ -16,8 +16,8 @@ from loramux_adapters.memory import resident_bytes
 from loramux_adapters.training.model.model import LoraModel
 from loramux_adapters.training.run.card import make_card, write_card
 from loramux_adapters.training.run.curves import draw_curves
+from loramux_adapters.training.run.interface import Outcome, Plan
 from loramux_adapters.training.run.optimizer import state_bytes
-from loramux_adapters.training.run.ports import Outcome, Plan
 from loramux_adapters.training.run.run_dir import RunDirectory
 from loramux_adapters.training.run.trainer import Trainer
 from loramux_server.base.device import device_of

@@ -12,7 +12,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from loramux_server.metrics.adapter_counters import AdapterCounters
-from loramux_server.metrics.levels import POOLS, Levels, LevelsCollector
+from loramux_server.metrics.gauges import POOLS, Levels, LevelsCollector
 
 __all__ = ["CONTENT_TYPE", "POOLS", "VERIFICATIONS", "HostCacheMetrics", "Levels", "Metrics"]
 

@@ -22,7 +22,7 @@ from loramux_adapters.memory import resident_bytes as process_bytes
 from loramux_adapters.memory import returning_memory
 from loramux_adapters.store.store import AdapterStore
 from loramux_server.api.app import create_app
-from loramux_server.api.http.deps import Base, Deps, Keys, Limits
+from loramux_server.api.http.dependencies import Base, Deps, Keys, Limits
 from loramux_server.base.device import device_of
 from loramux_server.base.loader import BaseModel, load_base_model, resident_bytes
 from loramux_server.base.tokenizer import BaseTokenizer
@@ -45,7 +45,7 @@ from loramux_server.kernels.lora_paths import select_add_lora
 from loramux_server.metrics.metrics import Levels, Metrics
 from loramux_server.publishing.preload import preload
 from loramux_server.publishing.proof import Prover
-from loramux_server.serving.lifecycle import CountedCheck, Lifecycle, pin_bytes
+from loramux_server.serving.adapter_lifecycle import CountedCheck, Lifecycle, pin_bytes
 from loramux_server.serving.sizes import arena_rows, kept_blocks, num_blocks, vocabulary_of
 from loramux_server.serving.startup import Stages
 from loramux_server.serving.summary import MIB, summary

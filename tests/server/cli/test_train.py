@@ -17,7 +17,7 @@ import pytest
 
 from loramux_adapters.errors import AdapterError, CheckpointError, DataError, InvalidAdapterName
 from loramux_adapters.training.recipe import Recipe
-from loramux_adapters.training.run.ports import Plan
+from loramux_adapters.training.run.interface import Plan
 from loramux_adapters.training.run.run_dir import RunDirectory
 from loramux_adapters.training.run.trace import EpochRecord, StepRecord
 from loramux_server.cli import train as cli_train

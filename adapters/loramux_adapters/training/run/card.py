@@ -14,7 +14,7 @@ from loramux_adapters.artifact.config import BASE_ID_KEY
 from loramux_adapters.durable_files import write_whole
 from loramux_adapters.errors import TrainingError
 from loramux_adapters.training.recipe import Recipe
-from loramux_adapters.training.run.ports import Outcome
+from loramux_adapters.training.run.interface import Outcome
 
 FORMAT = 1
 CARD_FILE, README_FILE = "card.json", "README.md"

@@ -23,9 +23,9 @@ from loramux_adapters.training.data.batches import epoch_order, parts
 from loramux_adapters.training.data.tokens import Row, TokenBatch
 from loramux_adapters.training.recipe import Recipe
 from loramux_adapters.training.run.checkpoint import Checkpoint, Checkpoints
+from loramux_adapters.training.run.interface import Observer, Outcome, Plan, Trainable
 from loramux_adapters.training.run.memory_use import PeakMemory
 from loramux_adapters.training.run.optimizer import make_optimizer, read_state, set_rate, write_state
-from loramux_adapters.training.run.ports import Observer, Outcome, Plan, Trainable
 from loramux_adapters.training.run.schedule import learning_rate, total_steps
 from loramux_adapters.training.run.trace import EpochRecord, StepRecord, Trace
 

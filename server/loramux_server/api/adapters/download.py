@@ -7,7 +7,7 @@ import zlib
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 
-from loramux_server.api.http.offload import offload
+from loramux_server.api.http.worker_threads import offload
 
 _BLOCK = 256 * 2**10
 _TAR_BLOCK = 512

@@ -10,9 +10,9 @@ from fastapi.responses import JSONResponse
 from loramux_server.api.adapters.routes import record_json
 from loramux_server.api.http.auth import Access, access
 from loramux_server.api.http.body import read_object
-from loramux_server.api.http.deps import Deps
+from loramux_server.api.http.dependencies import Deps
 from loramux_server.api.http.model_names import check_adapter_name
-from loramux_server.api.http.offload import offload
+from loramux_server.api.http.worker_threads import offload
 from loramux_server.errors import RequestError
 
 _MAX_BODY = 4096

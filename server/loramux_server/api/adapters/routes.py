@@ -14,11 +14,11 @@ from fastapi.responses import JSONResponse
 from loramux_server.api.adapters.download import packed
 from loramux_server.api.adapters.upload import receive_upload
 from loramux_server.api.http.auth import Access, access
-from loramux_server.api.http.deps import Deps
+from loramux_server.api.http.dependencies import Deps
 from loramux_server.api.http.model_names import check_adapter_name
-from loramux_server.api.http.offload import entered, offload, offload_or_undo, until_gone
 from loramux_server.api.http.ports import CheckedPort, PublishedPort, RecordPort
-from loramux_server.api.http.stream import Stream
+from loramux_server.api.http.streaming import Stream
+from loramux_server.api.http.worker_threads import entered, offload, offload_or_undo, until_gone
 from loramux_server.errors import RequestError, ServerBusy
 
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}

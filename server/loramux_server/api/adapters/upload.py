@@ -13,8 +13,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from loramux_adapters.artifact.archive import unpack
 from loramux_adapters.errors import AdapterTooLarge
 from loramux_server.api.http.body import blocks
-from loramux_server.api.http.deps import Limits
-from loramux_server.api.http.offload import offload
+from loramux_server.api.http.dependencies import Limits
+from loramux_server.api.http.worker_threads import offload
 from loramux_server.errors import RequestError
 
 FILES = {

@@ -15,11 +15,11 @@ from loramux_adapters.errors import AdapterError, AdapterNotFound, InvalidAdapte
 from loramux_server.api.adapters.routes import Adapters
 from loramux_server.api.http.auth import Access, access
 from loramux_server.api.http.body import read_object
-from loramux_server.api.http.deps import Deps
+from loramux_server.api.http.dependencies import Deps
 from loramux_server.api.http.errors import answer_to
 from loramux_server.api.http.model_names import check_adapter_name
-from loramux_server.api.http.offload import offload
 from loramux_server.api.http.ports import LocalPort
+from loramux_server.api.http.worker_threads import offload
 from loramux_server.errors import LoramuxError, RequestError, ServerBusy
 
 logger = logging.getLogger(__name__)

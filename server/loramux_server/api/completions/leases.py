@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loramux_server.api.http.model_names import Target
-from loramux_server.api.http.offload import offload, offload_or_undo
 from loramux_server.api.http.ports import LeasePort, StorePort
+from loramux_server.api.http.worker_threads import offload, offload_or_undo
 from loramux_server.engine.sequence import AdapterUse, composed
 
 BASE_VERSION = "base"  # what a reply without an adapter says of its version

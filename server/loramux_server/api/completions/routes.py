@@ -10,16 +10,16 @@ from contextlib import contextmanager
 from fastapi import Request, Response
 
 from loramux_adapters.errors import AdapterError
-from loramux_server.api.completions.admission import Admission
-from loramux_server.api.completions.runs import Piece, Run
+from loramux_server.api.completions.generation import Piece, Run
+from loramux_server.api.completions.prepare import Admission
+from loramux_server.api.completions.reply_format import ChatWire, CompletionWire, WholeChoice, Wire, time_headers
 from loramux_server.api.completions.schemas import GenerationRequest, parse_chat, parse_completion
-from loramux_server.api.completions.wire import ChatWire, CompletionWire, WholeChoice, Wire, time_headers
 from loramux_server.api.http.body import read_json
-from loramux_server.api.http.deps import Deps
-from loramux_server.api.http.edge import request_id_of
+from loramux_server.api.http.dependencies import Deps
 from loramux_server.api.http.errors import answer_to
-from loramux_server.api.http.offload import until_gone
-from loramux_server.api.http.stream import DONE, SSE_HEADERS, Stream, event
+from loramux_server.api.http.middleware import request_id_of
+from loramux_server.api.http.streaming import DONE, SSE_HEADERS, Stream, event
+from loramux_server.api.http.worker_threads import until_gone
 from loramux_server.errors import LoramuxError
 
 VERSION = "x-loramux-adapter-version"

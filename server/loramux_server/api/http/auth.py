@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from fastapi import Request
 
-from loramux_server.api.http.deps import Keys
+from loramux_server.api.http.dependencies import Keys
 from loramux_server.api.http.errors import NotAllowed, NotAuthenticated
 
 _LOCAL_HOST = re.compile(rb"(?:localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(?::[0-9]{1,5})?", re.IGNORECASE)

@@ -15,7 +15,7 @@ from loramux_adapters.base_info import BaseInfo
 from loramux_adapters.lora.verify import Checked, check_adapter
 from loramux_adapters.store.store import AdapterStore
 from loramux_server.api.app import create_app
-from loramux_server.api.http.deps import Keys
+from loramux_server.api.http.dependencies import Keys
 from loramux_server.errors import ConfigError
 from loramux_server.publishing.local_adapters import LocalAdapters
 from support.adapter_files import TINY_LINEARS, write_adapter

@@ -8,7 +8,7 @@ from fastapi.routing import APIRoute
 from starlette.requests import Request
 
 from loramux_server.api.http.auth import Access, Gate, access
-from loramux_server.api.http.deps import Keys
+from loramux_server.api.http.dependencies import Keys
 from loramux_server.api.http.errors import NotAllowed, NotAuthenticated
 from support.fakes_api import make_server
 from support.raw_call import RawCall

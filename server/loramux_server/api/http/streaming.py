@@ -9,7 +9,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from loramux_server.api.http.offload import until_gone
+from loramux_server.api.http.worker_threads import until_gone
 
 DONE = b"data: [DONE]\n\n"
 SSE_HEADERS = {

@@ -13,7 +13,7 @@ import pytest
 
 from loramux_adapters.errors import AdapterRejected, BaseMismatch, StoreUnavailable
 from loramux_server.api.app import create_app
-from loramux_server.api.http.deps import Deps
+from loramux_server.api.http.dependencies import Deps
 from loramux_server.errors import ServerBusy
 from support.fakes_api import BASE_NAME, VERSION, FakeCheck, FakeChecked, FakeProve, Server, make_server
 from support.raw_call import RawCall

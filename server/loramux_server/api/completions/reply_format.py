@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from loramux_server.api.completions.runs import Piece, Run, TokenEntry
+from loramux_server.api.completions.generation import Piece, Run, TokenEntry
 from loramux_server.api.http.ports import TokenizerPort
 from loramux_server.engine.sequence import FinishReason
 

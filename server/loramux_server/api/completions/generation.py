@@ -11,8 +11,8 @@ from functools import partial
 
 from loramux_server.api.completions.leases import Leases
 from loramux_server.api.http.errors import RequestTimedOut
-from loramux_server.api.http.offload import stop
 from loramux_server.api.http.ports import EnginePort
+from loramux_server.api.http.worker_threads import stop
 from loramux_server.base.detokenizer import Detokenizer
 from loramux_server.engine.sequence import FinishReason, TokenLogprob, TokenOutput
 from loramux_server.engine.sequence import Sequence as EngineSequence

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.requests import ClientDisconnect
 
-from loramux_server.api.http.offload import entered, offload, offload_or_undo, until_gone
+from loramux_server.api.http.worker_threads import entered, offload, offload_or_undo, until_gone
 
 
 @pytest.mark.anyio

@@ -7,13 +7,13 @@ import uuid
 from collections.abc import Callable, Sequence
 
 from loramux_adapters.errors import AdapterError
+from loramux_server.api.completions.generation import Choice, Run, give_back
 from loramux_server.api.completions.leases import Leases
-from loramux_server.api.completions.runs import Choice, Run, give_back
 from loramux_server.api.completions.schemas import ChatRequest, CompletionRequest, GenerationRequest
-from loramux_server.api.http.deps import Deps
+from loramux_server.api.http.dependencies import Deps
 from loramux_server.api.http.model_names import resolve_all
-from loramux_server.api.http.offload import offload
 from loramux_server.api.http.ports import Message
+from loramux_server.api.http.worker_threads import offload
 from loramux_server.base.detokenizer import Detokenizer
 from loramux_server.engine.sequence import SamplingParams
 from loramux_server.engine.sequence import Sequence as EngineSequence

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loramux_server.api.http.deps import Keys
+from loramux_server.api.http.dependencies import Keys
 from support.fakes_api import VERSION, FakeRecord, Server, make_server
 
 OLD = hashlib.sha256(b"old").hexdigest()
