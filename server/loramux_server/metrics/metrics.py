@@ -12,9 +12,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from loramux_server.metrics.adapter_counters import AdapterCounters
-from loramux_server.metrics.gauges import POOLS, Levels, LevelsCollector
-
-__all__ = ["CONTENT_TYPE", "POOLS", "VERIFICATIONS", "HostCacheMetrics", "Levels", "Metrics"]
+from loramux_server.metrics.gauges import GaugeCollector, GaugeReadings
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -40,9 +38,9 @@ class Metrics:
         """`adapter_labels` bounds the adapters that have a label of their own; see `AdapterCounters`."""
         registry = CollectorRegistry()
         self._adapters = AdapterCounters(adapter_labels)
-        self._levels = LevelsCollector()
+        self._gauges = GaugeCollector()
         registry.register(self._adapters)
-        registry.register(self._levels)
+        registry.register(self._gauges)
         self._exposed = _WithoutCreated(registry)
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
@@ -206,13 +204,13 @@ class Metrics:
 
     # composition root
 
-    def read_levels_from(self, source: Callable[[], Levels]) -> None:
+    def read_gauges_from(self, source: Callable[[], GaugeReadings]) -> None:
         """Gauges are read from `source`, once per scrape, on the scraping thread."""
-        self._levels.source = source
+        self._gauges.source = source
 
-    def levels(self) -> Levels:
+    def gauge_readings(self) -> GaugeReadings:
         """How full everything is now."""
-        return self._levels.source()
+        return self._gauges.source()
 
     def families(self) -> Iterable[Metric]:
         """What `render` writes, for another way to write it."""

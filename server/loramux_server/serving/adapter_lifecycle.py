@@ -51,7 +51,7 @@ class CountedCheck:
 
 
 @dataclass(frozen=True, slots=True)
-class Lifecycle:
+class AdapterLifecycle:
     """`work` runs from `start` to `stop`.
 
     Attributes:
@@ -76,7 +76,7 @@ class Lifecycle:
         build_prover: Callable[[Callable[[str], None]], Prover],
         *,
         rows: int,
-    ) -> Lifecycle:
+    ) -> AdapterLifecycle:
         """Raises ConfigError.
 
         Args:

@@ -23,7 +23,7 @@ from loramux_adapters.training.data.batches import epoch_order, parts
 from loramux_adapters.training.data.tokens import Row, TokenBatch
 from loramux_adapters.training.recipe import Recipe
 from loramux_adapters.training.run.checkpoint import Checkpoint, Checkpoints
-from loramux_adapters.training.run.interface import Observer, Outcome, Plan, Trainable
+from loramux_adapters.training.run.interface import Observer, Plan, Trainable, TrainingOutcome
 from loramux_adapters.training.run.memory_use import PeakMemory
 from loramux_adapters.training.run.optimizer import make_optimizer, read_state, set_rate, write_state
 from loramux_adapters.training.run.schedule import learning_rate, total_steps
@@ -83,7 +83,7 @@ class Trainer:
         """Makes `run` return after the step or the part of an evaluation that it is in, with a checkpoint."""
         self._stopping = True
 
-    def run(self) -> Outcome:
+    def run(self) -> TrainingOutcome:
         """Trains from the newest checkpoint, or from the start, to the end or to `stop`.
 
         Raises:
@@ -104,7 +104,7 @@ class Trainer:
                 self._train()
             else:  # stopped within an evaluation, which the next run makes anew
                 self._save()
-        return Outcome(
+        return TrainingOutcome(
             finished=self._step == self._steps and not self._evaluation_is_due(),
             step=self._step,
             plan=plan,

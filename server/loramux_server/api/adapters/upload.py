@@ -14,7 +14,7 @@ from loramux_adapters.artifact.archive import unpack
 from loramux_adapters.errors import AdapterTooLarge
 from loramux_server.api.http.body import blocks
 from loramux_server.api.http.dependencies import Limits
-from loramux_server.api.http.worker_threads import offload
+from loramux_server.api.http.worker_threads import run_in_thread
 from loramux_server.errors import RequestError
 
 FILES = {
@@ -51,13 +51,13 @@ async def receive_upload(request: Request, directory: Path, limits: Limits) -> N
             stall_seconds=limits.stall_seconds,
             size=_BLOCK,
         ):
-            await offload(writer.feed, block)
+            await run_in_thread(writer.feed, block)
         parts = writer.finish()
     finally:
         writer.close()
     if ARCHIVE in parts:
-        await offload(unpack, directory / _ARCHIVE_FILE, directory, limits.upload_bytes)
-        await offload((directory / _ARCHIVE_FILE).unlink)
+        await run_in_thread(unpack, directory / _ARCHIVE_FILE, directory, limits.upload_bytes)
+        await run_in_thread((directory / _ARCHIVE_FILE).unlink)
 
 
 def _boundary_of(request: Request) -> bytes:

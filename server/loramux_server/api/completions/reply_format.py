@@ -1,4 +1,4 @@
-"""Replies in OpenAI's shapes: whole or in chunks, chat or completion."""
+"""Replies as OpenAI's JSON objects: whole or in chunks, of a chat or of a completion."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from loramux_server.api.completions.generation import Piece, Run, TokenEntry
-from loramux_server.api.http.ports import TokenizerPort
+from loramux_server.api.completions.generation import Generation, Piece, TokenEntry
+from loramux_server.api.http.dependencies import TokenizerLike
 from loramux_server.engine.sequence import FinishReason
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this
@@ -33,13 +33,13 @@ class WholeChoice:
         self.finish = piece.finish
 
 
-class Wire(ABC):
+class ReplyFormat(ABC):
     """Shapes of one reply. `include_usage`: chunks carry `usage`, null in all but an extra last one."""
 
     chunk_object: str
     whole_object: str
 
-    def __init__(self, model: str, tokenizer: TokenizerPort, *, logprobs: bool, include_usage: bool) -> None:
+    def __init__(self, model: str, tokenizer: TokenizerLike, *, logprobs: bool, include_usage: bool) -> None:
         self.include_usage = include_usage
         self._tokenizer = tokenizer
         self._logprobs = logprobs
@@ -50,7 +50,7 @@ class Wire(ABC):
     def id_prefix(self) -> str: ...
 
     @abstractmethod
-    def opening(self, index: int) -> Json | None:
+    def opening_chunk(self, index: int) -> Json | None:
         """The chunk before a choice's first text, where there is one."""
 
     @abstractmethod
@@ -68,18 +68,21 @@ class Wire(ABC):
     @abstractmethod
     def _logprobs_of(self, entries: Sequence[TokenEntry]) -> Json: ...
 
-    def text(self, piece: Piece) -> Json:
+    def text_chunk(self, piece: Piece) -> Json:
         return self._chunk(piece.index, self._delta(piece.text), piece.entries)
 
-    def ending(self, index: int, finish: FinishReason) -> Json:
+    def finish_chunk(self, index: int, finish: FinishReason) -> Json:
         return self._chunk(index, self._last(), (), finish.value)
 
-    def usage(self, run: Run) -> Json:
+    def usage_chunk(self, generation: Generation) -> Json:
         """The last chunk of a stream with `include_usage`; it also tells how long the request waited."""
-        times = {"queue_ms": _milliseconds(run.queue_seconds), "ttft_ms": _milliseconds(run.first_token_seconds)}
-        return self._head | {"object": self.chunk_object, "choices": [], "usage": _usage(run), "loramux": times}
+        times = {
+            "queue_ms": _milliseconds(generation.queue_seconds),
+            "ttft_ms": _milliseconds(generation.first_token_seconds),
+        }
+        return self._head | {"object": self.chunk_object, "choices": [], "usage": _usage(generation), "loramux": times}
 
-    def whole(self, run: Run, choices: Sequence[WholeChoice]) -> Json:
+    def whole_reply(self, generation: Generation, choices: Sequence[WholeChoice]) -> Json:
         return self._head | {
             "object": self.whole_object,
             "choices": [
@@ -91,7 +94,7 @@ class Wire(ABC):
                 }
                 for index, choice in enumerate(choices)
             ],
-            "usage": _usage(run),
+            "usage": _usage(generation),
         }
 
     def _chunk(self, index: int, part: Json, entries: Sequence[TokenEntry], finish: str | None = None) -> Json:
@@ -101,12 +104,12 @@ class Wire(ABC):
         return chunk | {"usage": None} if self.include_usage else chunk
 
 
-class ChatWire(Wire):
+class ChatFormat(ReplyFormat):
     id_prefix = "chatcmpl"
     chunk_object = "chat.completion.chunk"
     whole_object = "chat.completion"
 
-    def opening(self, index: int) -> Json | None:
+    def opening_chunk(self, index: int) -> Json | None:
         return self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, ())
 
     def _delta(self, text: str) -> Json:
@@ -130,12 +133,12 @@ class ChatWire(Wire):
         return {"token": _token_text(raw), "logprob": _finite(logprob), "bytes": list(raw)}
 
 
-class CompletionWire(Wire):
+class CompletionFormat(ReplyFormat):
     id_prefix = "cmpl"
     chunk_object = "text_completion"
     whole_object = "text_completion"
 
-    def opening(self, index: int) -> Json | None:
+    def opening_chunk(self, index: int) -> Json | None:
         return None
 
     def _delta(self, text: str) -> Json:
@@ -164,9 +167,9 @@ class CompletionWire(Wire):
         return _token_text(self._tokenizer.token_bytes(token_id))
 
 
-def time_headers(run: Run) -> dict[str, str]:
+def time_headers(generation: Generation) -> dict[str, str]:
     """How long the request waited, for a reply that is not streamed."""
-    times = {"x-loramux-queue-ms": run.queue_seconds, "x-loramux-ttft-ms": run.first_token_seconds}
+    times = {"x-loramux-queue-ms": generation.queue_seconds, "x-loramux-ttft-ms": generation.first_token_seconds}
     return {name: str(_milliseconds(seconds)) for name, seconds in times.items() if seconds is not None}
 
 
@@ -186,11 +189,11 @@ def _milliseconds(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds * 1000, 3)
 
 
-def _usage(run: Run) -> Json:
-    prompt, completion = run.prompt_tokens, run.completion_tokens
+def _usage(generation: Generation) -> Json:
+    prompt, completion = generation.prompt_tokens, generation.completion_tokens
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": run.cached_tokens},
+        "prompt_tokens_details": {"cached_tokens": generation.cached_tokens},
     }

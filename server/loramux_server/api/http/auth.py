@@ -37,7 +37,7 @@ def access(level: Access) -> Callable[[Endpoint], Endpoint]:
     return mark
 
 
-class Gate:
+class Authorizer:
     """The dependency. It looks at the endpoint that the router chose and at raw headers, never at a URL: those are
     partly made of the Host header, which the caller writes."""
 
