@@ -1,4 +1,4 @@
-"""The HTTP application: routes, who may use them, and what becomes of errors."""
+"""The HTTP application: its routes, who may call them, and how errors are answered."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def create_app(deps: Dependencies) -> FastAPI:
-    """The whole API as an ASGI application. It starts and stops nothing; what `deps` holds is the caller's."""
+    """The whole API as an ASGI application. It starts and stops nothing: the parts in `deps` belong to the caller."""
     app = FastAPI(
         title="loramux",
         docs_url=None,

@@ -23,7 +23,8 @@ _REQUEST = (0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 45
 _QUEUE = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 _LOAD = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _SEQUENCES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024)
-# What can come of checking an adapter: it names this base, no base, or another one but was forced; it was refused.
+# Outcomes of checking an adapter against the base. It was accepted: it names this base, it names none, or it names
+# another one and was forced. It was refused: for what it holds, or for the base it names.
 VERIFICATIONS = ("verified", "unverified", "forced", "rejected", "base_mismatch")
 _ADAPTERS = (0, 1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256)
 
@@ -235,7 +236,7 @@ class HostCacheMetrics:
 
 
 class _WithoutCreated(Collector):
-    """A registry without the `_created` series, which double the number of series and tell nobody anything."""
+    """A registry without the `_created` series, which would double their number and which nobody reads."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry

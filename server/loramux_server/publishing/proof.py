@@ -39,7 +39,7 @@ class ProofObserver(Protocol):
     """Told how proofs end, on the event loop."""
 
     def proved(self, *, acts: bool, fingerprint: str) -> None:
-        """How its fingerprint replayed: an `ReplayOutcome`."""
+        """How its fingerprint replayed: a `ReplayOutcome`."""
 
 
 class Prover:

@@ -25,9 +25,9 @@ FILES = {
 }
 ARCHIVE = "archive"
 _ARCHIVE_FILE = "archive:upload"  # no member of an archive can have this name
-_BLOCK = 256 * 2**10  # of a body at a time: each costs a worker thread a turn
+_BLOCK = 256 * 2**10  # bytes of the body that go to a worker thread at a time
 _SMALL_PART = 4 * 2**20
-_OVERHEAD = 3 * _SMALL_PART + 2**20  # of a body beside its weights: the small parts, boundaries and headers
+_OVERHEAD = 3 * _SMALL_PART + 2**20  # bytes of a body beside its weights: the small parts, boundaries and headers
 _MAX_HEADERS = 8
 _MAX_HEADER_LINE = 1024
 _MAX_BOUNDARY = 70  # RFC 2046

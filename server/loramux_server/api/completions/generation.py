@@ -108,7 +108,10 @@ class Piece:
 
 
 class Choice:
-    """One sequence's reply, token by token. A piece's entries are those of the tokens whose text it carries."""
+    """One sequence's reply, token by token, turned into pieces of text.
+
+    A piece has the log probabilities (`entries`) of the tokens whose text it carries.
+    """
 
     def __init__(self, index: int, sequence: EngineSequence, detokenizer: Detokenizer) -> None:
         self.index = index
@@ -173,7 +176,7 @@ class Generation:
         self._metrics = metrics
         self._started = started
         self._timeout = timeout
-        self._outcome = "abort"  # what stays true if nobody asks for the rest
+        self._outcome = "abort"  # stays so if the client leaves and nobody asks for the rest
         self._closed = False
         self.pieces = self._generate()
 
@@ -192,7 +195,7 @@ class Generation:
 
     @property
     def queue_seconds(self) -> float | None:
-        """Of the choice that started first."""
+        """How long the choice that started first had waited; None before any has."""
         return min((c.queue_seconds for c in self.choices if c.queue_seconds is not None), default=None)
 
     @property
@@ -249,7 +252,7 @@ class Generation:
 
 
 async def give_back(metrics: Metrics, leases: AdapterLeases, outcome: str, started: float) -> None:
-    """The end of an admitted request."""
+    """Ends a request that holds leases: counts its outcome and releases them."""
     metrics.request_finished(leases.adapter, outcome, time.monotonic() - started)
     await leases.release()
 

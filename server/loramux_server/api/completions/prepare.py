@@ -64,14 +64,14 @@ class Preparation:
         self._deps = deps
 
     async def leases(self, body: GenerationRequest) -> AdapterLeases:
-        """References on the versions that the request means. Raises RequestError or AdapterError."""
+        """Leases on the versions that the request names. Raises RequestError or AdapterError."""
         targets = requested_adapters(body.model, body.adapters, self._deps.base.name)
         leases = await AdapterLeases.acquire(self._deps.store, targets, listed=body.adapters is not None)
         self._deps.metrics.request_started(leases.adapter)
         return leases
 
     async def chat(self, body: ChatRequest, leases: AdapterLeases) -> Generation:
-        """Takes the leases over, also when it raises RequestError."""
+        """Owns the leases from now on: if it raises (RequestError), they are released."""
         messages = [{"role": message.role, "content": message.content} for message in body.messages]
         return await self._prepare(
             body,
@@ -83,7 +83,7 @@ class Preparation:
         )
 
     async def completion(self, body: CompletionRequest, leases: AdapterLeases) -> Generation:
-        """Takes the leases over, also when it raises RequestError."""
+        """Owns the leases from now on: if it raises (RequestError), they are released."""
         return await self._prepare(
             body,
             leases,
@@ -167,7 +167,7 @@ class Preparation:
         return prompt
 
     def _check_characters(self, count: int, param: str) -> None:
-        """Turns a text away that cannot fit, before the tokenizer spends seconds on it."""
+        """Refuses a text that cannot fit, before the tokenizer spends seconds on it."""
         context, longest = self._deps.base.context, self._deps.tokenizer.longest_token
         if count > context * longest:
             raise RequestError(

@@ -1,4 +1,4 @@
-"""Who may call what. One dependency of the whole app decides for every route; a route that says nothing needs a key."""
+"""Who may call what. One dependency of the whole app decides for every route; a route without a mark needs a key."""
 
 from __future__ import annotations
 
@@ -38,8 +38,11 @@ def access(level: Access) -> Callable[[Endpoint], Endpoint]:
 
 
 class Authorizer:
-    """The dependency. It looks at the endpoint that the router chose and at raw headers, never at a URL: those are
-    partly made of the Host header, which the caller writes."""
+    """Refuses callers without the key that a route asks for.
+
+    It looks at the endpoint that the router chose and at raw headers, never at the request's URL, which is partly made
+    of the Host header, and that the caller writes.
+    """
 
     def __init__(self, keys: Keys) -> None:
         self._check_host = keys.check_host
