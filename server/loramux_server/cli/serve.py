@@ -1,7 +1,7 @@
 """`loramux serve`: the life of the serving process, from the port to the last byte of the last reply.
 
 The event loop runs in the main thread from the first second. The base is loaded in a thread beside it; what
-`wiring.build` returns is then started, put behind the port, and on SIGTERM or SIGINT drained and stopped.
+`serving.build.build` returns is then started, put behind the port, and on SIGTERM or SIGINT drained and stopped.
 """
 
 from __future__ import annotations

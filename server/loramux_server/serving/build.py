@@ -54,7 +54,7 @@ from loramux_server.serving.summary import MIB, summary
 
 @dataclass(frozen=True, slots=True)
 class BuiltServer:
-    """A built server, as `cli_serve` runs it. Its methods are called on the event loop."""
+    """A built server, as `loramux serve` runs it. Its methods are called on the event loop."""
 
     app: FastAPI
     name: str
