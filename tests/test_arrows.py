@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -190,6 +190,24 @@ def test_a_folder_is_a_room_with_few_modules(place: Path) -> None:
     counts = Counter(path.parent for path in modules(place) if path.stem != "__init__")
 
     assert {str(folder.relative_to(ROOT)): count for folder, count in counts.items() if count > MAX_MODULES} == {}
+
+
+def shared_class_names(paths: Iterable[Path]) -> dict[str, list[str]]:
+    """Public class names that more than one of these modules define, with the modules."""
+    found: dict[str, set[str]] = {}
+    for path in paths:
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, set()).add(str(path))
+    return {name: sorted(places) for name, places in found.items() if len(places) > 1}
+
+
+def test_a_class_name_means_one_class(tmp_path: Path) -> None:
+    assert shared_class_names(modules(SERVER, ADAPTERS)) == {}
+
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.py").write_text(f"class Lease: ...\nclass _Own: ...\nclass Only{name}: ...\n")
+    assert shared_class_names(modules(tmp_path)) == {"Lease": [str(tmp_path / "a.py"), str(tmp_path / "b.py")]}
 
 
 def test_the_server_never_imports_peft_and_never_loads_a_pickle() -> None:

@@ -1,7 +1,7 @@
 """`loramux serve`: the life of the serving process, from the port to the last byte of the last reply.
 
 The event loop runs in the main thread from the first second. The base is loaded in a thread beside it; what
-`wiring.build` returns is then started, put behind the port, and on SIGTERM or SIGINT drained and stopped.
+`serving.build.build` returns is then started, put behind the port, and on SIGTERM or SIGINT drained and stopped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import uvicorn
 from loramux_server.config.environment import bound_spinning
 from loramux_server.config.serve import ServeConfig, load_config
 from loramux_server.config.settings import add_flags, fields_of
-from loramux_server.serving.startup import ASGIApp, Door, Stages, in_daemon_thread, take_port, url_of
+from loramux_server.serving.startup import ASGIApp, Stages, StartupApp, in_daemon_thread, take_port, url_of
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _SWITCH_SECONDS = 0.0005  # of the interpreter lock: the engine wants it some times a step, for microseconds each
@@ -111,8 +111,8 @@ def configure_logging(level: str) -> None:
 async def _serve(config: ServeConfig, listener: socket.socket) -> int:
     began = time.monotonic()
     url = url_of(listener)
-    door = Door()
-    server = _Server(_uvicorn_config(config, door))
+    app = StartupApp()
+    server = _Server(_uvicorn_config(config, app))
     stop = _stop_on_signals()
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     built: Built | None = None
@@ -121,7 +121,7 @@ async def _serve(config: ServeConfig, listener: socket.socket) -> int:
         stages = Stages(_write)
         built = await _load(config, stages, stop)
         await _start(built, stop)
-        door.open(built.app)
+        app.hand_over_to(built.app)
         for line in [*built.summary, *_ready(url, built.models, config, time.monotonic() - began)]:
             _show(line)
         await _first_of(serving, stop)

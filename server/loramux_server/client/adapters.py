@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
-from loramux_server.client.transfer import Upload, check_target, extract
+from loramux_server.client.transfer import UploadBody, check_target, extract
 from loramux_server.errors import CommandFailed
 
 T = TypeVar("T")
@@ -21,7 +21,7 @@ MAX_REPLY_BYTES = 64 << 20  # a list of many thousand adapters
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class ServerReply:
     status: int
     body: dict[str, Any]
 
@@ -73,14 +73,14 @@ class AdaptersClient:
         *,
         validate_only: bool = False,
         progress: Callable[[int, int], None] = lambda sent, total: None,
-    ) -> Reply:
+    ) -> ServerReply:
         """Uploads a PEFT directory: status 201 is a new adapter, 200 a new version of it or one that was there already.
 
         Args:
             validate_only: check it against the server's base and store nothing.
             progress: called with the bytes sent so far and in all.
         """
-        upload = Upload.of(directory)
+        upload = UploadBody.of(directory)
         query = "?" + urlencode({"validate_only": "true"}) if validate_only else ""
         return self._call("PUT", _path(name) + query, upload=upload, progress=progress)
 
@@ -96,16 +96,16 @@ class AdaptersClient:
         method: str,
         path: str,
         *,
-        upload: Upload | None = None,
+        upload: UploadBody | None = None,
         progress: Callable[[int, int], None] = lambda sent, total: None,
-    ) -> Reply:
+    ) -> ServerReply:
         with _Exchange(self) as exchange:
             response = exchange.send(method, path, upload, progress)
             text = exchange.guard(lambda: response.read(MAX_REPLY_BYTES))
         body = _parse(text)
         if text and body is None:
             raise CommandFailed(f"{self.url} did not answer in JSON; is it a loramux server?")
-        return Reply(response.status, body or {})
+        return ServerReply(response.status, body or {})
 
 
 class _Exchange:
@@ -134,7 +134,7 @@ class _Exchange:
         self,
         method: str,
         path: str,
-        upload: Upload | None = None,
+        upload: UploadBody | None = None,
         progress: Callable[[int, int], None] = lambda sent, total: None,
     ) -> http.client.HTTPResponse:
         """Sends the request and returns a good reply's head; any other raises with the reasons the server gives."""
@@ -153,7 +153,7 @@ class _Exchange:
         method: str,
         path: str,
         headers: Mapping[str, str],
-        upload: Upload | None,
+        upload: UploadBody | None,
         progress: Callable[[int, int], None],
     ) -> http.client.HTTPResponse:
         self._connection.putrequest(method, path)
@@ -167,7 +167,7 @@ class _Exchange:
                 pass  # the server has read enough: its reply, read next, says why, or fails in its turn
         return self._connection.getresponse()
 
-    def _send_body(self, upload: Upload, progress: Callable[[int, int], None]) -> None:
+    def _send_body(self, upload: UploadBody, progress: Callable[[int, int], None]) -> None:
         sent = 0
         for chunk in upload:
             if self._has_answered():

@@ -29,7 +29,7 @@ MAX_EXTRACTED_BYTES = 16 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class Upload:
+class UploadBody:
     """A multipart/form-data body made of an adapter directory's files; its length is known before it is read.
 
     Attributes:
@@ -40,7 +40,7 @@ class Upload:
     parts: list[tuple[bytes, Path, int]]
 
     @classmethod
-    def of(cls, directory: Path) -> Upload:
+    def of(cls, directory: Path) -> UploadBody:
         """Raises CommandFailed if the directory is not a PEFT adapter with safetensors weights."""
         if not directory.is_dir():
             raise CommandFailed(f"{directory} is not a directory")

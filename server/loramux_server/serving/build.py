@@ -22,7 +22,7 @@ from loramux_adapters.memory import resident_bytes as process_bytes
 from loramux_adapters.memory import returning_memory
 from loramux_adapters.store.store import AdapterStore
 from loramux_server.api.app import create_app
-from loramux_server.api.http.deps import Base, Deps, Keys, Limits
+from loramux_server.api.http.dependencies import Dependencies, Keys, Limits, ServedBase
 from loramux_server.base.device import device_of
 from loramux_server.base.loader import BaseModel, load_base_model, resident_bytes
 from loramux_server.base.tokenizer import BaseTokenizer
@@ -42,18 +42,19 @@ from loramux_server.kernels.attention import probe_kv_shape
 from loramux_server.kernels.attention_paths import select_attend
 from loramux_server.kernels.kv_cache import BLOCK_SIZE, KVCache, KVShape
 from loramux_server.kernels.lora_paths import select_add_lora
-from loramux_server.metrics.metrics import Levels, Metrics
+from loramux_server.metrics.gauges import GaugeReadings
+from loramux_server.metrics.metrics import Metrics
 from loramux_server.publishing.preload import preload
 from loramux_server.publishing.proof import Prover
-from loramux_server.serving.lifecycle import CountedCheck, Lifecycle, pin_bytes
+from loramux_server.serving.adapter_lifecycle import AdapterLifecycle, CountedCheck, pin_bytes
 from loramux_server.serving.sizes import arena_rows, kept_blocks, num_blocks, vocabulary_of
 from loramux_server.serving.startup import Stages
 from loramux_server.serving.summary import MIB, summary
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
-    """A built server, as `cli_serve` runs it. Its methods are called on the event loop."""
+class BuiltServer:
+    """A built server, as `loramux serve` runs it. Its methods are called on the event loop."""
 
     app: FastAPI
     name: str
@@ -63,7 +64,7 @@ class Server:
     client: EngineClient
     store: AdapterStore
     host_cache: HostCache
-    lifecycle: Lifecycle
+    lifecycle: AdapterLifecycle
 
     @property
     def models(self) -> Sequence[str]:
@@ -89,7 +90,7 @@ class Server:
         self.store.close()
 
 
-def build(config: ServeConfig, stages: Stages) -> Server:
+def build(config: ServeConfig, stages: Stages) -> BuiltServer:
     """Loads the base and puts everything around it. Slow; run it beside the event loop.
 
     Raises:
@@ -136,7 +137,7 @@ def build(config: ServeConfig, stages: Stages) -> Server:
                 timeout=config.proof_timeout,
             )
 
-        lifecycle = Lifecycle.build(
+        lifecycle = AdapterLifecycle.build(
             config, store, parts.host_cache, parts.inbox, check, metrics, build_prover, rows=parts.slots.rows
         )
     except BaseException:
@@ -144,7 +145,7 @@ def build(config: ServeConfig, stages: Stages) -> Server:
         raise
     tokenizer = BaseTokenizer(base.tokenizer, getattr(base.model, "generation_config", None), vocabulary_of(base))
     app = create_app(
-        Deps(
+        Dependencies(
             engine=parts.client,
             store=store,
             tokenizer=tokenizer,
@@ -152,15 +153,15 @@ def build(config: ServeConfig, stages: Stages) -> Server:
             check=check,
             prove=lifecycle.prover.prove,
             metrics=metrics,
-            base=Base(name=name, base_id=base.base_id, context=context, created=int(time.time())),
+            base=ServedBase(name=name, base_id=base.base_id, context=context, created=int(time.time())),
             keys=Keys(config.api_key, config.admin_key, check_host=is_loopback(config.host)),
             limits=Limits(upload_bytes=config.max_upload_mib * MIB, request_seconds=config.request_timeout),
             local=lifecycle.local,
         )
     )
     overhead = _overhead(parts, base)
-    metrics.read_levels_from(_levels(parts, resident_bytes(base.model), overhead))
-    return Server(
+    metrics.read_gauges_from(_gauge_readings(parts, resident_bytes(base.model), overhead))
+    return BuiltServer(
         app=app,
         name=name,
         summary=summary(config, base, parts, context, overhead),
@@ -263,12 +264,12 @@ def _overhead(device: Device, base: BaseModel) -> int:
     return max(0, process_bytes() - ours)
 
 
-def _levels(device: Device, base_bytes: int, overhead: int) -> Callable[[], Levels]:
+def _gauge_readings(device: Device, base_bytes: int, overhead: int) -> Callable[[], GaugeReadings]:
     """What the gauges show, read at each scrape."""
 
-    def read() -> Levels:
+    def read() -> GaugeReadings:
         stats, host = device.client.stats(), device.host_cache.stats()
-        return Levels(
+        return GaugeReadings(
             running=stats.running,
             waiting=stats.waiting,
             kv_blocks_used=stats.kv_blocks_used,

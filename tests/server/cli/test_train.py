@@ -23,7 +23,7 @@ from loramux_adapters.training.run.trainer import Plan
 from loramux_server.cli import train as cli_train
 from loramux_server.cli.progress import Progress, duration
 from loramux_server.cli.train_data import read_material
-from loramux_server.client.adapters import AdaptersClient, Reply
+from loramux_server.client.adapters import AdaptersClient, ServerReply
 from loramux_server.config.train import TrainConfig, load_train_config
 from loramux_server.errors import CommandFailed, ConfigError
 from support.tiny_models import save_tiny_model
@@ -373,11 +373,11 @@ class Server:
     def __init__(self, *, full: bool = False) -> None:
         self._full = full
 
-    def push(self, client: AdaptersClient, name: str, directory: Path, **options: Any) -> Reply:
+    def push(self, client: AdaptersClient, name: str, directory: Path, **options: Any) -> ServerReply:
         if self._full:
             raise CommandFailed("the server refused (507): the disk is full")
         self.pushed = [(client.url, client.key, name, sorted(path.name for path in directory.iterdir()))]
-        return Reply(201, {"outcome": "created"})
+        return ServerReply(201, {"outcome": "created"})
 
 
 def test_a_done_adapter_is_uploaded_with_the_admins_key(

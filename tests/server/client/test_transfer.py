@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from loramux_server.client.transfer import Upload, extract
+from loramux_server.client.transfer import UploadBody, extract
 from loramux_server.errors import CommandFailed
 
 CONFIG = b'{"r": 8}'
@@ -43,7 +43,7 @@ GOOD = (("adapter_config.json", CONFIG), ("adapter_model.safetensors", WEIGHTS))
 
 
 def test_a_body_is_as_long_as_it_says_and_a_multipart_parser_reads_it_back(tmp_path: Path) -> None:
-    upload = Upload.of(adapter(tmp_path / "a", card=b"{}", fingerprint=b"[]"))
+    upload = UploadBody.of(adapter(tmp_path / "a", card=b"{}", fingerprint=b"[]"))
     body = b"".join(upload)
 
     assert len(body) == upload.length
@@ -67,7 +67,7 @@ def test_other_files_of_the_directory_stay_where_they_are(tmp_path: Path) -> Non
     directory = adapter(tmp_path / "a", tokenizer=b"{}")
     (directory / "README.md").write_text("hello")
 
-    assert [path.name for _, path, _ in Upload.of(directory).parts] == [
+    assert [path.name for _, path, _ in UploadBody.of(directory).parts] == [
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
@@ -75,19 +75,19 @@ def test_other_files_of_the_directory_stay_where_they_are(tmp_path: Path) -> Non
 
 def test_a_directory_that_is_no_adapter_is_refused_with_what_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(CommandFailed, match="is not a directory"):
-        Upload.of(tmp_path / "missing")
+        UploadBody.of(tmp_path / "missing")
     with pytest.raises(CommandFailed, match="holds no adapter_config.json"):
-        Upload.of(tmp_path)
+        UploadBody.of(tmp_path)
     (tmp_path / "adapter_config.json").write_bytes(CONFIG)
     with pytest.raises(CommandFailed, match="holds no adapter_model.safetensors$"):
-        Upload.of(tmp_path)
+        UploadBody.of(tmp_path)
     (tmp_path / "adapter_model.bin").write_bytes(b"")
     with pytest.raises(CommandFailed, match="is a pickle"):
-        Upload.of(tmp_path)
+        UploadBody.of(tmp_path)
 
 
 def test_a_file_that_shrinks_while_it_is_sent_is_told(tmp_path: Path) -> None:
-    upload = Upload.of(adapter(tmp_path / "a"))
+    upload = UploadBody.of(adapter(tmp_path / "a"))
     (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"short")
 
     with pytest.raises(CommandFailed, match="became shorter"):

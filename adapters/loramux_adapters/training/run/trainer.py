@@ -70,7 +70,7 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class TrainingOutcome:
     """How a run ended.
 
     Attributes:
@@ -157,7 +157,7 @@ class Trainer:
         """Makes `run` return after the step or the part of an evaluation that it is in, with a checkpoint."""
         self._stopping = True
 
-    def run(self) -> Outcome:
+    def run(self) -> TrainingOutcome:
         """Trains from the newest checkpoint, or from the start, to the end or to `stop`.
 
         Raises:
@@ -178,7 +178,7 @@ class Trainer:
                 self._train()
             else:  # stopped within an evaluation, which the next run makes anew
                 self._save()
-        return Outcome(
+        return TrainingOutcome(
             finished=self._step == self._steps and not self._evaluation_is_due(),
             step=self._step,
             plan=plan,

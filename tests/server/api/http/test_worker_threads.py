@@ -7,16 +7,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from starlette.requests import ClientDisconnect
 
-from loramux_server.api.http.offload import entered, offload, offload_or_undo, until_gone
+from loramux_server.api.http.worker_threads import enter_in_thread, run_in_thread, run_in_thread_or_undo
 
 
 @pytest.mark.anyio
 async def test_work_runs_in_another_thread_and_its_error_comes_back() -> None:
-    assert await offload(threading.get_ident) != threading.get_ident()
+    assert await run_in_thread(threading.get_ident) != threading.get_ident()
     with pytest.raises(ZeroDivisionError):
-        await offload(divmod, 1, 0)
+        await run_in_thread(divmod, 1, 0)
 
 
 class Work:
@@ -37,7 +36,7 @@ class Work:
 @pytest.mark.anyio
 async def test_work_ends_before_its_cancelled_caller_does_and_is_undone() -> None:
     work = Work()
-    task = asyncio.create_task(offload_or_undo(work.undone.append, work))
+    task = asyncio.create_task(run_in_thread_or_undo(work.undone.append, work))
     await asyncio.to_thread(work.begun.wait, 5)
     task.cancel()
     await asyncio.sleep(0.01)
@@ -62,40 +61,7 @@ async def test_a_context_manager_is_entered_and_left_in_threads_with_its_error()
             raise RuntimeError("translated") from error
 
     with pytest.raises(RuntimeError, match="translated"):
-        async with entered(manager()) as value:
+        async with enter_in_thread(manager()) as value:
             assert value == "value"
             raise KeyError
     assert threading.get_ident() not in seen and len(seen) == 2
-
-
-@pytest.mark.anyio
-async def test_work_that_is_done_first_gives_its_result() -> None:
-    async def receive() -> dict[str, Any]:
-        await asyncio.Event().wait()
-        return {}
-
-    async def work() -> int:
-        return 5
-
-    assert await until_gone(receive, work()) == 5
-
-
-@pytest.mark.anyio
-async def test_work_is_cancelled_when_the_client_leaves() -> None:
-    messages = [{"type": "http.request"}, {"type": "http.disconnect"}]
-    cancelled = False
-
-    async def receive() -> dict[str, Any]:
-        return messages.pop(0)
-
-    async def work() -> None:
-        nonlocal cancelled
-        try:
-            await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            cancelled = True
-            raise
-
-    with pytest.raises(ClientDisconnect):
-        await until_gone(receive, work())
-    assert cancelled

@@ -1,4 +1,4 @@
-"""Gauges and counts that are read when somebody scrapes, not kept: how full everything is at one moment."""
+"""Gauges, and the counts beside them, that are read at each scrape and kept nowhere: how full everything is now."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOOKUPS = tuple((tier, result) for tier in ("device", "host") for result in ("hi
 
 
 @dataclass(frozen=True, slots=True)
-class Levels:
+class GaugeReadings:
     """How full everything is at one moment; asked for once per scrape.
 
     Attributes:
@@ -44,46 +44,48 @@ class Levels:
     lookups: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
 
-class LevelsCollector(Collector):
-    """Gauges that are read, not kept: one consistent snapshot per scrape."""
+class GaugeCollector(Collector):
+    """Asks `source` for one consistent snapshot at each scrape."""
 
     def __init__(self) -> None:
-        self.source: Callable[[], Levels] = Levels
+        self.source: Callable[[], GaugeReadings] = GaugeReadings
 
     def describe(self) -> Iterable[Metric]:
-        return self._families(Levels())
+        return self._families(GaugeReadings())
 
     def collect(self) -> Iterator[Metric]:
         yield from self._families(self.source())
 
-    def _families(self, levels: Levels) -> list[Metric]:
-        usage = levels.kv_blocks_used / levels.kv_blocks if levels.kv_blocks else 0.0
+    def _families(self, readings: GaugeReadings) -> list[Metric]:
+        usage = readings.kv_blocks_used / readings.kv_blocks if readings.kv_blocks else 0.0
         pools = GaugeMetricFamily("loramux_pool_bytes", "Memory held, by pool", labels=["pool"])
         for pool in POOLS:
-            pools.add_metric([pool], levels.pool_bytes.get(pool, 0))
+            pools.add_metric([pool], readings.pool_bytes.get(pool, 0))
         lookups = CounterMetricFamily(
             "loramux_adapter_lookups",
             "Adapters needed in a tier (device: by a sequence that starts; host: by one that waits), by what was found",
             labels=["tier", "result"],
         )
         for tier, result in LOOKUPS:
-            lookups.add_metric([tier, result], levels.lookups.get((tier, result), 0))
+            lookups.add_metric([tier, result], readings.lookups.get((tier, result), 0))
         return [
             lookups,
-            GaugeMetricFamily("loramux_requests_running", "Sequences in the batch", value=levels.running),
-            GaugeMetricFamily("loramux_requests_waiting", "Sequences in the queue", value=levels.waiting),
-            GaugeMetricFamily("loramux_kv_blocks_used", "KV cache blocks in use", value=levels.kv_blocks_used),
+            GaugeMetricFamily("loramux_requests_running", "Sequences in the batch", value=readings.running),
+            GaugeMetricFamily("loramux_requests_waiting", "Sequences in the queue", value=readings.waiting),
+            GaugeMetricFamily("loramux_kv_blocks_used", "KV cache blocks in use", value=readings.kv_blocks_used),
             GaugeMetricFamily(
                 "loramux_kv_blocks_kept",
                 "KV cache blocks that no sequence uses, kept for prompts that begin alike",
-                value=levels.kv_blocks_kept,
+                value=readings.kv_blocks_kept,
             ),
-            GaugeMetricFamily("loramux_kv_blocks", "KV cache blocks in all", value=levels.kv_blocks),
+            GaugeMetricFamily("loramux_kv_blocks", "KV cache blocks in all", value=readings.kv_blocks),
             GaugeMetricFamily("loramux_kv_usage_ratio", "Share of the KV cache in use, 0 to 1", value=usage),
             GaugeMetricFamily(
-                "loramux_adapters_device", "Adapter versions on the device", value=levels.adapters_device
+                "loramux_adapters_device", "Adapter versions on the device", value=readings.adapters_device
             ),
-            GaugeMetricFamily("loramux_adapters_host", "Adapter versions in host memory", value=levels.adapters_host),
-            GaugeMetricFamily("loramux_base_memory_bytes", "Size of the resident base model", value=levels.base_bytes),
+            GaugeMetricFamily("loramux_adapters_host", "Adapter versions in host memory", value=readings.adapters_host),
+            GaugeMetricFamily(
+                "loramux_base_memory_bytes", "Size of the resident base model", value=readings.base_bytes
+            ),
             pools,
         ]

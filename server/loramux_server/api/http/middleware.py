@@ -1,4 +1,4 @@
-"""The outermost layer: bounds the header, and gives every request an id that its response carries."""
+"""What every request passes first: the bound on its header, and an id that its response carries."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def request_id_of(scope: Scope) -> str:
     return request_id
 
 
-class Edge:
-    """ASGI middleware."""
+class RequestMiddleware:
+    """The outermost ASGI application; it hands the request on to the one inside."""
 
     def __init__(self, app: ASGIApp, header_bytes: int) -> None:
         self._app = app

@@ -1,4 +1,7 @@
-"""One generation request from admission to its end: its sequences, their text, and what must be given back."""
+"""One generation request while it runs: the adapters it leases, its sequences in the engine, and their text.
+
+`Generation.pieces` brings the reply bit by bit; `Generation.aclose` gives everything back, however it ended.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,82 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
-from loramux_server.api.completions.leases import Leases
+from loramux_server.api.http.dependencies import EngineLike, StoreLike
 from loramux_server.api.http.errors import RequestTimedOut
-from loramux_server.api.http.offload import stop
-from loramux_server.api.http.ports import EnginePort
+from loramux_server.api.http.model_names import RequestedAdapter
+from loramux_server.api.http.streaming import cancel
+from loramux_server.api.http.worker_threads import run_in_thread, run_in_thread_or_undo
 from loramux_server.base.detokenizer import Detokenizer
-from loramux_server.engine.sequence import FinishReason, TokenLogprob, TokenOutput
+from loramux_server.engine.sequence import AdapterUse, FinishReason, TokenLogprob, TokenOutput, composed
 from loramux_server.engine.sequence import Sequence as EngineSequence
 from loramux_server.errors import LoramuxError, RequestError, SequenceFailed, ServerBusy
 from loramux_server.metrics.metrics import Metrics
+
+if TYPE_CHECKING:
+    from loramux_adapters.store.store import Lease
+
+BASE_VERSION = "base"  # what a reply without an adapter says of its version
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLeases:
+    """References on adapter versions, in the request's order, each with the factor of its delta. Empty: the bare base.
+
+    While they are held the versions stay usable, whatever is published or deleted meanwhile.
+
+    Attributes:
+        listed: the request named them one by one, in `adapters`; otherwise `model` named the only one.
+    """
+
+    leases: tuple[tuple[Lease, float], ...] = ()
+    listed: bool = False
+
+    @classmethod
+    async def acquire(cls, store: StoreLike, targets: tuple[RequestedAdapter, ...], *, listed: bool) -> AdapterLeases:
+        """A reference on every target, or on none of them.
+
+        Raises AdapterNotFound, BaseMismatch, StoreUnavailable.
+        """
+
+        def acquire_all() -> AdapterLeases:
+            leases: list[tuple[Lease, float]] = []
+            try:
+                for target in targets:
+                    leases.append((store.acquire(target.adapter, target.version_prefix), target.scale))
+            except BaseException:
+                for lease, _ in leases:
+                    lease.release()
+                raise
+            return cls(tuple(leases), listed)
+
+        return await run_in_thread_or_undo(cls._release, acquire_all) if targets else cls()
+
+    async def release(self) -> None:
+        """Gives all of them back, once."""
+        if self.leases:
+            await run_in_thread(self._release)
+
+    @property
+    def adapter(self) -> str | None:
+        """For logs and metrics: the name, several joined by "+" (which no name holds); None for the base."""
+        return "+".join(lease.name for lease, _ in self.leases) or None
+
+    @property
+    def version(self) -> str:
+        """For the client: the version that answers, or `name@version` of each that was listed."""
+        if self.listed:
+            return ",".join(f"{lease.name}@{lease.version}" for lease, _ in self.leases)
+        return self.leases[0][0].version if self.leases else BASE_VERSION
+
+    def uses(self) -> tuple[AdapterUse, ...]:
+        """What the engine computes with."""
+        return composed(AdapterUse(lease.version, lease.rank, lease.nbytes, scale) for lease, scale in self.leases)
+
+    def _release(self) -> None:
+        for lease, _ in self.leases:
+            lease.release()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +108,10 @@ class Piece:
 
 
 class Choice:
-    """One sequence's reply, token by token. A piece's entries are those of the tokens whose text it carries."""
+    """One sequence's reply, token by token, turned into pieces of text.
+
+    A piece has the log probabilities (`entries`) of the tokens whose text it carries.
+    """
 
     def __init__(self, index: int, sequence: EngineSequence, detokenizer: Detokenizer) -> None:
         self.index = index
@@ -84,14 +156,14 @@ class Choice:
         return ready
 
 
-class Run:
-    """Owns the adapters' leases and the sequences of a request. `aclose` gives everything back, however it ended."""
+class Generation:
+    """Owns the leases and the sequences of one request. `aclose` gives everything back, however it ended."""
 
     def __init__(
         self,
-        engine: EnginePort,
+        engine: EngineLike,
         metrics: Metrics,
-        leases: Leases,
+        leases: AdapterLeases,
         choices: list[Choice],
         *,
         started: float,
@@ -104,7 +176,7 @@ class Run:
         self._metrics = metrics
         self._started = started
         self._timeout = timeout
-        self._outcome = "abort"  # what stays true if nobody asks for the rest
+        self._outcome = "abort"  # stays so if the client leaves and nobody asks for the rest
         self._closed = False
         self.pieces = self._generate()
 
@@ -123,7 +195,7 @@ class Run:
 
     @property
     def queue_seconds(self) -> float | None:
-        """Of the choice that started first."""
+        """How long the choice that started first had waited; None before any has."""
         return min((c.queue_seconds for c in self.choices if c.queue_seconds is not None), default=None)
 
     @property
@@ -157,7 +229,7 @@ class Run:
         self._outcome = "length" if FinishReason.LENGTH in finished else "stop"
 
     async def _follow(self, choice: Choice) -> AsyncGenerator[Piece, None]:
-        """The pieces of one choice. Its sequence has left the engine, or is told to, when this ends."""
+        """The pieces of one choice. When this ends, its sequence has left the engine or is told to leave."""
         outputs = self._engine.generate(choice.sequence)
         try:
             while choice.finish is None:
@@ -176,12 +248,11 @@ class Run:
         finally:
             if not choice.over:
                 self._engine.abort(choice.sequence.id)
-            if isinstance(outputs, AsyncGenerator):
-                await outputs.aclose()
+            await outputs.aclose()
 
 
-async def give_back(metrics: Metrics, leases: Leases, outcome: str, started: float) -> None:
-    """The end of an admitted request."""
+async def give_back(metrics: Metrics, leases: AdapterLeases, outcome: str, started: float) -> None:
+    """Ends a request that holds leases: counts its outcome and releases them."""
     metrics.request_finished(leases.adapter, outcome, time.monotonic() - started)
     await leases.release()
 
@@ -219,4 +290,4 @@ async def _merged(sources: Sequence[Follow]) -> AsyncGenerator[Piece, None]:
             else:
                 yield item
     finally:
-        await stop(*tasks)
+        await cancel(*tasks)

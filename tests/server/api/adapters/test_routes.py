@@ -12,10 +12,11 @@ import httpx
 import pytest
 
 from loramux_adapters.errors import AdapterRejected, BaseMismatch, StoreUnavailable
+from loramux_adapters.lora.verify import Checked
 from loramux_server.api.app import create_app
-from loramux_server.api.http.deps import Deps
+from loramux_server.api.http.dependencies import Dependencies
 from loramux_server.errors import ServerBusy
-from support.fakes_api import BASE_NAME, VERSION, FakeCheck, FakeChecked, FakeProve, Server, make_server
+from support.fakes_api import BASE_NAME, VERSION, FakeCheck, FakeProve, Server, make_server
 from support.raw_call import RawCall
 
 FILES = {"config": b"{}", "weights": b"w" * 1000}
@@ -205,14 +206,14 @@ class SlowCheck(FakeCheck):
         self.entered = threading.Event()
         self.proceed = threading.Event()
 
-    def __call__(self, directory: Path, *, force: bool) -> FakeChecked:
+    def __call__(self, directory: Path, *, force: bool) -> Checked:
         self.entered.set()
         assert self.proceed.wait(5)
         return super().__call__(directory, force=force)
 
 
 def with_check(server: Server, check: FakeCheck, **limits: Any) -> Server:
-    deps: Deps = replace(server.deps, check=check, limits=replace(server.deps.limits, **limits))
+    deps: Dependencies = replace(server.deps, check=check, limits=replace(server.deps.limits, **limits))
     server.deps, server.check, server.app = deps, check, create_app(deps)
     return server
 

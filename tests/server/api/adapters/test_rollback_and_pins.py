@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from loramux_server.api.http.deps import Keys
-from support.fakes_api import VERSION, FakeRecord, Server, make_server
+from loramux_server.api.http.dependencies import Keys
+from support.fakes_api import VERSION, Server, make_server, record_of
 
 OLD = hashlib.sha256(b"old").hexdigest()
 
@@ -16,7 +16,7 @@ OLD = hashlib.sha256(b"old").hexdigest()
 @pytest.fixture
 def server(tmp_path: Path) -> Server:
     server = make_server(tmp_path)
-    server.store.known["pirate"] = FakeRecord("pirate", VERSION, older=[FakeRecord("pirate", OLD)])
+    server.store.known["pirate"] = record_of("pirate", VERSION, older=record_of("pirate", OLD).versions)
     return server
 
 

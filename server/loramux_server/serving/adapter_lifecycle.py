@@ -1,4 +1,8 @@
-"""Builds what an adapter's life needs beside the engine: the check, pins, the look at the store, the ways in."""
+"""What adapters need beside the engine from upload to removal, built for one server.
+
+The check and the proof of what comes in, pins, the watched directory, loading from this machine's disk, and the regular
+look at what other processes changed in the store.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +55,8 @@ class CountedCheck:
 
 
 @dataclass(frozen=True, slots=True)
-class Lifecycle:
-    """`work` runs from `start` to `stop`.
+class AdapterLifecycle:
+    """`work` is repeated from `start` to `stop`.
 
     Attributes:
         check: checks and proves an adapter's files, for the ways in that are not the event loop's.
@@ -76,7 +80,7 @@ class Lifecycle:
         build_prover: Callable[[Callable[[str], None]], Prover],
         *,
         rows: int,
-    ) -> Lifecycle:
+    ) -> AdapterLifecycle:
         """Raises ConfigError.
 
         Args:
@@ -119,6 +123,6 @@ class Lifecycle:
             work.start()
 
     def stop(self) -> None:
-        """Blocks until a turn that is under way has ended."""
+        """Blocks until the work that is under way has ended."""
         for work in self.work:
             work.stop()

@@ -1,19 +1,22 @@
-"""A checked request body -> a run: adapters leased, prompt encoded and measured, sequences built."""
+"""A checked request body -> a generation that can start.
+
+In this order: which adapters the request names, leases on their versions, the prompt as tokens, and a sequence for each
+choice of the reply.
+"""
 
 from __future__ import annotations
 
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from loramux_adapters.errors import AdapterError
-from loramux_server.api.completions.leases import Leases
-from loramux_server.api.completions.runs import Choice, Run, give_back
-from loramux_server.api.completions.schemas import ChatRequest, CompletionRequest, GenerationRequest
-from loramux_server.api.http.deps import Deps
-from loramux_server.api.http.model_names import resolve_all
-from loramux_server.api.http.offload import offload
-from loramux_server.api.http.ports import Message
+from loramux_server.api.completions.generation import AdapterLeases, Choice, Generation, give_back
+from loramux_server.api.completions.schemas import AdapterPart, ChatRequest, CompletionRequest, GenerationRequest
+from loramux_server.api.http.dependencies import Dependencies, Message
+from loramux_server.api.http.model_names import RequestedAdapter, resolve_model
+from loramux_server.api.http.worker_threads import run_in_thread
 from loramux_server.base.detokenizer import Detokenizer
 from loramux_server.engine.sequence import SamplingParams
 from loramux_server.engine.sequence import Sequence as EngineSequence
@@ -22,24 +25,55 @@ from loramux_server.errors import LoramuxError, RequestError
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default
 LEAST_TEMPERATURE = 1e-4  # below it the choice is greedy anyway, and logits divided by it would overflow
 CONTEXT_EXCEEDED = "context_length_exceeded"
-_CONTEXT_TOKENS = 8  # of a prompt, that decide how the reply's first characters read
+_CONTEXT_TOKENS = 8  # so many last tokens of a prompt decide how the reply's first characters read
 
 
-class Admission:
-    def __init__(self, deps: Deps) -> None:
+def requested_adapters(model: str, parts: Sequence[AdapterPart] | None, base_name: str) -> tuple[RequestedAdapter, ...]:
+    """The adapters that `model` and `adapters` of a request name together; none: the bare base. Raises RequestError."""
+    target = resolve_model(model, base_name)
+    if parts is None:
+        return () if target is None else (target,)
+    if target is not None:
+        raise RequestError(
+            "with 'adapters', 'model' names the base; list the adapter in 'adapters' instead",
+            param="model",
+            code="invalid_value",
+        )
+    targets: dict[str, RequestedAdapter] = {}
+    for index, part in enumerate(parts):
+        param = f"adapters.{index}.name"
+        target = resolve_model(part.name, base_name, param=param)
+        if target is None:
+            raise RequestError(
+                "this is the base itself; 'adapters' lists what is added to it", param=param, code="invalid_value"
+            )
+        if target.adapter in targets:
+            raise RequestError(
+                f"the adapter {target.adapter} is listed twice; list it once, with the sum of the scales",
+                param=param,
+                code="invalid_value",
+            )
+        targets[target.adapter] = replace(target, scale=part.scale)
+    return tuple(targets.values())
+
+
+class Preparation:
+    """`leases` first, then `chat` or `completion` with them."""
+
+    def __init__(self, deps: Dependencies) -> None:
         self._deps = deps
 
-    async def leases(self, body: GenerationRequest) -> Leases:
-        """References on the versions that the request means. Raises RequestError or AdapterError."""
-        targets = resolve_all(body.model, body.adapters, self._deps.base.name)
-        leases = await Leases.acquire(self._deps.store, targets, listed=body.adapters is not None)
+    async def leases(self, body: GenerationRequest) -> AdapterLeases:
+        """Leases on the versions that the request names. Raises RequestError or AdapterError."""
+        targets = requested_adapters(body.model, body.adapters, self._deps.base.name)
+        leases = await AdapterLeases.acquire(self._deps.store, targets, listed=body.adapters is not None)
         self._deps.metrics.request_started(leases.adapter)
         return leases
 
-    async def chat(self, body: ChatRequest, leases: Leases) -> Run:
-        """Takes the leases over, also when it raises RequestError."""
+    async def chat(self, body: ChatRequest, leases: AdapterLeases) -> Generation:
+        """Owns the leases from now on: if it raises (RequestError), they are released."""
         messages = [{"role": message.role, "content": message.content} for message in body.messages]
-        return await self._admit(
+        return await self._prepare(
             body,
             leases,
             prompts=lambda: [self._encoded_chat(messages)],
@@ -48,32 +82,32 @@ class Admission:
             continues=False,
         )
 
-    async def completion(self, body: CompletionRequest, leases: Leases) -> Run:
-        """Takes the leases over, also when it raises RequestError."""
-        return await self._admit(
+    async def completion(self, body: CompletionRequest, leases: AdapterLeases) -> Generation:
+        """Owns the leases from now on: if it raises (RequestError), they are released."""
+        return await self._prepare(
             body,
             leases,
-            prompts=lambda: [self._encoded(prompt) for prompt in body.prompts],
+            prompts=lambda: [self._encoded(prompt) for prompt in body.prompt],
             param="prompt",
             max_tokens=lambda prompt: body.max_tokens or COMPLETION_MAX_TOKENS,
             continues=True,
         )
 
-    async def _admit(
+    async def _prepare(
         self,
         body: GenerationRequest,
-        leases: Leases,
+        leases: AdapterLeases,
         *,
         prompts: Callable[[], list[list[int]]],
         param: str,
         max_tokens: Callable[[list[int]], int],
         continues: bool,
-    ) -> Run:
-        """`prompts` may take long and runs in a worker thread; `continues`: the reply goes on in the prompt's text."""
+    ) -> Generation:
+        """`prompts` may take long and runs in a worker thread; `continues`: the reply continues the prompt's text."""
         started = time.monotonic()
         outcome = "abort"
         try:
-            encoded = await offload(prompts)
+            encoded = await run_in_thread(prompts)
             identity = uuid.uuid4().hex
             choices = []
             for index, prompt in enumerate(encoded):
@@ -86,7 +120,7 @@ class Admission:
                 outcome = "rejected" if isinstance(error, LoramuxError | AdapterError) else "error"
             await give_back(self._deps.metrics, leases, outcome, started)
             raise
-        return Run(
+        return Generation(
             self._deps.engine,
             self._deps.metrics,
             leases,
@@ -96,7 +130,7 @@ class Admission:
         )
 
     def _sequence(
-        self, identity: str, prompt: list[int], max_tokens: int, body: GenerationRequest, leases: Leases
+        self, identity: str, prompt: list[int], max_tokens: int, body: GenerationRequest, leases: AdapterLeases
     ) -> EngineSequence:
         temperature = 1.0 if body.temperature is None else body.temperature
         params = SamplingParams(
@@ -133,7 +167,7 @@ class Admission:
         return prompt
 
     def _check_characters(self, count: int, param: str) -> None:
-        """Turns a text away that cannot fit, before the tokenizer spends seconds on it."""
+        """Refuses a text that cannot fit, before the tokenizer spends seconds on it."""
         context, longest = self._deps.base.context, self._deps.tokenizer.longest_token
         if count > context * longest:
             raise RequestError(

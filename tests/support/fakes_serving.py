@@ -1,4 +1,4 @@
-"""`loramux serve` with a server that has no model: `python fakes_wiring.py BUILD_SECONDS FAILURE [FLAG ...]`.
+"""`loramux serve` with a server that has no model: `python fakes_serving.py BUILD_SECONDS FAILURE [FLAG ...]`.
 
 Its application answers /stream with a line each 50 ms, twenty times, and refuses new streams while it drains.
 """
@@ -64,9 +64,9 @@ def install(build_seconds: float, failure: str) -> None:
                 raise BaseModelError(failure)
         return FakeBuilt()
 
-    wiring = ModuleType("loramux_server.serving.build")
-    wiring.build = build  # type: ignore[attr-defined]
-    sys.modules["loramux_server.serving.build"] = wiring
+    module = ModuleType("loramux_server.serving.build")
+    module.build = build  # type: ignore[attr-defined]
+    sys.modules["loramux_server.serving.build"] = module
 
 
 if __name__ == "__main__":
