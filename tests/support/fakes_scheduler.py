@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from loramux_adapters.lora.slots import SlotTable
+from loramux_server.engine.admission import SchedulerConfig
 from loramux_server.engine.kv_blocks import KVBlocks
 from loramux_server.engine.scheduler import Scheduler
-from loramux_server.engine.scheduler_config import SchedulerConfig
 from loramux_server.engine.sequence import Batch, Sequence
 from support.fakes_engine import FakeClock, FakeHost, FakeRunner, Kind, kind_of
 

@@ -133,8 +133,7 @@ class Offline:
         runner = ModelRunner(
             base.model, slots=slots, cache=cache, attend=attend, host_adapter=lambda version: None, device=base.device
         )
-        vocabulary = int(base.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-        checker = Checker(runner, slots, base.model, vocabulary=vocabulary, num_blocks=num_blocks, rows=rows)
+        checker = Checker(runner, slots, base.model, vocabulary=base.vocabulary, num_blocks=num_blocks, rows=rows)
         return cls(
             base,
             runner,

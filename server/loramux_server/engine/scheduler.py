@@ -19,10 +19,8 @@ from collections.abc import Callable, Collection
 from collections.abc import Sequence as ReadOnlyList
 
 from loramux_adapters.lora.slots import SlotTable, bucket_of
-from loramux_server.engine.admission import Admission, Admitted, HostView
-from loramux_server.engine.kv_blocks import KVBlocks
-from loramux_server.engine.prefix_keys import extend_keys
-from loramux_server.engine.scheduler_config import SchedulerConfig
+from loramux_server.engine.admission import Admission, Admitted, HostView, SchedulerConfig
+from loramux_server.engine.kv_blocks import KVBlocks, extend_keys
 from loramux_server.engine.sequence import Batch, ScheduledSequence, Sequence, SequenceStatus
 from loramux_server.errors import RequestError
 

@@ -9,9 +9,9 @@ import pytest
 
 from loramux_adapters.errors import AdapterCorrupt
 from loramux_adapters.lora.host_cache import HostAdapter, HostCache
+from loramux_server.engine.admission import SchedulerConfig
 from loramux_server.engine.engine import Engine
 from loramux_server.engine.scheduler import Scheduler
-from loramux_server.engine.scheduler_config import SchedulerConfig
 from loramux_server.engine.sequence import Batch, FinishReason
 from loramux_server.errors import RequestError, ServerBusy
 from support.fakes_engine import FakeRunner, sequence, solo_reply

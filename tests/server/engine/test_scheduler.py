@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loramux_server.engine.scheduler_config import SchedulerConfig
+from loramux_server.engine.admission import SchedulerConfig
 from loramux_server.engine.sequence import AdapterUse, Sequence, SequenceStatus, SlotLoad, composed
 from loramux_server.errors import RequestError
 from support.fakes_engine import sequence, solo_reply

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from loramux_adapters.lora.slots import bucket_of
-from loramux_server.engine.scheduler_config import SchedulerConfig
+from loramux_server.engine.admission import SchedulerConfig
 from loramux_server.engine.sequence import AdapterUse, Sequence, composed
 from support.fakes_engine import sequence, solo_reply
 from support.fakes_scheduler import Bench
