@@ -44,6 +44,8 @@ class SchedulerConfig:
         max_prefetch: distinct versions that waiting sequences may hold in host memory at the same time.
         max_prefetch_bytes: most that these may take there, or be about to once they are loaded; one is always held,
             whatever its size. What is held cannot be evicted, so it must fit the budget of the host cache.
+        max_scored_tokens: tokens of one step that are scored as given text, beside one for each sequence. Their logits
+            take memory: a number for each token of the vocabulary.
         max_background_tokens: most tokens of background sequences in one step, and of these sequences at a time.
         max_background_wait_seconds: how long a background sequence gives way before it counts as an ordinary one.
     """
@@ -54,6 +56,7 @@ class SchedulerConfig:
     max_wait_seconds: float = 2.0
     max_prefetch: int = 16
     max_prefetch_bytes: int = 1 << 30
+    max_scored_tokens: int = 32
     max_background_tokens: int = 6
     max_background_wait_seconds: float = 5.0
 
@@ -61,7 +64,7 @@ class SchedulerConfig:
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_passed_over", "max_wait_seconds", "max_background_wait_seconds"):
+        for name in ("max_scored_tokens", "max_passed_over", "max_wait_seconds", "max_background_wait_seconds"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} cannot be negative, got {getattr(self, name)}")
 
@@ -278,11 +281,11 @@ class Admission:
     def _allocate(self, sequence: Sequence) -> list[int] | None:
         """Blocks for its whole length, those that hold the beginning of its prompt already among them; or None.
 
-        At least one token of the prompt is left to compute, since the reply begins with its logits.
+        Tokens whose logits are needed are left to compute: at least the last of the prompt, where the reply begins.
         """
         shared: list[int] = []
         if self._blocks.keeps_content:
-            size, most = self._blocks.block_size, len(sequence.prompt) - 1
+            size, most = self._blocks.block_size, sequence.logits_from
             extend_keys(sequence, size, most)
             shared = self._blocks.find(sequence.keys[: most // size])
         blocks = self._blocks.allocate(self._blocks.blocks_for(sequence.max_total), shared)

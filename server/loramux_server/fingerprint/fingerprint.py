@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Any
 
 from loramux_adapters.errors import AdapterRejected
-from loramux_server.engine.local_engine import Adapter, Offline, Reply
+from loramux_server.engine.local_engine import LocalAdapter, LocalEngine, LocalReply
 from loramux_server.fingerprint.file import MAX_PROMPTS, MAX_TOKENS, Fingerprint, Witness
 from loramux_server.fingerprint.replay import FLIP_TOLERANCE, MAX_TOLERANCE, MEAN_TOLERANCE
 
@@ -89,12 +89,12 @@ class FingerprintResult:
 
 
 def make(
-    offline: Offline, prompts: Sequence[Sequence[int]], adapter: Adapter, *, max_tokens: int = 16
+    engine: LocalEngine, prompts: Sequence[Sequence[int]], adapter: LocalAdapter, *, max_tokens: int = 16
 ) -> dict[str, Any]:
     """The fingerprint of an adapter, as fingerprint.json holds it.
 
     Args:
-        offline: opened in a process that has trained nothing.
+        engine: opened in a process that has trained nothing.
         prompts: token ids, from 1 to 64 prompts. Their text is stored too, so let it be text that may be shown.
         max_tokens: length of each reply.
     Raises:
@@ -103,62 +103,62 @@ def make(
     if not 1 <= len(prompts) <= MAX_PROMPTS or not 1 <= max_tokens <= MAX_TOKENS:
         raise ValueError(f"a fingerprint has 1 to {MAX_PROMPTS} prompts and replies of 1 to {MAX_TOKENS} tokens")
     return Fingerprint(
-        numerics_id=offline.numerics_id,
-        base_id=offline.base.base_id,
+        numerics_id=engine.numerics_id,
+        base_id=engine.base.base_id,
         version=adapter.version,
-        prompts=witness(offline, prompts, adapter, max_tokens=max_tokens),
+        prompts=witness(engine, prompts, adapter, max_tokens=max_tokens),
     ).as_json()
 
 
-def replay(offline: Offline, fingerprint: Fingerprint, adapter: Adapter) -> FingerprintResult:
+def replay(engine: LocalEngine, fingerprint: Fingerprint, adapter: LocalAdapter) -> FingerprintResult:
     """Asks the adapter again and compares.
 
     Raises:
         AdapterRejected: the fingerprint holds tokens that this base does not have.
         DataError: a prompt and its reply do not fit into the context.
     """
-    same = fingerprint.numerics_id == offline.numerics_id
-    if fingerprint.base_id != offline.base.base_id:
+    same = fingerprint.numerics_id == engine.numerics_id
+    if fingerprint.base_id != engine.base.base_id:
         return FingerprintResult(Outcome.MISMATCH, same, Comparison(), "it was made on another base")
     if fingerprint.version != adapter.version:
         return FingerprintResult(Outcome.MISMATCH, same, Comparison(), "it was made for another adapter or version")
-    vocabulary = int(offline.base.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    vocabulary = engine.base.vocabulary
     if any(token >= vocabulary for said in fingerprint.prompts for token in (*said.ids, *said.tokens)):
         raise AdapterRejected([f"fingerprint.json holds tokens that a vocabulary of {vocabulary} does not have"])
-    comparison = compare(offline, fingerprint.prompts, adapter)
+    comparison = compare(engine, fingerprint.prompts, adapter)
     outcome, reason = _judge(same, comparison)
     return FingerprintResult(outcome, same, comparison, reason)
 
 
 def witness(
-    offline: Offline, prompts: Sequence[Sequence[int]], adapter: Adapter | None, *, max_tokens: int
+    engine: LocalEngine, prompts: Sequence[Sequence[int]], adapter: LocalAdapter | None, *, max_tokens: int
 ) -> tuple[Witness, ...]:
     """What the adapter (or the bare base) says to each prompt, in `max_tokens` tokens."""
-    decode = offline.base.tokenizer.decode
-    replies = offline.generate(prompts, adapter, max_tokens=max_tokens, stop_ids=frozenset())
+    decode = engine.base.tokenizer.decode
+    replies = engine.generate(prompts, adapter, max_tokens=max_tokens, stop_ids=frozenset())
     return tuple(
         Witness(decode(list(ids)), tuple(ids), decode(reply.tokens), tuple(reply.tokens), tuple(reply.logprobs))
         for ids, reply in zip(prompts, replies, strict=True)
     )
 
 
-def compare(offline: Offline, witnesses: Sequence[Witness], adapter: Adapter | None) -> Comparison:
+def compare(engine: LocalEngine, witnesses: Sequence[Witness], adapter: LocalAdapter | None) -> Comparison:
     """What witnesses say against what the adapter (or the bare base) says here, token by token."""
     count = sum(len(said.tokens) for said in witnesses)
     longest = max(len(said.tokens) for said in witnesses)
-    replies = offline.generate([said.ids for said in witnesses], adapter, max_tokens=longest, stop_ids=frozenset())
+    replies = engine.generate([said.ids for said in witnesses], adapter, max_tokens=longest, stop_ids=frozenset())
     if all(_equal(said, reply) for said, reply in zip(witnesses, replies, strict=True)):
         return Comparison(count, equal=True)
-    found = offline.score([(said.ids, said.tokens) for said in witnesses], adapter)
+    found = engine.score([(said.ids, said.tokens) for said in witnesses], adapter)
     differences = [
         abs(here - there)
         for said, logprobs in zip(witnesses, found, strict=True)
         for here, there in zip(logprobs, said.logprobs, strict=True)
     ]
-    return Comparison(count, sum(differences) / count, max(differences), _flips(offline, witnesses, found, adapter))
+    return Comparison(count, sum(differences) / count, max(differences), _flips(engine, witnesses, found, adapter))
 
 
-def _equal(said: Witness, reply: Reply) -> bool:
+def _equal(said: Witness, reply: LocalReply) -> bool:
     count = len(said.tokens)
     return tuple(reply.tokens[:count]) == said.tokens and tuple(reply.logprobs[:count]) == said.logprobs
 
@@ -179,7 +179,7 @@ def _judge(same: bool, comparison: Comparison) -> tuple[Outcome, str]:
 
 
 def _flips(
-    offline: Offline, witnesses: Sequence[Witness], found: Sequence[Sequence[float]], adapter: Adapter | None
+    engine: LocalEngine, witnesses: Sequence[Witness], found: Sequence[Sequence[float]], adapter: LocalAdapter | None
 ) -> tuple[Flip, ...]:
     """Every flip. Behind one the reply goes on from the expected token, so that each is counted by itself."""
     flips: list[Flip] = []
@@ -187,7 +187,7 @@ def _flips(
     while starts:
         length = max(len(witnesses[index].tokens) - start for index, start in starts.items())
         prompts = [(*witnesses[index].ids, *witnesses[index].tokens[:start]) for index, start in starts.items()]
-        replies = offline.generate(prompts, adapter, max_tokens=length, stop_ids=frozenset())
+        replies = engine.generate(prompts, adapter, max_tokens=length, stop_ids=frozenset())
         going_on: dict[int, int] = {}
         for (index, start), reply in zip(starts.items(), replies, strict=True):
             expected = witnesses[index].tokens

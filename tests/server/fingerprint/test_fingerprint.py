@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from loramux_adapters.errors import AdapterRejected
-from loramux_adapters.lora.slots import Slot
 from loramux_server.base.loader import load_base_model
-from loramux_server.engine.local_engine import Adapter, Offline, Reply
+from loramux_server.engine.local_engine import LocalAdapter, LocalEngine, LocalReply
 from loramux_server.fingerprint import fingerprint
 from loramux_server.fingerprint.file import MAX_BYTES, MAX_PROMPTS, MAX_TOKENS, Fingerprint, Witness, parse
 from loramux_server.fingerprint.fingerprint import FLIP_TOLERANCE, MAX_TOLERANCE, Outcome
@@ -23,11 +22,11 @@ from support.adapter_files import write_adapter
 from support.tiny_models import save_tiny_model
 
 PROMPTS = [[1, 2, 3], [40, 41, 42, 43, 44, 45], [7]]
-ADAPTER = Adapter(Path(), "a" * 64, 8, Slot(0, 8), base_verified=True)
+ADAPTER = LocalAdapter(Path(), "a" * 64, 8, base_verified=True)
 
 
 @pytest.fixture(scope="module")
-def offline(tmp_path_factory: pytest.TempPathFactory) -> Offline:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> LocalEngine:
     root = tmp_path_factory.mktemp("fingerprint")
     base = load_base_model(
         str(save_tiny_model(root / "base")),
@@ -35,86 +34,92 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Offline:
         cache_dir=root / "cache",
         report=lambda line: None,
     )
-    return Offline.open(base, rows=4, tokens=1024, max_rank=16)
+    return LocalEngine.open(base, rows=4, tokens=1024, max_rank=16)
 
 
 @pytest.fixture
-def adapter(offline: Offline, tmp_path: Path) -> Any:
-    loaded = offline.load(write_adapter(tmp_path / "adapter", offline.base.linears, std_b=0.2))
+def adapter(engine: LocalEngine, tmp_path: Path) -> Any:
+    loaded = engine.load(write_adapter(tmp_path / "adapter", engine.base.linears, std_b=0.2))
     yield loaded
-    offline.unload(loaded)
+    engine.unload(loaded)
 
 
 def read_back(made: dict[str, Any]) -> Fingerprint:
     return parse(json.dumps(made).encode())
 
 
-def test_a_fingerprint_replays_exactly_where_it_was_made(offline: Offline, adapter: Adapter) -> None:
-    made = fingerprint.make(offline, PROMPTS, adapter, max_tokens=12)
+def test_a_fingerprint_replays_exactly_where_it_was_made(engine: LocalEngine, adapter: LocalAdapter) -> None:
+    made = fingerprint.make(engine, PROMPTS, adapter, max_tokens=12)
 
-    result = fingerprint.replay(offline, read_back(made), adapter)
+    result = fingerprint.replay(engine, read_back(made), adapter)
 
     assert result.outcome is Outcome.EXACT and result.same_numerics
     assert result.comparison.tokens == 36
     assert "bit for bit" in result.words()
 
 
-def test_a_fingerprint_says_what_was_asked_and_answered(offline: Offline, adapter: Adapter) -> None:
-    made = read_back(fingerprint.make(offline, PROMPTS, adapter, max_tokens=4))
+def test_a_fingerprint_says_what_was_asked_and_answered(engine: LocalEngine, adapter: LocalAdapter) -> None:
+    made = read_back(fingerprint.make(engine, PROMPTS, adapter, max_tokens=4))
 
-    assert made.base_id == offline.base.base_id and made.version == adapter.version
-    assert made.numerics_id == offline.numerics_id
+    assert made.base_id == engine.base.base_id and made.version == adapter.version
+    assert made.numerics_id == engine.numerics_id
     assert [said.ids for said in made.prompts] == [tuple(prompt) for prompt in PROMPTS]
-    assert made.prompts[0].text == offline.base.tokenizer.decode(PROMPTS[0])
-    [alone] = offline.generate([PROMPTS[1]], adapter, max_tokens=4, stop_ids=frozenset())
+    assert made.prompts[0].text == engine.base.tokenizer.decode(PROMPTS[0])
+    [alone] = engine.generate([PROMPTS[1]], adapter, max_tokens=4, stop_ids=frozenset())
     assert made.prompts[1].tokens == tuple(alone.tokens) and made.prompts[1].logprobs == tuple(alone.logprobs)
 
 
-def test_another_adapter_of_the_same_shape_does_not_replay(offline: Offline, adapter: Adapter, tmp_path: Path) -> None:
-    made = read_back(fingerprint.make(offline, PROMPTS, adapter))
-    other = offline.load(write_adapter(tmp_path / "other", offline.base.linears, std_b=0.2, seed=1))
+def test_another_adapter_of_the_same_shape_does_not_replay(
+    engine: LocalEngine, adapter: LocalAdapter, tmp_path: Path
+) -> None:
+    made = read_back(fingerprint.make(engine, PROMPTS, adapter))
+    other = engine.load(write_adapter(tmp_path / "other", engine.base.linears, std_b=0.2, seed=1))
 
-    named = fingerprint.replay(offline, made, other)
-    posing = fingerprint.replay(offline, replace(made, numerics_id="elsewhere", version=other.version), other)
+    named = fingerprint.replay(engine, made, other)
+    posing = fingerprint.replay(engine, replace(made, numerics_id="elsewhere", version=other.version), other)
 
     assert named.outcome is Outcome.MISMATCH and "another adapter" in named.reason
     assert posing.outcome is Outcome.MISMATCH and posing.comparison.max > MAX_TOLERANCE
 
 
-def test_a_fingerprint_of_another_base_is_not_asked(offline: Offline, adapter: Adapter) -> None:
-    made = replace(read_back(fingerprint.make(offline, PROMPTS, adapter)), base_id="0" * 64)
+def test_a_fingerprint_of_another_base_is_not_asked(engine: LocalEngine, adapter: LocalAdapter) -> None:
+    made = replace(read_back(fingerprint.make(engine, PROMPTS, adapter)), base_id="0" * 64)
 
-    result = fingerprint.replay(offline, made, adapter)
+    result = fingerprint.replay(engine, made, adapter)
 
     assert result.outcome is Outcome.MISMATCH and "another base" in result.words()
 
 
-def test_tokens_beyond_the_vocabulary_are_refused(offline: Offline, adapter: Adapter) -> None:
-    made = read_back(fingerprint.make(offline, PROMPTS, adapter, max_tokens=1))
+def test_tokens_beyond_the_vocabulary_are_refused(engine: LocalEngine, adapter: LocalAdapter) -> None:
+    made = read_back(fingerprint.make(engine, PROMPTS, adapter, max_tokens=1))
     alien = replace(made, prompts=(replace(made.prompts[0], ids=(1, 320)),))
 
     with pytest.raises(AdapterRejected, match="vocabulary of 320"):
-        fingerprint.replay(offline, alien, adapter)
+        fingerprint.replay(engine, alien, adapter)
 
 
 class Said(SimpleNamespace):
-    """An Offline whose model says fixed words: a function from the tokens so far to the logprobs of 4 tokens."""
+    """An LocalEngine whose model says fixed words: a function from the tokens so far to the logprobs of 4 tokens."""
 
     def __init__(self, model: Callable[[Sequence[int]], Sequence[float]], numerics_id: str = "here") -> None:
-        embeddings = SimpleNamespace(num_embeddings=4)
         base = SimpleNamespace(
             base_id="b" * 64,
-            model=SimpleNamespace(get_input_embeddings=lambda: embeddings),
+            vocabulary=4,
             tokenizer=SimpleNamespace(decode=lambda ids: " ".join(map(str, ids))),
         )
         super().__init__(numerics_id=numerics_id, base=base, says=model)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], adapter: Adapter | None, *, max_tokens: int, stop_ids: frozenset[int]
-    ) -> list[Reply]:
+        self,
+        prompts: Sequence[Sequence[int]],
+        adapter: LocalAdapter | None,
+        *,
+        max_tokens: int,
+        stop_ids: frozenset[int],
+    ) -> list[LocalReply]:
         replies = []
         for prompt in prompts:
-            reply = Reply([], [], ended=False)
+            reply = LocalReply([], [], ended=False)
             for _ in range(max_tokens):
                 logprobs = self.says([*prompt, *reply.tokens])
                 reply.tokens.append(max(range(4), key=lambda token: logprobs[token]))
@@ -122,7 +127,9 @@ class Said(SimpleNamespace):
             replies.append(reply)
         return replies
 
-    def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], adapter: Adapter | None) -> list[list[float]]:
+    def score(
+        self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], adapter: LocalAdapter | None
+    ) -> list[list[float]]:
         return [
             [self.says([*ids, *tokens[:place]])[token] for place, token in enumerate(tokens)] for ids, tokens in rows
         ]
@@ -136,8 +143,8 @@ def steady(so_far: Sequence[int]) -> list[float]:
 
 def judged(model: Callable[[Sequence[int]], Sequence[float]], *, numerics_id: str = "there") -> Any:
     """The steady model's fingerprint, replayed by another model."""
-    made = fingerprint.make(cast(Offline, Said(steady)), [[0], [2, 1]], ADAPTER, max_tokens=6)
-    return fingerprint.replay(cast(Offline, Said(model, numerics_id)), read_back(made), ADAPTER)
+    made = fingerprint.make(cast(LocalEngine, Said(steady)), [[0], [2, 1]], ADAPTER, max_tokens=6)
+    return fingerprint.replay(cast(LocalEngine, Said(model, numerics_id)), read_back(made), ADAPTER)
 
 
 def shifted(by: float) -> Callable[[Sequence[int]], list[float]]:
@@ -193,11 +200,11 @@ def test_no_number_at_all_is_a_mismatch() -> None:
 
 
 def test_only_a_sensible_number_of_prompts_and_tokens_is_made() -> None:
-    offline = cast(Offline, Said(steady))
+    engine = cast(LocalEngine, Said(steady))
     with pytest.raises(ValueError):
-        fingerprint.make(offline, [], ADAPTER)
+        fingerprint.make(engine, [], ADAPTER)
     with pytest.raises(ValueError):
-        fingerprint.make(offline, [[0]], ADAPTER, max_tokens=MAX_TOKENS + 1)
+        fingerprint.make(engine, [[0]], ADAPTER, max_tokens=MAX_TOKENS + 1)
 
 
 GOOD = Fingerprint("here", "b" * 64, "a" * 64, (Witness("0", (0,), "1 2", (1, 2), (-0.5, 0.0)),))
