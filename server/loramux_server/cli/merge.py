@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from loramux_adapters.training.model.merge import Merged
     from loramux_server.base.loader import BaseModel
-    from loramux_server.fingerprint.fingerprint import Comparison
+    from loramux_server.fingerprint.fingerprint import Agreement
 
 REPORT_FILE = "merge.json"
 REPLY_TOKENS = 16
@@ -47,9 +47,9 @@ class Drift:
 
     prompts: int
     tokens: int
-    merged: Comparison
-    quantized: Comparison
-    bare: Comparison
+    merged: Agreement
+    quantized: Agreement
+    bare: Agreement
 
     @property
     def undone(self) -> bool:

@@ -112,7 +112,7 @@ def test_a_full_directory_is_refused_before_anything_is_loaded(
 
 
 def drift(quantized: float, bare: float) -> cli_merge.Drift:
-    far = [fingerprint.Comparison(8, mean, mean) for mean in (0.01, quantized, bare)]
+    far = [fingerprint.Agreement(8, mean, mean) for mean in (0.01, quantized, bare)]
     return cli_merge.Drift(1, 8, *far)
 
 
