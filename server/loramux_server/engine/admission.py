@@ -100,7 +100,7 @@ class Admitted:
     slot_loads: list[SlotLoad] = field(default_factory=list)
 
 
-class Admission:
+class WaitingQueues:
     """The waiting queues, in order of arrival. Owner: the engine thread."""
 
     def __init__(

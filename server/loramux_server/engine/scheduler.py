@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection
 from collections.abc import Sequence as ReadOnlyList
 
 from loramux_adapters.lora.slots import SlotTable, bucket_of
-from loramux_server.engine.admission import Admission, Admitted, HostView, SchedulerConfig
+from loramux_server.engine.admission import Admitted, HostView, SchedulerConfig, WaitingQueues
 from loramux_server.engine.kv_blocks import KVBlocks, extend_keys
 from loramux_server.engine.sequence import Batch, ScheduledSequence, Sequence, SequenceStatus
 from loramux_server.errors import RequestError
@@ -44,7 +44,7 @@ class Scheduler:
         self.slots = slots
         self._host = host
         self._clock = clock
-        self._admission = Admission(config, blocks, slots, host, clock)
+        self._waiting = WaitingQueues(config, blocks, slots, host, clock)
         self._running: list[Sequence] = []  # in order of admission
         self._step: Batch | None = None  # scheduled, and neither committed nor rolled back yet
 
@@ -56,15 +56,15 @@ class Scheduler:
     @property
     def waiting(self) -> list[Sequence]:
         """Sequences that have not started, in order of arrival."""
-        return [entry.sequence for entry in self._admission]
+        return [entry.sequence for entry in self._waiting]
 
     @property
     def num_waiting(self) -> int:
-        return len(self._admission)
+        return len(self._waiting)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running) or len(self._admission) > 0
+        return bool(self._running) or len(self._waiting) > 0
 
     def check_fits(self, sequence: Sequence) -> None:
         """Raises RequestError if the sequence could not start even on an idle server. Reads constants only."""
@@ -95,7 +95,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence for which `check_fits` passed."""
-        self._admission.add(sequence)
+        self._waiting.add(sequence)
 
     def abort(self, ids: Collection[str]) -> list[Sequence]:
         """Ends these sequences, waiting or running, between two steps and returns them; other ids are ignored."""
@@ -103,11 +103,11 @@ class Scheduler:
         aborted = [sequence for sequence in self._running if sequence.id in ids]
         for sequence in aborted:
             self.finish(sequence)
-        return aborted + self._admission.remove(ids)
+        return aborted + self._waiting.remove(ids)
 
     def prefetch(self) -> list[tuple[Sequence, str]]:
         """Asks for adapters that waiting sequences need; returns those whose load failed, finished, with the reason."""
-        return self._admission.prefetch()
+        return self._waiting.prefetch()
 
     def schedule(self) -> Batch:
         """The next step, to be followed by `commit` or `roll_back`.
@@ -124,7 +124,7 @@ class Scheduler:
             rows.append(self._turn(sequence, tokens + 1, scored))
             tokens -= rows[-1].num_tokens - 1
             scored -= max(0, rows[-1].num_scored - 1)
-        admitted = self._admission.admit(self.config.max_num_seqs - len(ordinary), tokens)
+        admitted = self._waiting.admit(self.config.max_num_seqs - len(ordinary), tokens)
         self._running += admitted.sequences
         for sequence in admitted.sequences:
             assert tokens > 0, "whoever starts runs at once"
@@ -151,7 +151,7 @@ class Scheduler:
             if spare > 0 or not rows:  # the first has its turn in every step, so that whoever has started ends
                 rows.append(self._turn(sequence, max(1, spare), scored))
                 spare -= rows[-1].num_tokens
-        started = self._admission.admit_background(self.config.max_background_tokens - len(waiting), spare)
+        started = self._waiting.admit_background(self.config.max_background_tokens - len(waiting), spare)
         for sequence in started.sequences:
             assert spare > 0, "whoever starts runs at once"
             rows.append(self._turn(sequence, spare, scored))
@@ -191,7 +191,7 @@ class Scheduler:
         """Asserts that blocks and slots are held by running sequences and by nobody else."""
         self.blocks.check_integrity()
         self.slots.check_integrity()
-        self._admission.check_integrity()
+        self._waiting.check_integrity()
         assert sum(not sequence.gives_way for sequence in self._running) <= self.config.max_num_seqs
         assert sum(sequence.gives_way for sequence in self._running) <= self.config.max_background_tokens
         size = self.blocks.block_size

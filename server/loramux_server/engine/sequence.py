@@ -204,7 +204,7 @@ class Sequence:
     @property
     def in_prefill(self) -> bool:
         """True while part of the prompt, or of the continuation that is being read, is not in the cache yet."""
-        return self.num_uncomputed > 0
+        return self.num_computed < len(self.prompt) or self.num_read < len(self.continuation_logprobs)
 
     @property
     def num_uncomputed(self) -> int:
