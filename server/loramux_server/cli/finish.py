@@ -25,7 +25,7 @@ from loramux_server.serving.startup import Stages
 
 if TYPE_CHECKING:
     from loramux_adapters.evaluation.evaluated import Evaluation
-    from loramux_server.engine.local_engine import Offline
+    from loramux_server.engine.local_engine import LocalEngine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,10 +104,10 @@ def finish(settings: Settings, stages: Stages, *, cache_dir: Path) -> Evaluation
         report=stages.note,
     )
     with stages.stage("load the base as it is served"):
-        offline = bases.offline(quantize)
+        engine = bases.engine(quantize)
     if quantize == "nf4":
         with stages.stage("make the fingerprint"):
-            _write_fingerprint(offline, directory)
+            _write_fingerprint(engine, directory)
     if settings.eval_data is None:
         return None
     held, train, notes = run.read_held(
@@ -131,16 +131,16 @@ def finish(settings: Settings, stages: Stages, *, cache_dir: Path) -> Evaluation
     return evaluation
 
 
-def _write_fingerprint(offline: Offline, directory: Path) -> None:
+def _write_fingerprint(engine: LocalEngine, directory: Path) -> None:
     from loramux_adapters.artifact.format import FINGERPRINT_FILE
     from loramux_adapters.durable_files import write_whole
     from loramux_adapters.errors import TrainingError
     from loramux_server.fingerprint.drift import drift_prompts
     from loramux_server.fingerprint.fingerprint import make
 
-    adapter = offline.load(directory)
-    fingerprint = make(offline, drift_prompts(directory, offline.base.tokenizer), adapter)
-    offline.unload(adapter)
+    adapter = engine.load(directory)
+    fingerprint = make(engine, drift_prompts(directory, engine.base.tokenizer), adapter)
+    engine.unload(adapter)
     try:
         write_whole(directory / FINGERPRINT_FILE, (json.dumps(fingerprint, indent=1) + "\n").encode())
     except OSError as error:
