@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from loramux_server.cli.adapters import KEY_VARIABLES
-from loramux_server.cli.serve import configure_logging
-from loramux_server.config.csv import columns_of
-from loramux_server.config.environment import bound_spinning, cache_dir_of
-from loramux_server.config.evaluate import EvalConfig, load_eval_config
-from loramux_server.config.settings import add_flags, fields_of
+import typer
+
+from loramux_server.cli.frame import configure_logging
+from loramux_server.cli.options import once, settings_app
+from loramux_server.config.environment import bound_spinning, cache_dir_of, key_of
+from loramux_server.config.evaluate import EvalConfig
 from loramux_server.config.train import DEFAULT_OUT
 from loramux_server.errors import CommandFailed
 from loramux_server.publishing.local_adapter import find_adapter
@@ -23,38 +21,23 @@ if TYPE_CHECKING:
     from loramux_adapters.evaluation.evaluated import Evaluation
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "eval",
-        help="say what an adapter is worth on held-out examples",
-        usage="loramux eval --data FILE --adapter NAME [any setting below]",
-        description="Score an adapter on held-out examples beside bare base and majority class: perplexity, and for "
-        "answers from a few labels accuracy, precision, recall, F1 and a confusion matrix, each with its 95 % "
-        "bootstrap interval; then say in words what that means.",
-        epilog="Example: loramux eval --data held.jsonl --adapter spam --train-data train.jsonl. Every setting is a "
-        "flag, an environment variable and a key of the [eval] table of the config file.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="FILE", help="TOML file with an [eval] table (LORAMUX_CONFIG)")
-    parser.add_argument(
-        "--skip-bad", action="store_true", help="leave out examples that cannot be used, and count them"
-    )
-    add_flags(parser, EvalConfig)
-    flags = [*(field.flag for field in fields_of(EvalConfig).values()), "--config", "--skip-bad"]
-    parser.set_defaults(run=_run, parser=parser, flags=flags)
+def run(
+    config: EvalConfig,
+    ctx: typer.Context,
+    skip_bad: Annotated[bool, once("--skip-bad", "leave out examples that cannot be used, and count them")] = False,
+) -> int:
+    """Score an adapter on held-out examples beside bare base and majority class, and say in words what that means.
 
-
-def _run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    config = load_eval_config(vars(args), environ, args.config)
+    Perplexity, and for answers from a few labels accuracy, precision, recall, F1 and a confusion matrix, each with its
+    95 % bootstrap interval.
+    """
     bound_spinning()
-    cache_dir = cache_dir_of(config.cache_dir, environ)
-    key = next((environ[variable] for variable in KEY_VARIABLES if environ.get(variable)), None)
     configure_logging("info")
-    stages = Stages(_write)
     if config.url is not None:
-        evaluation = evaluate_server(config, key, skip_bad=args.skip_bad)
+        evaluation = evaluate_server(config, key_of(ctx.obj), skip_bad=skip_bad)
     else:
-        evaluation = evaluate_here(config, stages, cache_dir=cache_dir, skip_bad=args.skip_bad)
+        cache_dir = cache_dir_of(config.cache_dir, ctx.obj)
+        evaluation = evaluate_here(config, Stages(_write), cache_dir=cache_dir, skip_bad=skip_bad)
     return _report(evaluation, config.out)
 
 
@@ -80,7 +63,7 @@ def evaluate_here(config: EvalConfig, stages: Stages, *, cache_dir: Path, skip_b
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     held, train, notes = run.read_held(
-        config.data, config.train_data, columns_of(config), skip_bad=skip_bad, limit=config.limit
+        config.data, config.train_data, config.columns(), skip_bad=skip_bad, limit=config.limit
     )
     labels = labels_of(held.examples, config.label_list)
     quantize = config.quantize or run.trained_on(directory)
@@ -117,7 +100,7 @@ def evaluate_server(config: EvalConfig, key: str | None, *, skip_bad: bool = Fal
 
     assert config.data is not None and config.adapter is not None and config.url is not None
     held, train, notes = run.read_held(
-        config.data, config.train_data, columns_of(config), skip_bad=skip_bad, limit=config.limit
+        config.data, config.train_data, config.columns(), skip_bad=skip_bad, limit=config.limit
     )
     labels = labels_of(held.examples, config.label_list)
     if not labels:
@@ -167,3 +150,15 @@ def _shown(spec: str) -> str:
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+app = settings_app(
+    EvalConfig,
+    run,
+    usage="--data FILE --adapter NAME [OPTIONS]",
+    epilog="""\
+Examples:
+
+    loramux eval --data held.jsonl --adapter spam --train-data train.jsonl
+    loramux eval --data held.jsonl --adapter spam --url http://127.0.0.1:8000 --labels ham,spam""",
+)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from loramux_adapters.training.recipe import Recipe
-from loramux_server.config.commands import load_settings
+from loramux_server.cli.options import settings_app
 from loramux_server.config.environment import cache_dir_of
 from loramux_server.config.plan import PlanConfig
-from loramux_server.config.settings import add_flags, fields_of
 from loramux_server.errors import BaseModelError, ConfigError
 
 if TYPE_CHECKING:
@@ -33,25 +33,12 @@ class Memory:
     libraries: int
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "plan",
-        help="say what a training will take of memory, before it is started",
-        description="Say what a training will take of memory, by QLoRA and by LoRA; only the base's config is read.",
-        epilog="Example: loramux plan --rank 16 --batch 8 --seq 512. Every setting is a flag, an environment variable "
-        "and a key of the [plan] table of the config file.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="FILE", help="TOML file with a [plan] table (LORAMUX_CONFIG)")
-    add_flags(parser, PlanConfig)
-    parser.set_defaults(run=_run, parser=parser, flags=[field.flag for field in fields_of(PlanConfig).values()])
+def run(config: PlanConfig, ctx: typer.Context) -> int:
+    """Say what a training will take of memory, by QLoRA and by LoRA; only the base's config is read."""
+    return plan(config, cache_dir=cache_dir_of(config.cache_dir, ctx.obj))
 
 
-def _run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    return plan(load_settings(PlanConfig, "plan", vars(args), environ, args.config))
-
-
-def plan(config: PlanConfig) -> int:
+def plan(config: PlanConfig, *, cache_dir: Path) -> int:
     """Prints the table; returns the exit code.
 
     Raises:
@@ -65,7 +52,7 @@ def plan(config: PlanConfig) -> int:
     if config.device == "cuda" and not available:
         raise ConfigError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     cuda = config.device == "cuda" or (config.device == "auto" and available)
-    skeleton = _skeleton(config)
+    skeleton = _skeleton(config.base, cache_dir)
     learned = config.learned or max(1, config.seq // 4)
     plans = [
         plan_memory(skeleton, config.recipe(quantize), sequence=config.seq, learned=learned, cuda=cuda)
@@ -84,15 +71,14 @@ def plan(config: PlanConfig) -> int:
     return 0
 
 
-def _skeleton(config: PlanConfig) -> Any:
+def _skeleton(base: str, cache_dir: Path) -> Any:
     """The base without weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from loramux_server.base.source import resolve_base
 
-    cache_dir = cache_dir_of(config.cache_dir, os.environ)
-    directory = resolve_base(config.base, cache_dir, print).directory
+    directory = resolve_base(base, cache_dir, print).directory
     try:
         found = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         factory: Any = AutoModelForCausalLM
@@ -184,3 +170,8 @@ def _number(path: Path) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdigit() else None
+
+
+app = settings_app(
+    PlanConfig, run, epilog="Example:\n\n    loramux plan --base Qwen/Qwen2.5-7B-Instruct --rank 16 --batch 8 --seq 512"
+)
