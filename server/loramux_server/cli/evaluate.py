@@ -10,6 +10,7 @@ import typer
 
 from loramux_server.cli.frame import configure_logging
 from loramux_server.cli.options import once, settings_app
+from loramux_server.cli.screen import example_bar
 from loramux_server.config.environment import bound_spinning, cache_dir_of, key_of
 from loramux_server.config.evaluate import EvalConfig
 from loramux_server.config.train import DEFAULT_OUT
@@ -57,49 +58,49 @@ def evaluate_here(config: EvalConfig, stages: Stages, *, cache_dir: Path, skip_b
         from loramux_adapters.evaluation.evaluated import Role
         from loramux_adapters.evaluation.labels import labels_of
         from loramux_server.base.device import device_of
-        from loramux_server.cli import evaluate_run as run
+        from loramux_server.cli import evaluate_run
         from loramux_server.evaluation.contenders import evaluate
     transformers_logging.disable_progress_bar()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    held, train, notes = run.read_held(
+    held, train, notes = evaluate_run.read_held(
         config.data, config.train_data, config.columns(), skip_bad=skip_bad, limit=config.limit
     )
     labels = labels_of(held.examples, config.label_list)
-    quantize = config.quantize or run.trained_on(directory)
-    bases = run.Bases(
+    quantize = config.quantize or evaluate_run.trained_on(directory)
+    bases = evaluate_run.Bases(
         config.base,
         device=device_of(config.device),
         cache_dir=cache_dir,
-        max_rank=run.largest_rank([directory, *others.values()]),
+        max_rank=evaluate_run.largest_rank([directory, *others.values()]),
         report=stages.note,
     )
     contenders = [
-        run.contender(bases, _shown(config.adapter), Role.ADAPTER, directory, quantize),
-        run.contender(bases, "bare base", Role.BASE, None, quantize),
+        evaluate_run.contender(bases, _shown(config.adapter), Role.ADAPTER, directory, quantize),
+        evaluate_run.contender(bases, "bare base", Role.BASE, None, quantize),
     ]
     if config.compare is not None:
         name = _shown(config.compare)
-        contenders.append(run.contender(bases, name, Role.OTHER, others[config.compare], quantize))
+        contenders.append(evaluate_run.contender(bases, name, Role.OTHER, others[config.compare], quantize))
     if config.reference is not None:
         name = f"{_shown(config.reference)}, 16 bit"
-        contenders.append(run.contender(bases, name, Role.REFERENCE, others[config.reference], "none"))
+        contenders.append(evaluate_run.contender(bases, name, Role.REFERENCE, others[config.reference], "none"))
     with stages.stage("load the base"):
         subject = bases.subject(quantize, notes)
-    progress = run.progress_on(sys.stderr)
-    return evaluate(held, contenders, subject, labels=labels, train=train, progress=progress)
+    with example_bar(sys.stderr) as progress:
+        return evaluate(held, contenders, subject, labels=labels, train=train, progress=progress)
 
 
 def evaluate_server(config: EvalConfig, key: str | None, *, skip_bad: bool = False) -> Evaluation:
     """Asks a running server. Raises AdapterError, LoramuxError."""
     from loramux_adapters.evaluation.evaluated import Role
     from loramux_adapters.evaluation.labels import labels_of
-    from loramux_server.cli import evaluate_run as run
+    from loramux_server.cli import evaluate_run
     from loramux_server.evaluation.contenders import Contender, Subject, evaluate
     from loramux_server.evaluation.http_scorer import HttpScorer, Server
 
     assert config.data is not None and config.adapter is not None and config.url is not None
-    held, train, notes = run.read_held(
+    held, train, notes = evaluate_run.read_held(
         config.data, config.train_data, config.columns(), skip_bad=skip_bad, limit=config.limit
     )
     labels = labels_of(held.examples, config.label_list)
@@ -127,14 +128,15 @@ def evaluate_server(config: EvalConfig, key: str | None, *, skip_bad: bool = Fal
         numerics_id="",
         notes=(*notes, f"Asked over HTTP: {config.url}. Labels are scored by the first token of each."),
     )
-    return evaluate(held, contenders, subject, labels=labels, train=train, progress=run.progress_on(sys.stderr))
+    with example_bar(sys.stderr) as progress:
+        return evaluate(held, contenders, subject, labels=labels, train=train, progress=progress)
 
 
 def _report(evaluation: Evaluation, out: Path | None) -> int:
-    from loramux_adapters.evaluation.report import text_report, write_evaluation
-    from loramux_server.cli.evaluate_run import written
+    from loramux_adapters.evaluation.report import write_evaluation
+    from loramux_server.cli.evaluate_run import print_report, written
 
-    print(f"\n{text_report(evaluation)}")
+    print_report(evaluation)
     if out is not None:
         print(f"\n{written(write_evaluation(out, evaluation))}")
     return 0

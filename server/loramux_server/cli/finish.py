@@ -16,6 +16,7 @@ import typer
 
 from loramux_server.cli import frame
 from loramux_server.cli.options import once, settings_app
+from loramux_server.cli.screen import example_bar
 from loramux_server.config.environment import bound_spinning, cache_dir_of
 from loramux_server.config.finish import FinishConfig
 from loramux_server.serving.startup import Stages
@@ -58,22 +59,22 @@ def finish(
 
         from loramux_adapters.evaluation.evaluated import Role
         from loramux_adapters.evaluation.labels import labels_of
-        from loramux_adapters.evaluation.report import summary, text_report, write_evaluation
+        from loramux_adapters.evaluation.report import summary, write_evaluation
         from loramux_adapters.training.run.card import add_scores, read_card
         from loramux_server.base.device import device_of
-        from loramux_server.cli import evaluate_run as run
+        from loramux_server.cli import evaluate_run
         from loramux_server.evaluation.contenders import evaluate
     transformers_logging.disable_progress_bar()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     directory = run_dir / "adapter"
     name = str(read_card(directory)["name"])
-    quantize = run.trained_on(directory)
-    bases = run.Bases(
+    quantize = evaluate_run.trained_on(directory)
+    bases = evaluate_run.Bases(
         settings.base,
         device=device_of(settings.device),
         cache_dir=cache_dir,
-        max_rank=run.largest_rank([directory]),
+        max_rank=evaluate_run.largest_rank([directory]),
         report=stages.note,
     )
     with stages.stage("load the base as it is served"):
@@ -83,22 +84,21 @@ def finish(
             _write_fingerprint(offline, directory)
     if settings.eval_data is None:
         return None
-    held, train, notes = run.read_held(settings.eval_data, settings.train_data, settings.columns(), skip_bad=skip_bad)
-    labels = labels_of(held.examples, settings.label_list)
-    evaluation = evaluate(
-        held,
-        [
-            run.contender(bases, name, Role.ADAPTER, directory, quantize),
-            run.contender(bases, "bare base", Role.BASE, None, quantize),
-        ],
-        bases.subject(quantize, notes),
-        labels=labels,
-        train=train,
-        progress=run.progress_on(sys.stderr),
+    held, train, notes = evaluate_run.read_held(
+        settings.eval_data, settings.train_data, settings.columns(), skip_bad=skip_bad
     )
+    labels = labels_of(held.examples, settings.label_list)
+    contenders = [
+        evaluate_run.contender(bases, name, Role.ADAPTER, directory, quantize),
+        evaluate_run.contender(bases, "bare base", Role.BASE, None, quantize),
+    ]
+    subject = bases.subject(quantize, notes)
+    with example_bar(sys.stderr) as progress:
+        evaluation = evaluate(held, contenders, subject, labels=labels, train=train, progress=progress)
     paths = write_evaluation(run_dir, evaluation)
     add_scores(directory, evaluation.card_scores(), summary(evaluation))
-    _write(f"\n{text_report(evaluation)}\n\n{run.written(paths)}\n")
+    evaluate_run.print_report(evaluation)
+    _write(f"\n{evaluate_run.written(paths)}\n")
     return evaluation
 
 

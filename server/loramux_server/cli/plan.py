@@ -13,6 +13,7 @@ import typer
 
 from loramux_adapters.training.recipe import Recipe
 from loramux_server.cli.options import settings_app
+from loramux_server.cli.screen import print_table
 from loramux_server.config.environment import cache_dir_of
 from loramux_server.config.plan import PlanConfig
 from loramux_server.errors import BaseModelError, ConfigError
@@ -59,14 +60,18 @@ def plan(config: PlanConfig, *, cache_dir: Path) -> int:
         for quantize in ("nf4", "none")
     ]
     memory = _cuda_memory() if cuda else _host_memory()
+    for line in _about(config, plans[0]):
+        print(line)
+    print_table(("MiB", "QLoRA (NF4)", "LoRA (16 bit)"), _rows(*plans), numbers=True)
+
+    def again(recipe: Recipe) -> MemoryPlan:
+        return plan_memory(skeleton, recipe, sequence=config.seq, learned=learned, cuda=cuda)
+
     for line in [
-        *_table(config, *plans),
-        "",
+        *_saved(plans[0]),
         f"serving: {kv_bytes(skeleton.config):,} bytes of KV cache for each token of a prompt or reply",
-        *_verdict(config, plans[0], plans[1], memory, lambda recipe: plan_memory(
-            skeleton, recipe, sequence=config.seq, learned=learned, cuda=cuda
-        )),
-    ]:  # fmt: skip
+        *_verdict(config, plans[0], plans[1], memory, again),
+    ]:
         print(line)
     return 0
 
@@ -88,9 +93,20 @@ def _skeleton(base: str, cache_dir: Path) -> Any:
         raise BaseModelError(f"the base's config cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def _table(config: PlanConfig, qlora: MemoryPlan, lora: MemoryPlan) -> Sequence[str]:
+def _about(config: PlanConfig, qlora: MemoryPlan) -> Sequence[str]:
     share = 100 * qlora.trainable / (qlora.parameters + qlora.trainable)
-    rows = [
+    return [
+        f"{config.base}: {qlora.parameters:,} parameters",
+        f"rank {config.rank} trains {qlora.trainable:,} more ({share:.2f} % of all)",
+        f"{config.batch} examples of {config.seq} tokens a step"
+        + (f", in {config.accumulation} parts" if config.accumulation > 1 else ""),
+        "",
+    ]
+
+
+def _rows(qlora: MemoryPlan, lora: MemoryPlan) -> Sequence[Sequence[str]]:
+    """What takes how many MiB, by either way; the last row is the sum."""
+    parts = [
         ("base weights", qlora.base, lora.base),
         ("adapter, fp32", qlora.adapter, lora.adapter),
         ("gradients", qlora.gradients, lora.gradients),
@@ -99,18 +115,16 @@ def _table(config: PlanConfig, qlora: MemoryPlan, lora: MemoryPlan) -> Sequence[
         ("logits or layer in work", qlora.work, lora.work),
         ("together", qlora.total, lora.total),
     ]
+    return [[name, f"{left / MIB:,.1f}", f"{right / MIB:,.1f}"] for name, left, right in parts]
+
+
+def _saved(qlora: MemoryPlan) -> Sequence[str]:
     return [
-        f"{config.base}: {qlora.parameters:,} parameters",
-        f"rank {config.rank} trains {qlora.trainable:,} more ({share:.2f} % of all)",
-        f"{config.batch} examples of {config.seq} tokens a step"
-        + (f", in {config.accumulation} parts" if config.accumulation > 1 else ""),
-        "",
-        f"{'MiB':<24} {'QLoRA (NF4)':>12} {'LoRA (16 bit)':>14}",
-        *(f"{name:<24} {left / MIB:>12,.1f} {right / MIB:>14,.1f}" for name, left, right in rows),
         "",
         f"the adapter on disk takes {qlora.saved / MIB:,.1f} MiB",
         f"training every weight (Adam, 16 bytes each, without activations) takes {qlora.full / MIB:,.1f} MiB",
         "examples that begin alike and shorter ones take less: these are the activations of full, different ones",
+        "",
     ]
 
 

@@ -1,16 +1,18 @@
-"""`loramux serve`: its settings; `serve_process` is imported when they are right, since it takes its time."""
+"""`loramux serve`: its settings; the serving process is imported when these are right, since that takes its time."""
 
 from __future__ import annotations
 
 import typer
 
+from loramux_server.cli.frame import configure_logging
 from loramux_server.cli.options import settings_app
 from loramux_server.config.serve import ServeConfig
 
 
 def run(config: ServeConfig, ctx: typer.Context) -> int:
     """Run the server: one NF4 base model, any number of adapters, OpenAI's API."""
-    from loramux_server.cli.serve_process import serve
+    configure_logging(config.log_level)
+    from loramux_server.serving.process import serve
 
     return serve(config)
 

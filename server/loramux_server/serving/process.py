@@ -20,7 +20,6 @@ from typing import Any, NoReturn, Protocol
 
 import uvicorn
 
-from loramux_server.cli.frame import configure_logging
 from loramux_server.config.environment import bound_spinning
 from loramux_server.config.serve import ServeConfig
 from loramux_server.serving.startup import ASGIApp, Door, Stages, in_daemon_thread, take_port, url_of
@@ -67,7 +66,6 @@ def serve(config: ServeConfig) -> int:
         CommandFailed: the port cannot be had (found before anything is loaded).
         LoramuxError, AdapterError: the base or the store cannot be used.
     """
-    configure_logging(config.log_level)
     bound_spinning()
     sys.setswitchinterval(_SWITCH_SECONDS)
     with take_port(config.host, config.port) as listener:
