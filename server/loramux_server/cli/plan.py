@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from loramux_adapters.training.recipe import Recipe
+from loramux_server.cli.frame import configure_logging
 from loramux_server.cli.options import settings_app
 from loramux_server.cli.screen import print_table
 from loramux_server.config.environment import cache_dir_of
@@ -36,6 +37,7 @@ class Memory:
 
 def run(config: PlanConfig, ctx: typer.Context) -> int:
     """Say what a training will take of memory, by QLoRA and by LoRA; only the base's config is read."""
+    configure_logging("info")
     return plan(config, cache_dir=cache_dir_of(config.cache_dir, ctx.obj))
 
 

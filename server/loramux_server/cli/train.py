@@ -8,21 +8,21 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loramux_adapters.training.run.run_dir import RunDirectory
 from loramux_server.base.source import EMBEDDED_NAME
 from loramux_server.cli.frame import configure_logging
 from loramux_server.cli.options import once, settings_app
-from loramux_server.cli.train_data import read_material
-from loramux_server.client.adapters import AdaptersClient
 from loramux_server.config.environment import bound_spinning, cache_dir_of, key_of
 from loramux_server.config.settings import settings_of
 from loramux_server.config.train import TrainConfig
 from loramux_server.errors import CommandFailed
 from loramux_server.serving.startup import Stages
+
+if TYPE_CHECKING:
+    from loramux_adapters.training.run.run_dir import RunDirectory
 
 INTERRUPTED = 130
 FINISH_TAKES = ("eval_data", "labels", "device", "threads", "cache_dir")
@@ -72,6 +72,9 @@ def train(config: TrainConfig, permissions: Permissions, *, cache_dir: Path, key
     Raises:
         AdapterError, LoramuxError: it cannot be done, or not be finished; what was saved stays.
     """
+    from loramux_adapters.training.run.run_dir import RunDirectory
+    from loramux_server.cli.train_data import read_material
+
     configure_logging("info")
     run = RunDirectory(config.run_dir)
     if run.is_finished and not permissions.overwrite:
@@ -132,6 +135,8 @@ def finish_command(config: TrainConfig, run: RunDirectory, *, skip_bad: bool) ->
 
 def _upload(name: str, url: str, run: RunDirectory, key: str | None) -> bool:
     """Makes a running server serve the adapter; says so, or how to try it again."""
+    from loramux_server.client.adapters import AdaptersClient
+
     try:
         reply = AdaptersClient(url, key).push(name, run.adapter)
     except CommandFailed as error:
