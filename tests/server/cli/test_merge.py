@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from loramux_adapters.errors import BaseMismatch, CheckpointError
 from loramux_adapters.training.model.merge import Merged
 from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.cli import merge as cli_merge
+from loramux_server.cli.frame import call
 from loramux_server.engine.local_engine import LocalEngine
 from loramux_server.errors import CommandFailed, ConfigError
 from loramux_server.fingerprint import fingerprint
@@ -25,10 +25,7 @@ from support.tiny_models import save_tiny_model, tiny_tokenizer
 
 
 def run(*argv: str, environ: dict[str, str] | None = None) -> int:
-    parser = argparse.ArgumentParser()
-    cli_merge.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["merge", *argv])
-    return int(args.run(args, environ or {}))
+    return call(cli_merge.app, "loramux merge", argv, environ or {})
 
 
 def load(tmp_path: Path, spec: Path, quantize: str = "nf4") -> BaseModel:
