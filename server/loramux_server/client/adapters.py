@@ -7,11 +7,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from loramux_server.client.connection import ServerConnection, ServerReply, segment
 from loramux_server.client.transfer import ArchiveStream, check_target, extract, files_to_send
 from loramux_server.errors import CommandFailed
+
+if TYPE_CHECKING:
+    from loramux_server.client.connection import ServerConnection, ServerReply
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class AdaptersClient:
 
     def all(self) -> list[dict[str, Any]]:
         """Every registered adapter."""
-        data = self._connection.call("GET", "/v1/adapters").body.get("data")
+        data = self._connection.call("GET", _path()).body.get("data")
         if not isinstance(data, list):
             raise CommandFailed(f"{self.url} did not answer with a list of adapters; is it a loramux server?")
         return data
@@ -45,14 +47,14 @@ class AdaptersClient:
     def rollback(self, name: str, version: str | None = None) -> dict[str, Any]:
         """Points the adapter at the version before, or at the kept one whose digest starts with `version`."""
         params = {"version": version} if version is not None else None
-        return self._connection.call("POST", _path(name) + "/rollback", params=params).body
+        return self._connection.call("POST", _path(name, "rollback"), params=params).body
 
     def pin(self, name: str) -> None:
         """Keeps the adapter in memory."""
-        self._connection.call("POST", _path(name) + "/pin")
+        self._connection.call("POST", _path(name, "pin"))
 
     def unpin(self, name: str) -> None:
-        self._connection.call("DELETE", _path(name) + "/pin")
+        self._connection.call("DELETE", _path(name, "pin"))
 
     def push(
         self,
@@ -72,18 +74,22 @@ class AdaptersClient:
         paths = files_to_send(directory)
         with ExitStack() as opened:
             files = {part: (path.name, opened.enter_context(path.open("rb"))) for part, path in paths.items()}
-            return self._connection.call("PUT", _path(name), params=params, files=files, progress=progress)
+            connection = self._connection
+            with connection.stream("PUT", _path(name), params=params, files=files, progress=progress) as response:
+                return connection.read(response)
 
     def pull(self, name: str, directory: Path) -> list[str]:
         """Downloads an adapter into a new directory and returns the names of its files."""
         check_target(directory)
-        with self._connection.stream("GET", _path(name) + "/archive") as response:
+        with self._connection.stream("GET", _path(name, "archive")) as response:
             return extract(BufferedReader(ArchiveStream(response.iter_bytes())), directory)
 
     @property
     def _connection(self) -> ServerConnection:
+        from loramux_server.client.connection import ServerConnection  # and with it httpx, which takes 0.1 s
+
         return ServerConnection(self.url, self.key, self.timeout)
 
 
-def _path(name: str) -> str:
-    return f"/v1/adapters/{segment(name)}"
+def _path(*names: str) -> tuple[str, ...]:
+    return ("v1", "adapters", *names)

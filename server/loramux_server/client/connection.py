@@ -1,7 +1,4 @@
-"""One request to a running server and its reply. Whatever goes wrong is said in one line, with what to do about it.
-
-httpx is imported when a request is made: it takes a tenth of a second, and most commands ask no server.
-"""
+"""One request to a running server and its reply. Whatever goes wrong is said in one line, with what to do about it."""
 
 from __future__ import annotations
 
@@ -9,20 +6,20 @@ import json
 import select
 import socket
 import ssl
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 from urllib.parse import quote
+from urllib.request import getproxies, proxy_bypass
+
+import httpcore
+import httpx
 
 from loramux_server.errors import CommandFailed
 
-if TYPE_CHECKING:
-    import httpx
-
 MAX_REPLY_BYTES = 64 << 20  # a list of many thousand adapters
 HEADERS = {b"accept": b"application/json, application/gzip", b"accept-encoding": b"identity"}
-Files = Mapping[str, tuple[str, IO[bytes]]]
 Progress = Callable[[int, int], None]
 
 
@@ -52,22 +49,23 @@ class ServerConnection:
     def call(
         self,
         method: str,
-        path: str,
+        path: Sequence[str],
         *,
         params: Mapping[str, str] | None = None,
         body: Mapping[str, Any] | None = None,
-        files: Files | None = None,
-        progress: Progress = lambda sent, total: None,
     ) -> ServerReply:
-        """Sends a request and returns the reply, an object in JSON or nothing.
+        """Sends a request and returns the reply to it.
 
         Args:
+            path: its segments, names as they are.
             body: sent as JSON.
-            files: parts of a form: their names, file names, and open files, which are read while they are sent.
-            progress: called with the bytes of the form sent so far and in all.
         """
-        with self.stream(method, path, params=params, body=body, files=files, progress=progress) as response:
-            text = _read(response)
+        with self.stream(method, path, params=params, body=body) as response:
+            return self.read(response)
+
+    def read(self, response: httpx.Response) -> ServerReply:
+        """The reply to a request: an object in JSON, or nothing."""
+        text = _read(response)
         reply = _parse(text)
         if text and reply is None:
             raise CommandFailed(f"{self.url} did not answer in JSON; is it a loramux server?")
@@ -77,18 +75,25 @@ class ServerConnection:
     def stream(
         self,
         method: str,
-        path: str,
+        path: Sequence[str],
         *,
         params: Mapping[str, str] | None = None,
         body: Mapping[str, Any] | None = None,
-        files: Files | None = None,
+        files: Mapping[str, tuple[str, IO[bytes]]] | None = None,
         progress: Progress = lambda sent, total: None,
     ) -> Iterator[httpx.Response]:
-        """As `call`, but gives a good reply before its body is read. Errors of reading it are told in the same way."""
-        url = self._address()
+        """As `call`, but gives a good reply before its body is read. Errors of reading it are told in the same way.
+
+        Args:
+            files: parts of a form: their names, file names, and open files, which are read while they are sent.
+            progress: called with the bytes of the form sent so far and in all.
+        """
+        url = _http_url(self.url)
+        if url is None:
+            raise CommandFailed(f"{self.url!r} is not a URL such as http://127.0.0.1:8000")
         proxy = _proxy_for(url) if self.through_proxy else None
         with self._failures_told(proxy), self._open(url, proxy) as client:
-            request = client.build_request(method, path, params=params, json=body, files=files)
+            request = client.build_request(method, _quoted(path), params=params, json=body, files=files)
             if files is not None:
                 request = _watched(client, request, progress)
             response = client.send(request, stream=True)
@@ -100,69 +105,59 @@ class ServerConnection:
                 response.close()
 
     def _open(self, url: httpx.URL, proxy: httpx.Proxy | None) -> httpx.Client:
-        import httpx
-
+        headers = dict(HEADERS)
+        if self.key is not None:
+            if not self.key or not self.key.isprintable() or self.key != self.key.strip():
+                raise CommandFailed("the key is empty, or holds a space at an end or a character that cannot be sent")
+            headers[b"authorization"] = b"Bearer " + self.key.encode()
         trusted = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         if url.scheme == "https":
             trusted.load_default_certs()  # the system's, which may hold a company's own; takes 30 ms
         return httpx.Client(
-            base_url=url,
-            headers=self._headers(),
+            base_url=url.copy_with(userinfo=b""),  # which would take the key's place
+            headers=headers,
             timeout=self.timeout,
             verify=trusted,
             proxy=proxy,
             trust_env=False,
         )
 
-    def _address(self) -> httpx.URL:
-        import httpx
-
-        try:
-            url = httpx.URL(self.url)
-        except httpx.InvalidURL:
-            url = httpx.URL()
-        if url.scheme not in ("http", "https") or not url.host or (url.port or 0) > 65535:
-            raise CommandFailed(f"{self.url!r} is not a URL such as http://127.0.0.1:8000")
-        return url.copy_with(userinfo=b"")  # it would take the key's place
-
-    def _headers(self) -> dict[bytes, bytes]:
-        if self.key is None:
-            return HEADERS
-        if not self.key.isprintable() or self.key != self.key.strip() or not self.key:
-            raise CommandFailed("the key is empty, or holds a space at an end or a character that cannot be sent")
-        return {**HEADERS, b"authorization": b"Bearer " + self.key.encode()}
-
     @contextmanager
     def _failures_told(self, proxy: httpx.Proxy | None) -> Iterator[None]:
         """Turns a failure of the network into CommandFailed."""
-        import httpx
-
         where = self.url if proxy is None else f"{self.url} through the proxy {proxy.url.host}"
         try:
             yield
         except httpx.TimeoutException as error:
             raise CommandFailed(f"{where} did not answer within {self.timeout:g} s") from error
         except httpx.RequestError as error:
-            cause = _system_error(error)
-            if isinstance(cause, ssl.SSLError):
-                raise CommandFailed(f"{where}: TLS failed: {cause.reason or cause}") from error
-            if isinstance(cause, socket.gaierror):
-                raise CommandFailed(f"{where}: the host is not known") from error
-            if isinstance(cause, ConnectionRefusedError):
-                do = "start one with `loramux serve`, or give --url"
-                raise CommandFailed(f"no server answers at {where}; {do}") from error
-            raise CommandFailed(f"the connection to {where} broke: {error}") from error
+            match _system_error(error):
+                case ConnectionRefusedError():
+                    told = f"no server answers at {where}; start one with `loramux serve`, or give --url"
+                case socket.gaierror():
+                    told = f"{where}: the host is not known"
+                case ssl.SSLError() as cause:
+                    told = f"{where}: TLS failed: {cause.reason or cause}"
+                case _:
+                    told = f"the connection to {where} broke: {str(error) or type(error).__name__}"
+            raise CommandFailed(told) from error
 
 
-def segment(name: str) -> str:
-    """A name as one segment of a path, whatever it holds."""
-    return quote(name, safe="") if name.strip(".") else name.replace(".", "%2E")  # . and .. would lead elsewhere
+def _http_url(text: str) -> httpx.URL | None:
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL:
+        return None
+    return url if url.scheme in ("http", "https") and url.host and (url.port or 0) <= 65535 else None
+
+
+def _quoted(path: Sequence[str]) -> str:
+    """Dots alone would lead to another path: `quote` leaves them as they are."""
+    return "/".join(quote(name, safe="") if name.strip(".") else name.replace(".", "%2E") for name in path)
 
 
 def _watched(client: httpx.Client, form: httpx.Request, progress: Progress) -> httpx.Request:
     """The same request, with its progress told; stops where the server answers before it has all, that is, refuses."""
-    import httpcore
-
     total = int(form.headers["content-length"])
     sockets: list[socket.socket] = []
 
@@ -171,8 +166,9 @@ def _watched(client: httpx.Client, form: httpx.Request, progress: Progress) -> h
             sockets.append(info["return_value"].get_extra_info("socket"))
 
     def pieces() -> Iterator[bytes]:
+        assert isinstance(form.stream, httpx.SyncByteStream)
         sent = 0
-        for piece in form.stream:  # type: ignore[union-attr]
+        for piece in form.stream:
             if select.select(sockets, [], [], 0)[0]:
                 raise httpcore.WriteError("the server has answered")  # after which httpcore reads the reply
             sent += len(piece)
@@ -190,23 +186,16 @@ def _watched(client: httpx.Client, form: httpx.Request, progress: Progress) -> h
 
 def _proxy_for(url: httpx.URL) -> httpx.Proxy | None:
     """The proxy that the environment names for this server, which is read as urllib does."""
-    from urllib.request import getproxies, proxy_bypass
-
-    import httpx
-
-    from loramux_server.config.serve import is_loopback
+    from loramux_server.config.serve import is_loopback  # and with it all settings, which `adapters` does without
 
     named = getproxies().get(url.scheme)
     if not named or is_loopback(url.host) or proxy_bypass(url.netloc.decode("ascii")):
         return None
-    try:
-        proxy = httpx.Proxy(named if "://" in named else f"http://{named}")
-    except (ValueError, httpx.InvalidURL):
-        proxy = None
-    if proxy is None or proxy.url.scheme not in ("http", "https") or not proxy.url.host:
+    proxy = _http_url(named if "://" in named else f"http://{named}")
+    if proxy is None:
         variable = f"{url.scheme.upper()}_PROXY"
         raise CommandFailed(f"{variable} is not the URL of a proxy such as http://proxy:3128; NO_PROXY leaves it out")
-    return proxy
+    return httpx.Proxy(proxy)
 
 
 def _system_error(error: BaseException | None) -> BaseException | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loramux_adapters.training.data.conversation import Example
-from loramux_server.client.connection import ServerConnection, segment
+from loramux_server.client.connection import ServerConnection
 from loramux_server.errors import CommandFailed
 from loramux_server.evaluation.contenders import Said
 
@@ -30,11 +30,11 @@ class Server:
 
     def model(self, name: str) -> dict[str, Any]:
         """What the server says of the base or of an adapter."""
-        return self._call(f"/v1/models/{segment(name)}")
+        return self._call(("v1", "models", name))
 
     def base(self) -> dict[str, Any]:
         """What it says of its base."""
-        models = self._call("/v1/models").get("data")
+        models = self._call(("v1", "models")).get("data")
         for model in models if isinstance(models, list) else []:
             if isinstance(model, dict) and model.get("parent") is None and isinstance(model.get("id"), str):
                 return model
@@ -42,13 +42,13 @@ class Server:
 
     def chat(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The first choice of a chat completion."""
-        choices = self._call("/v1/chat/completions", body).get("choices")
+        choices = self._call(("v1", "chat", "completions"), body).get("choices")
         if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
             raise CommandFailed(f"{self.url} sent a chat completion without choices")
         choice: dict[str, Any] = choices[0]
         return choice
 
-    def _call(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def _call(self, path: Sequence[str], body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         connection = ServerConnection(self.url, self.key, through_proxy=True)
         return connection.call("GET" if body is None else "POST", path, body=body).body
 

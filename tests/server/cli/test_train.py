@@ -23,7 +23,8 @@ from loramux_adapters.training.run.trainer import Plan
 from loramux_server.cli import train as cli_train
 from loramux_server.cli.progress import Progress, duration
 from loramux_server.cli.train_data import read_material
-from loramux_server.client.adapters import AdaptersClient, ServerReply
+from loramux_server.client.adapters import AdaptersClient
+from loramux_server.client.connection import ServerReply
 from loramux_server.config.train import TrainConfig, load_train_config
 from loramux_server.errors import CommandFailed, ConfigError
 from support.tiny_models import save_tiny_model

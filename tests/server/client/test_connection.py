@@ -20,7 +20,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from loramux_server.client.connection import MAX_REPLY_BYTES, ServerConnection, segment
+from loramux_server.client.connection import MAX_REPLY_BYTES, ServerConnection, ServerReply
 from loramux_server.errors import CommandFailed
 
 KEY = "a-secret-key"
@@ -106,6 +106,12 @@ def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name.upper(), raising=False)
 
 
+def put(url: str, files: dict[str, Any], **options: Any) -> ServerReply:
+    connection = ServerConnection(url, timeout=10)
+    with connection.stream("PUT", ["a"], files=files, **options) as response:
+        return connection.read(response)
+
+
 def test_files_are_sent_as_a_form_and_their_progress_is_told(server: FakeServer, tmp_path: Path) -> None:
     weights = bytes(range(256)) * 4000
     (tmp_path / "w.safetensors").write_bytes(weights)
@@ -115,9 +121,7 @@ def test_files_are_sent_as_a_form_and_their_progress_is_told(server: FakeServer,
         paths = {"config": tmp_path / "c.json", "weights": tmp_path / "w.safetensors"}
         files = {part: (path.name, opened.enter_context(path.open("rb"))) for part, path in paths.items()}
         server.status = 201
-        reply = ServerConnection(server.url).call(
-            "PUT", "/a", files=files, progress=lambda sent, total: told.append((sent, total))
-        )
+        reply = put(server.url, files, progress=lambda sent, total: told.append((sent, total)))
 
     assert (reply.status, reply.body) == (201, {})
     ((_, headers, body),) = server.asked
@@ -147,7 +151,7 @@ def test_a_file_that_changes_while_it_is_sent_is_told(server: FakeServer, tmp_pa
             file.truncate((1 << 20) + change)
 
     with path.open("rb") as file, pytest.raises(CommandFailed, match="became shorter or longer while it was sent"):
-        ServerConnection(server.url).call("PUT", "/a", files={"w": (path.name, file)}, progress=cut_or_grow)
+        put(server.url, {"w": (path.name, file)}, progress=cut_or_grow)
 
 
 def test_sending_stops_when_the_server_refuses_before_it_has_all() -> None:
@@ -155,50 +159,49 @@ def test_sending_stops_when_the_server_refuses_before_it_has_all() -> None:
     refusal = b'{"error": {"message": "wrong key"}}'
     reply = b"HTTP/1.1 401 Unauthorized\r\ncontent-length: %d\r\n\r\n" % len(refusal) + refusal
     with answering_at_once(reply) as url, pytest.raises(CommandFailed, match=r"refused \(401\): wrong key"):
-        files = {"w": ("w", BytesIO(bytes(64 << 20)))}
-        ServerConnection(url, timeout=10).call("PUT", "/a", files=files)
+        put(url, {"w": ("w", BytesIO(bytes(64 << 20)))})
 
 
 def test_a_reply_that_breaks_off_or_stalls_is_told() -> None:
     head = b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{"
     with answering_at_once(head, then_close=True) as url, pytest.raises(CommandFailed, match=f"to {url} broke: "):
-        ServerConnection(url).call("GET", "/a")
+        ServerConnection(url).call("GET", ["a"])
     with answering_at_once(head) as url, pytest.raises(CommandFailed, match=r"did not answer within 0\.1 s"):
-        with ServerConnection(url, timeout=0.1).stream("GET", "/a") as response:
+        with ServerConnection(url, timeout=0.1).stream("GET", ["a"]) as response:
             response.read()
 
 
 def test_what_speaks_no_http_or_no_tls_is_told(server: FakeServer) -> None:
     with answering_at_once(b"SSH-2.0-x\r\n", then_close=True) as url, pytest.raises(CommandFailed, match="broke: "):
-        ServerConnection(url).call("GET", "/a")
+        ServerConnection(url).call("GET", ["a"])
     url = server.url.replace("http:", "https:")
     with pytest.raises(CommandFailed, match=f"^{url}: TLS failed: [A-Z_]+$"):
-        ServerConnection(url).call("GET", "/a")
+        ServerConnection(url).call("GET", ["a"])
 
 
 def test_a_host_that_nobody_knows_is_told() -> None:
     with pytest.raises(CommandFailed, match=f"^{ELSEWHERE}: the host is not known$"):
-        ServerConnection(ELSEWHERE).call("GET", "/a")
+        ServerConnection(ELSEWHERE).call("GET", ["a"])
 
 
 def test_a_reply_longer_than_any_of_ours_is_not_read_to_its_end(server: FakeServer) -> None:
     server.reply = b'"' + b"x" * (MAX_REPLY_BYTES + (1 << 20)) + b'"'
 
     with pytest.raises(CommandFailed, match="did not answer in JSON"):
-        ServerConnection(server.url).call("GET", "/a")
+        ServerConnection(server.url).call("GET", ["a"])
 
 
 def test_a_redirect_is_not_followed_so_that_the_key_goes_nowhere_else(server: FakeServer) -> None:
     server.status, server.headers = 307, {"location": server.url + "/other"}
 
     with pytest.raises(CommandFailed, match="answered with status 307"):
-        ServerConnection(server.url, KEY).call("POST", "/a", body={})
+        ServerConnection(server.url, KEY).call("POST", ["a"], body={})
     assert [asked for asked, _, _ in server.asked] == ["POST /a"]
 
 
 def test_the_key_is_sent_also_where_the_url_holds_a_user(server: FakeServer) -> None:
-    ServerConnection(server.url.replace("://", "://user:word@"), KEY).call("GET", "/a")
-    ServerConnection(server.url, "schlüssel").call("GET", "/a")
+    ServerConnection(server.url.replace("://", "://user:word@"), KEY).call("GET", ["a"])
+    ServerConnection(server.url, "schlüssel").call("GET", ["a"])
 
     sent = [headers["authorization"].encode("latin-1").decode() for _, headers, _ in server.asked]
     assert sent == [f"Bearer {KEY}", "Bearer schlüssel"]
@@ -208,7 +211,7 @@ def test_the_key_is_sent_also_where_the_url_holds_a_user(server: FakeServer) -> 
 def test_a_key_that_cannot_be_sent_is_told_and_not_shown(server: FakeServer, key: str) -> None:
     connection = ServerConnection(server.url, key)
     with pytest.raises(CommandFailed) as caught:
-        connection.call("GET", "/a")
+        connection.call("GET", ["a"])
 
     assert server.asked == []
     assert str(caught.value).startswith("the key ")
@@ -217,7 +220,7 @@ def test_a_key_that_cannot_be_sent_is_told_and_not_shown(server: FakeServer, key
 
 @pytest.mark.parametrize("name", ["a b", "a/b", "..", ".", "a?b#c", "%2e", "ä"])
 def test_a_name_is_one_segment_of_the_path(server: FakeServer, name: str) -> None:
-    ServerConnection(server.url).call("GET", f"/x/{segment(name)}/y", params={"q": "1 2"})
+    ServerConnection(server.url).call("GET", ("x", name, "y"), params={"q": "1 2"})
 
     path, _, query = server.asked[0][0].removeprefix("GET ").partition("?")
     assert [unquote(part) for part in path.split("/")] == ["", "x", name, "y"]
@@ -232,14 +235,14 @@ def test_a_server_elsewhere_is_asked_through_the_environments_proxy_where_that_i
     monkeypatch.setenv(variable, proxy)
     server.reply = json.dumps({"proxied": True}).encode()
 
-    reply = ServerConnection(ELSEWHERE, through_proxy=True).call("GET", "/a")
+    reply = ServerConnection(ELSEWHERE, through_proxy=True).call("GET", ["a"])
 
     assert reply.body == {"proxied": True}
     assert server.asked[0][0] == f"GET {ELSEWHERE}/a"
     monkeypatch.setenv("no_proxy", "models.invalid")
     for connection in (ServerConnection(ELSEWHERE, through_proxy=True), ServerConnection(ELSEWHERE)):
         with pytest.raises(CommandFailed, match="the host is not known"):
-            connection.call("GET", "/a")
+            connection.call("GET", ["a"])
     assert len(server.asked) == 1
 
 
@@ -250,7 +253,7 @@ def test_this_machine_is_never_asked_through_a_proxy(
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     monkeypatch.setenv("all_proxy", "socks5://127.0.0.1:1")
     for url in (server.url, server.url.replace("127.0.0.1", "localhost")):
-        ServerConnection(url, through_proxy=through_proxy).call("GET", "/a")
+        ServerConnection(url, through_proxy=through_proxy).call("GET", ["a"])
 
     assert [asked for asked, _, _ in server.asked] == ["GET /a", "GET /a"]
 
@@ -259,11 +262,11 @@ def test_a_proxy_that_is_not_there_or_is_none_is_told(monkeypatch: pytest.Monkey
     connection = ServerConnection(ELSEWHERE, through_proxy=True)
     monkeypatch.setenv("http_proxy", "http://user:word@127.0.0.1:1")
     with pytest.raises(CommandFailed, match=f"no server answers at {ELSEWHERE} through the proxy 127.0.0.1"):
-        connection.call("GET", "/a")
+        connection.call("GET", ["a"])
     for wrong in ("socks5://127.0.0.1:1", "http://user:word@host:port", "http://"):
         monkeypatch.setenv("http_proxy", wrong)
         with pytest.raises(CommandFailed, match="HTTP_PROXY is not the URL of a proxy") as caught:
-            connection.call("GET", "/a")
+            connection.call("GET", ["a"])
         assert "word" not in str(caught.value)
 
 
