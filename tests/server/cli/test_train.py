@@ -20,13 +20,14 @@ from loramux_adapters.training.recipe import Recipe
 from loramux_adapters.training.run.run_dir import RunDirectory
 from loramux_adapters.training.run.trace import EpochRecord, StepRecord
 from loramux_adapters.training.run.trainer import Plan
+from loramux_server.cli import finish
 from loramux_server.cli import train as cli_train
 from loramux_server.cli.frame import call
-from loramux_server.cli import finish
 from loramux_server.cli.train import Permissions
 from loramux_server.cli.train_data import read_material
 from loramux_server.cli.train_run import Progress, duration
-from loramux_server.client.adapters import AdaptersClient, ServerReply
+from loramux_server.client.adapters import AdaptersClient
+from loramux_server.client.connection import ServerReply
 from loramux_server.config.finish import FinishConfig
 from loramux_server.config.load import load
 from loramux_server.config.train import TrainConfig
