@@ -232,24 +232,14 @@ class FakeStore:
         finally:
             shutil.rmtree(directory)
 
-    def publish(
-        self,
-        name: str,
-        staging: FakeStaging,
-        *,
-        rank: int,
-        base_id: str | None,
-        target_modules: list[str],
-        proof: str,
-        version: str,
-    ) -> FakePublished:
+    def publish(self, name: str, staging: FakeStaging, checked: FakeChecked, proof: str) -> FakePublished:
         if self.failure is not None:
             raise self.failure
         files = {path.name: path.read_bytes() for path in staging.directory.iterdir()}
-        version = hashlib.sha256(repr((version, sorted(files.items()))).encode()).hexdigest()
+        version = hashlib.sha256(repr((checked.version, sorted(files.items()))).encode()).hexdigest()
         old = self.known.get(name)
         self.files[name] = files
-        self.known[name] = FakeRecord(name, version, rank, target_modules, fingerprint=proof)
+        self.known[name] = FakeRecord(name, version, checked.rank, [*checked.target_modules], fingerprint=proof)
         if old is None:
             return FakePublished(version, "created")
         return FakePublished(version, "unchanged" if old.version == version else "updated")
@@ -345,6 +335,7 @@ def make_server(
         tokenizer=tokenizer,
         check=check,
         prove=FakeProve(),
+        publish=store.publish,
         metrics=Metrics(),
         base=Base(BASE_NAME, base_id="ba5e" * 16, context=context, created=1_700_000_000),
         keys=keys or Keys(),

@@ -11,7 +11,7 @@ from loramux_adapters.store.store import AdapterStore
 from loramux_server.config.serve import ServeConfig
 from loramux_server.config.settings import fields_of
 from loramux_server.errors import CommandFailed
-from loramux_server.publishing.backup import Outcome, describe, restore_backup, write_backup
+from loramux_server.publishing.backup import BackupOutcome, describe, restore_backup, write_backup
 
 
 def add_actions(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -25,7 +25,7 @@ def add_actions(actions: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _action(
     actions: argparse._SubParsersAction[argparse.ArgumentParser],
     name: str,
-    act: Callable[[argparse.Namespace, Path], tuple[Outcome, str]],
+    act: Callable[[argparse.Namespace, Path], tuple[BackupOutcome, str]],
     help: str,
 ) -> argparse.ArgumentParser:
     setting = fields_of(ServeConfig)["adapter_dir"]
@@ -46,7 +46,7 @@ def _action(
     return parser
 
 
-def _backup(args: argparse.Namespace, directory: Path) -> tuple[Outcome, str]:
+def _backup(args: argparse.Namespace, directory: Path) -> tuple[BackupOutcome, str]:
     if not (directory / "index.sqlite").is_file():
         raise CommandFailed(f"{directory} holds no adapter store; name one with --adapter-dir")
     store = AdapterStore(directory, owner=False)
@@ -56,7 +56,7 @@ def _backup(args: argparse.Namespace, directory: Path) -> tuple[Outcome, str]:
         store.close()
 
 
-def _restore(args: argparse.Namespace, directory: Path) -> tuple[Outcome, str]:
+def _restore(args: argparse.Namespace, directory: Path) -> tuple[BackupOutcome, str]:
     store = AdapterStore(directory, owner=False)
     try:
         return restore_backup(store, args.file, replace=args.replace), "restored"

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from loramux_server.cli.adapters import KEY_VARIABLES
 from loramux_server.cli.serve import configure_logging
+from loramux_server.config.adapter_directory import find_adapter
 from loramux_server.config.csv import columns_of
 from loramux_server.config.environment import bound_spinning, cache_dir_of
 from loramux_server.config.evaluate import EvalConfig, load_eval_config
 from loramux_server.config.settings import add_flags, fields_of
 from loramux_server.config.train import DEFAULT_OUT
 from loramux_server.errors import CommandFailed
-from loramux_server.publishing.local_adapter import find_adapter
 from loramux_server.serving.startup import Stages
 
 if TYPE_CHECKING:

@@ -17,7 +17,6 @@ from loramux_adapters.evaluation.scores import TokenScore
 from loramux_adapters.lora.lora_linear import AdapterSlots, head_path
 from loramux_adapters.lora.slots import Slot, SlotTable, bucket_of
 from loramux_adapters.lora.verify import check_adapter
-from loramux_adapters.lora.weights import load_host_adapter
 from loramux_server.base.loader import BaseModel
 from loramux_server.engine.local_steps import Pool, Work, turns
 from loramux_server.engine.model_runner import ModelRunner
@@ -159,7 +158,7 @@ class Offline:
         if acquired is None:
             raise MemoryShort(f"there is no slot left for an adapter of rank {checked.rank}; unload one first")
         if acquired.is_new:
-            self._slots.load(acquired.slot, load_host_adapter(directory, version))
+            self._slots.load(acquired.slot, checked.adapter)
         return Adapter(directory, version, checked.rank, acquired.slot, checked.base_verified)
 
     def unload(self, adapter: Adapter) -> None:

@@ -17,7 +17,6 @@ from transformers.utils import logging as transformers_logging
 from loramux_adapters.lora.host_cache import HostCache
 from loramux_adapters.lora.lora_linear import AdapterSlots, head_path
 from loramux_adapters.lora.slots import SlotTable
-from loramux_adapters.lora.staged import StagedVersions
 from loramux_adapters.memory import resident_bytes as process_bytes
 from loramux_adapters.memory import returning_memory
 from loramux_adapters.store.store import AdapterStore
@@ -126,7 +125,7 @@ def build(config: ServeConfig, stages: Stages) -> Server:
         def build_prover(forget: Callable[[str], None]) -> Prover:
             return Prover(
                 parts.client.generate,
-                parts.staged.holding,
+                parts.host_cache.holding,
                 forget,
                 metrics,
                 base_id=base.base_id,
@@ -151,6 +150,7 @@ def build(config: ServeConfig, stages: Stages) -> Server:
             pins=lifecycle.pins,
             check=check,
             prove=lifecycle.prover.prove,
+            publish=lifecycle.publisher.publish,
             metrics=metrics,
             base=Base(name=name, base_id=base.base_id, context=context, created=int(time.time())),
             keys=Keys(config.api_key, config.admin_key, check_host=is_loopback(config.host)),
@@ -167,7 +167,7 @@ def build(config: ServeConfig, stages: Stages) -> Server:
         stages=stages,
         preload=None
         if config.preload is None
-        else partial(preload, store, config.preload, lifecycle.check, stages.note),
+        else partial(preload, store, lifecycle.publisher, config.preload, stages.note),
         client=parts.client,
         store=store,
         host_cache=parts.host_cache,
@@ -181,7 +181,6 @@ class Device:
 
     slots: AdapterSlots
     cache: KVCache
-    staged: StagedVersions
     host_cache: HostCache
     inbox: Inbox
     client: EngineClient
@@ -204,9 +203,8 @@ class Device:
                 f"there is no room on {base.device} for --device-memory-mib {config.device_memory_mib}; lower it"
             ) from error
         inbox = Inbox(config.max_waiting)
-        staged = StagedVersions(store.load)
         host_cache = HostCache(
-            staged.load, config.host_cache_mib * MIB, on_ready=inbox.wake, observer=metrics.host_cache()
+            store.load, config.host_cache_mib * MIB, on_ready=inbox.wake, observer=metrics.host_cache()
         )
         runner = ModelRunner(
             base.model, slots=slots, cache=cache, attend=attend, host_adapter=host_cache.get, device=base.device
@@ -239,9 +237,7 @@ class Device:
         engine = Engine(scheduler, runner, inbox, metrics, watchdog_timeout=config.watchdog_timeout)
         client = EngineClient(engine, in_host=host_cache.holds)
         compiled_step = runner.decoder is not None
-        return cls(
-            slots, cache, staged, host_cache, inbox, client, checked, attention_kernel, lora_kernel, compiled_step
-        )
+        return cls(slots, cache, host_cache, inbox, client, checked, attention_kernel, lora_kernel, compiled_step)
 
     def pools(self, base_bytes: int) -> dict[str, int]:
         """Bytes held, by what they are held for."""

@@ -15,11 +15,11 @@ from loramux_adapters.errors import BaseMismatch, CheckpointError
 from loramux_adapters.training.model.merge import Merged
 from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.cli import merge as cli_merge
+from loramux_server.config.adapter_directory import find_adapter
 from loramux_server.engine.local_engine import Offline
 from loramux_server.errors import CommandFailed, ConfigError
 from loramux_server.fingerprint import fingerprint
 from loramux_server.fingerprint.drift import QUESTIONS, drift_prompts
-from loramux_server.publishing.local_adapter import find_adapter
 from support.adapter_files import write_adapter
 from support.tiny_models import save_tiny_model, tiny_tokenizer
 

@@ -224,7 +224,7 @@ def test_the_deltas_are_the_adapters_own(offline: Offline, tmp_path: Path) -> No
     adapter, prompt = offline.load(directory), prompts()[0]
     stepper = Stepper.__new__(Stepper)
     stepper.runner, stepper._free, stepper.slots = offline._runner, list(range(100)), offline._slots
-    stepper.load(adapter.slot, load_host_adapter(directory, "again"))
+    stepper.load(adapter.slot, load_host_adapter(directory))
 
     logits = stepper.prefill(stepper.sequence("s", prompt, adapter.slot), chunk=99)
 

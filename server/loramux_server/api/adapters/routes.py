@@ -17,7 +17,7 @@ from loramux_server.api.http.auth import Access, access
 from loramux_server.api.http.deps import Deps
 from loramux_server.api.http.model_names import check_adapter_name
 from loramux_server.api.http.offload import entered, offload, offload_or_undo, until_gone
-from loramux_server.api.http.ports import CheckedPort, PublishedPort, RecordPort
+from loramux_server.api.http.ports import CheckedPort, RecordPort
 from loramux_server.api.http.stream import Stream
 from loramux_server.errors import RequestError, ServerBusy
 
@@ -52,19 +52,7 @@ class Adapters:
             )
             if flags["validate_only"]:
                 return JSONResponse(_checked_json(name, checked, proof))
-
-            def publish() -> PublishedPort:
-                return store.publish(
-                    name,
-                    staging,
-                    rank=checked.rank,
-                    base_id=checked.base_id,
-                    target_modules=[*checked.target_modules],
-                    proof=proof,
-                    version=checked.version,
-                )
-
-            published = await offload(publish)
+            published = await offload(self._deps.publish, name, staging, checked, proof)
         record = await offload(store.record, name)
         status = 201 if published.outcome == "created" else 200
         return JSONResponse(

@@ -10,6 +10,7 @@ from loramux_server.api.http.ports import (
     LocalPort,
     PinsPort,
     ProvePort,
+    PublishPort,
     StorePort,
     TokenizerPort,
 )
@@ -80,6 +81,7 @@ class Deps:
     tokenizer: TokenizerPort
     check: CheckPort
     prove: ProvePort
+    publish: PublishPort
     metrics: Metrics
     base: Base
     keys: Keys = field(default_factory=Keys)

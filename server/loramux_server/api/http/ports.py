@@ -170,20 +170,8 @@ class StorePort(Protocol):
         """Where a version's files are, for reading while it is leased."""
         ...
 
-    # The staging that `publish` takes is the one that `stage` gave out; its own type is the store's affair.
+    # The staging is the one that `PublishPort` takes; its own type is the store's affair.
     def stage(self) -> AbstractContextManager[Any]: ...
-
-    def publish(
-        self,
-        name: str,
-        staging: Any,
-        *,
-        rank: int,
-        base_id: str | None,
-        target_modules: list[str],
-        proof: str,
-        version: str,
-    ) -> PublishedPort: ...
 
 
 class PinsPort(Protocol):
@@ -239,6 +227,15 @@ class ProvePort(Protocol):
     async def __call__(
         self, directory: Path, checked: Any, *, force: bool, allow_no_effect: bool
     ) -> Literal["exact", "within_tolerance", "mismatch", "none"]: ...
+
+
+class PublishPort(Protocol):
+    """Makes the files of an upload, checked and tried out, the current version of a name, in a worker thread.
+
+    Raises: InvalidAdapterName, AdapterRejected, StoreUnavailable.
+    """
+
+    def __call__(self, name: str, staging: Any, checked: Any, proof: Any) -> PublishedPort: ...
 
 
 class TokenizerPort(Protocol):
