@@ -48,8 +48,8 @@ def read_adapter(
 ) -> tuple[HostAdapter, Sequence[str]]:
     """What is computed with, and the modules of which some number is not finite.
 
-    The weights are read once: a piece of the file at a time is digested and converted while the processor's cache has
-    it. So beside the adapter itself this takes the memory of `_PIECE_BYTES`, or of the largest pair if that is more.
+    The weights are read once, a piece of the file at a time, which is digested and converted. So beside the adapter
+    itself this takes the memory of `_PIECE_BYTES`, or of the largest pair if that is more.
     All modules lie in one block of memory, so that an eviction leaves no holes behind.
     Raises `AdapterRejected` if the file cannot be read.
     """
