@@ -195,10 +195,8 @@ def read_tensor(directory: Path, name: str) -> torch.Tensor:
 
 
 def fold(a: torch.Tensor, b: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [r, in] and B [out, r] of any float dtype -> (A, (B * scale)^T [r, out]), bf16 and contiguous.
+    """A [r, in] and B [out, r] of any float dtype -> (A, (B * scale)^T [r, out]) in bf16.
 
-    The product with the scale is taken in fp32 and rounded once. Both are copies: what was read is mapped memory of the
-    file, which would be read from disk when the device asks for it.
+    The product with the scale is taken in fp32 and rounded once.
     """
-    bt = (b.float() * scale).t().to(torch.bfloat16, memory_format=torch.contiguous_format)
-    return a.to(torch.bfloat16, copy=True, memory_format=torch.contiguous_format), bt
+    return a.to(torch.bfloat16), (b.float() * scale).t().to(torch.bfloat16)

@@ -121,7 +121,7 @@ class AdapterStore:
         proof: str = "none",
         version: str | None = None,
     ) -> Published:
-        """Make the staged files the current version of `name`, durably and all at once.
+        """Make the files of an upload the current version of `name`, durably and all at once.
 
         `rank`, `base_id`, `target_modules`, `version`: as `check_adapter` found; `proof`: how the fingerprint replayed.
         A version the name already points at is left as it is, unless its files were damaged: then they are replaced.
