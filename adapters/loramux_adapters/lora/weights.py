@@ -57,6 +57,7 @@ def read_adapter(
     block = mapping(values * torch.bfloat16.itemsize).view(torch.bfloat16)
     pieces = list(_pieces(sorted(pairs.items())))  # in the order that the digest takes
     content = np.empty(max((piece[-1].end for piece in pieces), default=0), dtype=np.uint8)
+    library = native_library()
     digest = VersionDigest()
     modules: Modules = {}
     is_finite: dict[str, bool] = {}
@@ -77,7 +78,6 @@ def read_adapter(
                     part = content.data[at : at + spec.nbytes]
                     _read_exactly(file.fileno(), part, spec.offset)
                     digest.update(part)
-            library = native_library()
             if library is None:
                 finite = _convert_by_tensors(modules, content, piece, scales)
             else:
