@@ -12,6 +12,7 @@ from loramux_adapters.errors import AdapterCorrupt, AdapterRejected
 
 if TYPE_CHECKING:
     from loramux_adapters.lora.host_cache import HostAdapter
+    from loramux_adapters.lora.weights import ConvertPairs
 
 
 class StagedVersions:
@@ -21,9 +22,10 @@ class StagedVersions:
     any method.
     """
 
-    def __init__(self, load: Callable[[str], HostAdapter]) -> None:
-        """`load` reads a published version."""
+    def __init__(self, load: Callable[[str], HostAdapter], convert: ConvertPairs | None = None) -> None:
+        """`load` reads a published version, `convert` the numbers of one that is not."""
         self._load = load
+        self._convert = convert
         self._lock = threading.Lock()
         self._directories: dict[str, list[Path]] = {}  # one for each upload of the version
 
@@ -50,6 +52,6 @@ class StagedVersions:
         if directory is None:
             return self._load(version)
         try:
-            return load_host_adapter(directory, version)
+            return load_host_adapter(directory, version, self._convert)
         except (AdapterRejected, OSError) as error:
             raise AdapterCorrupt(f"the staged files of version {version[:12]} cannot be read") from error

@@ -191,7 +191,7 @@ def _check_values(directory: Path, config: AdapterConfig, layout: Layout, base: 
         for parameter, tensor_name in layout.base_tensors.items()
         if not base.tensor_equals(parameter, read_tensor(directory, tensor_name))
     ]
-    _, not_finite = served_modules(directory, config, layout.pairs)
+    _, not_finite = served_modules(directory, config, layout.pairs, base.convert)
     reasons += [f"module {quoted(module)} has values that are not finite in bf16" for module in not_finite]
     if reasons:
         raise AdapterRejected(reasons)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,23 +16,37 @@ from loramux_adapters.artifact.format import WEIGHTS_FILE, Pair, pair_up, read_c
 from loramux_adapters.artifact.safetensors_header import open_regular
 from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.lora.host_cache import HostAdapter
-from loramux_adapters.lora.ops import native_library
 from loramux_adapters.memory import mapping
-from loramux_adapters.native import bind
-
-_KINDS = {"F32": 0, "F16": 1, "BF16": 2}  # as csrc/copy.cpp numbers them
 
 
-def load_host_adapter(directory: Path, version: str) -> HostAdapter:
+class PlacedPair(NamedTuple):
+    """Where a module's numbers lie among a file's bytes: A [rank, inputs] and B [outputs, rank], each of its dtype."""
+
+    a_offset: int
+    a_dtype: str
+    b_offset: int
+    b_dtype: str
+    rank: int
+    inputs: int
+    outputs: int
+
+
+# (to [numbers] bf16, content [bytes] uint8, pairs, scales) -> which pairs are finite. Writes the pairs one behind the
+# other: A, then (B * scale)^T [rank, outputs]; products with the scale in fp32, rounded once, as `fold` does.
+ConvertPairs = Callable[[torch.Tensor, npt.NDArray[np.uint8], Sequence[PlacedPair], Sequence[float]], list[bool]]
+
+
+def load_host_adapter(directory: Path, version: str, convert: ConvertPairs | None = None) -> HostAdapter:
     """Read a PEFT directory into host memory; raises `AdapterRejected` if it is not one that can be read.
 
-    The files are checked against themselves, not against a base: that is `verify`, at upload.
+    The files are checked against themselves, not against a base: that is `verify`, at upload. `convert` as in
+    `served_modules`.
     """
     config = read_config(directory)
     layout = pair_up(read_header(directory / WEIGHTS_FILE))
     if layout.reasons:
         raise AdapterRejected(layout.reasons)
-    modules, _ = served_modules(directory, config, layout.pairs)
+    modules, _ = served_modules(directory, config, layout.pairs, convert)
     nbytes = sum(a.nbytes + bt.nbytes for a, bt in modules.values())
     rank = max((pair.rank for pair in layout.pairs.values()), default=0)
     return HostAdapter(version=version, rank=rank, nbytes=nbytes, modules=modules)
@@ -41,10 +55,13 @@ def load_host_adapter(directory: Path, version: str) -> HostAdapter:
 Modules = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
-def served_modules(directory: Path, config: AdapterConfig, pairs: Mapping[str, Pair]) -> tuple[Modules, list[str]]:
+def served_modules(
+    directory: Path, config: AdapterConfig, pairs: Mapping[str, Pair], convert: ConvertPairs | None = None
+) -> tuple[Modules, list[str]]:
     """What is computed with, by module path, and the modules of which some number is not finite.
 
     A [r, in] and Bt [r, out] in bf16, all in one block of memory, so that an eviction leaves no holes behind.
+    `convert`: a kernel for it; without one tensors do it, module by module, with the same bits.
     Raises `AdapterRejected` if the file cannot be read.
     """
     values = sum(pair.rank * (pair.a.shape[1] + pair.b.shape[0]) for pair in pairs.values())
@@ -56,14 +73,13 @@ def served_modules(directory: Path, config: AdapterConfig, pairs: Mapping[str, P
         a = block.as_strided((rank, inputs), (inputs, 1), free)
         modules[module] = a, block.as_strided((rank, outputs), (outputs, 1), free + rank * inputs)
         free += rank * (inputs + outputs)
-    library = native_library()
-    if library is None:
+    if convert is None:
         return modules, _fill_by_tensors(modules, directory, config, pairs)
-    return modules, _fill_at_once(library, block, directory, config, pairs)
+    return modules, _fill_at_once(convert, block, directory, config, pairs)
 
 
 def _fill_by_tensors(modules: Modules, directory: Path, config: AdapterConfig, pairs: Mapping[str, Pair]) -> list[str]:
-    """The slow reference, and the path without compiled code."""
+    """The slow reference, and the path without a kernel."""
     for module, a, bt in read_modules(directory, config, pairs):
         modules[module][0].copy_(a)
         modules[module][1].copy_(bt)
@@ -71,23 +87,17 @@ def _fill_by_tensors(modules: Modules, directory: Path, config: AdapterConfig, p
 
 
 def _fill_at_once(
-    library: ctypes.CDLL, block: torch.Tensor, directory: Path, config: AdapterConfig, pairs: Mapping[str, Pair]
+    convert: ConvertPairs, block: torch.Tensor, directory: Path, config: AdapterConfig, pairs: Mapping[str, Pair]
 ) -> list[str]:
-    """The same in one call (csrc/copy.cpp)."""
-    places = np.array(
-        [
-            (p.a.offset, _KINDS[p.a.dtype], p.b.offset, _KINDS[p.b.dtype], p.rank, p.a.shape[1], p.b.shape[0])
-            for p in pairs.values()
-        ],
-        dtype=np.int64,
-    ).reshape(len(pairs), 7)
-    scales = np.array([scale_of(config, module, pair.rank) for module, pair in pairs.items()], dtype=np.float32)
-    finite = np.ones(len(pairs), dtype=np.bool_)
+    """The same in one call of a kernel."""
+    placed = [
+        PlacedPair(p.a.offset, p.a.dtype, p.b.offset, p.b.dtype, p.rank, p.a.shape[1], p.b.shape[0])
+        for p in pairs.values()
+    ]
+    scales = [scale_of(config, module, pair.rank) for module, pair in pairs.items()]
     content = _content(directory, max((s.offset + s.nbytes for p in pairs.values() for s in (p.a, p.b)), default=0))
-    bind(library.loramux_read_pairs, "pppppn")(
-        block.data_ptr(), finite.ctypes.data, content.ctypes.data, places.ctypes.data, scales.ctypes.data, len(pairs)
-    )
-    return [module for module, good in zip(pairs, finite.tolist(), strict=True) if not good]
+    finite = convert(block, content, placed, scales)
+    return [module for module, good in zip(pairs, finite, strict=True) if not good]
 
 
 def _content(directory: Path, nbytes: int) -> npt.NDArray[np.uint8]:

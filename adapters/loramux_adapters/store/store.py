@@ -27,6 +27,7 @@ from loramux_adapters.store.upkeep import StoreUpkeep
 
 if TYPE_CHECKING:
     from loramux_adapters.lora.host_cache import HostAdapter
+    from loramux_adapters.lora.weights import ConvertPairs
 
 __all__ = ["NAME_PATTERN", "AdapterRecord", "AdapterStore", "Lease", "Published", "Staging", "VersionRecord"]
 
@@ -228,8 +229,8 @@ class AdapterStore:
         """Where a version's files are: for reading, and while it is kept or leased."""
         return self._files.directory(version)
 
-    def load(self, version: str) -> HostAdapter:
-        """Read a version into host memory, in a loader thread.
+    def load(self, version: str, convert: ConvertPairs | None = None) -> HostAdapter:
+        """Read a version into host memory, in a loader thread; `convert` as in `load_host_adapter`.
 
         Raises `AdapterCorrupt` if it is not as published; damaged for good, it is set aside until it is uploaded again.
         """
@@ -239,7 +240,7 @@ class AdapterStore:
         try:
             if digest_of(read_config(directory), directory) != version:
                 raise AdapterRejected(["they have another digest"])
-            return load_host_adapter(directory, version)
+            return load_host_adapter(directory, version, convert)
         except (AdapterRejected, OSError) as error:
             self._upkeep.set_aside(version)
             raise AdapterCorrupt(f"the stored files of version {version[:12]} cannot be read as published") from error

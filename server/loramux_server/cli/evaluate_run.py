@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -20,9 +21,11 @@ from loramux_adapters.training.data.examples import ExampleSet, read_examples
 from loramux_adapters.training.recipe import QUANTIZATIONS
 from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.base.source import Report
+from loramux_server.config.environment import kernels_of
 from loramux_server.engine.local_engine import Adapter, Offline
 from loramux_server.evaluation.contenders import Contender, Progress, Subject
 from loramux_server.evaluation.local_scorer import OfflineScorer
+from loramux_server.kernels.choice import choose_kernels
 
 BAR_SECONDS = 0.2  # least time between two drawings
 LINE_SECONDS = 30.0  # between two lines where there is no terminal
@@ -68,7 +71,12 @@ class Bases:
 
     def _load(self, quantize: str) -> BaseModel:
         return load_base_model(
-            self._spec, device=self._device, cache_dir=self._cache_dir, report=self._report, quantize=quantize
+            self._spec,
+            device=self._device,
+            cache_dir=self._cache_dir,
+            report=self._report,
+            quantize=quantize,
+            kernels=choose_kernels(self._device, kernels_of(os.environ)),
         )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from loramux_server.cli.serve import configure_logging
 from loramux_server.config.commands import load_settings
-from loramux_server.config.environment import bound_spinning, cache_dir_of
+from loramux_server.config.environment import bound_spinning, cache_dir_of, kernels_of
 from loramux_server.config.merge import MergeConfig
 from loramux_server.config.settings import add_flags, fields_of
 from loramux_server.config.train import DEFAULT_OUT
@@ -181,6 +181,7 @@ class _Merge:
 
     def _load(self, spec: str, quantize: str) -> BaseModel:
         from loramux_server.base.loader import load_base_model
+        from loramux_server.kernels.choice import choose_kernels
 
         return load_base_model(
             spec,
@@ -188,6 +189,7 @@ class _Merge:
             cache_dir=cache_dir_of(self._config.cache_dir, os.environ),
             report=self._stages.note,
             quantize=quantize,
+            kernels=choose_kernels(self._device, kernels_of(os.environ)),
         )
 
 

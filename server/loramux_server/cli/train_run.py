@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -25,8 +26,10 @@ from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.base.originals import original_weights
 from loramux_server.cli.progress import MIB, Progress, duration
 from loramux_server.cli.train_data import Material, data_lines, render
+from loramux_server.config.environment import kernels_of
 from loramux_server.config.train import TrainConfig
 from loramux_server.errors import CommandFailed
+from loramux_server.kernels.choice import choose_kernels
 from loramux_server.serving.startup import Stages
 
 
@@ -60,6 +63,7 @@ def run_training(
             report=stages.note,
             quantize=recipe.quantize,
             training=True,
+            kernels=choose_kernels(device, kernels_of(os.environ)),
         )
     with stages.stage("add the adapter" if recipe.init == "default" else f"add the adapter ({recipe.init})"):
         model = _add_adapter(base, config)

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from loramux_server.config.environment import KERNELS_VARIABLE
 from loramux_server.config.settings import fields_of, from_environment, from_flags, from_toml
 
 CONFIG_VARIABLE = "LORAMUX_CONFIG"
-OTHER_VARIABLES = (CONFIG_VARIABLE, "LORAMUX_URL")  # LORAMUX_URL is read by `loramux adapters` too
+# LORAMUX_URL is read by `loramux adapters`, LORAMUX_KERNELS by whatever loads a base
+OTHER_VARIABLES = (CONFIG_VARIABLE, KERNELS_VARIABLE, "LORAMUX_URL")
 
 T = TypeVar("T")
 

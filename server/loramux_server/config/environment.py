@@ -6,10 +6,17 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+KERNELS_VARIABLE = "LORAMUX_KERNELS"
+
 
 def cache_dir_of(given: Path | None, environ: Mapping[str, str]) -> Path:
     """Where a converted base is kept: what `--cache-dir` says, or the user's cache directory."""
     return given or Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "loramux"
+
+
+def kernels_of(environ: Mapping[str, str]) -> str | None:
+    """Which set of kernels to run on, by name (kernels/choice.py); None leaves the choice to the device."""
+    return environ.get(KERNELS_VARIABLE) or None
 
 
 def bound_spinning() -> None:

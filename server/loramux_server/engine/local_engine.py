@@ -21,16 +21,15 @@ from loramux_adapters.lora.weights import load_host_adapter
 from loramux_server.base.loader import BaseModel
 from loramux_server.engine.local_steps import Pool, Work, turns
 from loramux_server.engine.model_runner import ModelRunner
-from loramux_server.engine.numerics import numerics_id
 from loramux_server.engine.sampler import Sampler
 from loramux_server.engine.sequence import SamplingParams
 from loramux_server.engine.sequence import Sequence as EngineSequence
 from loramux_server.engine.start_check import Checker, StartCheck
 from loramux_server.errors import SequenceFailed
 from loramux_server.kernels.attention import probe_kv_shape
-from loramux_server.kernels.attention_paths import select_attend
+from loramux_server.kernels.choice import Kernels, choose_kernels
 from loramux_server.kernels.kv_cache import BLOCK_SIZE, KVCache
-from loramux_server.kernels.lora_paths import select_add_lora
+from loramux_server.kernels.numerics import numerics_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +88,12 @@ class Offline:
         num_blocks: int,
         rows: int,
         max_rank: int,
-        numerics_id: str,
+        kernels: Kernels,
         checked: StartCheck,
     ) -> None:
         """Use `open`."""
         self.base = base
-        self.numerics_id = numerics_id
+        self.numerics_id = numerics_id(base.model, base.device, kernels)
         self.checked = checked
         self.context = min(base.context_length, num_blocks * BLOCK_SIZE)
         self._runner = runner
@@ -103,7 +102,7 @@ class Offline:
         self._num_blocks = num_blocks
         self._rows = rows
         self._max_rank = max_rank
-        self._sampler = Sampler()
+        self._sampler = Sampler(kernels.argmax)
 
     @classmethod
     def open(cls, base: BaseModel, *, rows: int = 32, tokens: int = 16384, max_rank: int = 256) -> Offline:
@@ -119,19 +118,24 @@ class Offline:
             MemoryShort: there is no room for cache or slots.
         """
         shape = probe_kv_shape(base.model, base.device)
-        attend, tiled, attention = select_attend(base.device, shape)
-        add_lora, lora = select_add_lora(base.device, shape.dtype)
+        kernels = choose_kernels(base.device, base.kernels.name, shape)
         num_blocks = -(-tokens // BLOCK_SIZE)
         try:
-            slots = AdapterSlots(base.model, 2 * bucket_of(max_rank), add_lora, head=head_path(base.model))
-            cache = KVCache(shape, num_blocks, base.device, tiled=tiled)
+            slots = AdapterSlots(
+                base.model,
+                2 * bucket_of(max_rank),
+                kernels.add_lora,
+                kernels.copy_slot,
+                head=head_path(base.model),
+            )
+            cache = KVCache(shape, num_blocks, base.device, tiled=kernels.tiled)
         except (MemoryError, RuntimeError) as error:
             raise MemoryShort(
                 f"there is no room on {base.device} for a cache of {tokens} tokens and two adapters of rank {max_rank}"
                 "; use a smaller base"
             ) from error
         runner = ModelRunner(
-            base.model, slots=slots, cache=cache, attend=attend, host_adapter=lambda version: None, device=base.device
+            base.model, slots=slots, cache=cache, kernels=kernels, host_adapter=lambda version: None, device=base.device
         )
         vocabulary = int(base.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
         checker = Checker(runner, slots, base.model, vocabulary=vocabulary, num_blocks=num_blocks, rows=rows)
@@ -142,7 +146,7 @@ class Offline:
             num_blocks=num_blocks,
             rows=rows,
             max_rank=max_rank,
-            numerics_id=numerics_id(base, attention, lora),
+            kernels=kernels,
             checked=checker.run(),
         )
 
@@ -159,7 +163,7 @@ class Offline:
         if acquired is None:
             raise MemoryShort(f"there is no slot left for an adapter of rank {checked.rank}; unload one first")
         if acquired.is_new:
-            self._slots.load(acquired.slot, load_host_adapter(directory, version))
+            self._slots.load(acquired.slot, load_host_adapter(directory, version, self.base.kernels.convert))
         return Adapter(directory, version, checked.rank, acquired.slot, checked.base_verified)
 
     def unload(self, adapter: Adapter) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import math
 import os
 
-import numpy as np
 import torch
 
-from loramux_adapters.native import bind
 from loramux_server.engine.sequence import NOT_FINITE, SampledToken, SamplingParams, Sequence, TokenLogprob
-from loramux_server.kernels.native import native_library
+from loramux_server.kernels.argmax import Argmax
 
 _SORTED = 1024  # top-p looks at this many tokens first; only where they do not reach p is the whole row sorted
 _MASK = (1 << 64) - 1
@@ -25,17 +22,16 @@ class Sampler:
     reply whatever else is in the batch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, argmax: Argmax) -> None:
         self._secret = os.urandom(32)
-        library = native_library()
-        self._largest = largest if library is None else NativeLargest(library)
+        self._argmax = argmax
 
     def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[SampledToken]:
         """One token for each row of logits [rows, vocabulary], in order; `sequences` are the rows' owners.
 
         A row whose logits are not finite carries an error instead of a token.
         """
-        greedy, finite = self._largest(logits)
+        greedy, finite = self._argmax(logits)
         sampled = []
         for row, sequence in enumerate(sequences):
             params = sequence.params
@@ -64,31 +60,6 @@ class Sampler:
         # the last entry may round below the threshold; the draw must stay inside the candidates
         index = min(int(torch.searchsorted(mass, threshold, right=True)), mass.shape[0] - 1)
         return index if tokens is None else int(tokens[index])
-
-
-def largest(logits: torch.Tensor) -> tuple[list[int], list[bool]]:
-    """For each row of logits [rows, vocabulary] the first of its largest values, and whether it is finite.
-
-    A row with NaN is not finite.
-    """
-    values = logits.float()  # exact, and much faster to search than bf16 on CPUs
-    index = values.argmax(-1)  # NaN counts as the largest
-    return index.tolist(), values.gather(-1, index[:, None]).isfinite().flatten().tolist()
-
-
-class NativeLargest:
-    """`largest` in one pass of compiled code (csrc/small_ops.cpp), for bf16 on the CPU; other tensors go its way."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._call = bind(library.loramux_largest, "pppnni")
-
-    def __call__(self, logits: torch.Tensor) -> tuple[list[int], list[bool]]:
-        if logits.device.type != "cpu" or logits.dtype != torch.bfloat16 or not logits.is_contiguous():
-            return largest(logits)
-        rows, count = logits.shape
-        index, finite = np.empty(rows, dtype=np.int64), np.empty(rows, dtype=np.bool_)
-        self._call(index.ctypes.data, finite.ctypes.data, logits.data_ptr(), rows, count, torch.get_num_threads())
-        return index.tolist(), finite.tolist()
 
 
 def digest_of(logits: torch.Tensor) -> bytes:

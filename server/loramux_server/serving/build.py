@@ -26,22 +26,21 @@ from loramux_server.api.http.deps import Base, Deps, Keys, Limits
 from loramux_server.base.device import device_of
 from loramux_server.base.loader import BaseModel, load_base_model, resident_bytes
 from loramux_server.base.tokenizer import BaseTokenizer
-from loramux_server.config.environment import cache_dir_of
+from loramux_server.config.environment import cache_dir_of, kernels_of
 from loramux_server.config.serve import ServeConfig, is_loopback
 from loramux_server.engine.client import EngineClient
 from loramux_server.engine.engine import Engine
 from loramux_server.engine.inbox import Inbox
 from loramux_server.engine.kv_blocks import KVBlocks
 from loramux_server.engine.model_runner import ModelRunner
-from loramux_server.engine.numerics import numerics_id
 from loramux_server.engine.scheduler import Scheduler
 from loramux_server.engine.scheduler_config import SchedulerConfig
 from loramux_server.engine.start_check import Checker, StartCheck
 from loramux_server.errors import ConfigError
 from loramux_server.kernels.attention import probe_kv_shape
-from loramux_server.kernels.attention_paths import select_attend
+from loramux_server.kernels.choice import Kernels, choose_kernels
 from loramux_server.kernels.kv_cache import BLOCK_SIZE, KVCache, KVShape
-from loramux_server.kernels.lora_paths import select_add_lora
+from loramux_server.kernels.numerics import numerics_id
 from loramux_server.metrics.metrics import Levels, Metrics
 from loramux_server.publishing.preload import preload
 from loramux_server.publishing.proof import Prover
@@ -102,8 +101,9 @@ def build(config: ServeConfig, stages: Stages) -> Server:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     cache_dir = cache_dir_of(config.cache_dir, os.environ)
+    kernels = choose_kernels(device, kernels_of(os.environ))
     with stages.stage("load the base"), returning_memory():
-        base = load_base_model(config.base, device=device, cache_dir=cache_dir, report=stages.note)
+        base = load_base_model(config.base, device=device, cache_dir=cache_dir, report=stages.note, kernels=kernels)
         shape = probe_kv_shape(base.model, device)
     name = config.served_model_name or base.name
     metrics = Metrics(config.metrics_adapter_labels)
@@ -130,7 +130,7 @@ def build(config: ServeConfig, stages: Stages) -> Server:
                 forget,
                 metrics,
                 base_id=base.base_id,
-                numerics_id=numerics_id(base, parts.attention_kernel, parts.lora_kernel),
+                numerics_id=numerics_id(base.model, device, parts.kernels),
                 vocabulary=vocabulary_of(base),
                 context=context,
                 timeout=config.proof_timeout,
@@ -186,30 +186,28 @@ class Device:
     inbox: Inbox
     client: EngineClient
     checked: StartCheck
-    attention_kernel: str
-    lora_kernel: str
+    kernels: Kernels
     compiled_step: bool
 
     @classmethod
     def build(
         cls, config: ServeConfig, base: BaseModel, shape: KVShape, store: AdapterStore, metrics: Metrics, rows: int
     ) -> Device:
-        attend, tiled, attention_kernel = select_attend(base.device, shape)
-        add_lora, lora_kernel = select_add_lora(base.device, shape.dtype)
+        kernels = choose_kernels(base.device, base.kernels.name, shape)
         try:
-            slots = AdapterSlots(base.model, rows, add_lora, head=head_path(base.model))
-            cache = KVCache(shape, num_blocks(config, shape), base.device, tiled=tiled)
+            slots = AdapterSlots(base.model, rows, kernels.add_lora, kernels.copy_slot, head=head_path(base.model))
+            cache = KVCache(shape, num_blocks(config, shape), base.device, tiled=kernels.tiled)
         except (MemoryError, RuntimeError) as error:
             raise ConfigError(
                 f"there is no room on {base.device} for --device-memory-mib {config.device_memory_mib}; lower it"
             ) from error
         inbox = Inbox(config.max_waiting)
-        staged = StagedVersions(store.load)
+        staged = StagedVersions(partial(store.load, convert=kernels.convert), kernels.convert)
         host_cache = HostCache(
             staged.load, config.host_cache_mib * MIB, on_ready=inbox.wake, observer=metrics.host_cache()
         )
         runner = ModelRunner(
-            base.model, slots=slots, cache=cache, attend=attend, host_adapter=host_cache.get, device=base.device
+            base.model, slots=slots, cache=cache, kernels=kernels, host_adapter=host_cache.get, device=base.device
         )
         try:
             checked = Checker(
@@ -239,9 +237,7 @@ class Device:
         engine = Engine(scheduler, runner, inbox, metrics, watchdog_timeout=config.watchdog_timeout)
         client = EngineClient(engine, in_host=host_cache.holds)
         compiled_step = runner.decoder is not None
-        return cls(
-            slots, cache, staged, host_cache, inbox, client, checked, attention_kernel, lora_kernel, compiled_step
-        )
+        return cls(slots, cache, staged, host_cache, inbox, client, checked, kernels, compiled_step)
 
     def pools(self, base_bytes: int) -> dict[str, int]:
         """Bytes held, by what they are held for."""
