@@ -15,7 +15,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
 SOURCES = "server/loramux_server/kernels/csrc"
-FLAGS = ["-O3", "-std=c++17", "-pthread"]  # they decide bits
+FLAGS = ["-O3", "-std=c++17", "-pthread", "-g0"]  # the first two decide bits; Python may have been built with -g
 
 
 def files(pattern: str) -> list[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -24,6 +23,9 @@ from loramux_server.kernels.native import NativeLibrary
 _KINDS = {"F32": 0, "F16": 1, "BF16": 2}  # as csrc/adapter_copy.cpp numbers them
 
 
+_SLOT_WEIGHTS, _FILE_PAIR = np.dtype(SlotWeights), np.dtype(FilePair)  # arrays of them are made at once
+
+
 def arena_of(arena: ops.Arena) -> LoraArena:
     """An arena as compiled code sees it; the tensors never move."""
     places = (tensor.data_ptr() for tensor in (arena.a, arena.bt, arena.targeted))
@@ -35,6 +37,27 @@ def rows_of(rows: ops.LoraRows) -> LoraRows:
     return LoraRows(*(array.ctypes.data for array in (rows.first, rows.offset, rows.rank, rows.scale)), rows.num_rows)
 
 
+class _Addresses:
+    """Where each arena, and each step's rows, lie as compiled code sees them: put together once, while they live."""
+
+    def __init__(self) -> None:
+        self._arenas: WeakKeyDictionary[ops.Arena, LoraArena] = WeakKeyDictionary()
+        self._rows: WeakKeyDictionary[ops.LoraRows, LoraRows] = WeakKeyDictionary()
+
+    def __len__(self) -> int:
+        return len(self._arenas) + len(self._rows)
+
+    def arena(self, arena: ops.Arena) -> int:
+        if (found := self._arenas.get(arena)) is None:
+            found = self._arenas[arena] = arena_of(arena)
+        return ctypes.addressof(found)
+
+    def rows(self, rows: ops.LoraRows) -> int:
+        if (found := self._rows.get(rows)) is None:
+            found = self._rows[rows] = rows_of(rows)
+        return ctypes.addressof(found)
+
+
 class NativeAddLora:
     """`AddLora` in compiled code (csrc/lora.cpp): rows in parallel, each adapter read straight from its slot.
 
@@ -43,19 +66,14 @@ class NativeAddLora:
 
     def __init__(self, library: NativeLibrary, isa: Isa) -> None:
         self._call = library.function("loramux_add_lora")
-        self._arenas: WeakKeyDictionary[ops.Arena, LoraArena] = WeakKeyDictionary()
-        self._rows: WeakKeyDictionary[ops.LoraRows, LoraRows] = WeakKeyDictionary()  # once for all layers of a step
+        self.addresses = _Addresses()
         self.isa = isa
 
     def __call__(self, y: torch.Tensor, x: torch.Tensor, arena: ops.Arena, rows: ops.LoraRows) -> None:
         if not (y.is_contiguous() and x.is_contiguous() and y.dtype == x.dtype == torch.bfloat16):
             raise ValueError("the compiled LoRA kernel takes dense bf16 rows")
         ops.check_rows(y, x, rows)
-        if (placed := self._arenas.get(arena)) is None:
-            placed = self._arenas[arena] = arena_of(arena)
-        if (entries := self._rows.get(rows)) is None:
-            entries = self._rows[rows] = rows_of(rows)
-        at, step = ctypes.addressof(placed), ctypes.addressof(entries)
+        at, step = self.addresses.arena(arena), self.addresses.rows(rows)
         self._call(y.data_ptr(), x.data_ptr(), at, step, self.isa, torch.get_num_threads())
 
 
@@ -65,16 +83,16 @@ class NativeCopySlot:
 
     def __init__(self, library: NativeLibrary) -> None:
         self._call = library.function("loramux_copy_slot")
+        self._addresses = _Addresses()
 
     def __call__(self, slot: Slot, filling: Filling) -> None:
-        arenas: Any = (LoraArena * len(filling))(*(arena_of(arena) for arena, _ in filling))
-        weights: Any = (SlotWeights * len(filling))(
-            *(
-                SlotWeights() if part is None else SlotWeights(part[0].data_ptr(), part[1].data_ptr(), part[0].shape[0])
-                for _, part in filling
-            )
-        )
-        self._call(ctypes.addressof(arenas), ctypes.addressof(weights), len(filling), slot.offset, slot.rank)
+        arenas = np.array([self._addresses.arena(arena) for arena, _ in filling], dtype=np.uint64)
+        parts = [
+            (0, 0, 0) if part is None else (part[0].data_ptr(), part[1].data_ptr(), part[0].shape[0])
+            for _, part in filling
+        ]
+        weights = np.array(parts, dtype=_SLOT_WEIGHTS)
+        self._call(arenas.ctypes.data, weights.ctypes.data, len(filling), slot.offset, slot.rank)
 
 
 class NativeConvertPairs:
@@ -90,14 +108,15 @@ class NativeConvertPairs:
         pairs: Sequence[PlacedPair],
         scales: Sequence[float],
     ) -> list[bool]:
-        places: Any = (FilePair * len(pairs))(
-            *(
-                FilePair(p.a_offset, _KINDS[p.a_dtype], p.b_offset, _KINDS[p.b_dtype], p.rank, p.inputs, p.outputs)
+        places = np.array(
+            [
+                (p.a_offset, _KINDS[p.a_dtype], p.b_offset, _KINDS[p.b_dtype], p.rank, p.inputs, p.outputs)
                 for p in pairs
-            )
+            ],
+            dtype=_FILE_PAIR,
         )
         factors = np.array(scales, dtype=np.float32)
         finite = np.ones(len(pairs), dtype=np.bool_)
-        at = ctypes.addressof(places)
+        at = places.ctypes.data
         self._call(to.data_ptr(), finite.ctypes.data, content.ctypes.data, at, factors.ctypes.data, len(pairs))
         return finite.tolist()

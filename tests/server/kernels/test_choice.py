@@ -163,6 +163,6 @@ def test_rows_and_arenas_are_seen_again_as_long_as_they_live() -> None:
         y = torch.zeros(1, 32).bfloat16()
         path(y, torch.ones(1, 16).bfloat16(), arena, rows)
         assert torch.equal(y, torch.full((1, 32), 128.0).bfloat16())
-        assert len(path._rows) == len(path._arenas) == 1
+        assert len(path.addresses) == 2  # the arena and this step's rows
     del rows
-    assert len(path._rows) == 0
+    assert len(path.addresses) == 1

@@ -102,10 +102,10 @@ void loramux_convert_pairs(uint16_t* to, uint8_t* finite, const char* file, cons
 }
 
 // Copies weights into arena rows [offset, offset + rank) of each of `count` layers; what they do not fill becomes zero.
-void loramux_copy_slot(const LoraArena* arenas, const SlotWeights* weights, int64_t count, int64_t offset,
+void loramux_copy_slot(const LoraArena* const* arenas, const SlotWeights* weights, int64_t count, int64_t offset,
                        int64_t rank) {
     for (int64_t i = 0; i < count; ++i) {
-        const LoraArena& arena = arenas[i];
+        const LoraArena& arena = *arenas[i];
         const SlotWeights& from = weights[i];
         auto* a = const_cast<uint16_t*>(arena.a) + offset * arena.inputs;
         auto* bt = const_cast<uint16_t*>(arena.bt) + offset * arena.outputs;

@@ -114,6 +114,7 @@ int64_t loramux_decoder_scratch(const DecoderModel* model, int64_t rows);
 void loramux_decoder_step(const DecoderModel* model, const DecoderStep* step);
 void loramux_convert_pairs(uint16_t* to, uint8_t* finite, const char* file, const FilePair* pairs, const float* scale,
                            int64_t count);
-void loramux_copy_slot(const LoraArena* arenas, const SlotWeights* weights, int64_t count, int64_t offset, int64_t rank);
+void loramux_copy_slot(const LoraArena* const* arenas, const SlotWeights* weights, int64_t count, int64_t offset,
+                       int64_t rank);
 
 }  // extern "C"
