@@ -6,7 +6,8 @@ SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-SOURCES := $(wildcard $(foreach kind,cpp h,server/*/csrc/*.$(kind) adapters/*/csrc/*.$(kind)))
+KERNELS := server/loramux_server/kernels
+SOURCES := $(wildcard $(KERNELS)/csrc/*.cpp $(KERNELS)/csrc/*.h)
 SERVE_ARGS ?= --preload adapters/examples
 LOAD_ARGS ?= run --spawn
 TEST_ARGS ?=
@@ -44,7 +45,7 @@ load: $(STAMP) ## load test over HTTP on a server of its own, under 10 minutes; 
 
 clean: ## remove .venv, build results and caches; the adapter store and the converted base stay
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
-	rm -f server/*/_kernels.so adapters/*/_kernels.so
+	rm -f $(KERNELS)/_kernels.so
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "loramux needs Python 3.11 or newer; set PYTHON=python3.11, say"; exit 1; }
@@ -56,7 +57,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
 		| sed -un -e 's/^ *Downloading \([^ ]*\) (\([0-9.]* [MG]B\)).*/    \1  \2/p' \
 			-e 's/^Installing collected packages.*/    installing them/p' -e '/ERROR/p' \
 		|| { echo "could not install; .venv/install.log says why"; exit 1; }
-	@ls server/*/_kernels.so adapters/*/_kernels.so > /dev/null 2>&1 \
+	@ls $(KERNELS)/_kernels.so > /dev/null 2>&1 \
 		&& echo "3/3 CPU kernels compiled" \
-		|| echo "3/3 CPU kernels not compiled (no C++ compiler with OpenMP?): the slower tensor path will be used"
+		|| echo "3/3 CPU kernels not compiled (no C++ compiler?): the slower tensor path will be used"
 	@touch $(STAMP)

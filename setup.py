@@ -1,8 +1,8 @@
 """The optional compiled CPU kernels; everything else about the package is in pyproject.toml.
 
-Each package with C++ sources in its `csrc/` gets one shared library `_kernels.so` beside its modules: a plain C ABI
-without Python headers, loaded through ctypes. Without a compiler, or without sources, the package installs all the same
-and the tensor code does the work.
+They are one shared library beside their Python modules, with a C ABI and without Python's headers: the same file serves
+every version of Python, and a compiler for C++ is all that building it needs. Without one the package installs all the
+same and the tensor code does the work.
 """
 
 from __future__ import annotations
@@ -10,38 +10,22 @@ from __future__ import annotations
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
-SHARED = "adapters/loramux_adapters/csrc"  # headers that the kernels of both packages include
-PACKAGES = {"loramux_adapters": "adapters/loramux_adapters", "loramux_server": "server/loramux_server"}
-FLAGS = ["-O3", "-std=c++17", "-pthread"]
+SOURCES = "server/loramux_server/kernels/csrc"
+FLAGS = ["-O3", "-std=c++17", "-pthread", "-g0"]  # the first two decide bits; Python may have been built with -g
 
 
-def kernels(package: str, directory: str) -> list[Extension]:
-    """The library of one package, or nothing if it has no sources. Its paths are relative to this file."""
+def files(pattern: str) -> list[str]:
+    """Sources of this kind, relative to this file."""
     root = Path(__file__).parent.resolve()
-    sources = sorted(path.relative_to(root).as_posix() for path in (root / directory / "csrc").glob("*.cpp"))
-    if not sources:
-        return []
-    folders = {SHARED, f"{directory}/csrc"}
-    headers = sorted(path.relative_to(root).as_posix() for folder in folders for path in (root / folder).glob("*.h"))
-    return [
-        Extension(
-            f"{package}._kernels",
-            sources=sources,
-            depends=headers,
-            include_dirs=[SHARED],
-            language="c++",
-            extra_compile_args=FLAGS,
-            extra_link_args=["-pthread"],
-            optional=True,
-        )
-    ]
+    return sorted(path.relative_to(root).as_posix() for path in (root / SOURCES).glob(pattern))
 
 
 class BuildKernels(build_ext):
-    """Builds plain shared libraries; one that cannot be built is reported in one line and left out."""
+    """Builds a plain shared library; if it cannot be built, that is reported in one line and it is left out."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"
@@ -57,7 +41,24 @@ class BuildKernels(build_ext):
             print(f"loramux: {ext.name} was not built ({reason}); the slower tensor path will be used")
 
 
+class Wheel(bdist_wheel):
+    """A wheel for this platform and any Python 3."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
-    ext_modules=[extension for package, directory in PACKAGES.items() for extension in kernels(package, directory)],
-    cmdclass={"build_ext": BuildKernels},
+    ext_modules=[
+        Extension(
+            "loramux_server.kernels._kernels",
+            sources=files("*.cpp"),
+            depends=files("*.h"),
+            language="c++",
+            extra_compile_args=FLAGS,
+            extra_link_args=["-pthread"],
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel},
 )

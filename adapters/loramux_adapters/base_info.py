@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from loramux_adapters.lora.weights import ConvertPairs
+
 
 @dataclass(frozen=True, slots=True)
 class BaseInfo:
@@ -17,6 +19,7 @@ class BaseInfo:
     Attributes:
         base_id: sha256 over source weights, config, tokenizer and quantization recipe, hex.
         linears: module path in the base ("model.layers.0.self_attn.q_proj") -> (in_features, out_features).
+        convert: the kernel that turns a file's numbers into served ones (lora/weights.py); None: tensors do.
         tensor_equals: (parameter name in the base, tensor) -> True only if the base holds exactly that tensor; used to
             accept, and then drop, copies of base weights that peft writes beside an adapter.
     """
@@ -24,3 +27,4 @@ class BaseInfo:
     base_id: str
     linears: Mapping[str, tuple[int, int]]
     tensor_equals: Callable[[str, torch.Tensor], bool] = field(default=lambda name, tensor: False)
+    convert: ConvertPairs | None = None

@@ -15,9 +15,8 @@ from loramux_server.base.loader import load_base_model
 from loramux_server.engine.start_check import Checker
 from loramux_server.engine.step_graphs import OFTEN
 from loramux_server.kernels.attention import AttentionParams, AttentionStep, attend_reference
-from loramux_server.kernels.attention_paths import select_attend
+from loramux_server.kernels.choice import choose_kernels
 from loramux_server.kernels.kv_cache import KVCache, KVShape
-from loramux_server.kernels.lora_paths import select_add_lora
 from support.adapter_files import write_adapter
 from support.stepping import Stepper, relative_difference
 from support.tiny_models import save_tiny_model
@@ -78,8 +77,8 @@ def test_the_checks_at_start_pass(architecture: str, tmp_path: Path) -> None:
 def test_the_librarys_kernels_are_in_use() -> None:
     """What the tensor paths would do slowly; on a device without them this says so."""
     device = torch.device("cuda")
-    assert select_attend(device, KVShape(2, 3, 64))[2].startswith("varlen")
-    assert select_add_lora(device, torch.bfloat16)[1] == "grouped"
+    kernels = choose_kernels(device, shape=KVShape(2, 3, 64))
+    assert (kernels.name, kernels.lora) == ("cuda", "grouped") and kernels.attention.startswith("varlen")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
@@ -113,7 +112,7 @@ def test_deltas_on_the_device_equal_the_loop_on_the_cpu(counts: list[int], compo
     arena = Arena(on_cpu.a.cuda(), on_cpu.bt.cuda(), on_cpu.targeted.cuda())
     x, y = torch.randn(rows.num_rows, 576).bfloat16(), torch.randn(rows.num_rows, 192).bfloat16()
     got = y.cuda()
-    select_add_lora(torch.device("cuda"), torch.bfloat16)[0](got, x.cuda(), arena, rows)
+    choose_kernels(torch.device("cuda"), shape=KVShape(1, 3, 64)).add_lora(got, x.cuda(), arena, rows)
     add_lora_loop(y, x, on_cpu, rows)
     assert (got.cpu().float() - y.float()).abs().mean() <= 0.01
 
@@ -121,7 +120,7 @@ def test_deltas_on_the_device_equal_the_loop_on_the_cpu(counts: list[int], compo
 @pytest.mark.parametrize("window", [0, 7])
 def test_attention_on_the_device_equals_the_reference(window: int) -> None:
     device, shape = torch.device("cuda"), KVShape(1, 3, 64)
-    attend, _, _ = select_attend(device, shape)
+    attend = choose_kernels(device, shape=shape).attend
     tables = torch.tensor([[4, 1, 3], [2, 0, 0]], dtype=torch.int32, device=device)
     runs = ((0, 0, 40, 0), (1, 40, 5, 0))
     sequence = torch.tensor([0] * 40 + [1] * 5, dtype=torch.int32, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -15,9 +16,8 @@ from loramux_server.engine.model_runner import ModelRunner
 from loramux_server.engine.sequence import Batch, SamplingParams, ScheduledSequence, SlotLoad
 from loramux_server.engine.sequence import Sequence as EngineSequence
 from loramux_server.kernels.attention import Attend, probe_kv_shape
-from loramux_server.kernels.attention_paths import select_attend
+from loramux_server.kernels.choice import choose_kernels
 from loramux_server.kernels.kv_cache import BLOCK_SIZE, KVCache
-from loramux_server.kernels.lora_paths import select_add_lora
 
 CPU = torch.device("cpu")
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64, logprobs=0)
@@ -36,21 +36,27 @@ class Stepper:
         add_lora: AddLora | None = None,
         device: torch.device = CPU,
         tiled: bool | None = None,
+        kernels: str | None = None,
     ) -> None:
-        """`attend`, `add_lora`, `tiled`: other paths than the device's own."""
+        """`kernels`: another set than the device's own; `attend`, `add_lora`, `tiled`: other parts than the set's."""
         shape = probe_kv_shape(model, device)
-        chosen, reads_tiles, _ = select_attend(device, shape)
-        if attend is not None:
-            chosen = attend
+        chosen = choose_kernels(device, kernels, shape)
+        if attend is not None or add_lora is not None:
+            chosen = replace(
+                chosen,
+                attend=attend or chosen.attend,
+                add_lora=add_lora or chosen.add_lora,
+                compile_step=None,
+                graphs=None,
+            )
+        self.kernels = chosen if tiled is None else replace(chosen, tiled=tiled)
         self.host: dict[str, HostAdapter] = {}
-        self.slots = AdapterSlots(
-            model, rows, add_lora or select_add_lora(device, torch.bfloat16)[0], head=head_path(model)
-        )
+        self.slots = AdapterSlots(model, rows, chosen.add_lora, chosen.copy_slot, head=head_path(model))
         self.runner = ModelRunner(
             model,
             slots=self.slots,
-            cache=KVCache(shape, blocks, device, tiled=reads_tiles if tiled is None else tiled),
-            attend=chosen,
+            cache=KVCache(shape, blocks, device, tiled=self.kernels.tiled),
+            kernels=self.kernels,
             host_adapter=self.host.get,
             device=device,
         )

@@ -12,7 +12,7 @@ from torch import nn
 from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.ops import AddLora, Arena, LoraRows
-from loramux_adapters.lora.slot_copy import Weights, select_copy_slot
+from loramux_adapters.lora.slot_copy import CopySlot, Weights
 from loramux_adapters.lora.slots import SMALLEST_RANK, Slot
 from loramux_adapters.memory import reserve
 
@@ -56,19 +56,21 @@ class AdapterSlots:
     Owner: the engine thread.
     """
 
-    def __init__(self, model: nn.Module, rows: int, add_lora: AddLora, *, head: str | None) -> None:
+    def __init__(
+        self, model: nn.Module, rows: int, add_lora: AddLora, copy_slot: CopySlot, *, head: str | None
+    ) -> None:
         """Wraps every linear layer of `model` in place.
 
         Args:
             rows: rank rows of each layer's arena, a multiple of 8; 0 wraps nothing (LoRA off).
+            add_lora, copy_slot: the kernels in use.
             head: module path of the output head, which sees other rows than the layers do (`head_path`).
         """
         if rows % SMALLEST_RANK:
             raise ValueError(f"rows must be a multiple of {SMALLEST_RANK}")
         self.rows = rows
         self.head = head
-        self.add_lora = add_lora
-        self._copy = select_copy_slot(next((p.device for p in model.parameters()), torch.device("cpu")))
+        self._copy = copy_slot
         self.layers: dict[str, LoRALinear] = {}
         self._written: dict[str, npt.NDArray[np.bool_]] = {}  # by layer, which groups of 8 rows ever held weights
         self._targets: list[set[str]] = [set() for _ in range(rows // SMALLEST_RANK)]  # layers with weights, by group

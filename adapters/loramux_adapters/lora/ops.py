@@ -16,34 +16,17 @@ S-LoRA's (https://arxiv.org/abs/2311.03285).
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from loramux_adapters.lora.slots import SMALLEST_RANK, ScaledSlot, Slot
-from loramux_adapters.native import bind, load_library
-
-_SIZE = ctypes.c_int64
 
 
-class _NativeArena(ctypes.Structure):
-    """`Arena` in csrc/arena.h."""
-
-    _fields_ = [*((name, ctypes.c_void_p) for name in ("a", "bt", "targeted")), ("inputs", _SIZE), ("outputs", _SIZE)]
-
-
-class _NativeRows(ctypes.Structure):
-    """`Rows` in csrc/lora.cpp."""
-
-    _fields_ = [*((name, ctypes.c_void_p) for name in ("first", "offset", "rank", "scale")), ("count", _SIZE)]
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Arena:
     """Device memory of one linear layer for all adapters. Owner: the engine thread.
 
@@ -56,16 +39,6 @@ class Arena:
     a: torch.Tensor
     bt: torch.Tensor
     targeted: torch.Tensor
-    _native: _NativeArena = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        places = (tensor.data_ptr() for tensor in (self.a, self.bt, self.targeted))
-        object.__setattr__(self, "_native", _NativeArena(*places, self.a.shape[1], self.bt.shape[1]))
-
-    @property
-    def native(self) -> int:
-        """Where the compiled kernel finds all this; the tensors never move."""
-        return ctypes.addressof(self._native)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +50,7 @@ class Segment:
     slots: tuple[ScaledSlot, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class LoraRows:
     """Which adapters each token row of one step uses.
 
@@ -98,7 +71,6 @@ class LoraRows:
     rank: npt.NDArray[np.int32]
     scale: npt.NDArray[np.float32]
     num_rows: int
-    _native: _NativeRows = field(repr=False)
 
     @classmethod
     def build(cls, runs: Sequence[tuple[tuple[ScaledSlot, ...], int]]) -> LoraRows | None:
@@ -125,13 +97,7 @@ class LoraRows:
             np.array([entry.slot.rank for entry in entries], dtype=np.int32),
             np.array([entry.scale for entry in entries], dtype=np.float32),
         )
-        count = len(first) - 1
-        return cls(tuple(segments), *arrays, count, _NativeRows(*(array.ctypes.data for array in arrays), count))
-
-    @property
-    def native(self) -> int:
-        """Where the compiled kernel finds all this, put together once for all layers of a step."""
-        return ctypes.addressof(self._native)
+        return cls(tuple(segments), *arrays, len(first) - 1)
 
 
 AddLora = Callable[[torch.Tensor, torch.Tensor, Arena, LoraRows], None]
@@ -170,34 +136,7 @@ def _weights(arena: Arena, slot: Slot) -> tuple[torch.Tensor, torch.Tensor]:
     return arena.a[window], arena.bt[window]
 
 
-class NativeAddLora:
-    """The compiled CPU kernel (csrc/lora.cpp): rows in parallel, each read of an adapter straight from its slot.
-
-    Needs bf16 tensors on the CPU with dense rows.
-    """
-
-    def __init__(self, library: ctypes.CDLL, *, portable: bool | None = None) -> None:
-        self._call = bind(library.loramux_add_lora, "ppppii")
-        # for compiled code that calls it
-        self.address = ctypes.cast(library.loramux_add_lora, ctypes.c_void_p).value
-        self.spans_address = ctypes.cast(library.loramux_lora_spans, ctypes.c_void_p).value
-        vector = bool(library.loramux_lora_has_avx512bf16())
-        self.portable = not vector if portable is None else portable
-        self.name = "native portable" if self.portable else "native AVX512-BF16"
-
-    def __call__(self, y: torch.Tensor, x: torch.Tensor, arena: Arena, rows: LoraRows) -> None:
-        if not (y.is_contiguous() and x.is_contiguous() and y.dtype == x.dtype == torch.bfloat16):
-            raise ValueError("the compiled LoRA kernel takes dense bf16 rows")
-        check_rows(y, x, rows)
-        self._call(y.data_ptr(), x.data_ptr(), arena.native, rows.native, self.portable, torch.get_num_threads())
-
-
 def check_rows(y: torch.Tensor, x: torch.Tensor, rows: LoraRows) -> None:
     """A layer that runs on other rows than the step's tokens would get other requests' adapters."""
     if not x.shape[0] == y.shape[0] == rows.num_rows:
         raise ValueError(f"the layer runs on {x.shape[0]} rows, the step has {rows.num_rows}")
-
-
-def native_library() -> ctypes.CDLL | None:
-    """The compiled kernels of this package, where they were built."""
-    return load_library(Path(__file__).parent.parent, "_kernels", "loramux_run_pieces")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 
-from loramux_adapters.lora.ops import Arena, native_library
+from loramux_adapters.lora.ops import Arena
 from loramux_adapters.lora.slots import SMALLEST_RANK, Slot
-from loramux_adapters.native import bind
 
 Weights = tuple[torch.Tensor, torch.Tensor]  # A [rank, in], B transposed [rank, out], bf16
 Filling = Sequence[tuple[Arena, Weights | None]]
@@ -34,25 +31,3 @@ def copy_slot(slot: Slot, filling: Filling) -> None:
             arena.a[filled : slot.offset + slot.rank] = 0
             arena.bt[filled : slot.offset + slot.rank] = 0
         arena.targeted[groups] = weights is not None
-
-
-class NativeCopySlot:
-    """The same in one call (csrc/copy.cpp): the engine thread gives up the interpreter lock once, not 2,000 times."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._call = bind(library.loramux_fill_slot, "ppnnn")
-
-    def __call__(self, slot: Slot, filling: Filling) -> None:
-        arenas = np.array([arena.native for arena, _ in filling], dtype=np.uint64)
-        places = [
-            (0, 0, 0) if weights is None else (weights[0].data_ptr(), weights[1].data_ptr(), weights[0].shape[0])
-            for _, weights in filling
-        ]
-        weights = np.array(places, dtype=np.int64)
-        self._call(arenas.ctypes.data, weights.ctypes.data, len(filling), slot.offset, slot.rank)
-
-
-def select_copy_slot(device: torch.device) -> CopySlot:
-    """The path used on this device."""
-    library = native_library() if device.type == "cpu" else None
-    return copy_slot if library is None else NativeCopySlot(library)

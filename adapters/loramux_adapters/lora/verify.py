@@ -103,7 +103,7 @@ def check_adapter(directory: Path, base: BaseInfo, max_rank: int, *, force: bool
     reasons += _layout_reasons(layout, config, base, max_rank)
     if config is None or reasons:
         raise AdapterRejected(_at_most(reasons))
-    adapter, not_finite = read_adapter(directory, config, layout.pairs)
+    adapter, not_finite = read_adapter(directory, config, layout.pairs, base.convert)
     reasons += _foreign_tensors(directory, layout, base)
     reasons += [f"module {quoted(module)} has values that are not finite in bf16" for module in not_finite]
     if reasons:

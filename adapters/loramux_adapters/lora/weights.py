@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,46 +18,60 @@ from loramux_adapters.artifact.format import WEIGHTS_FILE, Pair, VersionDigest, 
 from loramux_adapters.artifact.safetensors_header import open_regular
 from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.lora.host_cache import HostAdapter
-from loramux_adapters.lora.ops import native_library
 from loramux_adapters.memory import mapping
-from loramux_adapters.native import bind
 
-_KINDS = {"F32": 0, "F16": 1, "BF16": 2}  # as csrc/copy.cpp numbers them
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PIECE_BYTES = 4 * 2**20
-
 
 Modules = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
-def load_host_adapter(directory: Path) -> HostAdapter:
+class PlacedPair(NamedTuple):
+    """Where a module's numbers lie among bytes: A [rank, inputs] and B [outputs, rank], each of its dtype."""
+
+    a_offset: int
+    a_dtype: str
+    b_offset: int
+    b_dtype: str
+    rank: int
+    inputs: int
+    outputs: int
+
+
+# (to [numbers] bf16, content [bytes] uint8, pairs, scales) -> which pairs are finite. Writes the pairs one behind the
+# other: A, then (B * scale)^T [rank, outputs]; products with the scale in fp32, rounded once, as `fold` does.
+ConvertPairs = Callable[[torch.Tensor, npt.NDArray[np.uint8], Sequence[PlacedPair], Sequence[float]], list[bool]]
+
+
+def load_host_adapter(directory: Path, convert: ConvertPairs | None = None) -> HostAdapter:
     """Read a PEFT directory into host memory; raises `AdapterRejected` if it is not one that can be read.
 
-    The files are checked against themselves, not against a base: that is `verify`, at upload.
+    The files are checked against themselves, not against a base: that is `verify`, at upload. `convert` as in
+    `read_adapter`.
     """
     config = read_config(directory)
     layout = pair_up(read_header(directory / WEIGHTS_FILE))
     if layout.reasons:
         raise AdapterRejected(layout.reasons)
-    adapter, _ = read_adapter(directory, config, layout.pairs)
+    adapter, _ = read_adapter(directory, config, layout.pairs, convert)
     return adapter
 
 
 def read_adapter(
-    directory: Path, config: AdapterConfig, pairs: Mapping[str, Pair]
+    directory: Path, config: AdapterConfig, pairs: Mapping[str, Pair], convert: ConvertPairs | None = None
 ) -> tuple[HostAdapter, Sequence[str]]:
     """What is computed with, and the modules of which some number is not finite.
 
     The weights are read once, a piece of the file at a time, which is digested and converted. So beside the adapter
     itself this takes the memory of `_PIECE_BYTES`, or of the largest pair if that is more.
-    All modules lie in one block of memory, so that an eviction leaves no holes behind.
+    All modules lie in one block of memory, so that an eviction leaves no holes behind. `convert`: a kernel for the
+    conversion; without one tensors do it, module by module, with the same bits.
     Raises `AdapterRejected` if the file cannot be read.
     """
     values = sum(pair.rank * (pair.a.shape[1] + pair.b.shape[0]) for pair in pairs.values())
     block = mapping(values * torch.bfloat16.itemsize).view(torch.bfloat16)
     pieces = list(_pieces(sorted(pairs.items())))  # in the order that the digest takes
     content = np.empty(max((piece[-1].end for piece in pieces), default=0), dtype=np.uint8)
-    library = native_library()
     digest = VersionDigest()
     modules: Modules = {}
     is_finite: dict[str, bool] = {}
@@ -78,10 +92,10 @@ def read_adapter(
                     part = content.data[at : at + spec.nbytes]
                     _read_exactly(file.fileno(), part, spec.offset)
                     digest.update(part)
-            if library is None:
+            if convert is None:
                 finite = _convert_by_tensors(modules, content, piece, scales)
             else:
-                finite = _convert_at_once(library, block[start:free], content, piece, scales)
+                finite = convert(block[start:free], content, [place.numbers() for place in piece], scales)
             is_finite.update(zip((place.module for place in piece), finite, strict=True))
     adapter = HostAdapter(
         version=digest.hexdigest(),
@@ -101,6 +115,10 @@ class _Place:
     a: int
     b: int
     end: int
+
+    def numbers(self) -> PlacedPair:
+        a, b = self.pair.a, self.pair.b
+        return PlacedPair(self.a, a.dtype, self.b, b.dtype, self.pair.rank, a.shape[1], b.shape[0])
 
 
 def _pieces(pairs: Iterable[tuple[str, Pair]]) -> Iterator[list[_Place]]:
@@ -150,38 +168,6 @@ def _convert_by_tensors(
             part.copy_(values)
         finite.append(all(bool(part.isfinite().all()) for part in parts))
     return finite
-
-
-def _convert_at_once(
-    library: ctypes.CDLL,
-    block: torch.Tensor,
-    content: npt.NDArray[np.uint8],
-    piece: Sequence[_Place],
-    scales: Sequence[float],
-) -> list[bool]:
-    """The same in one call (csrc/copy.cpp); `block`: where the modules of the piece lie, one after another."""
-    places = np.array(
-        [
-            (
-                p.a,
-                _KINDS[p.pair.a.dtype],
-                p.b,
-                _KINDS[p.pair.b.dtype],
-                p.pair.rank,
-                p.pair.a.shape[1],
-                p.pair.b.shape[0],
-            )
-            for p in piece
-        ],
-        dtype=np.int64,
-    )
-    factors = np.array(scales, dtype=np.float32)
-    finite = np.ones(len(piece), dtype=np.bool_)
-    bind(library.loramux_read_pairs, "pppppn")(
-        block.data_ptr(), finite.ctypes.data, content.ctypes.data, places.ctypes.data, factors.ctypes.data, len(piece)
-    )
-    found: list[bool] = finite.tolist()
-    return found
 
 
 def read_tensor(directory: Path, name: str) -> torch.Tensor:

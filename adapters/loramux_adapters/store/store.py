@@ -33,6 +33,7 @@ from loramux_adapters.store.upkeep import StoreUpkeep
 
 if TYPE_CHECKING:
     from loramux_adapters.lora.host_cache import HostAdapter
+    from loramux_adapters.lora.weights import ConvertPairs
 
 __all__ = ["NAME_PATTERN", "AdapterRecord", "AdapterStore", "Lease", "Published", "Staging", "VersionRecord"]
 
@@ -234,8 +235,8 @@ class AdapterStore:
         """Where a version's files are: for reading, and while it is kept or leased."""
         return self._files.directory(version)
 
-    def load(self, version: str) -> HostAdapter:
-        """Read a version into host memory, in a loader thread.
+    def load(self, version: str, convert: ConvertPairs | None = None) -> HostAdapter:
+        """Read a version into host memory, in a loader thread; `convert` as in `load_host_adapter`.
 
         Raises `AdapterCorrupt` if it is not as published; damaged for good, it is set aside until it is uploaded again.
         """
@@ -243,7 +244,7 @@ class AdapterStore:
 
         directory = self._files.directory(version)
         try:
-            adapter = load_host_adapter(directory)
+            adapter = load_host_adapter(directory, convert)
             if adapter.version != version:
                 raise AdapterRejected(["they have another digest"])
             return adapter

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +19,8 @@ from loramux_server.base.quantized import quantization_constants, quantized_once
 from loramux_server.base.source import BaseSource, Report, resolve_base
 from loramux_server.base.support import unsupported_config, unsupported_modules
 from loramux_server.errors import BaseModelError
-from loramux_server.kernels.compiled_ops import compiled_ops, use_compiled_ops
-from loramux_server.kernels.nf4_linear import NF4Linear, pack
-
-BLOCK = 64  # weights that share one scale in NF4
+from loramux_server.kernels.choice import Kernels, choose_kernels
+from loramux_server.kernels.nf4_linear import BLOCK, keep_unpacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +29,7 @@ class BaseModel:
 
     Attributes:
         model: transformers' causal language model, in eval mode.
+        kernels: what it was laid out for; `choose_kernels` of their name and the cache's shape goes with them.
         linears: module path -> (in_features, out_features) of every linear layer, output head included.
         floats: name -> tensor of the weights that stayed in 16 bit (embeddings, head, norms).
         bytes_16bit: what all weights take in 16 bit.
@@ -45,6 +43,7 @@ class BaseModel:
     name: str
     source: BaseSource
     device: torch.device
+    kernels: Kernels
     linears: Mapping[str, tuple[int, int]]
     floats: Mapping[str, torch.Tensor]
     bytes_16bit: int
@@ -59,7 +58,7 @@ class BaseModel:
                 return False
             return bool(torch.equal(held.float().cpu(), tensor.float()))
 
-        return BaseInfo(self.base_id, dict(self.linears), tensor_equals)
+        return BaseInfo(self.base_id, dict(self.linears), tensor_equals, self.kernels.convert)
 
     @property
     def context_length(self) -> int:
@@ -97,6 +96,7 @@ def load_base_model(
     report: Report,
     quantize: str = "nf4",
     training: bool = False,
+    kernels: Kernels | None = None,
 ) -> BaseModel:
     """The base in NF4 with double quantization and bf16 compute, ready to run. Quantized once, then kept in the cache.
 
@@ -104,11 +104,12 @@ def load_base_model(
         spec: embedded name, checkpoint directory, .gguf file or hub id.
         report: receives one line for each slow stage.
         quantize: "nf4", or "none" for the 16-bit weights as they are, to compare with.
-        training: keep the weights as they were quantized. Otherwise the first forward on a CPU with AVX512-BF16 repacks
-            them for a faster kernel that has no backward: gradients would be silently wrong from then on.
+        training: keep the weights as they were quantized: the packed kernels have no backward.
+        kernels: what it is to run on; the device's own if None.
     Raises:
         BaseModelError: it cannot be found, read or served correctly.
     """
+    kernels = kernels or choose_kernels(device)
     stages: list[tuple[str, float]] = []
     source = _timed(stages, "find the base", lambda: resolve_base(spec, cache_dir, report))
     try:
@@ -125,10 +126,10 @@ def load_base_model(
     else:
         model = _timed(stages, "load", lambda: _load_nf4(source.directory, device, base_id, cache_dir, report))
         _check_quantized(model, source.name)
-    _choose_kernels(model, training=training)
+    keep_unpacked(model, all_layers=training)
     if not training:
-        _timed(stages, "pack for the CPU kernel", lambda: pack(model))
-        _timed(stages, "compiled operations", lambda: use_compiled_ops(model))
+        _timed(stages, "pack for the CPU kernel", lambda: kernels.lay_out(model))
+        _timed(stages, "compiled operations", lambda: kernels.use_ops(model))
     tokenizer = _timed(stages, "tokenizer", lambda: _load_tokenizer(source.directory))
     return BaseModel(
         model=model,
@@ -138,6 +139,7 @@ def load_base_model(
         name=source.name,
         source=source,
         device=device,
+        kernels=kernels,
         linears={
             path: (module.in_features, module.out_features)
             for path, module in model.named_modules()
@@ -224,37 +226,6 @@ def _check_quantized(model: Any, name: str) -> None:
             state = getattr(module.weight, "quant_state", None)
             if not isinstance(module, Linear4bit) or state is None or state.quant_type != "nf4" or not state.nested:
                 raise BaseModelError(f"base {name}: layer {path} was not quantized to NF4")
-
-
-def _choose_kernels(model: nn.Module, *, training: bool) -> None:
-    """Layers to train on, or of a shape the packed CPU kernel cannot take, run unpacked (dequantize, then multiply)."""
-    for module in model.modules():
-        if isinstance(module, Linear4bit) and (training or module.out_features % 32 or module.in_features % BLOCK):
-            module.support_avx512bf16_for_cpu = False
-
-
-def kernel_paths(model: nn.Module, device: torch.device) -> str:
-    """How the layers of this model are computed on this machine, for the start-up report and the numerics id."""
-    return f"{_products(model, device)}; compiled {compiled_ops(model)}"
-
-
-def _products(model: nn.Module, device: torch.device) -> str:
-    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
-    if not layers:
-        return "16 bit"
-    if device.type != "cpu":
-        return "NF4 bitsandbytes CUDA"
-    names = Counter(
-        "NF4 native AVX512-BF16"
-        if isinstance(layer, NF4Linear)
-        else "NF4 bitsandbytes AVX512-BF16"
-        if layer.support_avx512bf16_for_cpu
-        else "NF4 dequantize"
-        for layer in layers
-    )
-    if len(names) == 1:
-        return next(iter(names))
-    return ", ".join(f"{name} ({count} layers)" for name, count in sorted(names.items()))
 
 
 def resident_bytes(model: nn.Module) -> int:

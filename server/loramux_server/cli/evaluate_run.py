@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +22,11 @@ from loramux_adapters.training.recipe import QUANTIZATIONS
 from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.base.source import Report
 from loramux_server.cli.screen import print_table
+from loramux_server.config.environment import kernels_of
 from loramux_server.engine.local_engine import LocalAdapter, LocalEngine
 from loramux_server.evaluation.contenders import Contender, Subject
 from loramux_server.evaluation.local_scorer import LocalScorer
+from loramux_server.kernels.choice import choose_kernels
 
 SMALLEST_ROOM = 8  # rank that there is room for at least
 _JSON = (".json", ".jsonl")
@@ -67,7 +70,12 @@ class Bases:
 
     def _load(self, quantize: str) -> BaseModel:
         return load_base_model(
-            self._spec, device=self._device, cache_dir=self._cache_dir, report=self._report, quantize=quantize
+            self._spec,
+            device=self._device,
+            cache_dir=self._cache_dir,
+            report=self._report,
+            quantize=quantize,
+            kernels=choose_kernels(self._device, kernels_of(os.environ)),
         )
 
 

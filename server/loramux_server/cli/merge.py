@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +16,7 @@ import typer
 from loramux_server.cli.frame import configure_logging
 from loramux_server.cli.options import settings_app
 from loramux_server.config.adapter_directory import find_adapter
-from loramux_server.config.environment import bound_spinning, cache_dir_of
+from loramux_server.config.environment import bound_spinning, cache_dir_of, kernels_of
 from loramux_server.config.merge import MergeConfig
 from loramux_server.config.train import DEFAULT_OUT
 from loramux_server.serving.startup import Stages
@@ -172,6 +173,7 @@ class _Merge:
 
     def _load(self, spec: str, quantize: str) -> BaseModel:
         from loramux_server.base.loader import load_base_model
+        from loramux_server.kernels.choice import choose_kernels
 
         return load_base_model(
             spec,
@@ -179,6 +181,7 @@ class _Merge:
             cache_dir=self._cache_dir,
             report=self._stages.note,
             quantize=quantize,
+            kernels=choose_kernels(self._device, kernels_of(os.environ)),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -28,8 +29,10 @@ from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.base.originals import original_weights
 from loramux_server.cli.screen import LineBar
 from loramux_server.cli.train_data import Material, data_lines, render
+from loramux_server.config.environment import kernels_of
 from loramux_server.config.train import TrainConfig
 from loramux_server.errors import CommandFailed
+from loramux_server.kernels.choice import choose_kernels
 from loramux_server.serving.startup import Stages
 
 RECENT = 16  # steps that loss, accuracy and speed are taken over
@@ -66,6 +69,7 @@ def run_training(
             report=stages.note,
             quantize=recipe.quantize,
             training=True,
+            kernels=choose_kernels(device, kernels_of(os.environ)),
         )
     with stages.stage("add the adapter" if recipe.init == "default" else f"add the adapter ({recipe.init})"):
         model = _add_adapter(base, config)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 KEY_VARIABLES = ("LORAMUX_ADMIN_KEY", "LORAMUX_API_KEY")
+KERNELS_VARIABLE = "LORAMUX_KERNELS"
 
 
 def cache_dir_of(given: Path | None, environ: Mapping[str, str]) -> Path:
@@ -17,6 +18,11 @@ def cache_dir_of(given: Path | None, environ: Mapping[str, str]) -> Path:
 def key_of(environ: Mapping[str, str]) -> str | None:
     """The key that a command shows a running server: the one that manages adapters, or else the one for requests."""
     return next((environ[variable] for variable in KEY_VARIABLES if environ.get(variable)), None)
+
+
+def kernels_of(environ: Mapping[str, str]) -> str | None:
+    """Which set of kernels to run on, by name (kernels/choice.py); None leaves the choice to the device."""
+    return environ.get(KERNELS_VARIABLE) or None
 
 
 def bound_spinning() -> None:

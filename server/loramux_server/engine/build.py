@@ -20,9 +20,8 @@ from loramux_server.engine.kv_blocks import KVBlocks
 from loramux_server.engine.model_runner import ModelRunner
 from loramux_server.engine.scheduler import Scheduler
 from loramux_server.engine.start_check import Checker, StartCheck
-from loramux_server.kernels.attention_paths import select_attend
+from loramux_server.kernels.choice import Kernels, choose_kernels
 from loramux_server.kernels.kv_cache import BLOCK_SIZE, KVCache, KVShape
-from loramux_server.kernels.lora_paths import select_add_lora
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +30,14 @@ class DeviceSide:
 
     Attributes:
         checked: what the checks at start found.
-        attention_kernel, lora_kernel: names of the kernels in use.
+        kernels: in use; the set that the base was laid out for.
     """
 
     slots: AdapterSlots
     cache: KVCache
     runner: ModelRunner
     checked: StartCheck
-    attention_kernel: str
-    lora_kernel: str
+    kernels: Kernels
 
     @classmethod
     def build(
@@ -52,7 +50,7 @@ class DeviceSide:
         num_blocks: int,
         max_num_seqs: int,
     ) -> DeviceSide:
-        """Takes the memory, chooses the kernels and runs the checks. The model is the runner's own from now on.
+        """Takes the memory and runs the checks. The model is the runner's own from now on.
 
         Args:
             shape: of the base's keys and values, from `probe_kv_shape`.
@@ -64,25 +62,26 @@ class DeviceSide:
             MemoryShort: there is no room for them.
             BaseModelError: the base does not give transformers' own answers on this path.
         """
-        attend, tiled, attention_kernel = select_attend(base.device, shape)
-        add_lora, lora_kernel = select_add_lora(base.device, shape.dtype)
+        kernels = choose_kernels(base.device, base.kernels.name, shape)
         try:
-            slots = AdapterSlots(base.model, arena_rows, add_lora, head=head_path(base.model))
-            cache = KVCache(shape, num_blocks, base.device, tiled=tiled)
+            slots = AdapterSlots(
+                base.model, arena_rows, kernels.add_lora, kernels.copy_slot, head=head_path(base.model)
+            )
+            cache = KVCache(shape, num_blocks, base.device, tiled=kernels.tiled)
         except (MemoryError, RuntimeError) as error:
             raise MemoryShort(
                 f"there is no room on {base.device} for a cache of {num_blocks * BLOCK_SIZE} tokens and adapters of "
                 f"{arena_rows} ranks together"
             ) from error
         runner = ModelRunner(
-            base.model, slots=slots, cache=cache, attend=attend, host_adapter=host_adapter, device=base.device
+            base.model, slots=slots, cache=cache, kernels=kernels, host_adapter=host_adapter, device=base.device
         )
         checked = Checker(
             runner, slots, base.model, vocabulary=base.vocabulary, num_blocks=num_blocks, rows=max_num_seqs
         ).run()
         if runner.graphs is not None:
             runner.graphs.exact = checked.batch_invariant
-        return cls(slots, cache, runner, checked, attention_kernel, lora_kernel)
+        return cls(slots, cache, runner, checked, kernels)
 
     def engine(
         self,

@@ -23,13 +23,13 @@ from loramux_server.engine.admission import SchedulerConfig
 from loramux_server.engine.build import DeviceSide
 from loramux_server.engine.engine import Engine
 from loramux_server.engine.inbox import Inbox
-from loramux_server.engine.numerics import numerics_id
 from loramux_server.engine.sequence import AdapterUse, FinishReason, SamplingParams, TokenOutput
 from loramux_server.engine.sequence import Sequence as EngineSequence
 from loramux_server.engine.step_metrics import NoMetrics
 from loramux_server.errors import SequenceFailed
 from loramux_server.kernels.attention import probe_kv_shape
 from loramux_server.kernels.kv_cache import BLOCK_SIZE
+from loramux_server.kernels.numerics import numerics_id
 
 STEP_TOKENS = 256  # most tokens of a step: up to here every kernel's rows are known not to depend on their neighbours
 KEPT_SHARE = 8  # of the cache, an eighth is kept for prompts that begin alike
@@ -93,7 +93,7 @@ class LocalEngine:
         """Use `open`."""
         self.base = base
         self.checked = device.checked
-        self.numerics_id = numerics_id(base, device.attention_kernel, device.lora_kernel)
+        self.numerics_id = numerics_id(base.model, base.device, device.kernels)
         self.context = min(base.context_length, device.cache.num_blocks * BLOCK_SIZE)
         self._engine = engine
         self._host = host

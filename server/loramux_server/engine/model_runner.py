@@ -16,11 +16,12 @@ from loramux_adapters.lora.lora_linear import AdapterSlots
 from loramux_adapters.lora.ops import LoraRows
 from loramux_server.engine.sampler import Sampler
 from loramux_server.engine.sequence import Batch, RowResult, SlotLoad
-from loramux_server.engine.step_graphs import step_graphs
+from loramux_server.engine.step_graphs import CudaCapture, StepGraphs
 from loramux_server.errors import SequenceFailed
-from loramux_server.kernels.attention import Attend, AttentionStep, use_our_attention
+from loramux_server.kernels.attention import AttentionStep, use_our_attention
+from loramux_server.kernels.choice import Kernels
 from loramux_server.kernels.kv_cache import KVCache
-from loramux_server.kernels.native_decoder import NativeDecoder, native_decoder
+from loramux_server.kernels.native_decoder import NativeDecoder
 
 
 class ModelRunner:
@@ -41,21 +42,26 @@ class ModelRunner:
         *,
         slots: AdapterSlots,
         cache: KVCache,
-        attend: Attend,
+        kernels: Kernels,
         host_adapter: Callable[[str], HostAdapter | None],
         device: torch.device,
     ) -> None:
-        """`host_adapter` gives a version that is held in host memory, or None if it no longer is."""
+        """`kernels`: those that slots and cache were made for.
+
+        `host_adapter` gives a version that is held in host memory, or None if it no longer is.
+        """
         use_our_attention(model)
         self._model: Any = model
         self._slots = slots
         self._cache = cache
-        self._attend = attend
+        self._attend = kernels.attend
         self._host_adapter = host_adapter
         self._device = device
-        self._sampler = Sampler()
-        self.decoder: NativeDecoder | None = native_decoder(model, slots, cache, attend)
-        self.graphs = step_graphs(self._call, cache, attend, slots)
+        self._sampler = Sampler(kernels.argmax)
+        self.decoder: NativeDecoder | None = kernels.compile_step(model, cache) if kernels.compile_step else None
+        self.graphs: StepGraphs | None = None
+        if kernels.graphs is not None:
+            self.graphs = StepGraphs(self._call, cache, kernels.graphs, slots.rows, CudaCapture())
 
     def run(self, batch: Batch) -> list[RowResult]:
         """One step: a result for each row with logits, in row order.

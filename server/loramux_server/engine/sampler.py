@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import math
 import os
 from dataclasses import replace
 
-import numpy as np
 import torch
 
-from loramux_adapters.native import bind
 from loramux_server.engine.sequence import (
     NOT_FINITE,
     RowResult,
@@ -20,7 +17,7 @@ from loramux_server.engine.sequence import (
     Sequence,
     TokenLogprob,
 )
-from loramux_server.kernels.native import native_library
+from loramux_server.kernels.argmax import Argmax
 
 _SORTED = 1024  # top-p looks at this many tokens first; only where they do not reach p is the whole row sorted
 _MASK = (1 << 64) - 1
@@ -33,17 +30,16 @@ class Sampler:
     reply whatever else is in the batch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, argmax: Argmax) -> None:
         self._secret = os.urandom(32)
-        library = native_library()
-        self._largest = largest if library is None else NativeLargest(library)
+        self._argmax = argmax
 
     def results(self, logits: torch.Tensor, rows: list[ScheduledSequence]) -> list[RowResult]:
         """One for each row. logits: [sum of `num_logits`, vocabulary], in order of the rows.
 
         A row with logits that are not finite carries an error and nothing else.
         """
-        greedy, finite = self._largest(logits)
+        greedy, finite = self._argmax(logits)
         results, start = [], 0
         for row in rows:
             end = start + row.num_logits
@@ -84,31 +80,6 @@ class Sampler:
         # the last entry may round below the threshold; the draw must stay inside the candidates
         index = min(int(torch.searchsorted(mass, threshold, right=True)), mass.shape[0] - 1)
         return index if tokens is None else int(tokens[index])
-
-
-def largest(logits: torch.Tensor) -> tuple[list[int], list[bool]]:
-    """For each row of logits [rows, vocabulary] the first of its largest values, and whether it is finite.
-
-    A row with NaN is not finite.
-    """
-    values = logits.float()  # exact, and much faster to search than bf16 on CPUs
-    index = values.argmax(-1)  # NaN counts as the largest
-    return index.tolist(), values.gather(-1, index[:, None]).isfinite().flatten().tolist()
-
-
-class NativeLargest:
-    """`largest` in one pass of compiled code (csrc/small_ops.cpp), for bf16 on the CPU; other tensors go its way."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._call = bind(library.loramux_largest, "pppnni")
-
-    def __call__(self, logits: torch.Tensor) -> tuple[list[int], list[bool]]:
-        if logits.device.type != "cpu" or logits.dtype != torch.bfloat16 or not logits.is_contiguous():
-            return largest(logits)
-        rows, count = logits.shape
-        index, finite = np.empty(rows, dtype=np.int64), np.empty(rows, dtype=np.bool_)
-        self._call(index.ctypes.data, finite.ctypes.data, logits.data_ptr(), rows, count, torch.get_num_threads())
-        return index.tolist(), finite.tolist()
 
 
 def digest_of(logits: torch.Tensor) -> bytes:

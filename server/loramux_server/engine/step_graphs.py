@@ -24,11 +24,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from loramux_adapters.lora.lora_linear import AdapterSlots
 from loramux_adapters.lora.ops import LoraRows
 from loramux_server.engine.sequence import Batch, ScheduledSequence
-from loramux_server.kernels.attention import Attend, AttentionStep
-from loramux_server.kernels.grouped_lora import GroupedAddLora, Part
+from loramux_server.kernels.attention import AttentionStep
+from loramux_server.kernels.choice import GraphKernels
+from loramux_server.kernels.grouped_lora import Part
 from loramux_server.kernels.kv_cache import BLOCK_SIZE, KVCache
 from loramux_server.kernels.varlen_attention import Lengths, VarlenAttend
 
@@ -134,16 +134,14 @@ class StepGraphs:
         self,
         forward: StepForward,
         cache: KVCache,
-        attend: VarlenAttend,
-        add_lora: GroupedAddLora,
+        kernels: GraphKernels,
         rows: int,
         capture: Capture,
     ) -> None:
         """`rows`: of the adapters' arenas."""
         self._forward = forward
         self._cache = cache
-        self._attend = attend
-        self._add_lora = add_lora
+        self._attend, self._add_lora = kernels
         self._rows = rows
         self._capture = capture
         self._seen: Counter[Shape] = Counter()
@@ -256,14 +254,3 @@ class CudaCapture:
             torch.cuda.set_sync_debug_mode(mode)
             torch.cuda.set_stream(before)  # a capture that fails would leave its own
         return graph.replay, logits
-
-
-def step_graphs(
-    forward: StepForward, cache: KVCache, attend: Attend, slots: AdapterSlots, capture: Capture | None = None
-) -> StepGraphs | None:
-    """Graphs for a device and paths that they are made for; None for others. `capture`: another than the device's."""
-    if cache.k[0].device.type != "cuda" and capture is None:
-        return None
-    if not isinstance(attend, VarlenAttend) or not attend.paged or not isinstance(slots.add_lora, GroupedAddLora):
-        return None
-    return StepGraphs(forward, cache, attend, slots.add_lora, slots.rows, capture or CudaCapture())

@@ -10,7 +10,6 @@ bits do not depend on how a prompt was cut into chunks or on what else is in the
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +17,10 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from loramux_adapters.native import bind
 from loramux_server.errors import BaseModelError
+from loramux_server.kernels.abi import Isa
 from loramux_server.kernels.kv_cache import BLOCK_SIZE, KVCache, KVShape
-from loramux_server.kernels.native import has_avx512bf16
+from loramux_server.kernels.native import NativeLibrary
 
 ATTENTION_NAME = "loramux"
 
@@ -29,11 +28,6 @@ ATTENTION_NAME = "loramux"
 _HARMLESS = frozenset(
     {"dropout", "is_causal", "position_ids", "use_cache", "output_attentions", "cache_position", "output_hidden_states"}
 )
-
-
-# the compiled kernel's parameters: out; q, k, v with two strides each; both caches; tables and their width; sequence,
-# position; rows, heads, kv heads, head dim; scale, softcap; window; portable, threads
-_SIGNATURE = "p" + "pnn" * 3 + "pp" + "pn" + "pp" + "nnnn" + "ff" + "n" + "ii"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +98,9 @@ def attend_reference(
 class NativeAttend:
     """The compiled CPU kernel (csrc/attention.cpp): reads block tables in place, every row and kv head in parallel."""
 
-    def __init__(self, library: ctypes.CDLL, *, portable: bool | None = None) -> None:
-        self._call = bind(library.loramux_attend, _SIGNATURE)
-        self.portable = not has_avx512bf16(library) if portable is None else portable
-        self.name = "native portable" if self.portable else "native AVX512-BF16"
+    def __init__(self, library: NativeLibrary, isa: Isa) -> None:
+        self._call = library.function("loramux_attention")
+        self.isa = isa
 
     def __call__(
         self,
@@ -134,7 +127,7 @@ class NativeAttend:
             *(cache.k[layer].data_ptr(), cache.v[layer].data_ptr()),
             *(step.tables.data_ptr(), step.tables.shape[1], step.sequence.data_ptr(), step.position.data_ptr()),
             *(rows, heads, k.shape[1], dim, params.scaling, params.softcap, params.window),
-            *(self.portable, torch.get_num_threads()),
+            *(self.isa, torch.get_num_threads()),
         )
         return out
 

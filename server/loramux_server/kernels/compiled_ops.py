@@ -10,7 +10,6 @@ down(bf16(bf16(silu(gate(x))) * up(x))), head(x) = bf16(x W^T) with sums in fp32
 
 from __future__ import annotations
 
-import ctypes
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from loramux_adapters.native import bind
-from loramux_server.kernels.native import has_avx512bf16, native_library
+from loramux_server.kernels.abi import Isa
+from loramux_server.kernels.native import NativeLibrary
 
 _MARK = "loramux_kernel"  # attribute of a module whose forward is ours: which kernel
 _LAST_BIT = 2.0**-7  # relative; bf16 has 8 bits
@@ -29,12 +28,9 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
 @torch.no_grad()
-def use_compiled_ops(model: nn.Module) -> None:
+def use_compiled_ops(model: nn.Module, library: NativeLibrary, isa: Isa) -> None:
     """Gives modules of a base on the CPU their compiled forward, in place. Inference only."""
-    library = native_library()
-    if library is None or any(p.device.type != "cpu" for p in model.parameters()):
-        return
-    kernels = _Kernels(library)
+    kernels = _CompiledOps(library, isa)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for module in model.modules():
         found = kernels.for_module(module, is_head=module is head)
@@ -55,12 +51,11 @@ def kernel_of(module: nn.Module) -> str | None:
     return kernel
 
 
-class _Kernels:
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._norm = bind(library.loramux_rms_norm, "pppnnfi")
-        self._silu = bind(library.loramux_silu_mul, "pppnni")
-        self._head = bind(library.loramux_head, "pppnnni")
-        self._is_vector = has_avx512bf16(library)
+class _CompiledOps:
+    def __init__(self, library: NativeLibrary, isa: Isa) -> None:
+        self._norm = library.function("loramux_rms_norm")
+        self._silu = library.function("loramux_silu_mul")
+        self._head = library.function("loramux_head") if isa is Isa.AVX512_BF16 else None
         self._random = torch.Generator().manual_seed(0)
 
     def for_module(self, module: nn.Module, *, is_head: bool) -> tuple[str, Forward] | None:
@@ -118,7 +113,7 @@ class _Kernels:
         return "MLP", forward
 
     def _for_head(self, module: Any) -> tuple[str, Forward] | None:
-        if type(module) is not nn.Linear or module.bias is not None or not self._is_vector:
+        if type(module) is not nn.Linear or module.bias is not None or self._head is None:
             return None
         weight, own, call = module.weight, module.forward, self._head
         if weight.dtype != torch.bfloat16 or not weight.is_contiguous():

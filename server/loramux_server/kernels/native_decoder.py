@@ -13,25 +13,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from loramux_adapters.lora.lora_linear import AdapterSlots
-from loramux_adapters.lora.ops import LoraRows, NativeAddLora
-from loramux_server.kernels.attention import AttentionParams, AttentionStep, NativeAttend
-from loramux_server.kernels.decoder_places import (
-    POINTER,
-    LayerPlaces,
-    ModelPlaces,
+from loramux_adapters.lora.ops import LoraRows
+from loramux_server.kernels.abi import DecoderLayer, DecoderModel, DecoderStep
+from loramux_server.kernels.adapter_kernels import rows_of
+from loramux_server.kernels.attention import Attend, AttentionParams, AttentionStep
+from loramux_server.kernels.decoder_weights import (
     NotOfThisShape,
-    StepPlaces,
-    arena_of,
     base_layer_of,
     dense,
     layer_of,
+    lora_arena_of,
     norm_of,
     parts_of,
-    places_of,
+    pointers_to,
 )
 from loramux_server.kernels.kv_cache import BLOCK_SIZE, KVCache, KVShape
-from loramux_server.kernels.native import native_library
+from loramux_server.kernels.native import NativeLibrary
 
 _TRIAL = (2 * BLOCK_SIZE + 5, 3, 1)  # tokens of the sequences that a model is tried on
 
@@ -42,22 +39,16 @@ class NativeDecoder:
     The model's weights and the arenas of its adapters are read where they lie; they must outlive this object.
     """
 
-    def __init__(self, model: Any, slots: AdapterSlots, cache_shape: KVShape, layers: list[AttentionParams]) -> None:
+    def __init__(self, library: NativeLibrary, model: Any, cache_shape: KVShape, layers: list[AttentionParams]) -> None:
         """`layers`: what each layer asks of its attention.
 
         Raises:
             NotOfThisShape: the model cannot be run this way.
         """
-        library = native_library()
-        if library is None:
-            raise NotOfThisShape("there are no compiled kernels")
         body, head = parts_of(model)
         linear = base_layer_of(head)
-        self._step = library.loramux_decoder_step
-        self._step.argtypes, self._step.restype = [POINTER, POINTER], None
-        scratch = library.loramux_decoder_scratch
-        scratch.argtypes, scratch.restype = [POINTER, ctypes.c_int64], ctypes.c_int64
-        self._layers = (LayerPlaces * len(layers))(*map(layer_of, body.layers, layers))
+        self._step = library.function("loramux_decoder_step")
+        self._layers = (DecoderLayer * len(layers))(*map(layer_of, body.layers, layers))
         self._rotary = body.rotary_emb
         self._cos = self._sin = torch.empty(0)
         self.vocabulary = linear.out_features
@@ -66,16 +57,11 @@ class NativeDecoder:
         for layer in self._layers:
             if layer.q.outputs % dim or layer.k.outputs != cache_shape.kv_heads * dim or layer.q.inputs != hidden:
                 raise NotOfThisShape("a layer's projections do not fit the cache")
-        add_lora = slots.add_lora if slots.rows else None
-        if add_lora is not None and not isinstance(add_lora, NativeAddLora):
-            raise NotOfThisShape("the adapters run on tensors")
-        self._model = ModelPlaces(
+        self._model = DecoderModel(
             layers=ctypes.addressof(self._layers),
             embedding=dense(body.embed_tokens.weight),
             head=dense(linear.weight),
-            head_arena=arena_of(head),
-            add_lora=add_lora.address if add_lora else None,
-            lora_spans=add_lora.spans_address if add_lora else None,
+            head_arena=lora_arena_of(head),
             norm=norm_of(body.norm),
             num_layers=len(layers),
             hidden=hidden,
@@ -83,10 +69,9 @@ class NativeDecoder:
             kv_heads=cache_shape.kv_heads,
             head_dim=dim,
             vocabulary=self.vocabulary,
-            lora_portable=bool(add_lora and add_lora.portable),
         )
         self._at = ctypes.addressof(self._model)
-        self._per_row = int(scratch(self._at, 1))
+        self._per_row = int(library.function("loramux_decoder_scratch")(self._at, 1))
         self._scratch = torch.empty(0, dtype=torch.bfloat16)
         self._caches: tuple[KVCache, Any, Any] | None = None
 
@@ -105,10 +90,11 @@ class NativeDecoder:
             self._scratch = torch.empty(rows * self._per_row, dtype=torch.bfloat16)
         self._know_positions(max(first + count for _, _, count, first in step.runs))
         if self._caches is None or self._caches[0] is not step.cache:
-            self._caches = step.cache, places_of(step.cache.k), places_of(step.cache.v)
+            self._caches = step.cache, pointers_to(step.cache.k), pointers_to(step.cache.v)
         ids, sampled = np.array(tokens, dtype=np.int64), np.array(heads, dtype=np.int64)
         logits = torch.empty(len(heads), self.vocabulary, dtype=torch.bfloat16)
-        call = StepPlaces(
+        entries, head_entries = rows_of(lora) if lora else None, rows_of(head) if head else None
+        call = DecoderStep(
             tokens=ids.ctypes.data,
             position=step.position.data_ptr(),
             sequence=step.sequence.data_ptr(),
@@ -118,8 +104,8 @@ class NativeDecoder:
             sin=self._sin.data_ptr(),
             k_cache=ctypes.addressof(self._caches[1]),
             v_cache=ctypes.addressof(self._caches[2]),
-            lora=lora.native if lora else None,
-            head_lora=head.native if head else None,
+            lora=ctypes.addressof(entries) if entries else None,
+            head_lora=ctypes.addressof(head_entries) if head_entries else None,
             scratch=self._scratch.data_ptr(),
             logits=logits.data_ptr(),
             rows=rows,
@@ -141,13 +127,13 @@ class NativeDecoder:
 
 
 @torch.inference_mode()
-def native_decoder(model: Any, slots: AdapterSlots, cache: KVCache, attend: object) -> NativeDecoder | None:
+def native_decoder(library: NativeLibrary, attend: Attend, model: Any, cache: KVCache) -> NativeDecoder | None:
     """The compiled step for a model that runs on our attention already; None if it gives other bits than the modules.
+
+    `attend` and the layers' adapters are those that the step itself runs on (choice.py sees to it).
 
     Tried on sequences of several lengths, with a cache of its own. Adapters are not: the slots hold none yet.
     """
-    if not isinstance(attend, NativeAttend) or attend.portable:
-        return None
     blocks = [-(-length // BLOCK_SIZE) for length in _TRIAL]
     trial = KVCache(cache.shape, sum(blocks), cache.k[0].device, tiled=cache.tiled)
     seen: dict[int, AttentionParams] = {}
@@ -169,7 +155,7 @@ def native_decoder(model: Any, slots: AdapterSlots, cache: KVCache, attend: obje
             use_cache=False,
             loramux_step=step,
         ).logits[0]
-        decoder = NativeDecoder(model, slots, cache.shape, [seen[layer] for layer in range(cache.shape.layers)])
+        decoder = NativeDecoder(library, model, cache.shape, [seen[layer] for layer in range(cache.shape.layers)])
         got = decoder.forward(tokens, rows, step, None, None)
         last = decoder.forward(tokens, rows[-1:], step, None, None)
     except NotOfThisShape:

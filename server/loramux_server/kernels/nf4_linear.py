@@ -8,6 +8,7 @@ Semantics: y = bf16(sum over blocks of 64 inputs of scale * (x @ level[code]^T))
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,7 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
 
-from loramux_adapters.native import bind
-from loramux_server.kernels.native import has_avx512bf16, native_library
+from loramux_server.kernels.native import NativeLibrary
 
 BLOCK = 64  # inputs that share a scale
 _OUTPUTS, _INPUTS = 16, 4  # of one tile of codes
@@ -54,16 +54,12 @@ class NF4Linear(Linear4bit):
 
 
 @torch.no_grad()
-def pack(model: nn.Module) -> None:
-    """Lays every NF4 layer out anew for the compiled kernel, in place, where this machine runs it.
+def pack(model: nn.Module, library: NativeLibrary) -> None:
+    """Lays every NF4 layer out anew for the compiled kernel, in place. Only where it has AVX512-BF16.
 
-    Elsewhere bitsandbytes' layers stay as they are. Layers that it must not pack either, since they are trained or of
-    a shape that the kernel does not take, have `support_avx512bf16_for_cpu` off and are left alone.
+    Layers that `keep_unpacked` was told of are left alone.
     """
-    library = native_library()
-    if library is None or not has_avx512bf16(library):
-        return
-    kernel = bind(library.loramux_nf4_linear, "pppppnnnpni")
+    kernel = library.function("loramux_nf4_linear")
     for module in model.modules():
         if type(module) is Linear4bit and module.weight.device.type == "cpu" and module.support_avx512bf16_for_cpu:
             _pack(module, kernel)
@@ -85,6 +81,37 @@ def _pack(layer: Any, kernel: Callable[..., None]) -> None:
     layer.__class__ = NF4Linear  # the layer keeps its identity, weight and name
     places = tuple(tensor.data_ptr() for tensor in (codes, state.absmax, levels))
     layer.__dict__.update(_kernel=kernel, _codes=codes, _scales=state.absmax, _levels=levels, places=places)
+
+
+def keep_unpacked(model: nn.Module, *, all_layers: bool) -> None:
+    """Has NF4 layers on the CPU dequantized for each product: all, or those of a shape that no packed kernel takes.
+
+    The first forward in eval mode on a CPU with AVX512-BF16 would repack the others for bitsandbytes' kernel, which has
+    no backward: gradients would be silently wrong from then on.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit) and (all_layers or module.out_features % 32 or module.in_features % BLOCK):
+            module.support_avx512bf16_for_cpu = False
+
+
+def products_of(model: nn.Module, device: torch.device) -> str:
+    """How the linear layers of a base are computed, for the start-up report and the numerics id."""
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    if not layers:
+        return "16 bit"
+    if device.type != "cpu":
+        return "NF4 bitsandbytes CUDA"
+    names = Counter(
+        "NF4 native AVX512-BF16"
+        if isinstance(layer, NF4Linear)
+        else "NF4 bitsandbytes AVX512-BF16"
+        if layer.support_avx512bf16_for_cpu
+        else "NF4 dequantize"
+        for layer in layers
+    )
+    if len(names) == 1:
+        return next(iter(names))
+    return ", ".join(f"{name} ({count} layers)" for name, count in sorted(names.items()))
 
 
 def unpacked(weight: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:

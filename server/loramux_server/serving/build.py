@@ -24,16 +24,17 @@ from loramux_server.api.http.dependencies import Dependencies, Keys, Limits, Ser
 from loramux_server.base.device import device_of
 from loramux_server.base.loader import BaseModel, load_base_model, resident_bytes
 from loramux_server.base.tokenizer import BaseTokenizer
-from loramux_server.config.environment import cache_dir_of
+from loramux_server.config.environment import cache_dir_of, kernels_of
 from loramux_server.config.serve import ServeConfig, is_loopback
 from loramux_server.engine.admission import SchedulerConfig
 from loramux_server.engine.build import DeviceSide
 from loramux_server.engine.client import EngineClient
 from loramux_server.engine.inbox import Inbox
-from loramux_server.engine.numerics import numerics_id
 from loramux_server.errors import ConfigError
 from loramux_server.kernels.attention import probe_kv_shape
+from loramux_server.kernels.choice import choose_kernels
 from loramux_server.kernels.kv_cache import BLOCK_SIZE, KVShape
+from loramux_server.kernels.numerics import numerics_id
 from loramux_server.metrics.gauges import GaugeReadings
 from loramux_server.metrics.metrics import Metrics
 from loramux_server.publishing.preload import preload
@@ -95,8 +96,9 @@ def build(config: ServeConfig, stages: Stages) -> BuiltServer:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     cache_dir = cache_dir_of(config.cache_dir, os.environ)
+    kernels = choose_kernels(device, kernels_of(os.environ))
     with stages.stage("load the base"), returning_memory():
-        base = load_base_model(config.base, device=device, cache_dir=cache_dir, report=stages.note)
+        base = load_base_model(config.base, device=device, cache_dir=cache_dir, report=stages.note, kernels=kernels)
         shape = probe_kv_shape(base.model, device)
     name = config.served_model_name or base.name
     metrics = Metrics(config.metrics_adapter_labels)
@@ -123,7 +125,7 @@ def build(config: ServeConfig, stages: Stages) -> BuiltServer:
                 forget,
                 metrics,
                 base_id=base.base_id,
-                numerics_id=numerics_id(base, parts.device.attention_kernel, parts.device.lora_kernel),
+                numerics_id=numerics_id(base.model, device, parts.device.kernels),
                 vocabulary=base.vocabulary,
                 context=context,
                 timeout=config.proof_timeout,
@@ -184,7 +186,10 @@ class Parts:
     ) -> Parts:
         inbox = Inbox(config.max_waiting)
         host_cache = HostCache(
-            store.load, config.host_cache_mib * MIB, on_ready=inbox.wake, observer=metrics.host_cache()
+            partial(store.load, convert=base.kernels.convert),
+            config.host_cache_mib * MIB,
+            on_ready=inbox.wake,
+            observer=metrics.host_cache(),
         )
         try:
             device = DeviceSide.build(

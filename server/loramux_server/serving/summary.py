@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from loramux_server.base.loader import BaseModel, kernel_paths, resident_bytes
+from loramux_server.base.loader import BaseModel, resident_bytes
 from loramux_server.config.serve import ServeConfig
 from loramux_server.kernels.kv_cache import BLOCK_SIZE
+from loramux_server.kernels.numerics import kernel_paths
 
 if TYPE_CHECKING:
     from loramux_server.engine.build import DeviceSide
@@ -53,7 +54,7 @@ def summary(config: ServeConfig, base: BaseModel, device: DeviceSide, context: i
         f"base id  {base.base_id}",
         *(f"  {what:<24} {size / MIB:>8,.0f} MiB  ({note})" for what, size, note in table),
         f"device   {base.device}{threads}; {kernel_paths(base.model, base.device)}; "
-        f"attention {device.attention_kernel}; LoRA {device.lora_kernel} (stacks bf16, sums fp32); "
+        f"attention {device.kernels.attention}; LoRA {device.kernels.lora} (stacks bf16, sums fp32); "
         f"{'a step is one compiled call' if device.runner.decoder is not None else 'a step is run module by module'}",
         f"batch    {invariance}",
         *(f"  {what:<24} {seconds:>8.1f} s" for what, seconds in base.stages),

@@ -9,14 +9,15 @@ from loramux_adapters.lora.ops import (
     AddLora,
     Arena,
     LoraRows,
-    NativeAddLora,
     add_lora_loop,
     add_lora_segments,
-    native_library,
 )
 from loramux_adapters.lora.slots import SMALLEST_RANK, ScaledSlot, Slot
+from loramux_server.kernels.abi import Isa
+from loramux_server.kernels.adapter_kernels import NativeAddLora
+from loramux_server.kernels.choice import choose_kernels
 from loramux_server.kernels.grouped_lora import GroupedAddLora, grouped_add_lora
-from loramux_server.kernels.lora_paths import select_add_lora
+from loramux_server.kernels.native import native_library
 
 ROWS = 512
 # how many of 24 rows each of the adapters gets; style after Punica's benchmarks
@@ -34,8 +35,8 @@ RANKS = [8, 16, 32, 64, 8, 16, 32, 8, 8, 16, 8, 8]
 def paths() -> dict[str, AddLora]:
     found: dict[str, AddLora] = {"segments": add_lora_segments, "grouped": GroupedAddLora()}
     if (library := native_library()) is not None:
-        found["native"] = NativeAddLora(library)
-        found["native portable"] = NativeAddLora(library, portable=True)
+        found["native"] = NativeAddLora(library, library.best_isa)
+        found["native portable"] = NativeAddLora(library, Isa.PORTABLE)
     return found
 
 
@@ -80,7 +81,7 @@ def make_sums(counts: list[int], ranks: list[int], base_rows: int = 2) -> LoraRo
 
 def test_the_compiled_kernel_was_built_so_that_the_tests_below_cover_it() -> None:
     assert native_library() is not None
-    assert select_add_lora(torch.device("cpu"), torch.bfloat16)[1].startswith("native")
+    assert choose_kernels(torch.device("cpu")).lora.startswith("native")
 
 
 @pytest.mark.parametrize("path", ["segments", "grouped", "native", "native portable"])

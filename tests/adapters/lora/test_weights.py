@@ -15,9 +15,10 @@ from loramux_adapters.artifact.safetensors_header import read_header
 from loramux_adapters.base_info import BaseInfo
 from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.lora.host_cache import HostAdapter
-from loramux_adapters.lora.ops import native_library
 from loramux_adapters.lora.verify import check_adapter
 from loramux_adapters.lora.weights import fold, load_host_adapter, read_adapter
+from loramux_server.kernels.adapter_kernels import NativeConvertPairs
+from loramux_server.kernels.native import native_library
 from support.adapter_files import TINY_LINEARS, write_adapter
 
 
@@ -111,15 +112,15 @@ def test_the_scale_is_folded_in_fp32_and_rounded_once() -> None:
     assert torch.equal(bt, (b.float() * (1 / 3)).to(torch.bfloat16).t())
 
 
-@pytest.mark.skipif(native_library() is None, reason="no compiler was there at installation")
+LIBRARY = native_library()
+
+
+@pytest.mark.skipif(LIBRARY is None, reason="no compiler was there at installation")
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
-def test_the_compiled_reader_gives_what_tensors_give(
-    tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_compiled_reader_gives_what_tensors_give(tmp_path: Path, dtype: str) -> None:
+    assert LIBRARY is not None
     write_adapter(tmp_path, TINY_LINEARS, dtype=dtype, rank=5, rank_pattern={"q_proj": 33}, alpha=7, std_b=3e-6)
-    compiled = load_host_adapter(tmp_path)
-    monkeypatch.setattr("loramux_adapters.lora.weights.native_library", lambda: None)
-    assert_equal(load_host_adapter(tmp_path), compiled)
+    assert_equal(load_host_adapter(tmp_path), load_host_adapter(tmp_path, NativeConvertPairs(LIBRARY)))
 
 
 def assert_equal(one: HostAdapter, other: HostAdapter) -> None:
@@ -169,13 +170,12 @@ def test_weights_that_end_while_they_are_read_are_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize(("dtype", "width"), [("F32", 4), ("F16", 2), ("BF16", 2)])
 def test_every_number_of_a_format_arrives_as_tensors_convert_it(
-    tmp_path: Path, dtype: str, width: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dtype: str, width: int, compiled: bool
 ) -> None:
     """All 65,536 patterns of the upper or only 16 bits, among them subnormal numbers, infinities and NaN."""
-    if compiled and native_library() is None:
+    if compiled and LIBRARY is None:
         pytest.skip("no compiler was there at installation")
-    if not compiled:
-        monkeypatch.setattr("loramux_adapters.lora.weights.native_library", lambda: None)
+    convert = NativeConvertPairs(LIBRARY) if compiled and LIBRARY else None
     bits = torch.arange(1 << 16, dtype=torch.int32)
     kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     numbers = ((bits << 16) | 0x8001 if width == 4 else bits.to(torch.int16)).view(kinds[dtype]).view(256, 256)
@@ -186,7 +186,7 @@ def test_every_number_of_a_format_arrives_as_tensors_convert_it(
     for spec in header.values():
         content[spec.offset : spec.offset + spec.nbytes] = numbers.contiguous().view(torch.uint8).numpy().tobytes()
     path.write_bytes(content)
-    adapter, not_finite = read_adapter(tmp_path, read_config(tmp_path), pair_up(read_header(path)).pairs)
+    adapter, not_finite = read_adapter(tmp_path, read_config(tmp_path), pair_up(read_header(path)).pairs, convert)
     a, bt = fold(numbers, numbers, 2.0)
     torch.testing.assert_close(adapter.modules["layer"][0], a, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(adapter.modules["layer"][1], bt, rtol=0, atol=0, equal_nan=True)

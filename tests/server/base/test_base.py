@@ -14,10 +14,11 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from loramux_server.base.identity import cached_base_id, compute_base_id
-from loramux_server.base.loader import BaseModel, kernel_paths, load_base_model, quantization_recipe, resident_bytes
+from loramux_server.base.loader import BaseModel, load_base_model, quantization_recipe, resident_bytes
 from loramux_server.base.source import resolve_base
 from loramux_server.base.tokenizer import BaseTokenizer
 from loramux_server.errors import BaseModelError, RequestError
+from loramux_server.kernels.numerics import kernel_paths
 from support.tiny_models import save_tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")

@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 import torch
 
-from loramux_server.engine.sampler import NativeLargest, Sampler, candidates, largest, report_logprob, uniform
+from loramux_server.engine.sampler import Sampler, candidates, report_logprob, uniform
 from loramux_server.engine.sequence import RowResult, SamplingParams, ScheduledSequence, Sequence
-from loramux_server.kernels.native import native_library
+from loramux_server.kernels.argmax import argmax_by_tensors
 
 LOGITS = torch.tensor([0.0, 3.0, 1.0, 2.0, -1.0])
 PROBABILITIES = LOGITS.softmax(-1)
@@ -29,7 +29,7 @@ def sample(sampler: Sampler, logits: torch.Tensor, sequences: list[Sequence]) ->
 
 def draws(params: SamplingParams, count: int) -> list[int]:
     """The first `count` tokens a sequence would get if its logits never changed."""
-    sampler = Sampler()
+    sampler = Sampler(argmax_by_tensors)
     rows = [sequence(params, drawn) for drawn in range(count)]
     return [token.token_id or 0 for token in sample(sampler, LOGITS.expand(count, -1), rows)]
 
@@ -86,7 +86,7 @@ def test_a_filtered_draw_stays_inside_the_filter() -> None:
 def test_the_same_seed_gives_the_same_tokens_whatever_else_runs() -> None:
     params = SamplingParams(seed=11)
     alone = draws(params, 30)
-    sampler = Sampler()
+    sampler = Sampler(argmax_by_tensors)
     logits = torch.randn(7, 5)
     logits[4] = LOGITS
     company = []
@@ -99,7 +99,7 @@ def test_the_same_seed_gives_the_same_tokens_whatever_else_runs() -> None:
 
 
 def test_without_a_seed_two_sequences_differ() -> None:
-    sampler = Sampler()
+    sampler = Sampler(argmax_by_tensors)
     first, second = (
         [sample(sampler, LOGITS[None], [sequence(SamplingParams(), i, name)])[0].token_id for i in range(40)]
         for name in ("a", "b")
@@ -119,14 +119,14 @@ def test_a_row_that_is_not_finite_fails_alone(bad: float) -> None:
     logits = LOGITS.repeat(3, 1)
     logits[1, 2] = bad
     rows = [sequence(SamplingParams(temperature=0.0), name=str(i)) for i in range(3)]
-    tokens = sample(Sampler(), logits, rows)
+    tokens = sample(Sampler(argmax_by_tensors), logits, rows)
     assert [token.error is None for token in tokens] == [True, False, True]
     assert tokens[0].token_id == tokens[2].token_id == 1
 
 
 def test_log_probabilities_are_the_models_own_before_temperature() -> None:
     params = SamplingParams(temperature=0.5, seed=1, logprobs=2)
-    token = sample(Sampler(), LOGITS[None].bfloat16(), [sequence(params)])[0]
+    token = sample(Sampler(argmax_by_tensors), LOGITS[None].bfloat16(), [sequence(params)])[0]
     assert token.logprob is not None
     assert token.logprob.logprob == pytest.approx(math.log(PROBABILITIES[token.token_id]), abs=1e-6)
     assert [index for index, _ in token.logprob.top] == [1, 3]
@@ -141,9 +141,9 @@ def test_asking_for_no_alternatives_still_reports_the_chosen_one() -> None:
 def test_forced_tokens_are_the_reply_and_are_scored_beside_the_likeliest() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0]] * 2)
     one = Sequence("forced", [1], SamplingParams(temperature=0.0, logprobs=1, max_tokens=2, forced=(2, 1)))
-    first = sample(Sampler(), logits[:1], [one])[0]
+    first = sample(Sampler(argmax_by_tensors), logits[:1], [one])[0]
     one.output.append(first.token_id)
-    second = sample(Sampler(), logits[:1], [one])[0]
+    second = sample(Sampler(argmax_by_tensors), logits[:1], [one])[0]
     assert [first.token_id, second.token_id] == [2, 1]
     assert first.logprob is not None and second.logprob is not None
     ((best, value),) = first.logprob.top
@@ -155,31 +155,6 @@ def test_a_digest_tells_the_smallest_difference_in_any_logit() -> None:
     logits = torch.zeros(3, 1000)
     logits[:, 5] = 80.0
     logits[1, 7] = -1e-30  # far too unlikely to show in any log probability
-    tokens = sample(Sampler(), logits, [Sequence(str(row), [1], params) for row in range(3)])
+    tokens = sample(Sampler(argmax_by_tensors), logits, [Sequence(str(row), [1], params) for row in range(3)])
     assert tokens[0].digest == tokens[2].digest != tokens[1].digest
-    assert sample(Sampler(), logits[:1], [Sequence("x", [1], SamplingParams())])[0].digest is None
-
-
-@pytest.mark.skipif(native_library() is None, reason="no compiler was there at installation")
-@pytest.mark.parametrize("width", [1, 31, 320, 49152])
-def test_the_compiled_search_finds_what_the_tensor_search_finds(width: int) -> None:
-    library = native_library()
-    assert library is not None
-    search = NativeLargest(library)
-    logits = (torch.randn(24, width, generator=torch.Generator().manual_seed(width)) * 5).bfloat16()
-    logits[1] = 0.0
-    logits[2] = -0.0
-    logits[3, width // 2 :] = 0.0
-    logits[3, : width // 2] = -0.0
-    logits[4] = float("-inf")
-    logits[5, width - 1] = float("inf")
-    logits[6, 0] = float("-inf")
-    logits[7] = -logits[7].abs() - 1
-    logits[8] = -3e38
-    logits[9] = 3e38
-    assert search(logits) == largest(logits)
-    assert search(logits[::2]) == largest(logits[::2]), "rows that do not lie together go the other way"
-    for bad in (float("nan"), -float("nan")):
-        row = logits[:1].clone()
-        row[0, width // 3] = bad
-        assert search(row)[1] == largest(row)[1] == [False]
+    assert sample(Sampler(argmax_by_tensors), logits[:1], [Sequence("x", [1], SamplingParams())])[0].digest is None

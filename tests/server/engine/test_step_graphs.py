@@ -21,9 +21,11 @@ from loramux_adapters.lora.slots import ScaledSlot, Slot
 from loramux_server.engine import step_graphs
 from loramux_server.engine.sequence import Batch, ScheduledSequence
 from loramux_server.engine.sequence import Sequence as EngineSequence
-from loramux_server.engine.step_graphs import Capture, Shape, shape_of
-from loramux_server.kernels.attention import attend_reference
+from loramux_server.engine.step_graphs import Capture, Shape, StepGraphs, shape_of
+from loramux_server.kernels import choice
+from loramux_server.kernels.choice import GraphKernels
 from loramux_server.kernels.grouped_lora import GroupedAddLora
+from loramux_server.kernels.kv_cache import KVShape
 from loramux_server.kernels.varlen_attention import VarlenAttend
 from support.slow_varlen import slow_varlen
 from support.stepping import CPU, Stepper, relative_difference
@@ -100,11 +102,10 @@ class Case:
         monkeypatch.setattr(step_graphs, "OFTEN", 2)
         self.stepper, self.plain = stepper_of(architecture), stepper_of(architecture)
         runner = self.stepper.runner
-        graphs = step_graphs.step_graphs(
-            runner._call, runner._cache, runner._attend, self.stepper.slots, capture=capture
-        )
-        assert graphs is not None
-        self.graphs = runner.graphs = graphs
+        attend, add_lora = runner._attend, self.stepper.kernels.add_lora
+        assert isinstance(attend, VarlenAttend) and isinstance(add_lora, GroupedAddLora)
+        kernels = GraphKernels(attend, add_lora)
+        self.graphs = runner.graphs = StepGraphs(runner._call, runner._cache, kernels, self.stepper.slots.rows, capture)
         self.twins: dict[int, EngineSequence] = {}
         for seed, slot in enumerate(SLOTS):
             self.load(slot, seed)
@@ -286,10 +287,15 @@ def test_replays_that_give_other_logits_are_not_used(
 
 
 def test_there_are_none_where_they_are_not_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(monkeypatch, record)
-    runner, slots = case.stepper.runner, case.stepper.slots
-    make = step_graphs.step_graphs
-    assert make(runner._call, runner._cache, runner._attend, slots) is None  # it is the CPU
-    assert make(runner._call, runner._cache, attend_reference, slots, capture=record) is None
-    assert make(runner._call, runner._cache, VarlenAttend(kernel, paged=False), slots, capture=record) is None
-    assert runner._cache.k[0].device == CPU
+    """A CUDA device's kernels, chosen here on the CPU: only attention that reads block tables is captured."""
+    chosen = {}
+    for paged in (True, False, None):
+        attend = None if paged is None else VarlenAttend(kernel, paged=paged)
+        monkeypatch.setattr(choice, "varlen_attend", lambda *args, attend=attend: attend)
+        monkeypatch.setattr(choice, "grouped_add_lora", lambda device: GroupedAddLora())
+        chosen[paged] = choice.choose_kernels(torch.device("cuda"), shape=KVShape(2, 3, 64))
+    assert [kernels.graphs is not None for kernels in chosen.values()] == [True, False, False]
+    assert [kernels.attention for kernels in chosen.values()] == ["varlen paged", "varlen gathered", "tensor"]
+    assert {kernels.lora for kernels in chosen.values()} == {"grouped"}
+    assert choice.choose_kernels(torch.device("cuda"), shape=KVShape(2, 3, 64, torch.float32)).lora == "tensor"
+    assert choice.choose_kernels(CPU, shape=KVShape(2, 3, 64)).graphs is None

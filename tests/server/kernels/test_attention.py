@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from loramux_server.errors import BaseModelError
+from loramux_server.kernels.abi import Isa
 from loramux_server.kernels.attention import (
     Attend,
     AttentionParams,
@@ -16,8 +17,9 @@ from loramux_server.kernels.attention import (
     attend_reference,
     attention_forward,
 )
-from loramux_server.kernels.attention_paths import native_library, select_attend
+from loramux_server.kernels.choice import choose_kernels
 from loramux_server.kernels.kv_cache import BLOCK_SIZE, KVCache, KVShape
+from loramux_server.kernels.native import native_library
 from loramux_server.kernels.varlen_attention import VarlenAttend, varlen_attend
 from support.slow_varlen import slow_varlen
 
@@ -35,8 +37,8 @@ def paths() -> dict[str, tuple[Attend, bool]]:
         "varlen gathered": (VarlenAttend(slow_varlen, paged=False), False),
     }
     if (library := native_library()) is not None:
-        found["native"] = (NativeAttend(library), True)
-        found["native portable"] = (NativeAttend(library, portable=True), True)
+        found["native"] = (NativeAttend(library, library.best_isa), True)
+        found["native portable"] = (NativeAttend(library, Isa.PORTABLE), True)
     return found
 
 
@@ -146,9 +148,9 @@ def test_the_cache_gives_back_what_was_written(tiled: bool) -> None:
 
 
 def test_the_compiled_kernel_is_chosen_where_it_can_run() -> None:
-    assert select_attend(CPU, KVShape(1, 3, 64))[2].startswith("native")
-    assert select_attend(CPU, KVShape(1, 3, 24))[0] is attend_reference
-    assert select_attend(CPU, KVShape(1, 3, 64, torch.float32))[0] is attend_reference
+    assert choose_kernels(CPU, shape=KVShape(1, 3, 64)).attention.startswith("native")
+    assert choose_kernels(CPU, shape=KVShape(1, 3, 24)).attend is attend_reference
+    assert choose_kernels(CPU, shape=KVShape(1, 3, 64, torch.float32)).attend is attend_reference
 
 
 def test_the_librarys_kernel_is_tried_before_it_is_used_and_asked_for_what_it_can() -> None:

@@ -12,15 +12,16 @@ import torch
 from loramux_adapters.lora.slots import ScaledSlot, Slot
 from loramux_adapters.lora.weights import load_host_adapter
 from loramux_server.base.loader import BaseModel, load_base_model
+from loramux_server.kernels.abi import Isa
 from loramux_server.kernels.attention import attend_reference
-from loramux_server.kernels.native import has_avx512bf16, native_library
+from loramux_server.kernels.native import native_library
 from support.adapter_files import write_adapter
 from support.stepping import Stepper
 from support.tiny_models import ARCHITECTURES, save_tiny_model
 
 LIBRARY = native_library()
 needs_kernels = pytest.mark.skipif(
-    LIBRARY is None or not has_avx512bf16(LIBRARY), reason="the compiled step needs AVX512-BF16"
+    LIBRARY is None or LIBRARY.best_isa < Isa.AVX512_BF16, reason="the compiled step needs AVX512-BF16"
 )
 OF_LLAMAS_SHAPE = {"llama", "qwen2", "qwen3", "mistral", "smollm3"}
 Load = Callable[..., BaseModel]

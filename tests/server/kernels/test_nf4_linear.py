@@ -11,12 +11,13 @@ from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
 
 from loramux_server.base.loader import resident_bytes
-from loramux_server.kernels.native import has_avx512bf16, native_library
-from loramux_server.kernels.nf4_linear import NF4Linear, pack, tiles, unpacked
+from loramux_server.kernels.abi import Isa
+from loramux_server.kernels.native import native_library
+from loramux_server.kernels.nf4_linear import NF4Linear, keep_unpacked, pack, tiles, unpacked
 
 LIBRARY = native_library()
 needs_the_kernel = pytest.mark.skipif(
-    LIBRARY is None or not has_avx512bf16(LIBRARY), reason="the kernel is compiled, and needs AVX512-BF16"
+    LIBRARY is None or LIBRARY.best_isa < Isa.AVX512_BF16, reason="the kernel is compiled, and needs AVX512-BF16"
 )
 SHAPES = [(64, 32), (128, 96), (576, 192), (1536, 576)]
 
@@ -33,8 +34,9 @@ def quantized(inputs: int, outputs: int, *, bias: bool = False, double: bool = T
 
 
 def packed(layer: Linear4bit) -> NF4Linear:
+    assert LIBRARY is not None
     model = nn.Sequential(copy.deepcopy(layer))
-    pack(model)
+    pack(model, LIBRARY)
     assert isinstance(model[0], NF4Linear)
     return model[0]
 
@@ -121,8 +123,12 @@ def test_a_packed_model_takes_the_bytes_of_its_codes_and_scales() -> None:
 
 @needs_the_kernel
 def test_layers_that_must_not_be_packed_stay_as_they_are() -> None:
-    kept = quantized(64, 32)
-    kept.support_avx512bf16_for_cpu = False
-    model = nn.Sequential(kept, nn.Linear(32, 32))
-    pack(model)
-    assert [type(layer) for layer in model] == [Linear4bit, nn.Linear]
+    assert LIBRARY is not None
+    model = nn.Sequential(quantized(64, 32), quantized(64, 48), nn.Linear(32, 32))
+    keep_unpacked(model, all_layers=False)
+    pack(model, LIBRARY)
+    assert [type(layer) for layer in model] == [NF4Linear, Linear4bit, nn.Linear]
+    trained = nn.Sequential(quantized(64, 32))
+    keep_unpacked(trained, all_layers=True)
+    pack(trained, LIBRARY)
+    assert type(trained[0]) is Linear4bit

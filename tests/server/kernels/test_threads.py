@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from loramux_adapters.lora.ops import native_library
+from loramux_server.kernels.native import native_library
 
 LIBRARY = native_library()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="no compiler was there at installation")
@@ -21,7 +21,7 @@ def run(pieces: int, threads: int) -> Counter[int]:
     assert LIBRARY is not None
     seen: list[int] = []
     body = RUN(lambda context, piece: seen.append(piece))
-    LIBRARY.loramux_run_pieces(body, None, ctypes.c_int64(pieces), ctypes.c_int32(threads))
+    LIBRARY.function("loramux_run_pieces")(body, None, pieces, threads)
     return Counter(seen)
 
 
@@ -47,7 +47,7 @@ def test_each_thread_begins_with_a_part_of_its_own() -> None:
                 with contextlib.suppress(threading.BrokenBarrierError):
                     both.wait()  # nobody goes on before the other has begun
 
-        LIBRARY.loramux_run_pieces(RUN(body), None, ctypes.c_int64(100), ctypes.c_int32(2))
+        LIBRARY.function("loramux_run_pieces")(RUN(body), None, 100, 2)
         if len(seen) == 2:
             break
     caller = seen.pop(threading.get_ident())

@@ -29,9 +29,8 @@ from loramux_server.engine.scheduler import Scheduler
 from loramux_server.engine.sequence import AdapterUse, SamplingParams, Sequence
 from loramux_server.fingerprint.file import Fingerprint, Witness
 from loramux_server.kernels.attention import probe_kv_shape
-from loramux_server.kernels.attention_paths import select_attend
+from loramux_server.kernels.choice import choose_kernels
 from loramux_server.kernels.kv_cache import BLOCK_SIZE, KVCache
-from loramux_server.kernels.lora_paths import select_add_lora
 from loramux_server.publishing.proof import Prover
 from support.adapter_files import write_adapter
 from support.fakes_engine import FakeMetrics
@@ -47,15 +46,15 @@ class Rig:
 
     def __init__(self, base: BaseModel) -> None:
         shape = probe_kv_shape(base.model, CPU)
-        attend, tiled, _ = select_attend(CPU, shape)
-        slots = AdapterSlots(base.model, ROWS, select_add_lora(CPU, torch.bfloat16)[0], head=head_path(base.model))
+        kernels = choose_kernels(CPU, shape=shape)
+        slots = AdapterSlots(base.model, ROWS, kernels.add_lora, kernels.copy_slot, head=head_path(base.model))
         self.inbox = Inbox(64)
         self.host = HostCache(self.published, 1 << 30, on_ready=self.inbox.wake)
         runner = ModelRunner(
             base.model,
             slots=slots,
-            cache=KVCache(shape, BLOCKS, CPU, tiled=tiled),
-            attend=attend,
+            cache=KVCache(shape, BLOCKS, CPU, tiled=kernels.tiled),
+            kernels=kernels,
             host_adapter=self.host.get,
             device=CPU,
         )

@@ -1,27 +1,25 @@
-// The output head on the CPU: a dense bf16 product with many columns and few rows. Plain C ABI, loaded by
-// base/compiled_ops.py.
+// The output head: a dense bf16 product with many columns and few rows.
 //
 //   y[t, o] = bf16(sum_i x[t, i] * w[o, i])        bf16 products, fp32 sums
 //
-// A piece turns the weights of 32 columns on their side, so that one pair of x serves 16 columns, and uses them for all
+// A piece transposes the weights of 32 columns, so that one pair of x serves 16 columns, and uses them for all
 // rows. Every (row, column) is summed alone, pair of inputs by pair, so its bits do not depend on the rows around it.
 
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
-#include "bf16.h"
 #include "kernels.h"
 #include "row_groups.h"
 #include "threads.h"
+#include "vec.h"
 
 namespace {
 
 constexpr int64_t kColumns = 16;  // of a vector
 constexpr int kVectors = 2;       // whose columns are computed together
 constexpr int kRows = 8;          // that share a load of weights, at most
-constexpr int64_t kRun = 16;      // pairs of inputs between two looks ahead
-constexpr int64_t kLine = 64;
+constexpr int64_t kRun = 16;      // pairs of inputs between two prefetches
 
 #if defined(__x86_64__)
 
@@ -32,13 +30,13 @@ inline int32_t pair_of(const uint16_t* from, int64_t left) {  // a last number w
 }
 
 // packed [in / 2, 16 columns] of pairs = the weights of `count` columns, w [count, in]; the columns beyond repeat the
-// last. `ahead`: the weights of the next tile are asked for.
-LORAMUX_BF16 void turn(int32_t* packed, const uint16_t* w, int64_t in, int64_t count, bool ahead) {
+// last. `prefetch`: also the weights of the next tile.
+LORAMUX_AVX512BF16 void transpose(int32_t* packed, const uint16_t* w, int64_t in, int64_t count, bool prefetch) {
     const uint16_t* column[kColumns];
     for (int64_t o = 0; o < kColumns; ++o) column[o] = w + (o < count ? o : count - 1) * in;
     int64_t i = 0;
     for (; i + 8 <= in; i += 8, packed += 4 * kColumns) {
-        if (ahead && i % 32 == 0)
+        if (prefetch && i % 32 == 0)
             for (int64_t o = 0; o < kColumns; ++o)
                 _mm_prefetch(reinterpret_cast<const char*>(column[o] + kVectors * kColumns * in + i), _MM_HINT_T1);
         __m512i four[4];  // pairs of columns c, c + 4, c + 8, c + 12
@@ -62,7 +60,7 @@ LORAMUX_BF16 void turn(int32_t* packed, const uint16_t* w, int64_t in, int64_t c
 
 // sum += one pair of inputs, or one number, of R rows of x by two vectors of weights.
 template <int R>
-LORAMUX_BF16 inline void add(__m512 (&sum)[R][kVectors], const uint16_t* x, int64_t numbers, const int32_t* packed,
+LORAMUX_AVX512BF16 inline void accumulate(__m512 (&sum)[R][kVectors], const uint16_t* x, int64_t numbers, const int32_t* packed,
                              int64_t in) {
     __m512bh w[kVectors];
     for (int k = 0; k < kVectors; ++k)
@@ -73,10 +71,10 @@ LORAMUX_BF16 inline void add(__m512 (&sum)[R][kVectors], const uint16_t* x, int6
     }
 }
 
-// R rows by two vectors of columns, of which `count` are stored; for every kRun pairs `lines` lines of memory from
-// `ahead` on are asked for.
+// R rows by two vectors of columns, of which `count` are stored; for every kRun pairs `lines` cache lines from `ahead` on
+// are prefetched.
 template <int R>
-LORAMUX_BF16 void block(uint16_t* y, const uint16_t* x, const int32_t* packed, int64_t in, int64_t out, int64_t count,
+LORAMUX_AVX512BF16 void multiply(uint16_t* y, const uint16_t* x, const int32_t* packed, int64_t in, int64_t out, int64_t count,
                         const char* ahead, int64_t lines) {
     const int64_t pairs = (in + 1) / 2;
     __m512 sum[R][kVectors];
@@ -84,11 +82,11 @@ LORAMUX_BF16 void block(uint16_t* y, const uint16_t* x, const int32_t* packed, i
         for (auto& s : row) s = _mm512_setzero_ps();
     int64_t p = 0;
     for (; p + kRun <= in / 2; p += kRun) {
-        for (int64_t line = 0; line < lines; ++line, ahead += kLine) _mm_prefetch(ahead, _MM_HINT_T1);
-        for (int64_t i = 0; i < kRun; ++i) add<R>(sum, x + 2 * (p + i), 2, packed + (p + i) * kColumns, in);
+        for (int64_t line = 0; line < lines; ++line, ahead += kCacheLine) _mm_prefetch(ahead, _MM_HINT_T1);
+        for (int64_t i = 0; i < kRun; ++i) accumulate<R>(sum, x + 2 * (p + i), 2, packed + (p + i) * kColumns, in);
     }
-    for (; p < in / 2; ++p) add<R>(sum, x + 2 * p, 2, packed + p * kColumns, in);
-    if (p < pairs) add<R>(sum, x + 2 * p, 1, packed + p * kColumns, in);
+    for (; p < in / 2; ++p) accumulate<R>(sum, x + 2 * p, 2, packed + p * kColumns, in);
+    if (p < pairs) accumulate<R>(sum, x + 2 * p, 1, packed + p * kColumns, in);
     for (int k = 0; k < kVectors; ++k) {
         const int64_t left = count - k * kColumns;
         const auto stored = static_cast<__mmask16>(left >= kColumns ? 0xffff : left <= 0 ? 0 : (1 << left) - 1);
@@ -103,7 +101,7 @@ LORAMUX_BF16 void block(uint16_t* y, const uint16_t* x, const int32_t* packed, i
 
 extern "C" {
 
-// y [rows, out], x [rows, in], w [out, in], all bf16. Only where loramux_attention_has_avx512bf16() is 1.
+// y [rows, out], x [rows, in], w [out, in], all bf16. Only where loramux_best_isa() is kAvx512Bf16.
 void loramux_head(uint16_t* y, const uint16_t* x, const uint16_t* w, int64_t rows, int64_t in, int64_t out,
                   int32_t threads) {
 #if defined(__x86_64__)
@@ -117,17 +115,17 @@ void loramux_head(uint16_t* y, const uint16_t* x, const uint16_t* w, int64_t row
         const Share share = share_of(tiles, piece, pieces);
         const int64_t groups = (rows + kRows - 1) / kRows, lines = (kWide + groups - 1) / groups;
         for (int64_t o = share.begin * kWide; o < share.end * kWide && o < out; o += kWide) {
-            // The next tile is asked for while this one computes, or while it is turned, if it is hardly computed with.
+            // The next tile is prefetched while this one computes or, if that takes hardly any time, is transposed.
             const uint16_t *here = w + o * in, *next = here + kWide * in;
             const int64_t count = out - o < kWide ? out - o : kWide, second = count > kColumns ? kColumns : 0;
             const bool more = o + 2 * kWide <= out, few = rows < 4;
-            turn(packed.data(), here, in, count, more && few);
-            turn(packed.data() + half, here + second * in, in, count - second, more && few);
+            transpose(packed.data(), here, in, count, more && few);
+            transpose(packed.data() + half, here + second * in, in, count - second, more && few);
             for_row_groups<kRows>(rows, [&](auto size, int64_t first, int64_t left) {
                 const int64_t before = (groups - left) * lines;
-                const bool asks = more && !few && before < kWide;
-                block<size.value>(y + first * out + o, x + first * in, packed.data(), in, out, count,
-                                  reinterpret_cast<const char*>(next + before * in), asks ? lines : 0);
+                const bool prefetches = more && !few && before < kWide;
+                multiply<size.value>(y + first * out + o, x + first * in, packed.data(), in, out, count,
+                                  reinterpret_cast<const char*>(next + before * in), prefetches ? lines : 0);
             });
         }
     });

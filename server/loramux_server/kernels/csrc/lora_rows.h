@@ -7,16 +7,14 @@
 #include <cstdint>
 #include <vector>
 
-#include "bf16.h"
+#include "prefetch.h"
+#include "vec.h"
 
 namespace {
 
 // One entry of a row: the first one begins the sum in `delta` [out], the last one adds it to y. Portable twin of the
 // vector path; the compiler vectorizes the inner loops for the machine at hand.
-#if defined(__x86_64__)
-__attribute__((target_clones("arch=x86-64-v3", "default")))
-#endif
-void row_portable(
+LORAMUX_CLONES_V3 void row_portable(
     uint16_t* y, const uint16_t* x, const uint16_t* a, const uint16_t* bt, int64_t in, int64_t out, int64_t rank,
     float scale, bool is_first, bool is_last, float* delta) {
     if (is_first) std::memset(delta, 0, sizeof(float) * out);
@@ -46,58 +44,23 @@ struct Entry {  // one adapter of a row
 
 #if defined(__x86_64__)
 
-// Asks for memory that the next loop reads, a few lines at a time while this one computes.
-struct Ahead {
-    const uint16_t* at;
-    const uint16_t* end;
-    int64_t lines;  // at each step
-
-    Ahead(const uint16_t* begin, int64_t count, int64_t steps)
-        : at(begin), end(begin + count), lines((count / kLine + steps) / steps) {}
-
-    void step() {
-        for (int64_t n = 0; n < lines && at < end; ++n, at += kLine)
-            _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
-    }
-
-    static constexpr int64_t kLine = 64 / sizeof(uint16_t);
-};
-
-LORAMUX_BF16 inline __mmask32 mask_of(int64_t left) {
-    return left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1u;
-}
-
-LORAMUX_BF16 inline __m512i load32(const uint16_t* p, __mmask32 mask) { return _mm512_maskz_loadu_epi16(mask, p); }
-
-// The even and the odd ones of 32 bf16 numbers, as fp32.
-LORAMUX_BF16 inline __m512 even(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
-LORAMUX_BF16 inline __m512 odd(__m512i pairs) {
-    return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
-}
-
-LORAMUX_BF16 inline __m512i round_pairs(__m512 evens, __m512 odds) {
-    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(evens));
-    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odds));
-    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-}
-
 // h [rank, R] = scale * x [R, in] @ a [rank, in].T
 template <int R>
-LORAMUX_BF16 void shrink(float* h, const uint16_t* x, const Entry& entry, int64_t in, Ahead ahead) {
+LORAMUX_AVX512BF16 void shrink(float* h, const uint16_t* x, const Entry& entry, int64_t in, RunPrefetch prefetch) {
     constexpr int G = R > 2 ? 4 : 8;
     for (int64_t r0 = 0; r0 < entry.rank; r0 += G) {
         __m512 sum[R][G];
         for (auto& row : sum)
             for (auto& s : row) s = _mm512_setzero_ps();
         for (int64_t i = 0; i < in; i += 32) {
-            const __mmask32 mask = mask_of(in - i);
+            const __mmask32 mask = mask32(in - i);
             __m512bh xv[R];
             for (int t = 0; t < R; ++t) xv[t] = (__m512bh)load32(x + t * in + i, mask);
             for (int g = 0; g < G; ++g) {
                 const auto av = (__m512bh)load32(entry.a + (r0 + g) * in + i, mask);
                 for (int t = 0; t < R; ++t) sum[t][g] = _mm512_dpbf16_ps(sum[t][g], xv[t], av);
             }
-            ahead.step();
+            prefetch.step();
         }
         for (int g = 0; g < G; ++g)
             for (int t = 0; t < R; ++t) h[(r0 + g) * R + t] = _mm512_reduce_add_ps(sum[t][g]) * entry.scale;
@@ -106,13 +69,13 @@ LORAMUX_BF16 void shrink(float* h, const uint16_t* x, const Entry& entry, int64_
 
 // y [R, out] += h [all ranks, R].T @ the entries' bt, one below the other
 template <int R>
-LORAMUX_BF16 void expand(uint16_t* y, const float* h, const std::vector<Entry>& entries, int64_t out, Ahead ahead) {
+LORAMUX_AVX512BF16 void expand(uint16_t* y, const float* h, const std::vector<Entry>& entries, int64_t out, RunPrefetch prefetch) {
     constexpr int U = R > 2 ? 2 : 4;  // vectors of 32 columns at a time
     for (int64_t o = 0; o < out; o += 32 * U) {
         __m512 evens[R][U], odds[R][U];
         __mmask32 mask[U];
         for (int u = 0; u < U; ++u) {
-            mask[u] = mask_of(out - o - 32 * u);
+            mask[u] = mask32(out - o - 32 * u);
             for (int t = 0; t < R; ++t) evens[t][u] = odds[t][u] = _mm512_setzero_ps();
         }
         const float* factor = h;
@@ -126,7 +89,7 @@ LORAMUX_BF16 void expand(uint16_t* y, const float* h, const std::vector<Entry>& 
                         odds[t][u] = _mm512_fmadd_ps(by, odd(b), odds[t][u]);
                     }
                 }
-                ahead.step();
+                prefetch.step();
             }
         }
         for (int t = 0; t < R; ++t)
@@ -142,7 +105,7 @@ LORAMUX_BF16 void expand(uint16_t* y, const float* h, const std::vector<Entry>& 
 
 // R rows that use the same adapters; `next`, if any, is the first adapter that is used after them.
 template <int R>
-LORAMUX_BF16 void rows_avx512bf16(uint16_t* y, const uint16_t* x, const std::vector<Entry>& entries, int64_t in,
+LORAMUX_AVX512BF16 void rows_avx512bf16(uint16_t* y, const uint16_t* x, const std::vector<Entry>& entries, int64_t in,
                                   int64_t out, bool cached, const Entry* next, std::vector<float>& h) {
     int64_t ranks = 0;
     for (const Entry& entry : entries) ranks += entry.rank;
@@ -150,12 +113,12 @@ LORAMUX_BF16 void rows_avx512bf16(uint16_t* y, const uint16_t* x, const std::vec
     float* part = h.data();
     for (const Entry& entry : entries) {
         const int64_t steps = (entry.rank / (R > 2 ? 4 : 8)) * ((in + 31) / 32);
-        shrink<R>(part, x, entry, in, Ahead(entry.bt, cached ? 0 : entry.rank * out, steps));
+        shrink<R>(part, x, entry, in, RunPrefetch(entry.bt, cached ? 0 : entry.rank * out, steps));
         part += entry.rank * R;
     }
     const int64_t steps = ranks * ((out + 127) / 128);
-    const Ahead ahead = next ? Ahead(next->a, next->rank * in, steps) : Ahead(entries[0].a, 0, steps);
-    expand<R>(y, h.data(), entries, out, ahead);
+    const RunPrefetch prefetch(next ? next->a : nullptr, next ? next->rank * in : 0, steps);
+    expand<R>(y, h.data(), entries, out, prefetch);
 }
 
 #endif

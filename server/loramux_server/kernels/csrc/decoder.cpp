@@ -1,5 +1,4 @@
-// A whole step of a decoder of Llama's shape on the CPU, from token ids to logits. Plain C ABI, loaded by
-// engine/native_decoder.py.
+// A whole step of a decoder of Llama's shape, from token ids to logits.
 //
 //   x = embedding[token];  for each layer:  x += o(attend(rotate(q(n)), rotate(k(n)), v(n))), n = norm(x);
 //   x += down(silu(gate(m)) * up(m)), m = norm(x);  logits = head(norm(x)) of the rows that are sampled
@@ -16,86 +15,35 @@
 
 namespace {
 
-using AddLora = void (*)(uint16_t* y, const uint16_t* x, const void* arena, const void* rows, int32_t portable,
-                         int32_t threads);
-using LoraSpans = int64_t (*)(const void* arena, const void* rows, Span* spans, int64_t room);
-
-constexpr int64_t kRoom = 512;  // spans of each kind that are asked for during one product
-
-struct Linear {
-    const uint8_t* codes;
-    const float* scales;
-    const uint16_t* levels;
-    const uint16_t* bias;  // or null
-    const void* arena;     // of its adapters (lora.cpp), or null
-    int64_t in, out;
-};
-
-struct Norm {
-    const uint16_t* weight;  // null: none
-    double eps;
-};
-
-struct Layer {
-    Norm before_attention, q_norm, k_norm, before_mlp;
-    Linear q, k, v, o, gate, up, down;
-    double scaling, softcap;
-    int64_t window;
-};
-
-struct Model {
-    const Layer* layers;
-    const uint16_t *embedding, *head;
-    const void* head_arena;
-    AddLora add_lora;  // or null
-    LoraSpans lora_spans;
-    Norm norm;
-    int64_t num_layers, hidden, heads, kv_heads, head_dim, vocabulary, lora_portable;
-};
-
-struct Step {
-    const int64_t* tokens;      // [rows]
-    const int32_t* position;    // [rows]
-    const int32_t* sequence;    // [rows]
-    const int32_t* tables;      // [sequences, table_width]
-    const int64_t* sampled;     // [samples]: their rows
-    const uint16_t *cos, *sin;  // [positions, head_dim]
-    uint16_t* const* k_cache;   // by layer
-    uint16_t* const* v_cache;
-    const void* lora;       // adapters of the rows (lora.cpp), or null
-    const void* head_lora;  // adapters of the sampled rows, or null
-    uint16_t* scratch;      // loramux_decoder_scratch(rows) numbers
-    uint16_t* logits;       // [samples, vocabulary]
-    int64_t rows, samples, table_width, threads;
-};
+constexpr int64_t kRoom = 512;  // spans of each kind that are prefetched during one product
 
 struct Run {
-    const Model& model;
-    const Step& step;
+    const DecoderModel& model;
+    const DecoderStep& step;
     const int32_t threads = static_cast<int32_t>(step.threads);
 
     // While the product keeps the cores busy, memory brings what is read next: the weights of the adapters, those of the
     // product that follows, and a part of the keys and values of layer `cached`.
-    void linear(uint16_t* y, const uint16_t* x, const Linear& layer, int64_t rows, const void* lora, const Linear* next,
-                int64_t cached = -1, int64_t part = 0) const {
+    void linear(uint16_t* y, const uint16_t* x, const DecoderLinear& layer, int64_t rows, const LoraRows* lora,
+                const DecoderLinear* next, int64_t cached = -1, int64_t part = 0) const {
         Span spans[3][kRoom];
         Reads reads[3];
         int64_t count = 0;
-        if (lora && layer.arena) reads[count++] = {spans[0], model.lora_spans(layer.arena, lora, spans[0], kRoom)};
-        if (next) reads[count++] = {spans[1], codes_of(spans[1], *next)};
+        if (lora && layer.arena.a) reads[count++] = {spans[0], loramux_lora_spans(&layer.arena, lora, spans[0], kRoom)};
+        if (next) reads[count++] = {spans[1], code_spans(spans[1], *next)};
         if (cached >= 0 && cached < model.num_layers) reads[count++] = {spans[2], cache_spans(spans[2], cached, part)};
-        loramux_nf4_linear(y, x, layer.codes, layer.scales, layer.levels, rows, layer.in, layer.out, reads, count,
-                           threads);
+        loramux_nf4_linear(y, x, layer.codes, layer.scales, layer.levels, rows, layer.inputs, layer.outputs, reads,
+                           count, threads);
         if (layer.bias)
-            for (int64_t t = 0; t < rows; ++t) loramux_add(y + t * layer.out, layer.bias, layer.out, 1);
+            for (int64_t t = 0; t < rows; ++t) loramux_add(y + t * layer.outputs, layer.bias, layer.outputs, 1);
         add_lora(y, x, layer.arena, lora);
     }
 
     // The codes that each thread begins a product with.
-    int64_t codes_of(Span* spans, const Linear& layer) const {
+    int64_t code_spans(Span* spans, const DecoderLinear& layer) const {
         constexpr int64_t kMost = 1 << 20;
         const char* at = reinterpret_cast<const char*>(layer.codes);
-        const int64_t bytes = layer.in * layer.out / 2, parts = threads < kRoom ? threads : kRoom;
+        const int64_t bytes = layer.inputs * layer.outputs / 2, parts = threads < kRoom ? threads : kRoom;
         for (int64_t part = 0; part < parts; ++part) {
             const Share share = share_of(bytes, part, parts);
             const int64_t count = share.end - share.begin;
@@ -120,11 +68,11 @@ struct Run {
         return count;
     }
 
-    void add_lora(uint16_t* y, const uint16_t* x, const void* arena, const void* lora) const {
-        if (lora && arena) model.add_lora(y, x, arena, lora, static_cast<int32_t>(model.lora_portable), threads);
+    void add_lora(uint16_t* y, const uint16_t* x, const LoraArena& arena, const LoraRows* lora) const {
+        if (lora && arena.a) loramux_add_lora(y, x, &arena, lora, kAvx512Bf16, threads);
     }
 
-    void norm(uint16_t* y, const uint16_t* x, const Norm& norm, int64_t rows, int64_t dim) const {
+    void norm(uint16_t* y, const uint16_t* x, const DecoderNorm& norm, int64_t rows, int64_t dim) const {
         loramux_rms_norm(y, x, norm.weight, rows, dim, static_cast<float>(norm.eps), threads);
     }
 
@@ -134,7 +82,7 @@ struct Run {
     }
 
     void attention(uint16_t* out, uint16_t* q, uint16_t* k, uint16_t* v, const uint16_t* n, int64_t index) const {
-        const Layer& layer = model.layers[index];
+        const DecoderLayer& layer = model.layers[index];
         const int64_t rows = step.rows, heads = model.heads, kv_heads = model.kv_heads, dim = model.head_dim;
         linear(q, n, layer.q, rows, step.lora, &layer.k);
         linear(k, n, layer.k, rows, step.lora, &layer.v);
@@ -143,13 +91,13 @@ struct Run {
         if (layer.k_norm.weight) norm(k, k, layer.k_norm, rows * kv_heads, dim);
         loramux_rotate(q, step.cos, step.sin, step.position, rows, heads, dim, threads);
         loramux_rotate(k, step.cos, step.sin, step.position, rows, kv_heads, dim, threads);
-        loramux_attend(out, q, heads * dim, dim, k, kv_heads * dim, dim, v, kv_heads * dim, dim, step.k_cache[index],
-                       step.v_cache[index], step.tables, step.table_width, step.sequence, step.position, rows, heads,
-                       kv_heads, dim, static_cast<float>(layer.scaling), static_cast<float>(layer.softcap),
-                       layer.window, 0, threads);
+        loramux_attention(out, q, heads * dim, dim, k, kv_heads * dim, dim, v, kv_heads * dim, dim, step.k_cache[index],
+                          step.v_cache[index], step.tables, step.table_width, step.sequence, step.position, rows, heads,
+                          kv_heads, dim, static_cast<float>(layer.scaling), static_cast<float>(layer.softcap),
+                          layer.window, kAvx512Bf16, threads);
     }
 
-    void all() const {
+    void run() const {
         const int64_t hidden = model.hidden, rows = step.rows;
         const int64_t q_width = model.heads * model.head_dim, kv_width = model.kv_heads * model.head_dim;
         uint16_t* x = step.scratch;
@@ -160,9 +108,9 @@ struct Run {
         for (int64_t t = 0; t < rows; ++t)
             std::memcpy(x + t * hidden, model.embedding + step.tokens[t] * hidden, hidden * sizeof(uint16_t));
         int64_t going = rows;
-        const void* lora = step.lora;
+        const LoraRows* lora = step.lora;
         for (int64_t index = 0; index < model.num_layers; ++index) {
-            const Layer& layer = model.layers[index];
+            const DecoderLayer& layer = model.layers[index];
             norm(n, x, layer.before_attention, rows, hidden);
             attention(attended, q, k, v, n, index);
             if (index + 1 == model.num_layers) {
@@ -175,11 +123,12 @@ struct Run {
             linear(part, attended, layer.o, going, lora, &layer.gate);
             loramux_add(x, part, going * hidden, threads);
             norm(n, x, layer.before_mlp, going, hidden);
-            uint16_t *gate = q, *up = gate + going * layer.gate.out;
+            uint16_t *gate = q, *up = gate + going * layer.gate.outputs;
             linear(gate, n, layer.gate, going, lora, &layer.up, index + 1, 0);
             linear(up, n, layer.up, going, lora, &layer.down, index + 1, 1);
-            loramux_silu_mul(gate, gate, up, going, layer.gate.out, threads);
-            linear(part, gate, layer.down, going, lora, index + 1 < model.num_layers ? &model.layers[index + 1].q : nullptr, index + 1, 2);
+            loramux_silu_mul(gate, gate, up, going, layer.gate.outputs, threads);
+            const DecoderLinear* next = index + 1 < model.num_layers ? &model.layers[index + 1].q : nullptr;
+            linear(part, gate, layer.down, going, lora, next, index + 1, 2);
             loramux_add(x, part, going * hidden, threads);
         }
         norm(n, x, model.norm, going, hidden);
@@ -193,15 +142,15 @@ struct Run {
 extern "C" {
 
 // Numbers of bf16 that a step of so many rows needs to work in.
-int64_t loramux_decoder_scratch(const Model* model, int64_t rows) {
+int64_t loramux_decoder_scratch(const DecoderModel* model, int64_t rows) {
     const int64_t attention = 2 * (model->heads + model->kv_heads) * model->head_dim;
     int64_t widest = attention;
     for (int64_t i = 0; i < model->num_layers; ++i)
-        if (2 * model->layers[i].gate.out > widest) widest = 2 * model->layers[i].gate.out;
+        if (2 * model->layers[i].gate.outputs > widest) widest = 2 * model->layers[i].gate.outputs;
     return rows * (3 * model->hidden + widest);
 }
 
-// Only where loramux_attention_has_avx512bf16() is 1. `rows` of the step are at least one.
-void loramux_decoder_step(const Model* model, const Step* step) { Run{*model, *step}.all(); }
+// Only where loramux_best_isa() is kAvx512Bf16. `rows` of the step are at least one.
+void loramux_decoder_step(const DecoderModel* model, const DecoderStep* step) { Run{*model, *step}.run(); }
 
 }  // extern "C"

@@ -1,4 +1,4 @@
-// Causal attention over a paged KV cache on the CPU. Plain C ABI, loaded by engine/attention.py through ctypes.
+// Causal attention over a paged KV cache.
 //
 // Semantics, for query row t of sequence s at position p, head h, kv head g = h / (heads / kv_heads):
 //   keys j with max(0, p - window + 1) <= j <= p  (window <= 0: all)
@@ -42,10 +42,7 @@ std::vector<Unit> units_of(const int32_t* sequence, const int32_t* position, int
 }
 
 // Portable twin of the vector path below, one query head at a time; the compiler vectorizes the inner loops.
-#if defined(__x86_64__)
-__attribute__((target_clones("arch=x86-64-v3", "default")))
-#endif
-void attend_portable(const Queries& at, int64_t head, std::vector<float>& scores) {
+LORAMUX_CLONES_V3 void attend_portable(const Queries& at, int64_t head, std::vector<float>& scores) {
     const int64_t first = at.first(0), last = at.last(0);
     const uint16_t* q = at.q + head * at.q_head;
     const int64_t tile0 = first / kTile, tile1 = last / kTile;
@@ -101,29 +98,19 @@ void attend_rows(const Queries& at, int64_t count, Scratch& scratch) {
 
 extern "C" {
 
-// 1 if this machine runs the AVX512-BF16 path, 0 for the portable one.
-int loramux_attention_has_avx512bf16() {
-#if defined(__x86_64__)
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#else
-    return 0;
-#endif
-}
-
 // Writes the new keys and values of every row into the cache, then attends.
 //   q [rows, heads, head_dim], k and v [rows, kv_heads, head_dim], out [rows, heads, head_dim]: bf16; *_row and *_head
 //   are the strides of the first two axes in elements, the last axis is dense
 //   k_cache [blocks, kv_heads, head_dim / 2, 16, 2], v_cache [blocks, kv_heads, 8, head_dim, 2]: bf16
 //   tables [sequences, table_width] int32; sequence, position [rows] int32
 // Requires head_dim % 16 == 0 (portable: % 2).
-void loramux_attend(uint16_t* out, const uint16_t* q, int64_t q_row, int64_t q_head, const uint16_t* k, int64_t k_row,
-                    int64_t k_head, const uint16_t* v, int64_t v_row, int64_t v_head, uint16_t* k_cache,
-                    uint16_t* v_cache, const int32_t* tables, int64_t table_width, const int32_t* sequence,
-                    const int32_t* position, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                    float scale, float softcap, int64_t window, int32_t portable, int32_t threads) {
+void loramux_attention(uint16_t* out, const uint16_t* q, int64_t q_row, int64_t q_head, const uint16_t* k,
+                       int64_t k_row, int64_t k_head, const uint16_t* v, int64_t v_row, int64_t v_head,
+                       uint16_t* k_cache, uint16_t* v_cache, const int32_t* tables, int64_t table_width,
+                       const int32_t* sequence, const int32_t* position, int64_t rows, int64_t heads, int64_t kv_heads,
+                       int64_t head_dim, float scale, float softcap, int64_t window, int32_t isa, int32_t threads) {
     const int64_t tile_size = kTile * head_dim, block_stride = kv_heads * tile_size, group = heads / kv_heads;
-    const auto units = units_of(sequence, position, rows, portable ? 1 : rows_together(group));
+    const auto units = units_of(sequence, position, rows, isa == kPortable ? 1 : rows_together(group));
     const int64_t row_pieces = pieces_of(rows, rows * kv_heads * tile_size, threads);
     in_pieces(row_pieces, threads, [&](int64_t piece) {
         const Share share = share_of(rows, piece, row_pieces);
@@ -155,7 +142,7 @@ void loramux_attend(uint16_t* out, const uint16_t* q, int64_t q_row, int64_t q_h
                                  tables + sequence[t] * table_width, position[t], window, head_dim, scale, softcap};
                 const int64_t together = group - h < kHeads ? group - h : kHeads;
 #if defined(__x86_64__)
-                if (!portable) {
+                if (isa == kAvx512Bf16) {
                     switch (together) {
                         case 1: attend_rows<1>(at, unit.count, scratch); break;
                         case 2: attend_rows<2>(at, unit.count, scratch); break;

@@ -9,8 +9,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "bf16.h"
 #include "kernels.h"
+#include "vec.h"
 
 namespace {
 
@@ -50,25 +50,9 @@ struct Scratch {
 
 #if defined(__x86_64__)
 
-// exp(x) for x <= 0, relative error below 2e-7: 2^n * p(f) with |f| <= ln(2) / 2 and a Taylor polynomial of degree 6.
-LORAMUX_BF16 inline __m512 exp_nonpositive(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-104.f), x);  // in this order NaN stays NaN
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
-    __m512 f = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    f = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), f);
-    __m512 p = _mm512_set1_ps(1.f / 720);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.f / 120));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.f / 24));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.f / 6));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.5f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.f));
-    return _mm512_scalef_ps(p, n);
-}
-
-// What is read next, asked for while this is computed: one row alone waits for memory.
+// What is read next, while this is computed: one row alone waits for memory.
 template <bool wanted>
-LORAMUX_BF16 inline void ask(const uint16_t* at) {
+LORAMUX_AVX512BF16 inline void prefetch(const uint16_t* at) {
     if (wanted) _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
 }
 
@@ -92,14 +76,14 @@ struct Vectors {
                 std::memcpy(&scratch.q[d * kCount + i], at.q + i / H * at.q_row + i % H * at.q_head + 2 * d, 4);
         float best[kCount], total[kCount];
         score(best);
-        weigh(best, total);
+        softmax(best, total);
         int64_t d0 = 0;
-        for (; d0 + 16 * kWide <= at.head_dim; d0 += 16 * kWide) mix<kWide>(d0, total);
-        for (; d0 < at.head_dim; d0 += 16) mix<1>(d0, total);
+        for (; d0 + 16 * kWide <= at.head_dim; d0 += 16 * kWide) sum_values<kWide>(d0, total);
+        for (; d0 < at.head_dim; d0 += 16) sum_values<1>(d0, total);
     }
 
     // Scores against every key tile: fills scratch.scores and best.
-    LORAMUX_BF16 void score(float* best) {
+    LORAMUX_AVX512BF16 void score(float* best) {
         const int64_t pairs = at.head_dim / 2;
         float* scores = scratch.scores.data();
         const __m512 scale = _mm512_set1_ps(at.scale);
@@ -115,8 +99,8 @@ struct Vectors {
             for (int64_t d = 0; d < pairs; d += 2, q += 2 * kCount) {
                 const auto k0 = (__m512bh)_mm512_loadu_si512(k + d * kTile * 2);
                 const auto k1 = (__m512bh)_mm512_loadu_si512(k + (d + 1) * kTile * 2);
-                ask<R == 1>(next + d * kTile * 2);
-                ask<R == 1>(next + (d + 1) * kTile * 2);
+                prefetch<R == 1>(next + d * kTile * 2);
+                prefetch<R == 1>(next + (d + 1) * kTile * 2);
 #pragma GCC unroll 16
                 for (int i = 0; i < kCount; ++i)
                     even[i] = _mm512_dpbf16_ps(even[i], k0, (__m512bh)_mm512_set1_epi32(q[i]));
@@ -129,7 +113,7 @@ struct Vectors {
 #pragma GCC unroll 16
             for (int i = 0; i < kCount; ++i) _mm512_storeu_ps(scores + i * span + (tile - tile0) * kTile, even[i]);
             if (at.softcap > 0.f || tile * kTile < at.first(R - 1) || tile * kTile + kTile - 1 > at.last(0)) {
-                for (int i = 0; i < kCount; ++i) hide(scores + i * span + (tile - tile0) * kTile, tile * kTile, i / H);
+                for (int i = 0; i < kCount; ++i) mask(scores + i * span + (tile - tile0) * kTile, tile * kTile, i / H);
             }
             for (int i = 0; i < kCount; ++i)  // in this order NaN is passed over
                 top[i] = _mm512_max_ps(_mm512_loadu_ps(scores + i * span + (tile - tile0) * kTile), top[i]);
@@ -137,8 +121,8 @@ struct Vectors {
         for (int i = 0; i < kCount; ++i) best[i] = _mm512_reduce_max_ps(top[i]);
     }
 
-    // Caps a tile of scores, and takes those out whose key row `r` does not see; `base` is the tile's first key.
-    LORAMUX_BF16 void hide(float* scores, int64_t base, int64_t r) const {
+    // Caps a tile of scores, and masks the keys that row `r` does not see; `base` is the tile's first key.
+    LORAMUX_AVX512BF16 void mask(float* scores, int64_t base, int64_t r) const {
         if (at.softcap > 0.f)
             for (int64_t j = 0; j < kTile; ++j) scores[j] = at.softcap * std::tanh(scores[j] / at.softcap);
         const int64_t before = at.first(r) - base, after = base + kTile - 1 - at.last(r);
@@ -149,7 +133,7 @@ struct Vectors {
     }
 
     // Scores to bf16 weights exp(s - best), in pairs of keys; total gets their sums before rounding.
-    LORAMUX_BF16 void weigh(const float* best, float* total) {
+    LORAMUX_AVX512BF16 void softmax(const float* best, float* total) {
         for (int i = 0; i < kCount; ++i) {
             const float* scores = scratch.scores.data() + i * span;
             int32_t* weights = scratch.weights.data() + i;
@@ -171,7 +155,7 @@ struct Vectors {
     // Output dimensions [d0, d0 + 16 * wide): the weighted sums of the values, kept in registers.
     // Keys after the last row's may hold another sequence's leftovers (even NaN): they are never multiplied.
     template <int wide>
-    LORAMUX_BF16 void mix(int64_t d0, const float* total) {
+    LORAMUX_AVX512BF16 void sum_values(int64_t d0, const float* total) {
         __m512 acc[kCount][wide];
 #pragma GCC unroll 16
         for (auto& row : acc)
@@ -187,7 +171,7 @@ struct Vectors {
                 __m512bh value[wide];
                 for (int c = 0; c < wide; ++c) {
                     value[c] = (__m512bh)_mm512_maskz_loadu_epi16(keep, v + row + 32 * c);
-                    ask<R == 1>(next + row + 32 * c);
+                    prefetch<R == 1>(next + row + 32 * c);
                 }
 #pragma GCC unroll 16
                 for (int i = 0; i < kCount; ++i) {

@@ -1,13 +1,13 @@
-// Small operations between a decoder's matrix products, each in one pass. Plain C ABI, loaded by base/compiled_ops.py.
+// Operations between a decoder's matrix products, each in one pass: norm, gated activation, sum, rotation.
 //
 // Rows are computed alone and in a fixed order, so their bits depend neither on the batch nor on the number of threads.
 
 #include <cmath>
 #include <cstdint>
 
-#include "bf16.h"
 #include "kernels.h"
 #include "threads.h"
+#include "vec.h"
 
 namespace {
 
@@ -57,7 +57,7 @@ LORAMUX_CLONES void add_run(uint16_t* y, const uint16_t* x, int64_t count) {
     for (int64_t i = 0; i < count; ++i) y[i] = narrow(widen(y[i]) + widen(x[i]));
 }
 
-// One head: the two halves of its dimensions are the coordinates that turn.
+// One head: the two halves of its dimensions are the coordinates that are rotated.
 LORAMUX_CLONES void rotate_head(uint16_t* __restrict low, uint16_t* __restrict high, const uint16_t* cos,
                                 const uint16_t* sin, int64_t half) {
     for (int64_t i = 0; i < half; ++i) {
@@ -65,28 +65,6 @@ LORAMUX_CLONES void rotate_head(uint16_t* __restrict low, uint16_t* __restrict h
         low[i] = narrow(widen(narrow(a * widen(cos[i]))) + widen(narrow(-b * widen(sin[i]))));
         high[i] = narrow(widen(narrow(b * widen(cos[i + half]))) + widen(narrow(a * widen(sin[i + half]))));
     }
-}
-
-// Numbers of bf16 in the order of their values: NaN is left out of it, both zeros are one.
-inline int16_t ordered(uint16_t bits) {
-    const auto word = static_cast<int16_t>(bits == 0x8000u ? 0u : bits);
-    return static_cast<int16_t>(word ^ ((word >> 15) & 0x7fff));
-}
-
-LORAMUX_CLONES void largest_of(int64_t* index, uint8_t* finite, const uint16_t* x, int64_t count) {
-    int16_t top = INT16_MIN;
-    uint16_t magnitude = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        const int16_t value = ordered(x[i]);
-        const auto size = static_cast<uint16_t>(x[i] & 0x7fffu);
-        top = value > top ? value : top;
-        magnitude = size > magnitude ? size : magnitude;
-    }
-    constexpr uint16_t kInfinity = 0x7f80u;
-    *finite = magnitude <= kInfinity && top > ordered(0xff80u) && top < kInfinity;  // no NaN, not all -inf, no +inf
-    int64_t i = 0;
-    while (i + 1 < count && ordered(x[i]) != top) ++i;
-    *index = i;
 }
 
 // body(row) for rows of so many numbers, several to a piece.
@@ -102,12 +80,6 @@ void for_rows(int64_t rows, int64_t width, int32_t threads, const Body& body) {
 }  // namespace
 
 extern "C" {
-
-// For each row of x [rows, count] bf16: the first index of its largest value, and whether that is finite and no value is
-// NaN; with a NaN the index means nothing.
-void loramux_largest(int64_t* index, uint8_t* finite, const uint16_t* x, int64_t rows, int64_t count, int32_t threads) {
-    in_pieces(rows, threads, [&](int64_t t) { largest_of(index + t, finite + t, x + t * count, count); });
-}
 
 // y[t, i] = bf16(w[i] * bf16(x[t, i] / sqrt(mean_i(x[t]^2) + eps))), all bf16 [rows, dim]; sums in fp32.
 void loramux_rms_norm(uint16_t* y, const uint16_t* x, const uint16_t* w, int64_t rows, int64_t dim, float eps,

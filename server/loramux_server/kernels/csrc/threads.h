@@ -1,4 +1,4 @@
-// Loops in pieces, on the threads of one pool. For the kernels of both packages.
+// Loops in pieces, on the threads of one pool.
 //
 // Whoever calls takes pieces too, and never waits for a thread that has not begun: where other work keeps a core busy,
 // a loop takes as long as the cores that are left need. With OpenMP every loop waits for all its threads, and a step of a

@@ -1,4 +1,4 @@
-// LoRA deltas of a heterogeneous batch on the CPU. Plain C ABI, loaded by ops.py through ctypes.
+// LoRA deltas of a heterogeneous batch.
 //
 // Semantics, for each row t of x, over its entries e in [first[t], first[t + 1]) with targeted[offset[e] / granule] != 0:
 //   h[e, r] = scale[e] * sum_i x[t, i] * a[offset[e] + r, i]               bf16 products, fp32 sums
@@ -8,9 +8,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "arena.h"
+#include "kernels.h"
 #include "lora_rows.h"
-#include "span.h"
 #include "threads.h"
 
 namespace {
@@ -20,15 +19,7 @@ struct Scratch {
     std::vector<float> sums;
 };
 
-struct Rows {  // of one step
-    const int32_t* first;  // [count + 1]: a row's entries are [first[t], first[t + 1])
-    const int32_t* offset;  // [entries]: an entry's first arena row
-    const int32_t* rank;    // [entries]: its arena rows
-    const float* scale;     // [entries]: the factor of its delta
-    int64_t count;
-};
-
-struct Batch : Arena, Rows {
+struct Batch : LoraArena, LoraRows {
     bool counts(int32_t e) const { return targeted[offset[e] / kRankGroup] != 0; }
 
     // Ranks of rows [start, stop): what they take, in proportion.
@@ -43,7 +34,7 @@ struct Batch : Arena, Rows {
         for (int32_t e = first[t]; e < first[t + 1]; ++e)
             if (counts(e)) {
                 const int64_t at = offset[e];
-                entries.push_back({a + at * in, bt + at * out, rank[e], scale[e]});
+                entries.push_back({a + at * inputs, bt + at * outputs, rank[e], scale[e]});
             }
     }
 
@@ -56,13 +47,13 @@ struct Batch : Arena, Rows {
     }
 
     void run_portable(uint16_t* y, const uint16_t* x, int64_t start, int64_t stop, Scratch& scratch) const {
-        scratch.sums.resize(out);
+        scratch.sums.resize(outputs);
         for (int64_t t = start; t < stop; ++t) {
             entries_of(t, scratch.entries);
             const Entry* begin = scratch.entries.data();
             const Entry* end = begin + scratch.entries.size();
             for (const Entry* e = begin; e < end; ++e)
-                row_portable(y + t * out, x + t * in, e->a, e->bt, in, out, e->rank, e->scale, e == begin, e + 1 == end,
+                row_portable(y + t * outputs, x + t * inputs, e->a, e->bt, inputs, outputs, e->rank, e->scale, e == begin, e + 1 == end,
                              scratch.sums.data());
         }
     }
@@ -85,7 +76,7 @@ struct Batch : Arena, Rows {
                 const auto run = count == 4   ? rows_avx512bf16<4>
                                  : count == 2 ? rows_avx512bf16<2>
                                               : rows_avx512bf16<1>;
-                run(y + t * out, x + t * in, scratch.entries, in, out, cached, next, scratch.sums);
+                run(y + t * outputs, x + t * inputs, scratch.entries, inputs, outputs, cached, next, scratch.sums);
             }
             cached = goes_on;
             t += count;
@@ -98,24 +89,14 @@ struct Batch : Arena, Rows {
 
 extern "C" {
 
-// 1 if this machine runs the AVX512-BF16 path, 0 for the portable one.
-int loramux_lora_has_avx512bf16() {
-#if defined(__x86_64__)
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#else
-    return 0;
-#endif
-}
-
 // y [rows, out] bf16, changed in place; x [rows, in] bf16.
-void loramux_add_lora(uint16_t* y, const uint16_t* x, const void* arena, const void* step, int32_t portable,
+void loramux_add_lora(uint16_t* y, const uint16_t* x, const LoraArena* arena, const LoraRows* step, int32_t isa,
                       int32_t threads) {
-    const Batch batch{*static_cast<const Arena*>(arena), *static_cast<const Rows*>(step)};
+    const Batch batch{*arena, *step};
     const int64_t rows = batch.count;
     const int64_t work = batch.work(0, rows);
     if (work == 0) return;
-    const int64_t pieces = pieces_of(rows, work * (batch.in + batch.out), threads);
+    const int64_t pieces = pieces_of(rows, work * (batch.inputs + batch.outputs), threads);
     in_pieces(pieces, threads, [&](int64_t piece) {
         // Rows [start, stop) of this piece: its share of all ranks, in whole rows.
         int64_t start = 0, stop = 0, done = 0;
@@ -126,22 +107,22 @@ void loramux_add_lora(uint16_t* y, const uint16_t* x, const void* arena, const v
         }
         static thread_local Scratch scratch;
 #if defined(__x86_64__)
-        if (!portable) return batch.run_vector(y, x, start, stop, scratch);
+        if (isa == kAvx512Bf16) return batch.run_vector(y, x, start, stop, scratch);
 #endif
         batch.run_portable(y, x, start, stop, scratch);
     });
 }
 
 // Where the weights lie that loramux_add_lora reads for such a step: their number, `room` at most.
-int64_t loramux_lora_spans(const void* arena, const void* step, Span* spans, int64_t room) {
-    const Batch batch{*static_cast<const Arena*>(arena), *static_cast<const Rows*>(step)};
+int64_t loramux_lora_spans(const LoraArena* arena, const LoraRows* step, Span* spans, int64_t room) {
+    const Batch batch{*arena, *step};
     int64_t count = 0;
     for (int32_t e = 0, last = -1; e < batch.first[batch.count] && count + 2 <= room; ++e) {
         const int64_t at = batch.offset[e], rank = batch.rank[e];
         if (at == last || !batch.counts(e)) continue;  // rows of one adapter lie together
         last = batch.offset[e];
-        spans[count++] = {reinterpret_cast<const char*>(batch.a + at * batch.in), rank * batch.in * 2};
-        spans[count++] = {reinterpret_cast<const char*>(batch.bt + at * batch.out), rank * batch.out * 2};
+        spans[count++] = {reinterpret_cast<const char*>(batch.a + at * batch.inputs), rank * batch.inputs * 2};
+        spans[count++] = {reinterpret_cast<const char*>(batch.bt + at * batch.outputs), rank * batch.outputs * 2};
     }
     return count;
 }

@@ -1,20 +1,16 @@
 // From a file to host memory, and from there to an arena: an adapter's many tensors in one call each, so that Python's
-// interpreter lock is given up once and not for every tensor. Plain C ABI, loaded by weights.py and slot_copy.py.
+// interpreter lock is given up once and not for every tensor.
 
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
-#include "arena.h"
-#include "bf16.h"
+#include "kernels.h"
+#include "vec.h"
 
 namespace {
 
-enum Kind : int64_t { kFloat32, kFloat16, kBFloat16 };
-
-struct Pair {  // as it lies in the file: A [rank, in], B [out, rank]
-    int64_t a_offset, a_kind, b_offset, b_kind, rank, in, out;
-};
+enum Kind : int64_t { kFloat32, kFloat16, kBFloat16 };  // of numbers in a file
 
 float half_to_float(uint16_t half) {
     const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16, exponent = (half >> 10) & 0x1fu;
@@ -88,42 +84,38 @@ uint16_t transpose(int64_t kind, uint16_t* to, const char* from, int64_t rank, i
 
 extern "C" {
 
-// Reads pairs out of a file's bytes into `to`, pair after pair: A as bf16 [rank, in], then bf16(B * scale)^T [rank, out].
+// Converts pairs among a file's bytes into `to`, pair after pair: A as bf16 [rank, inputs], then bf16(B * scale)^T
+// [rank, outputs].
 // finite [count]: whether all numbers of a pair are, as written.
-void loramux_read_pairs(uint16_t* to, uint8_t* finite, const char* file, const Pair* pairs, const float* scale,
-                        int64_t count) {
+void loramux_convert_pairs(uint16_t* to, uint8_t* finite, const char* file, const FilePair* pairs, const float* scale,
+                           int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
-        const Pair& pair = pairs[i];
+        const FilePair& pair = pairs[i];
         const char *a = file + pair.a_offset, *b = file + pair.b_offset;
-        const int64_t size = pair.rank * pair.in;
+        const int64_t size = pair.rank * pair.inputs;
         const uint16_t in_a = convert(pair.a_kind, to, a, size, 1.f);
         to += size;
-        const uint16_t in_b = transpose(pair.b_kind, to, b, pair.rank, pair.out, scale[i]);
-        to += pair.rank * pair.out;
+        const uint16_t in_b = transpose(pair.b_kind, to, b, pair.rank, pair.outputs, scale[i]);
+        to += pair.rank * pair.outputs;
         finite[i] = in_a < kExponent && in_b < kExponent;
     }
 }
 
-struct Weights {  // of one layer: A [rank, in], B^T [rank, out]; rank 0 and null: none
-    const uint16_t *a, *bt;
-    int64_t rank;
-};
-
 // Copies weights into arena rows [offset, offset + rank) of each of `count` layers; what they do not fill becomes zero.
-void loramux_fill_slot(const Arena* const* arenas, const Weights* weights, int64_t count, int64_t offset,
+void loramux_copy_slot(const LoraArena* const* arenas, const SlotWeights* weights, int64_t count, int64_t offset,
                        int64_t rank) {
     for (int64_t i = 0; i < count; ++i) {
-        const Arena& arena = *arenas[i];
-        const Weights& from = weights[i];
-        auto* a = const_cast<uint16_t*>(arena.a) + offset * arena.in;
-        auto* bt = const_cast<uint16_t*>(arena.bt) + offset * arena.out;
-        const size_t a_row = arena.in * sizeof(uint16_t), bt_row = arena.out * sizeof(uint16_t);
+        const LoraArena& arena = *arenas[i];
+        const SlotWeights& from = weights[i];
+        auto* a = const_cast<uint16_t*>(arena.a) + offset * arena.inputs;
+        auto* bt = const_cast<uint16_t*>(arena.bt) + offset * arena.outputs;
+        const size_t a_row = arena.inputs * sizeof(uint16_t), bt_row = arena.outputs * sizeof(uint16_t);
         if (from.rank) {
             std::memcpy(a, from.a, from.rank * a_row);
             std::memcpy(bt, from.bt, from.rank * bt_row);
         }
-        std::memset(a + from.rank * arena.in, 0, (rank - from.rank) * a_row);
-        std::memset(bt + from.rank * arena.out, 0, (rank - from.rank) * bt_row);
+        std::memset(a + from.rank * arena.inputs, 0, (rank - from.rank) * a_row);
+        std::memset(bt + from.rank * arena.outputs, 0, (rank - from.rank) * bt_row);
         std::memset(const_cast<uint8_t*>(arena.targeted) + offset / kRankGroup, from.rank != 0, rank / kRankGroup);
     }
 }

@@ -1,0 +1,84 @@
+// The library describes itself, from its own types: abi.py compares this with what it declares.
+
+#include <cstddef>
+#include <string>
+#include <type_traits>
+
+#include "kernels.h"
+#include "threads.h"
+
+namespace {
+
+template <class T>
+constexpr char kind_of() {  // v nothing, p a pointer, l a 64-bit and i a 32-bit number, f a float, d a double
+    if constexpr (std::is_void_v<T>) return 'v';
+    else if constexpr (std::is_pointer_v<T>) return 'p';
+    else if constexpr (std::is_same_v<T, int64_t>) return 'l';
+    else if constexpr (std::is_same_v<T, int32_t>) return 'i';
+    else if constexpr (std::is_same_v<T, float>) return 'f';
+    else {
+        static_assert(std::is_same_v<T, double>, "Python has no name for this type");
+        return 'd';
+    }
+}
+
+template <class Result, class... Arguments>
+std::string signature_of(Result (*)(Arguments...)) {
+    return {kind_of<Result>(), kind_of<Arguments>()...};
+}
+
+// "function loramux_add viii": what it returns and takes.
+#define FUNCTION(name) "function " #name " " + signature_of(&name) + "\n"
+// "struct Span 16 at:0:8 bytes:8:8": its size; each field's name, offset and size.
+#define STRUCT(name) "struct " #name " " + std::to_string(sizeof(name))
+#define FIELD(owner, name) \
+    " " #name ":" + std::to_string(offsetof(owner, name)) + ":" + std::to_string(sizeof(owner::name))
+
+std::string describe_structs() {
+    std::string text;
+    using A = LoraArena;
+    text += STRUCT(LoraArena) + FIELD(A, a) + FIELD(A, bt) + FIELD(A, targeted) + FIELD(A, inputs) + FIELD(A, outputs);
+    using R = LoraRows;
+    text += "\n" STRUCT(LoraRows) + FIELD(R, first) + FIELD(R, offset) + FIELD(R, rank) + FIELD(R, scale) +
+            FIELD(R, count);
+    using W = SlotWeights;
+    text += "\n" STRUCT(SlotWeights) + FIELD(W, a) + FIELD(W, bt) + FIELD(W, rank);
+    using P = FilePair;
+    text += "\n" STRUCT(FilePair) + FIELD(P, a_offset) + FIELD(P, a_kind) + FIELD(P, b_offset) + FIELD(P, b_kind) +
+            FIELD(P, rank) + FIELD(P, inputs) + FIELD(P, outputs);
+    using L = DecoderLinear;
+    text += "\n" STRUCT(DecoderLinear) + FIELD(L, codes) + FIELD(L, scales) + FIELD(L, levels) + FIELD(L, bias) +
+            FIELD(L, arena) + FIELD(L, inputs) + FIELD(L, outputs);
+    using N = DecoderNorm;
+    text += "\n" STRUCT(DecoderNorm) + FIELD(N, weight) + FIELD(N, eps);
+    using Y = DecoderLayer;
+    text += "\n" STRUCT(DecoderLayer) + FIELD(Y, before_attention) + FIELD(Y, q_norm) + FIELD(Y, k_norm) +
+            FIELD(Y, before_mlp) + FIELD(Y, q) + FIELD(Y, k) + FIELD(Y, v) + FIELD(Y, o) + FIELD(Y, gate) +
+            FIELD(Y, up) + FIELD(Y, down) + FIELD(Y, scaling) + FIELD(Y, softcap) + FIELD(Y, window);
+    using M = DecoderModel;
+    text += "\n" STRUCT(DecoderModel) + FIELD(M, layers) + FIELD(M, embedding) + FIELD(M, head) +
+            FIELD(M, head_arena) + FIELD(M, norm) + FIELD(M, num_layers) + FIELD(M, hidden) + FIELD(M, heads) +
+            FIELD(M, kv_heads) + FIELD(M, head_dim) + FIELD(M, vocabulary);
+    using S = DecoderStep;
+    text += "\n" STRUCT(DecoderStep) + FIELD(S, tokens) + FIELD(S, position) + FIELD(S, sequence) + FIELD(S, tables) +
+            FIELD(S, sampled) + FIELD(S, cos) + FIELD(S, sin) + FIELD(S, k_cache) + FIELD(S, v_cache) +
+            FIELD(S, lora) + FIELD(S, head_lora) + FIELD(S, scratch) + FIELD(S, logits) + FIELD(S, rows) +
+            FIELD(S, samples) + FIELD(S, table_width) + FIELD(S, threads);
+    return text + "\n";
+}
+
+std::string describe() {
+    return "version " + std::to_string(kAbiVersion) + "\n" + describe_structs() +  //
+           FUNCTION(loramux_best_isa) + FUNCTION(loramux_run_pieces) + FUNCTION(loramux_nf4_linear) +
+           FUNCTION(loramux_add_lora) + FUNCTION(loramux_attention) + FUNCTION(loramux_head) +
+           FUNCTION(loramux_rms_norm) + FUNCTION(loramux_silu_mul) + FUNCTION(loramux_argmax) +
+           FUNCTION(loramux_decoder_scratch) + FUNCTION(loramux_decoder_step) + FUNCTION(loramux_convert_pairs) +
+           FUNCTION(loramux_copy_slot);
+}
+
+}  // namespace
+
+extern "C" const char* loramux_abi() {
+    static const std::string text = describe();
+    return text.c_str();
+}
