@@ -69,9 +69,11 @@ def configure_logging(level: str) -> None:
 
 
 def _in_words(error: TyperException) -> str:
-    """What is wrong with a command line, with the closest flag if an unknown one was given."""
-    close = getattr(error, "possibilities", None)
-    return f"{error.message}; did you mean {close[0]}?" if close else error.format_message()
+    """What is wrong with a command line; for an unknown flag, which one was meant."""
+    if not hasattr(error, "possibilities"):
+        return error.format_message()
+    hint = f"; did you mean {error.possibilities[0]}?" if error.possibilities else ""
+    return f"unknown argument {getattr(error, 'option_name', '')}{hint}"
 
 
 def _fail(message: object, code: int) -> int:
