@@ -12,8 +12,8 @@ from typing import TypeAlias
 from loramux_adapters.durable_files import write_whole
 from loramux_adapters.errors import TrainingError
 from loramux_adapters.evaluation.bootstrap import Interval
+from loramux_adapters.evaluation.confusion_plot import draw_confusion
 from loramux_adapters.evaluation.evaluated import Evaluation, Level, Role
-from loramux_adapters.evaluation.figures import draw_confusion
 from loramux_adapters.evaluation.scores import LabelScores, TextScores
 
 JSON_FILE, TEXT_FILE, FIGURE_FILE = "evaluation.json", "evaluation.md", "confusion.png"

@@ -13,7 +13,7 @@ from loramux_server.cli import frame
 from loramux_server.config.serve import ServeConfig
 from loramux_server.config.settings import settings_of
 from loramux_server.errors import CommandFailed
-from loramux_server.publishing.backup import Outcome, describe, restore_backup, write_backup
+from loramux_server.publishing.backup import BackupOutcome, describe, restore_backup, write_backup
 
 _SETTING = settings_of(ServeConfig)["adapter_dir"]
 _EPILOG = "It works on the store's directory, not through a server; one may run on it meanwhile."
@@ -66,7 +66,7 @@ def _directory(ctx: typer.Context, given: Path | None) -> Path:
     return given or Path(ctx.obj.get(_SETTING.variable) or str(_SETTING.default))
 
 
-def _say(outcome: Outcome, verb: str) -> int:
+def _say(outcome: BackupOutcome, verb: str) -> int:
     """Prints what became of it; returns the exit code."""
     for line in describe(outcome, verb):
         print(line, file=sys.stderr if outcome.refused else sys.stdout)

@@ -21,9 +21,9 @@ from loramux_adapters.training.recipe import QUANTIZATIONS
 from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.base.source import Report
 from loramux_server.cli.screen import print_table
-from loramux_server.engine.local_engine import Adapter, Offline
+from loramux_server.engine.local_engine import LocalAdapter, LocalEngine
 from loramux_server.evaluation.contenders import Contender, Subject
-from loramux_server.evaluation.local_scorer import OfflineScorer
+from loramux_server.evaluation.local_scorer import LocalScorer
 
 SMALLEST_ROOM = 8  # rank that there is room for at least
 _JSON = (".json", ".jsonl")
@@ -39,29 +39,29 @@ class Bases:
     def __init__(self, spec: str, *, device: torch.device, cache_dir: Path, max_rank: int, report: Report) -> None:
         self._spec, self._device, self._cache_dir = spec, device, cache_dir
         self._max_rank, self._report = max_rank, report
-        self._offline: Offline | None = None
+        self._engine: LocalEngine | None = None
         self._quantize = ""
 
-    def offline(self, quantize: str) -> Offline:
+    def engine(self, quantize: str) -> LocalEngine:
         """The base in this precision; one of another precision is let go first. Raises BaseModelError."""
-        if self._offline is None or self._quantize != quantize:
-            self._offline = None
+        if self._engine is None or self._quantize != quantize:
+            self._engine = None
             gc.collect()
             base = self._load(quantize)
-            self._offline = Offline.open(base, max_rank=self._max_rank)
+            self._engine = LocalEngine.open(base, max_rank=self._max_rank)
             self._quantize = quantize
-        return self._offline
+        return self._engine
 
     def subject(self, quantize: str, notes: Sequence[str] = ()) -> Subject:
         """This base in an evaluation's words."""
-        offline = self.offline(quantize)
-        base = offline.base
+        engine = self.engine(quantize)
+        base = engine.base
         return Subject(
             base=base.name,
             base_id=base.base_id,
             quantize=quantize,
             from_gguf=base.source.from_gguf,
-            numerics_id=offline.numerics_id,
+            numerics_id=engine.numerics_id,
             notes=tuple(notes),
         )
 
@@ -73,17 +73,17 @@ class Bases:
 
 def contender(bases: Bases, name: str, role: Role, directory: Path | None, quantize: str) -> Contender:
     """An adapter, or with None the bare base, to be opened when its turn comes."""
-    loaded: list[Adapter] = []
+    loaded: list[LocalAdapter] = []
 
-    def start() -> OfflineScorer:
-        offline = bases.offline(quantize)
+    def start() -> LocalScorer:
+        engine = bases.engine(quantize)
         if directory is not None:
-            loaded.append(offline.load(directory))
-        return OfflineScorer(offline, loaded[0] if loaded else None)
+            loaded.append(engine.load(directory))
+        return LocalScorer(engine, loaded[0] if loaded else None)
 
     def stop() -> None:
         while loaded:
-            bases.offline(quantize).unload(loaded.pop())
+            bases.engine(quantize).unload(loaded.pop())
 
     return Contender(name, role, start, stop)
 

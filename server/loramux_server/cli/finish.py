@@ -23,7 +23,7 @@ from loramux_server.serving.startup import Stages
 
 if TYPE_CHECKING:
     from loramux_adapters.evaluation.evaluated import Evaluation
-    from loramux_server.engine.local_engine import Offline
+    from loramux_server.engine.local_engine import LocalEngine
 
 
 def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
@@ -78,10 +78,10 @@ def finish(
         report=stages.note,
     )
     with stages.stage("load the base as it is served"):
-        offline = bases.offline(quantize)
+        engine = bases.engine(quantize)
     if quantize == "nf4":
         with stages.stage("make the fingerprint"):
-            _write_fingerprint(offline, directory)
+            _write_fingerprint(engine, directory)
     if settings.eval_data is None:
         return None
     held, train, notes = evaluate_run.read_held(
@@ -102,16 +102,16 @@ def finish(
     return evaluation
 
 
-def _write_fingerprint(offline: Offline, directory: Path) -> None:
+def _write_fingerprint(engine: LocalEngine, directory: Path) -> None:
     from loramux_adapters.artifact.format import FINGERPRINT_FILE
     from loramux_adapters.durable_files import write_whole
     from loramux_adapters.errors import TrainingError
     from loramux_server.fingerprint.drift import drift_prompts
     from loramux_server.fingerprint.fingerprint import make
 
-    adapter = offline.load(directory)
-    fingerprint = make(offline, drift_prompts(directory, offline.base.tokenizer), adapter)
-    offline.unload(adapter)
+    adapter = engine.load(directory)
+    fingerprint = make(engine, drift_prompts(directory, engine.base.tokenizer), adapter)
+    engine.unload(adapter)
     try:
         write_whole(directory / FINGERPRINT_FILE, (json.dumps(fingerprint, indent=1) + "\n").encode())
     except OSError as error:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from loramux_adapters.training.model.merge import Merged
     from loramux_server.base.loader import BaseModel
-    from loramux_server.fingerprint.fingerprint import Comparison
+    from loramux_server.fingerprint.fingerprint import Agreement
 
 REPORT_FILE = "merge.json"
 REPLY_TOKENS = 16
@@ -46,9 +46,9 @@ class Drift:
 
     prompts: int
     tokens: int
-    merged: Comparison
-    quantized: Comparison
-    bare: Comparison
+    merged: Agreement
+    quantized: Agreement
+    bare: Agreement
 
     @property
     def undone(self) -> bool:
@@ -153,22 +153,22 @@ class _Merge:
         from loramux_server.fingerprint.fingerprint import compare, witness
 
         with self._stages.stage("ask the adapter"):
-            offline = self._offline(self._config.base, self._trained_on)
-            prompts = drift_prompts(self._adapter, offline.base.tokenizer)
-            said = witness(offline, prompts, offline.load(self._adapter), max_tokens=REPLY_TOKENS)
-            bare = compare(offline, said, None)
-            del offline
+            engine = self._engine(self._config.base, self._trained_on)
+            prompts = drift_prompts(self._adapter, engine.base.tokenizer)
+            said = witness(engine, prompts, engine.load(self._adapter), max_tokens=REPLY_TOKENS)
+            bare = compare(engine, said, None)
+            del engine
         with self._stages.stage("ask the checkpoint"):
-            plain = compare(self._offline(str(directory), "none"), said, None)
+            plain = compare(self._engine(str(directory), "none"), said, None)
         with self._stages.stage("ask the checkpoint in NF4"):
-            again = compare(self._offline(str(directory), "nf4"), said, None)
+            again = compare(self._engine(str(directory), "nf4"), said, None)
         return Drift(len(said), plain.tokens, plain, again, bare)
 
-    def _offline(self, spec: str, quantize: str) -> Any:
-        from loramux_server.engine.local_engine import Offline
+    def _engine(self, spec: str, quantize: str) -> Any:
+        from loramux_server.engine.local_engine import LocalEngine
 
         gc.collect()
-        return Offline.open(self._load(spec, quantize), rows=16, tokens=8192, max_rank=max(self._rank, 8))
+        return LocalEngine.open(self._load(spec, quantize), rows=16, tokens=8192, max_rank=max(self._rank, 8))
 
     def _load(self, spec: str, quantize: str) -> BaseModel:
         from loramux_server.base.loader import load_base_model

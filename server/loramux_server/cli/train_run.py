@@ -20,10 +20,9 @@ from loramux_adapters.training.model.model import LoraModel
 from loramux_adapters.training.run.card import make_card, write_card
 from loramux_adapters.training.run.curves import draw_curves
 from loramux_adapters.training.run.optimizer import state_bytes
-from loramux_adapters.training.run.ports import Outcome, Plan
 from loramux_adapters.training.run.run_dir import RunDirectory
 from loramux_adapters.training.run.trace import EpochRecord, StepRecord
-from loramux_adapters.training.run.trainer import Trainer
+from loramux_adapters.training.run.trainer import Plan, Trainer, TrainingOutcome
 from loramux_server.base.device import device_of
 from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.base.originals import original_weights
@@ -46,7 +45,7 @@ def run_training(
     cache_dir: Path,
     skip_bad: bool,
     dry_run: bool,
-) -> Outcome | None:
+) -> TrainingOutcome | None:
     """Trains and writes the adapter; None if it was only to be shown. The base has left the memory when this returns.
 
     Raises:
@@ -159,7 +158,7 @@ def _step_lines(plan: Plan, config: TrainConfig, run: RunDirectory) -> list[str]
     ]
 
 
-def _draw(outcome: Outcome, run: RunDirectory, title: str) -> None:
+def _draw(outcome: TrainingOutcome, run: RunDirectory, title: str) -> None:
     """Before the adapter is published: from then on the run counts as finished."""
     try:
         draw_curves(outcome.trace, run.curves, title=title)

@@ -44,7 +44,7 @@ Replay = Callable[[], None]
 Capture = Callable[[Callable[[], torch.Tensor]], tuple[Replay, torch.Tensor]]
 # (input ids [1, rows], position ids [1, rows], sampled rows [rows], step, adapters of all rows and of the sampled ones)
 # -> logits [rows, vocabulary]
-Forward = Callable[
+StepForward = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, AttentionStep, LoraRows | None, LoraRows | None], torch.Tensor
 ]
 
@@ -132,7 +132,7 @@ class StepGraphs:
 
     def __init__(
         self,
-        forward: Forward,
+        forward: StepForward,
         cache: KVCache,
         attend: VarlenAttend,
         add_lora: GroupedAddLora,
@@ -259,7 +259,7 @@ class CudaCapture:
 
 
 def step_graphs(
-    forward: Forward, cache: KVCache, attend: Attend, slots: AdapterSlots, capture: Capture | None = None
+    forward: StepForward, cache: KVCache, attend: Attend, slots: AdapterSlots, capture: Capture | None = None
 ) -> StepGraphs | None:
     """Graphs for a device and paths that they are made for; None for others. `capture`: another than the device's."""
     if cache.k[0].device.type != "cuda" and capture is None:

@@ -37,7 +37,7 @@ _MAX_PADDING = 2**20
 
 
 @dataclass(slots=True)
-class Outcome:
+class BackupOutcome:
     """What became of the adapters of a backup, by name. `refused` says why."""
 
     done: list[str] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Outcome:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-def write_backup(store: AdapterStore, target: Path) -> Outcome:
+def write_backup(store: AdapterStore, target: Path) -> BackupOutcome:
     """Write all adapters to a new file; versions that are damaged are left out and said to be `refused`.
 
     Raises CommandFailed, StoreUnavailable; then there is no file.
@@ -65,7 +65,7 @@ def write_backup(store: AdapterStore, target: Path) -> Outcome:
         raise CommandFailed(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         part.unlink(missing_ok=True)
-    return Outcome(done=[adapter.name for adapter in manifest.adapters], refused=_damaged(rows))
+    return BackupOutcome(done=[adapter.name for adapter in manifest.adapters], refused=_damaged(rows))
 
 
 def _damaged(rows: Sequence[KeptVersion]) -> dict[str, str]:
@@ -88,14 +88,14 @@ def _write_tar(out: BinaryIO, manifest: Manifest, directory: Path) -> None:
                     tar.addfile(entry, file)
 
 
-def restore_backup(store: AdapterStore, source: Path, *, replace: bool) -> Outcome:
+def restore_backup(store: AdapterStore, source: Path, *, replace: bool) -> BackupOutcome:
     """Enter the adapters of a backup into a store, each one whole or not at all.
 
     A name that the store has stays as it is, unless `replace`: then it becomes what it is in the backup. An adapter
     whose files are not what the manifest says is refused, and the others are restored.
     Raises CommandFailed for a file that is damaged or no backup, StoreUnavailable; then nothing was restored.
     """
-    outcome = Outcome()
+    outcome = BackupOutcome()
     with store.stage() as staging, _unpacked(source, staging.directory) as manifest:
         for adapter in manifest.adapters:
             copy = AdapterCopy(
@@ -192,7 +192,7 @@ class _Bounded:
         return self._position
 
 
-def describe(outcome: Outcome, verb: str) -> Iterator[str]:
+def describe(outcome: BackupOutcome, verb: str) -> Iterator[str]:
     """Lines that tell an operator what happened; `verb` is what was done with the adapters that went well."""
     yield f"{len(outcome.done)} adapters {verb}"
     if outcome.there_already:

@@ -21,7 +21,7 @@ from loramux_server.engine.sequence import NOT_FINITE, AdapterUse, FinishReason,
 from loramux_server.engine.sequence import Sequence as EngineSequence
 from loramux_server.errors import SequenceFailed, ServerBusy
 from loramux_server.fingerprint.file import MAX_BYTES, Fingerprint, Witness, parse
-from loramux_server.fingerprint.replay import Outcome, Scored, Verdict, foreign, judge
+from loramux_server.fingerprint.replay import ReplayOutcome, Scored, Verdict, foreign, judge
 
 _PROBES = (8, 5, 24)  # tokens of each probe prompt; the later ones are asked only if the ones before showed nothing
 _STRIDE = 7919  # a prime: probe prompts hold tokens from all over the vocabulary
@@ -39,7 +39,7 @@ class ProofObserver(Protocol):
     """Told how proofs end, on the event loop."""
 
     def proved(self, *, acts: bool, fingerprint: str) -> None:
-        """How its fingerprint replayed: an `Outcome`."""
+        """How its fingerprint replayed: a `ReplayOutcome`."""
 
 
 class Prover:
@@ -84,7 +84,7 @@ class Prover:
 
     async def prove(
         self, directory: Path, checked: Checked, *, force: bool = False, allow_no_effect: bool = False
-    ) -> Outcome:
+    ) -> ReplayOutcome:
         """How the fingerprint in `directory` replays. Nothing is stored.
 
         Args:
@@ -131,7 +131,7 @@ class Prover:
             raise AdapterRejected(reasons)
         return verdict.outcome
 
-    def prove_blocking(self, directory: Path, checked: Checked) -> Outcome:
+    def prove_blocking(self, directory: Path, checked: Checked) -> ReplayOutcome:
         """`prove` for a thread that is not the event loop's; before `start` nothing is tried and it is "none"."""
         if self._loop is None:
             return "none"

@@ -22,7 +22,7 @@ import uvicorn
 
 from loramux_server.config.environment import bound_spinning
 from loramux_server.config.serve import ServeConfig
-from loramux_server.serving.startup import ASGIApp, Door, Stages, in_daemon_thread, take_port, url_of
+from loramux_server.serving.startup import ASGIApp, Stages, StartupApp, in_daemon_thread, take_port, url_of
 
 _SWITCH_SECONDS = 0.0005  # of the interpreter lock: the engine wants it some times a step, for microseconds each
 FLUSH_SECONDS = 5  # for the last bytes of replies, once the engine has drained
@@ -75,8 +75,8 @@ def serve(config: ServeConfig) -> int:
 async def _serve(config: ServeConfig, listener: socket.socket) -> int:
     began = time.monotonic()
     url = url_of(listener)
-    door = Door()
-    server = _Server(_uvicorn_config(config, door))
+    startup_app = StartupApp()
+    server = _Server(_uvicorn_config(config, startup_app))
     stop = _stop_on_signals()
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     built: Built | None = None
@@ -85,7 +85,7 @@ async def _serve(config: ServeConfig, listener: socket.socket) -> int:
         stages = Stages(_write)
         built = await _load(config, stages, stop)
         await _start(built, stop)
-        door.open(built.app)
+        startup_app.hand_over_to(built.app)
         for line in [*built.summary, *_ready(url, built.models, config, time.monotonic() - began)]:
             _show(line)
         await _first_of(serving, stop)

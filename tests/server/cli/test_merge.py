@@ -15,7 +15,7 @@ from loramux_adapters.training.model.merge import Merged
 from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.cli import merge as cli_merge
 from loramux_server.cli.frame import call
-from loramux_server.engine.local_engine import Offline
+from loramux_server.engine.local_engine import LocalEngine
 from loramux_server.errors import CommandFailed, ConfigError
 from loramux_server.fingerprint import fingerprint
 from loramux_server.fingerprint.drift import QUESTIONS, drift_prompts
@@ -60,9 +60,9 @@ def test_a_merged_checkpoint_answers_like_the_adapter_and_the_report_says_how_mu
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = adapter(tmp_path, base, base_id=load(tmp_path, base).base_id)
-    offline = Offline.open(load(tmp_path, base), rows=4, tokens=1024, max_rank=8)
+    engine = LocalEngine.open(load(tmp_path, base), rows=4, tokens=1024, max_rank=8)
     prompts = [list(b"one"), list(b"another one")]
-    made = fingerprint.make(offline, prompts, offline.load(found))
+    made = fingerprint.make(engine, prompts, engine.load(found))
     (found / "fingerprint.json").write_text(json.dumps(made))
 
     assert run(*arguments(tmp_path, base, found)) == 0
@@ -109,7 +109,7 @@ def test_a_full_directory_is_refused_before_anything_is_loaded(
 
 
 def drift(quantized: float, bare: float) -> cli_merge.Drift:
-    far = [fingerprint.Comparison(8, mean, mean) for mean in (0.01, quantized, bare)]
+    far = [fingerprint.Agreement(8, mean, mean) for mean in (0.01, quantized, bare)]
     return cli_merge.Drift(1, 8, *far)
 
 

@@ -17,16 +17,17 @@ import pytest
 
 from loramux_adapters.errors import AdapterError, CheckpointError, DataError, InvalidAdapterName
 from loramux_adapters.training.recipe import Recipe
-from loramux_adapters.training.run.ports import Plan
 from loramux_adapters.training.run.run_dir import RunDirectory
 from loramux_adapters.training.run.trace import EpochRecord, StepRecord
+from loramux_adapters.training.run.trainer import Plan
 from loramux_server.cli import finish
 from loramux_server.cli import train as cli_train
 from loramux_server.cli.frame import call
 from loramux_server.cli.train import Permissions
 from loramux_server.cli.train_data import read_material
 from loramux_server.cli.train_run import Progress, duration
-from loramux_server.client.adapters import AdaptersClient, Reply
+from loramux_server.client.adapters import AdaptersClient
+from loramux_server.client.connection import ServerReply
 from loramux_server.config.finish import FinishConfig
 from loramux_server.config.load import load
 from loramux_server.config.train import TrainConfig
@@ -395,11 +396,11 @@ class Server:
     def __init__(self, *, full: bool = False) -> None:
         self._full = full
 
-    def push(self, client: AdaptersClient, name: str, directory: Path, **options: Any) -> Reply:
+    def push(self, client: AdaptersClient, name: str, directory: Path, **options: Any) -> ServerReply:
         if self._full:
             raise CommandFailed("the server refused (507): the disk is full")
         self.pushed = [(client.url, client.key, name, sorted(path.name for path in directory.iterdir()))]
-        return Reply(201, {"outcome": "created"})
+        return ServerReply(201, {"outcome": "created"})
 
 
 def test_a_done_adapter_is_uploaded_with_the_admins_key(

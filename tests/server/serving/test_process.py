@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from support import fakes_wiring
+from support import fakes_serving
 
-SCRIPT = Path(fakes_wiring.__file__)
+SCRIPT = Path(fakes_serving.__file__)
 ROOT = SCRIPT.parents[2]
 SECONDS = 20  # longest wait for anything
 
@@ -123,7 +123,7 @@ def test_a_signal_lets_running_replies_end_refuses_new_ones_and_exits_with_0() -
             read_until(process, "draining")
 
             assert [status_of(port, path) for path in ("/stream", "/ready", "/health")] == [503, 503, 200]
-            assert (first + stream.read()).split() == [str(n).encode() for n in range(fakes_wiring.LINES)]
+            assert (first + stream.read()).split() == [str(n).encode() for n in range(fakes_serving.LINES)]
 
         code, stdout, stderr = finished(process)
         assert (code, stderr) == (0, "")

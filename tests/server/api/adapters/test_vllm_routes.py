@@ -15,7 +15,7 @@ from loramux_adapters.base_info import BaseInfo
 from loramux_adapters.lora.verify import Checked, check_adapter
 from loramux_adapters.store.store import AdapterStore
 from loramux_server.api.app import create_app
-from loramux_server.api.http.deps import Keys
+from loramux_server.api.http.dependencies import Keys
 from loramux_server.errors import ConfigError
 from loramux_server.publishing.local_adapters import LocalAdapters
 from support.adapter_files import TINY_LINEARS, write_adapter
@@ -190,14 +190,10 @@ async def test_without_a_root_there_is_no_such_route(tmp_path: Path) -> None:
         assert reply.status_code == 404 and reply.json()["error"]["code"] == "not_found"
 
 
-class NoAdapters:
-    def load(self, name: str, path: str) -> None:
-        raise AssertionError("nobody may get here")
-
-
 @pytest.mark.anyio
-async def test_the_calls_need_the_admin_key(tmp_path: Path) -> None:
-    server = make_server(tmp_path, keys=Keys("api", "admin"), local=NoAdapters())
+async def test_the_calls_need_the_admin_key(tmp_path: Path, root: Path, store: AdapterStore) -> None:
+    local = LocalAdapters(store, root, check, limit=2**20)
+    server = make_server(tmp_path, keys=Keys("api", "admin"), local=local)
     async with server.client() as client:
         for key, status in ((None, 401), ("api", 403)):
             headers = {"authorization": f"Bearer {key}"} if key else {}
