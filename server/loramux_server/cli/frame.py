@@ -68,6 +68,16 @@ def configure_logging(level: str) -> None:
     logging.captureWarnings(True)
 
 
+def write(text: str) -> None:
+    """A piece of text, which may or may not end a line, at once."""
+    print(text, end="", flush=True)
+
+
+def show(line: str) -> None:
+    """A line, at once."""
+    print(line, flush=True)
+
+
 def _in_words(error: TyperException) -> str:
     """What is wrong with a command line; for an unknown flag, which one was meant."""
     if not hasattr(error, "possibilities"):
