@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from loramux_adapters.artifact.config import AdapterConfig
 from loramux_adapters.errors import AdapterNotFound, PinRefused, RollbackImpossible
+from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.verify import Checked
 from loramux_adapters.store.store import AdapterRecord, Lease, Published, Staging, VersionRecord
 from loramux_server.api.app import create_app
@@ -24,7 +25,7 @@ from loramux_server.engine.sequence import FinishReason, TokenLogprob, TokenOutp
 from loramux_server.engine.sequence import Sequence as EngineSequence
 from loramux_server.fingerprint.replay import ReplayOutcome
 from loramux_server.metrics.metrics import Metrics
-from loramux_server.publishing.local_adapters import LocalAdapters
+from loramux_server.publishing.lora_path import LoraPathRoot
 from loramux_server.publishing.pins import Pins
 
 BASE_NAME = "tiny-base"
@@ -233,24 +234,16 @@ class FakeStore:
         finally:
             shutil.rmtree(directory)
 
-    def publish(
-        self,
-        name: str,
-        staging: Staging,
-        *,
-        rank: int,
-        base_id: str | None,
-        target_modules: list[str],
-        proof: str,
-        version: str,
-    ) -> Published:
+    def publish(self, name: str, staging: Staging, checked: Checked, proof: ReplayOutcome) -> Published:
         if self.failure is not None:
             raise self.failure
         files = {path.name: path.read_bytes() for path in staging.directory.iterdir()}
-        version = hashlib.sha256(repr((version, sorted(files.items()))).encode()).hexdigest()
+        version = hashlib.sha256(repr((checked.version, sorted(files.items()))).encode()).hexdigest()
         old = self.known.get(name)
         self.files[name] = files
-        self.known[name] = record_of(name, version, rank=rank, target_modules=target_modules, fingerprint=proof)
+        self.known[name] = record_of(
+            name, version, rank=checked.rank, target_modules=checked.target_modules, fingerprint=proof
+        )
         if old is None:
             return Published(name, version, "created")
         return Published(name, version, "unchanged" if old.version == version else "updated")
@@ -271,8 +264,7 @@ class FakeCheck:
             raise self.failure
         return Checked(
             config=AdapterConfig(rank=4, alpha=4.0),
-            version="0" * 64,
-            rank=4,
+            adapter=HostAdapter(version="0" * 64, rank=4, nbytes=0, modules={}),
             target_modules=["q_proj", "v_proj"],
             base_id=None,
             base_verified=False,
@@ -331,7 +323,7 @@ def usage_of(prompt: int, completion: int) -> dict[str, Any]:
 
 
 def make_server(
-    root: Path, *, keys: Keys | None = None, context: int = CONTEXT, local: LocalAdapters | None = None, **limits: Any
+    root: Path, *, keys: Keys | None = None, context: int = CONTEXT, local: LoraPathRoot | None = None, **limits: Any
 ) -> Server:
     engine, store, check, tokenizer = FakeEngine(), FakeStore(root), FakeCheck(), FakeTokenizer()
     store.known["pirate"] = record_of("pirate", VERSION)
@@ -342,6 +334,7 @@ def make_server(
         tokenizer=tokenizer,
         check=check,
         prove=FakeProve(),
+        publish=store.publish,
         metrics=Metrics(),
         base=ServedBase(BASE_NAME, base_id="ba5e" * 16, context=context, created=1_700_000_000),
         keys=keys or Keys(),

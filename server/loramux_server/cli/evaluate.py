@@ -11,11 +11,11 @@ import typer
 from loramux_server.cli.frame import configure_logging, write
 from loramux_server.cli.options import once, settings_app
 from loramux_server.cli.screen import example_bar
+from loramux_server.config.adapter_directory import find_adapter
 from loramux_server.config.environment import bound_spinning, cache_dir_of, key_of
 from loramux_server.config.evaluate import EvalConfig
 from loramux_server.config.train import DEFAULT_OUT
 from loramux_server.errors import CommandFailed
-from loramux_server.publishing.local_adapter import find_adapter
 from loramux_server.serving.startup import Stages
 
 if TYPE_CHECKING:

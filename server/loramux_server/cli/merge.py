@@ -13,10 +13,10 @@ import typer
 
 from loramux_server.cli.frame import configure_logging, write
 from loramux_server.cli.options import settings_app
+from loramux_server.config.adapter_directory import find_adapter
 from loramux_server.config.environment import bound_spinning, cache_dir_of
 from loramux_server.config.merge import MergeConfig
 from loramux_server.config.train import DEFAULT_OUT
-from loramux_server.publishing.local_adapter import find_adapter
 from loramux_server.serving.startup import Stages
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class _Merge:
             )
         onto = self._config.onto or ("nf4" if self._trained_on == "nf4" else "16bit")
         with self._stages.stage("merge"):
-            merged = merge_into(base.model, self._adapter, onto=onto)
+            merged = merge_into(base.model, checked.adapter, onto=onto)
         with self._stages.stage("write the checkpoint"):
             write_checkpoint(base.model, base.tokenizer, directory)
         return merged, onto

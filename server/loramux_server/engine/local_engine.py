@@ -18,7 +18,6 @@ from loramux_adapters.evaluation.scores import TokenScore
 from loramux_adapters.lora.host_cache import HostAdapter, LoadState
 from loramux_adapters.lora.slots import bucket_of
 from loramux_adapters.lora.verify import check_adapter
-from loramux_adapters.lora.weights import load_host_adapter
 from loramux_server.base.loader import BaseModel
 from loramux_server.engine.admission import SchedulerConfig
 from loramux_server.engine.build import DeviceSide
@@ -139,7 +138,7 @@ class LocalEngine:
         """
         checked = check_adapter(directory, self.base.info(), self._max_rank)
         if self._host.get(checked.version) is None:
-            self._host.add(load_host_adapter(directory, checked.version))
+            self._host.add(checked.adapter)
         else:
             self._host.pin(checked.version)
         return LocalAdapter(directory, checked.version, checked.rank, checked.base_verified)

@@ -24,8 +24,8 @@ from typing import IO, BinaryIO, cast
 
 from loramux_adapters.artifact.tar_reader import TarRefused, tar_files
 from loramux_adapters.errors import AdapterError
-from loramux_adapters.store.copy import AdapterCopy
-from loramux_adapters.store.rows import KeptVersion
+from loramux_adapters.store.records import KeptVersion
+from loramux_adapters.store.snapshot import AdapterCopy
 from loramux_adapters.store.store import AdapterStore
 from loramux_server.errors import CommandFailed
 from loramux_server.publishing.backup_manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse_manifest
@@ -137,7 +137,7 @@ def _unpacked(source: Path, target: Path) -> Iterator[Manifest]:
 
 def _unpack(file: IO[bytes], target: Path) -> Manifest:
     with gzip.GzipFile(fileobj=file, mode="rb") as zipped:
-        stream = _Bounded(cast(BinaryIO, zipped), file)
+        stream = _UnpackedStream(cast(BinaryIO, zipped), file)
         members = tar_files(cast(BinaryIO, stream))
         first = next(members, None)
         if first is None or first.name != MANIFEST or first.size > MAX_MANIFEST_BYTES:
@@ -165,7 +165,7 @@ def _unpack(file: IO[bytes], target: Path) -> Manifest:
     return manifest
 
 
-class _Bounded:
+class _UnpackedStream:
     """What comes out of a compressed file, as long as it is in proportion to what went in."""
 
     def __init__(self, zipped: BinaryIO, raw: IO[bytes]) -> None:

@@ -16,6 +16,7 @@ from typing import Protocol
 from loramux_adapters.artifact.format import FINGERPRINT_FILE
 from loramux_adapters.artifact.safetensors_header import open_regular
 from loramux_adapters.errors import AdapterRejected
+from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.verify import Checked
 from loramux_server.engine.sequence import NOT_FINITE, AdapterUse, FinishReason, SamplingParams, TokenOutput
 from loramux_server.engine.sequence import Sequence as EngineSequence
@@ -48,7 +49,7 @@ class Prover:
     def __init__(
         self,
         generate: Generate,
-        holding: Callable[[str, Path], AbstractContextManager[None]],
+        holding: Callable[[HostAdapter], AbstractContextManager[None]],
         forget: Callable[[str], None],
         observer: ProofObserver,
         *,
@@ -60,8 +61,8 @@ class Prover:
     ) -> None:
         """
         Args:
-            holding: makes a version loadable from a directory while it lasts.
-            forget: told of a version that was tried out and refused, so that it need not stay in memory.
+            holding: has the engine find this adapter in host memory while it lasts.
+            forget: told of a version that was tried out and refused, so that it need not stay on the device.
             vocabulary: token ids are below it.
             context: longest prompt and reply together.
             timeout: seconds for one adapter.
@@ -85,10 +86,10 @@ class Prover:
     async def prove(
         self, directory: Path, checked: Checked, *, force: bool = False, allow_no_effect: bool = False
     ) -> ReplayOutcome:
-        """How the fingerprint in `directory` replays. Nothing is stored.
+        """How the fingerprint in `directory` replays. Nothing is stored, and nothing stays in host memory.
 
         Args:
-            checked: what `check_adapter` said of these files.
+            checked: what `check_adapter` found in these files; its adapter is what is tried out.
             force: take an adapter whose fingerprint does not replay.
             allow_no_effect: take one that leaves the base as it is.
         Raises:
@@ -101,9 +102,9 @@ class Prover:
         fingerprint = await asyncio.to_thread(_read_fingerprint, directory)
         if fingerprint is not None:
             self._check_fits(fingerprint)
-        use = AdapterUse(version, checked.rank, (directory / "adapter_model.safetensors").stat().st_size)
+        use = AdapterUse(version, checked.rank, checked.adapter.nbytes)
         try:
-            with self._holding(version, directory):
+            with self._holding(checked.adapter):
                 async with asyncio.timeout(self._timeout):
                     acts = await self._acts(use)
                     verdict = Verdict("none")

@@ -7,7 +7,7 @@ look at what other processes changed in the store.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from loramux_adapters.base_info import BaseInfo
@@ -19,10 +19,11 @@ from loramux_server.config.serve import ServeConfig
 from loramux_server.engine.inbox import Inbox
 from loramux_server.errors import ConfigError
 from loramux_server.metrics.metrics import Metrics
-from loramux_server.publishing.local_adapters import LocalAdapters
-from loramux_server.publishing.periodic import Periodic
+from loramux_server.publishing.lora_path import LoraPathRoot
 from loramux_server.publishing.pins import Pins
 from loramux_server.publishing.proof import Prover
+from loramux_server.publishing.publisher import Publisher
+from loramux_server.publishing.repeated import RepeatedTask
 from loramux_server.publishing.watch import DirectoryWatch
 from loramux_server.serving.summary import MIB
 
@@ -56,17 +57,13 @@ class CountedCheck:
 
 @dataclass(frozen=True, slots=True)
 class AdapterLifecycle:
-    """`work` is repeated from `start` to `stop`.
-
-    Attributes:
-        check: checks and proves an adapter's files, for the ways in that are not the event loop's.
-    """
+    """`work` is repeated from `start` to `stop`. `local`: what vLLM's calls may load; None: they do not exist."""
 
     pins: Pins
     prover: Prover
-    check: Callable[[Path], Checked]
-    local: LocalAdapters | None
-    work: Sequence[Periodic] = field(default_factory=list)
+    publisher: Publisher
+    local: LoraPathRoot | None
+    work: Sequence[RepeatedTask] = field(default_factory=list)
 
     @classmethod
     def build(
@@ -84,7 +81,7 @@ class AdapterLifecycle:
         """Raises ConfigError.
 
         Args:
-            build_prover: given what makes a version leave the memories.
+            build_prover: given what makes a version leave the device.
             rows: rank rows of the device's adapter memory.
         """
 
@@ -93,28 +90,24 @@ class AdapterLifecycle:
             inbox.retire(version)
 
         store.tell_retired(retire)
-        prover = build_prover(retire)
-
-        def check_and_prove(directory: Path) -> Checked:
-            checked = check(directory)
-            return replace(checked, fingerprint=prover.prove_blocking(directory, checked))
-
+        prover = build_prover(inbox.retire)
+        publisher = Publisher(store, host_cache, check, prover.prove_blocking)
         pins = Pins(store, host=host_cache.keep, device=inbox.keep, host_bytes=pin_bytes(config), device_rows=rows // 2)
 
         def look() -> None:
             if store.refresh():
                 pins.apply()
 
-        work = [Periodic("the look at the adapter store", REFRESH_SECONDS, look)]
+        work = [RepeatedTask("the look at the adapter store", REFRESH_SECONDS, look)]
         limit = config.max_upload_mib * MIB
         if config.watch_dir is not None:
             if not config.watch_dir.is_dir():
                 raise ConfigError(f"--watch-dir: {config.watch_dir} is not a directory")
-            watch = DirectoryWatch(store, config.watch_dir, check_and_prove, limit=limit, failed=metrics.watch_failed)
-            work.append(Periodic("the look at --watch-dir", config.watch_seconds, watch.poll))
+            watch = DirectoryWatch(store, publisher, config.watch_dir, limit=limit, failed=metrics.watch_failed)
+            work.append(RepeatedTask("the look at --watch-dir", config.watch_seconds, watch.poll))
         root = config.lora_path_root
-        local = None if root is None else LocalAdapters(store, root, check_and_prove, limit=limit)
-        return cls(pins, prover, check_and_prove, local, work)
+        local = None if root is None else LoraPathRoot(publisher, root, limit=limit)
+        return cls(pins, prover, publisher, local, work)
 
     def start(self) -> None:
         """On the event loop, when the engine takes sequences."""

@@ -16,7 +16,6 @@ from transformers.utils import logging as transformers_logging
 
 from loramux_adapters.errors import MemoryShort
 from loramux_adapters.lora.host_cache import HostCache
-from loramux_adapters.lora.staged import StagedVersions
 from loramux_adapters.memory import resident_bytes as process_bytes
 from loramux_adapters.memory import returning_memory
 from loramux_adapters.store.store import AdapterStore
@@ -120,7 +119,7 @@ def build(config: ServeConfig, stages: Stages) -> BuiltServer:
         def build_prover(forget: Callable[[str], None]) -> Prover:
             return Prover(
                 parts.client.generate,
-                parts.staged.holding,
+                parts.host_cache.holding,
                 forget,
                 metrics,
                 base_id=base.base_id,
@@ -145,6 +144,7 @@ def build(config: ServeConfig, stages: Stages) -> BuiltServer:
             pins=lifecycle.pins,
             check=check,
             prove=lifecycle.prover.prove,
+            publish=lifecycle.publisher.publish,
             metrics=metrics,
             base=ServedBase(name=name, base_id=base.base_id, context=context, created=int(time.time())),
             keys=Keys(config.api_key, config.admin_key, check_host=is_loopback(config.host)),
@@ -161,7 +161,7 @@ def build(config: ServeConfig, stages: Stages) -> BuiltServer:
         stages=stages,
         preload=None
         if config.preload is None
-        else partial(preload, store, config.preload, lifecycle.check, stages.note),
+        else partial(preload, store, lifecycle.publisher, config.preload, stages.note),
         client=parts.client,
         store=store,
         host_cache=parts.host_cache,
@@ -174,7 +174,6 @@ class Parts:
     """Everything between the store and the API."""
 
     device: DeviceSide
-    staged: StagedVersions
     host_cache: HostCache
     inbox: Inbox
     client: EngineClient
@@ -184,9 +183,8 @@ class Parts:
         cls, config: ServeConfig, base: BaseModel, shape: KVShape, store: AdapterStore, metrics: Metrics, rows: int
     ) -> Parts:
         inbox = Inbox(config.max_waiting)
-        staged = StagedVersions(store.load)
         host_cache = HostCache(
-            staged.load, config.host_cache_mib * MIB, on_ready=inbox.wake, observer=metrics.host_cache()
+            store.load, config.host_cache_mib * MIB, on_ready=inbox.wake, observer=metrics.host_cache()
         )
         try:
             device = DeviceSide.build(
@@ -219,7 +217,7 @@ class Parts:
             kept_blocks=kept_blocks(config, shape),
             watchdog_timeout=config.watchdog_timeout,
         )
-        return cls(device, staged, host_cache, inbox, EngineClient(engine, in_host=host_cache.holds))
+        return cls(device, host_cache, inbox, EngineClient(engine, in_host=host_cache.holds))
 
     def pools(self, base_bytes: int) -> dict[str, int]:
         """Bytes held, by what they are held for."""

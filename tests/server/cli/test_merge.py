@@ -16,10 +16,9 @@ from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.cli import merge as cli_merge
 from loramux_server.cli.frame import call
 from loramux_server.engine.local_engine import LocalEngine
-from loramux_server.errors import CommandFailed, ConfigError
+from loramux_server.errors import ConfigError
 from loramux_server.fingerprint import fingerprint
 from loramux_server.fingerprint.drift import QUESTIONS, drift_prompts
-from loramux_server.publishing.local_adapter import find_adapter
 from support.adapter_files import write_adapter
 from support.tiny_models import save_tiny_model, tiny_tokenizer
 
@@ -140,17 +139,6 @@ def test_wrong_settings_are_named(argv: tuple[str, ...], why: str) -> None:
 def test_variables_of_other_commands_do_not_disturb() -> None:
     with pytest.raises(ConfigError, match="--adapter is needed"):
         run("--out", "x", environ={"LORAMUX_PORT": "1", "LORAMUX_EPOCHS": "2", "LORAMUX_URL": "u"})
-
-
-def test_an_adapter_is_found_by_directory_run_or_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained = tmp_path / "trained"
-    directory = write_adapter(trained / "spam" / "adapter", {"q_proj": (8, 8)})
-    monkeypatch.chdir(tmp_path)
-
-    for spec in (str(directory), str(trained / "spam"), "spam"):
-        assert find_adapter(spec, trained) == directory
-    with pytest.raises(CommandFailed, match="no adapter 'ham'.*loramux train"):
-        find_adapter("ham", trained)
 
 
 def test_without_a_fingerprint_general_questions_are_asked(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ class Solo:
 
     def load(self, directory: Path) -> Slot:
         slot = Slot(0, 16)
-        self._stepper.load(slot, load_host_adapter(directory, "solo"))
+        self._stepper.load(slot, load_host_adapter(directory))
         return slot
 
     def score(self, prompt: list[int], continuation: Sequence[int], slot: Slot | None = None) -> list[float]:

@@ -57,19 +57,7 @@ class AdapterRoutes:
             )
             if flags["validate_only"]:
                 return JSONResponse(_checked_json(name, checked, proof))
-
-            def publish() -> Published:
-                return store.publish(
-                    name,
-                    staging,
-                    rank=checked.rank,
-                    base_id=checked.base_id,
-                    target_modules=[*checked.target_modules],
-                    proof=proof,
-                    version=checked.version,
-                )
-
-            published = await run_in_thread(publish)
+            published = await run_in_thread(self._deps.publish, name, staging, checked, proof)
         return await self._shown(name, published)
 
     @access(Access.ADMIN)

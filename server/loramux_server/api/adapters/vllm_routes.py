@@ -23,7 +23,7 @@ from loramux_server.api.http.worker_threads import run_in_thread
 from loramux_server.errors import LoramuxError, RequestError, ServerBusy
 
 if TYPE_CHECKING:
-    from loramux_server.publishing.local_adapters import LocalAdapters
+    from loramux_server.publishing.lora_path import LoraPathRoot
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ _MAX_BODY = 64 * 2**10
 
 
 class VllmRoutes:
-    def __init__(self, deps: Dependencies, local: LocalAdapters, adapters: AdapterRoutes) -> None:
+    def __init__(self, deps: Dependencies, local: LoraPathRoot, adapters: AdapterRoutes) -> None:
         self._deps = deps
         self._local = local
         self._adapters = adapters

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from loramux_server.engine.sequence import Sequence as EngineSequence
     from loramux_server.engine.sequence import TokenOutput
     from loramux_server.fingerprint.replay import ReplayOutcome
-    from loramux_server.publishing.local_adapters import LocalAdapters
+    from loramux_server.publishing.lora_path import LoraPathRoot
     from loramux_server.publishing.pins import Pins
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
@@ -78,18 +78,6 @@ class StoreLike(Protocol):
 
     def stage(self) -> AbstractContextManager[Staging]: ...
 
-    def publish(
-        self,
-        name: str,
-        staging: Staging,
-        *,
-        rank: int,
-        base_id: str | None,
-        target_modules: list[str],
-        proof: str,
-        version: str,
-    ) -> Published: ...
-
 
 class AdapterCheck(Protocol):
     """Checks the files of an upload against the base, in a worker thread; `force` accepts another base id.
@@ -113,6 +101,17 @@ class AdapterProof(Protocol):
     async def __call__(
         self, directory: Path, checked: Checked, *, force: bool, allow_no_effect: bool
     ) -> ReplayOutcome: ...
+
+
+class AdapterPublish(Protocol):
+    """Makes an upload the current version of a name, in a worker thread; the server's is `Publisher.publish`.
+
+    Tests replace it: theirs publishes to the store that they put in place of the real one.
+
+    Raises: InvalidAdapterName, AdapterRejected, StoreUnavailable.
+    """
+
+    def __call__(self, name: str, staging: Staging, checked: Checked, proof: ReplayOutcome) -> Published: ...
 
 
 class TokenizerLike(Protocol):
@@ -220,7 +219,7 @@ class Dependencies:
     """Given to every group of routes.
 
     Attributes:
-        check, prove: what an upload has to pass before it is published.
+        check, prove, publish: the three stations of an upload, in this order.
         local: loads adapters from this machine's disk for vLLM's calls; without it those routes do not exist.
     """
 
@@ -230,8 +229,9 @@ class Dependencies:
     tokenizer: TokenizerLike
     check: AdapterCheck
     prove: AdapterProof
+    publish: AdapterPublish
     metrics: Metrics
     base: ServedBase
     keys: Keys = field(default_factory=Keys)
     limits: Limits = field(default_factory=Limits)
-    local: LocalAdapters | None = None
+    local: LoraPathRoot | None = None

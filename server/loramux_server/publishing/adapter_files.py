@@ -1,4 +1,4 @@
-"""An adapter in a directory of this machine: what it looks like now, and a copy of it to check and publish.
+"""The files of an adapter in a directory of this machine: what they look like now, and a copy to check and publish.
 
 No symbolic link is followed, neither in the way from the root to the directory nor for a file in it: each step is
 opened from the one before, so nothing that is changed meanwhile leads elsewhere.
@@ -52,11 +52,11 @@ def copy_adapter(root: Path, parts: Sequence[str], target: Path, *, limit: int) 
             raise AdapterTooLarge(limit)
         for name, _, _, size, _ in look:
             with _file(directory, name) as source, (target / name).open("xb") as copy:
-                shutil.copyfileobj(_Bounded(source, size), copy, 2**20)
+                shutil.copyfileobj(_FileAsItWas(source, size), copy, 2**20)
         return look
 
 
-class _Bounded:
+class _FileAsItWas:
     """A file that may grow while it is read: no more is read than there was."""
 
     def __init__(self, descriptor: int, size: int) -> None:

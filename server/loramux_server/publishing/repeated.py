@@ -1,4 +1,4 @@
-"""Work that comes back every so many seconds, in a thread of its own, whatever becomes of one turn of it."""
+"""Work that is repeated every so many seconds in a thread of its own, even after one turn of it has failed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loramux_adapters.errors import AdapterError
 logger = logging.getLogger(__name__)
 
 
-class Periodic:
+class RepeatedTask:
     """Calls `work` every `seconds`, counted from the end of the last call, from `start` until `stop`."""
 
     def __init__(self, name: str, seconds: float, work: Callable[[], object]) -> None:

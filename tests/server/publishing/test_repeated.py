@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from loramux_adapters.errors import StoreUnavailable
-from loramux_server.publishing.periodic import Periodic
+from loramux_server.publishing.repeated import RepeatedTask
 
 
 def test_it_goes_on_after_failures_and_ends_when_it_is_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -20,11 +20,11 @@ def test_it_goes_on_after_failures_and_ends_when_it_is_told(caplog: pytest.LogCa
             raise ZeroDivisionError
         done.set()
 
-    periodic = Periodic("the look", 0.001, work)
-    periodic.start()
+    task = RepeatedTask("the look", 0.001, work)
+    task.start()
     assert done.wait(10)
-    periodic.stop()
-    periodic.stop()
+    task.stop()
+    task.stop()
     count = len(turns)
     assert count >= 3 and [record.levelname for record in caplog.records] == ["WARNING", "ERROR"]
     assert "the look: locked" in caplog.text
@@ -32,4 +32,4 @@ def test_it_goes_on_after_failures_and_ends_when_it_is_told(caplog: pytest.LogCa
 
 
 def test_one_that_was_never_started_can_be_stopped() -> None:
-    Periodic("nothing", 1, lambda: None).stop()
+    RepeatedTask("nothing", 1, lambda: None).stop()

@@ -1,32 +1,28 @@
-"""Adapters named by a path of this machine, below one directory that the operator allows and nowhere else."""
+"""Publishes what the `lora_path` of vLLM's calls names: an adapter below the one directory that the operator allows."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from loramux_adapters.errors import AdapterNotFound, AdapterRejected
-from loramux_adapters.lora.verify import Checked
-from loramux_adapters.store.store import AdapterStore
 from loramux_server.errors import ConfigError, RequestError
-from loramux_server.publishing.local_source import LinkInTheWay, copy_adapter, is_complete, look_at
-from loramux_server.publishing.preload import publish_files
+from loramux_server.publishing.adapter_files import LinkInTheWay, copy_adapter, is_complete, look_at
+from loramux_server.publishing.publisher import Publisher
 
 _MAX_PATH = 1024
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
-class LocalAdapters:
+class LoraPathRoot:
     """Any thread may call any method."""
 
-    def __init__(self, store: AdapterStore, root: Path, check: Callable[[Path], Checked], *, limit: int) -> None:
+    def __init__(self, publisher: Publisher, root: Path, *, limit: int) -> None:
         """`limit`: most bytes of an adapter. Raises ConfigError if there is no directory `root`."""
         if not root.is_dir():
             raise ConfigError(f"--lora-path-root: {root} is not a directory")
-        self._store = store
+        self._publisher = publisher
         self._given, self._root = PurePosixPath(root.absolute()), root.resolve()
-        self._check = check
         self._limit = limit
 
     def load(self, name: str, path: str) -> None:
@@ -50,7 +46,7 @@ class LocalAdapters:
             if not is_same:
                 raise AdapterRejected(["the adapter was changed while it was read; call again when it is complete"])
 
-        publish_files(self._store, name, fill, self._check)
+        self._publisher.publish_files(name, fill)
 
     def _parts_of(self, path: str) -> tuple[str, ...]:
         """The way from the root, by name alone; what is on disk is looked at step by step when it is opened."""

@@ -1,4 +1,4 @@
-"""Whole adapters out of a store and into one, versions and all: what a backup is made of."""
+"""Whole adapters out of a store at one moment, and into one, with all their versions: what a backup is made of."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loramux_adapters.artifact.format import digest_of, read_config
 from loramux_adapters.errors import AdapterCorrupt
 from loramux_adapters.store.files import Staging, VersionFiles
 from loramux_adapters.store.index import StoreIndex
-from loramux_adapters.store.rows import KeptVersion, Upload
+from loramux_adapters.store.records import KeptVersion, UploadRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class AdapterCopy:
     """
 
     name: str
-    uploads: Sequence[Upload]
+    uploads: Sequence[UploadRow]
     files: Mapping[str, Path]
     current: str
     pinned: bool
