@@ -17,6 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from loramux_server.config.load import all_settings
+from loramux_server.config.settings import settings_of
+
 ROOT = Path(__file__).resolve().parent
 while not (ROOT / "pyproject.toml").is_file():
     ROOT = ROOT.parent
@@ -64,7 +67,8 @@ def test_every_flag_named_alone_exists(page: Path) -> None:
 
 @by_page
 def test_every_environment_variable_exists(page: Path) -> None:
-    known = set(_VARIABLE.findall("\n".join(help_of(command) for command in all_commands())))
+    known = {setting.variable for settings in all_settings() for setting in settings_of(settings).values()}
+    known |= set(_VARIABLE.findall("\n".join(help_of(command) for command in all_commands())))
     assert set(_VARIABLE.findall(page.read_text(encoding="utf-8"))) - known == set()
 
 

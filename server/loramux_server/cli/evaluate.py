@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loramux_server.cli.frame import configure_logging
+from loramux_server.cli.frame import configure_logging, write
 from loramux_server.cli.options import once, settings_app
 from loramux_server.cli.screen import example_bar
 from loramux_server.config.adapter_directory import find_adapter
@@ -38,7 +38,7 @@ def run(
         evaluation = evaluate_server(config, key_of(ctx.obj), skip_bad=skip_bad)
     else:
         cache_dir = cache_dir_of(config.cache_dir, ctx.obj)
-        evaluation = evaluate_here(config, Stages(_write), cache_dir=cache_dir, skip_bad=skip_bad)
+        evaluation = evaluate_here(config, Stages(write), cache_dir=cache_dir, skip_bad=skip_bad)
     return _report(evaluation, config.out)
 
 
@@ -147,11 +147,6 @@ def _shown(spec: str) -> str:
     path = Path(spec).expanduser()
     name = path.resolve().name if path.is_dir() else spec
     return path.resolve().parent.name if name == "adapter" else name
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 app = settings_app(

@@ -40,7 +40,7 @@ def run(
     """Fingerprint and evaluate a trained adapter on the serving path."""
     bound_spinning()
     frame.configure_logging("info")
-    finish(run_dir, config, Stages(_write), cache_dir=cache_dir_of(config.cache_dir, ctx.obj), skip_bad=skip_bad)
+    finish(run_dir, config, Stages(frame.write), cache_dir=cache_dir_of(config.cache_dir, ctx.obj), skip_bad=skip_bad)
     return 0
 
 
@@ -98,7 +98,7 @@ def finish(
     paths = write_evaluation(run_dir, evaluation)
     add_scores(directory, evaluation.card_scores(), summary(evaluation))
     evaluate_run.print_report(evaluation)
-    _write(f"\n{evaluate_run.written(paths)}\n")
+    frame.write(f"\n{evaluate_run.written(paths)}\n")
     return evaluation
 
 
@@ -116,11 +116,6 @@ def _write_fingerprint(engine: LocalEngine, directory: Path) -> None:
         write_whole(directory / FINGERPRINT_FILE, (json.dumps(fingerprint, indent=1) + "\n").encode())
     except OSError as error:
         raise TrainingError(f"the fingerprint cannot be written to {directory}: {error.strerror}") from error
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 app = settings_app(FinishConfig, run)

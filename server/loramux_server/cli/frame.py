@@ -68,10 +68,22 @@ def configure_logging(level: str) -> None:
     logging.captureWarnings(True)
 
 
+def write(text: str) -> None:
+    """A piece of text, which may or may not end a line, at once."""
+    print(text, end="", flush=True)
+
+
+def show(line: str) -> None:
+    """A line, at once."""
+    print(line, flush=True)
+
+
 def _in_words(error: TyperException) -> str:
-    """What is wrong with a command line, with the closest flag if an unknown one was given."""
-    close = getattr(error, "possibilities", None)
-    return f"{error.message}; did you mean {close[0]}?" if close else error.format_message()
+    """What is wrong with a command line; for an unknown flag, which one was meant."""
+    if not hasattr(error, "possibilities"):
+        return error.format_message()
+    hint = f"; did you mean {error.possibilities[0]}?" if error.possibilities else ""
+    return f"unknown argument {getattr(error, 'option_name', '')}{hint}"
 
 
 def _fail(message: object, code: int) -> int:

@@ -12,6 +12,14 @@ import typer
 from loramux_server.cli import frame
 
 DISTRIBUTION = "loramux"
+COMMANDS = {
+    "serve": "Run the server.",
+    "adapters": "Manage the adapters of a running server, back up its store.",
+    "train": "Train an adapter on a file of examples.",
+    "eval": "Say what an adapter is worth on held-out examples.",
+    "plan": "Say what a training will take of memory, before it is started.",
+    "merge": "Write base and adapter as one ordinary checkpoint.",
+}
 MODULES = {"eval": "evaluate"}  # of commands that are not called like theirs
 REPORTED = ("torch", "transformers", "bitsandbytes", "peft", "fastapi", "uvicorn")
 
@@ -31,15 +39,8 @@ def version() -> str:
     return metadata.version(DISTRIBUTION)
 
 
-for name, about in {
-    "serve": "Run the server.",
-    "adapters": "Manage the adapters of a running server, back up its store.",
-    "train": "Train an adapter on a file of examples.",
-    "eval": "Say what an adapter is worth on held-out examples.",
-    "plan": "Say what a training will take of memory, before it is started.",
-    "merge": "Write base and adapter as one ordinary checkpoint.",
-}.items():
-    frame.later(app, name, about, f"loramux_server.cli.{MODULES.get(name, name)}")
+for _name, _help in COMMANDS.items():
+    frame.later(app, _name, _help, f"loramux_server.cli.{MODULES.get(_name, _name)}")
 
 
 @app.command(name="version", cls=frame.Command)

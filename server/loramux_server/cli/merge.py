@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from loramux_server.cli.frame import configure_logging
+from loramux_server.cli.frame import configure_logging, write
 from loramux_server.cli.options import settings_app
 from loramux_server.config.adapter_directory import find_adapter
 from loramux_server.config.environment import bound_spinning, cache_dir_of, kernels_of
@@ -57,25 +56,16 @@ class Drift:
         return not self.quantized.mean <= self.bare.mean / 2
 
 
-def run(config: MergeConfig, ctx: typer.Context) -> int:
+def merge(config: MergeConfig, ctx: typer.Context) -> int:
     """Write base and adapter as one ordinary checkpoint, for places that know no adapters.
 
     It says how far the checkpoint's answers drift from those of the adapter itself.
-    """
-    return merge(config, cache_dir=cache_dir_of(config.cache_dir, ctx.obj))
-
-
-def merge(config: MergeConfig, *, cache_dir: Path) -> int:
-    """Writes the checkpoint and its report; returns the exit code.
-
-    Raises:
-        AdapterError, LoramuxError: it cannot be done; then nothing stands at `out`.
     """
     assert config.adapter is not None and config.out is not None
     configure_logging("info")
     bound_spinning()
     adapter = find_adapter(config.adapter, DEFAULT_OUT)
-    stages = Stages(_write)
+    stages = Stages(write)
     with stages.stage("import libraries"):
         import torch
         from transformers.utils import logging as transformers_logging
@@ -85,7 +75,7 @@ def merge(config: MergeConfig, *, cache_dir: Path) -> int:
     transformers_logging.disable_progress_bar()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    work = _Merge(config, adapter, device_of(config.device), cache_dir, stages)
+    work = _Merge(config, adapter, device_of(config.device), cache_dir_of(config.cache_dir, ctx.obj), stages)
     with whole_directory(config.out) as partial:
         merged, onto = work.write(partial)
         drift = work.measure(partial)
@@ -209,14 +199,9 @@ def _lines(config: MergeConfig, merged: Merged, onto: str, drift: Drift, from_gg
     return [*lines, f"serve it with: loramux serve --base {config.out}"]
 
 
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
 app = settings_app(
     MergeConfig,
-    run,
+    merge,
     usage="--adapter NAME --out DIR [OPTIONS]",
     epilog="Example:\n\n    loramux merge --adapter spam --out spam-merged",
 )

@@ -35,27 +35,18 @@ class Memory:
     libraries: int
 
 
-def run(config: PlanConfig, ctx: typer.Context) -> int:
+def plan(config: PlanConfig, ctx: typer.Context) -> int:
     """Say what a training will take of memory, by QLoRA and by LoRA; only the base's config is read."""
-    configure_logging("info")
-    return plan(config, cache_dir=cache_dir_of(config.cache_dir, ctx.obj))
-
-
-def plan(config: PlanConfig, *, cache_dir: Path) -> int:
-    """Prints the table; returns the exit code.
-
-    Raises:
-        AdapterError, LoramuxError: the base cannot be found or read, or the recipe does not fit it.
-    """
     import torch
 
     from loramux_adapters.training.run.plan import kv_bytes, plan_memory
 
+    configure_logging("info")
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
         raise ConfigError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     cuda = config.device == "cuda" or (config.device == "auto" and available)
-    skeleton = _skeleton(config.base, cache_dir)
+    skeleton = _skeleton(config.base, cache_dir_of(config.cache_dir, ctx.obj))
     learned = config.learned or max(1, config.seq // 4)
     plans = [
         plan_memory(skeleton, config.recipe(quantize), sequence=config.seq, learned=learned, cuda=cuda)
@@ -189,5 +180,7 @@ def _number(path: Path) -> int | None:
 
 
 app = settings_app(
-    PlanConfig, run, epilog="Example:\n\n    loramux plan --base Qwen/Qwen2.5-7B-Instruct --rank 16 --batch 8 --seq 512"
+    PlanConfig,
+    plan,
+    epilog="Example:\n\n    loramux plan --base Qwen/Qwen2.5-7B-Instruct --rank 16 --batch 8 --seq 512",
 )

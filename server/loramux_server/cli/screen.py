@@ -63,7 +63,7 @@ def transfer_bar(stream: TextIO) -> Iterator[Callable[[int, int], None]]:
 
     columns = (BarColumn(), TaskProgressColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
     with Progress(*columns, console=Console(file=stream)) as progress:
-        task = progress.add_task("upload")
+        task = progress.add_task("upload", total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 

@@ -6,16 +6,15 @@ import gc
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from loramux_server.base.source import EMBEDDED_NAME
-from loramux_server.cli.frame import configure_logging
+from loramux_server.cli.frame import configure_logging, show, write
 from loramux_server.cli.options import once, settings_app
 from loramux_server.config.environment import bound_spinning, cache_dir_of, key_of
+from loramux_server.config.finish import FinishConfig
 from loramux_server.config.settings import settings_of
 from loramux_server.config.train import TrainConfig
 from loramux_server.errors import CommandFailed
@@ -25,27 +24,9 @@ if TYPE_CHECKING:
     from loramux_adapters.training.run.run_dir import RunDirectory
 
 INTERRUPTED = 130
-FINISH_TAKES = ("eval_data", "labels", "device", "threads", "cache_dir")
 
 
-@dataclass(frozen=True, slots=True)
-class Permissions:
-    """What is given on the command line only, since it holds for this one time.
-
-    Attributes:
-        overwrite: remove what an earlier run left in the directory.
-        skip_bad: leave out examples that cannot be used.
-        allow_overlap: held-out examples may be in the training data.
-        dry_run: check and show everything, train nothing.
-    """
-
-    overwrite: bool = False
-    skip_bad: bool = False
-    allow_overlap: bool = False
-    dry_run: bool = False
-
-
-def run(
+def train(
     config: TrainConfig,
     ctx: typer.Context,
     overwrite: Annotated[bool, once("--overwrite", "start anew where a run is finished or unfinished")] = False,
@@ -57,35 +38,21 @@ def run(
 
     A run that was stopped, by Ctrl-C, a crash or a full disk, goes on when the same command is given again.
     """
-    bound_spinning()
-    return train(
-        config,
-        Permissions(overwrite, skip_bad, allow_overlap, dry_run),
-        cache_dir=cache_dir_of(config.cache_dir, ctx.obj),
-        key=key_of(ctx.obj),
-    )
-
-
-def train(config: TrainConfig, permissions: Permissions, *, cache_dir: Path, key: str | None = None) -> int:
-    """Trains one adapter; returns the exit code. `key` is for the server to upload to.
-
-    Raises:
-        AdapterError, LoramuxError: it cannot be done, or not be finished; what was saved stays.
-    """
     from loramux_adapters.training.run.run_dir import RunDirectory
     from loramux_server.cli.train_data import read_material
 
+    bound_spinning()
     configure_logging("info")
     run = RunDirectory(config.run_dir)
-    if run.is_finished and not permissions.overwrite:
+    if run.is_finished and not overwrite:
         raise CommandFailed(
             f"{run.path} holds a finished run; give --overwrite to train it anew, or name another --out"
         )
-    material = read_material(config, skip_bad=permissions.skip_bad, allow_overlap=permissions.allow_overlap)
+    material = read_material(config, skip_bad=skip_bad, allow_overlap=allow_overlap)
     with run.owned():
-        if permissions.overwrite and not permissions.dry_run:
+        if overwrite and not dry_run:
             run.clear()
-        stages = Stages(_write)
+        stages = Stages(write)
         with stages.stage("import libraries"):
             from loramux_server.cli.train_run import run_training
         outcome = run_training(
@@ -93,18 +60,18 @@ def train(config: TrainConfig, permissions: Permissions, *, cache_dir: Path, key
             material,
             run,
             stages,
-            cache_dir=cache_dir,
-            skip_bad=permissions.skip_bad,
-            dry_run=permissions.dry_run,
+            cache_dir=cache_dir_of(config.cache_dir, ctx.obj),
+            skip_bad=skip_bad,
+            dry_run=dry_run,
         )
         if outcome is None:
             return 0
         if not outcome.finished:
-            _show(f"stopped after step {outcome.step} of {outcome.plan.steps}; the same command goes on from there")
+            show(f"stopped after step {outcome.step} of {outcome.plan.steps}; the same command goes on from there")
             return INTERRUPTED
         gc.collect()  # the base, before another process loads it
-        failed = _finish(config, run, skip_bad=permissions.skip_bad)
-        uploaded = config.upload is not None and _upload(str(config.name), config.upload, run, key)
+        failed = _finish(config, run, skip_bad=skip_bad)
+        uploaded = config.upload is not None and _upload(str(config.name), config.upload, run, key_of(ctx.obj))
     _show_end(config, run, uploaded=uploaded)
     return 1 if failed or (config.upload is not None and not uploaded) else 0
 
@@ -112,24 +79,22 @@ def train(config: TrainConfig, permissions: Permissions, *, cache_dir: Path, key
 def _finish(config: TrainConfig, run: RunDirectory, *, skip_bad: bool) -> int:
     """Evaluation and fingerprint, in a process of its own: a base that was trained on is not the one that is served."""
     command = finish_command(config, run, skip_bad=skip_bad)
-    _show("")
-    _show("evaluating the adapter and making its fingerprint on the serving path, in a fresh process")
+    show("")
+    show("evaluating the adapter and making its fingerprint on the serving path, in a fresh process")
     code = subprocess.run([sys.executable, *command], check=False).returncode
     if code:
-        _show(f"that failed, but the adapter is saved; try it again with: python {shlex.join(command)}")
+        show(f"that failed, but the adapter is saved; try it again with: python {shlex.join(command)}")
     return 1 if code else 0
 
 
 def finish_command(config: TrainConfig, run: RunDirectory, *, skip_bad: bool) -> list[str]:
     """What the Python interpreter is called with to finish a run; read by `cli.finish`."""
-    command = ["-m", "loramux_server.cli.finish", str(run.path), "--base", config.base]
-    for name, setting in settings_of(TrainConfig).items():
-        value = getattr(config, name)
-        passed_on = name in FINISH_TAKES or (name.startswith("csv_") and config.eval_data is not None)
-        if passed_on and value is not None:
+    command = ["-m", "loramux_server.cli.finish", str(run.path)]
+    for name, setting in settings_of(FinishConfig).items():
+        value = config.data if name == "train_data" else getattr(config, name)
+        evaluates = name == "train_data" or name.startswith("csv_")
+        if value is not None and (config.eval_data is not None or not evaluates):
             command += [setting.flag, str(value)]
-    if config.eval_data is not None:
-        command += ["--train-data", str(config.data)]
     return [*command, "--skip-bad"] if skip_bad else command
 
 
@@ -140,10 +105,10 @@ def _upload(name: str, url: str, run: RunDirectory, key: str | None) -> bool:
     try:
         reply = AdaptersClient(url, key).push(name, run.adapter)
     except CommandFailed as error:
-        _show(f"the adapter is saved but not uploaded: {error}")
+        show(f"the adapter is saved but not uploaded: {error}")
         return False
     outcome = reply.body.get("outcome", "created" if reply.status == 201 else "updated")
-    _show(f"uploaded to {url}: {name} {outcome}")
+    show(f"uploaded to {url}: {name} {outcome}")
     return True
 
 
@@ -152,27 +117,19 @@ def _show_end(config: TrainConfig, run: RunDirectory, *, uploaded: bool) -> None
     found = [path.name for path in sorted(run.path.iterdir()) if path.is_file() and not path.name.startswith(".")]
     base = "" if config.base == EMBEDDED_NAME else f" --base {shlex.quote(config.base)}"
     push = shlex.join(["loramux", "adapters", "push", str(run.adapter), "--name", str(config.name)])
-    _show("")
-    _show(f"adapter   {run.adapter}: {', '.join(sorted(path.name for path in run.adapter.iterdir()))}")
-    _show(f"beside it {', '.join(found)}")
+    show("")
+    show(f"adapter   {run.adapter}: {', '.join(sorted(path.name for path in run.adapter.iterdir()))}")
+    show(f"beside it {', '.join(found)}")
     if config.quantize == "none":
-        _show("It was trained on the 16-bit base, to compare with; a server holds the NF4 base and refuses it.")
+        show("It was trained on the 16-bit base, to compare with; a server holds the NF4 base and refuses it.")
     elif not uploaded:
-        _show(f"serve it  loramux serve{base}    and in another terminal:")
-        _show(f"          {push}")
-
-
-def _write(text: str) -> None:
-    print(text, end="", flush=True)
-
-
-def _show(line: str) -> None:
-    print(line, flush=True)
+        show(f"serve it  loramux serve{base}    and in another terminal:")
+        show(f"          {push}")
 
 
 app = settings_app(
     TrainConfig,
-    run,
+    train,
     usage="--data FILE --name NAME [OPTIONS]",
     epilog="""\
 Examples:

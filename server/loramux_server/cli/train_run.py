@@ -27,6 +27,7 @@ from loramux_adapters.training.run.trainer import Plan, Trainer, TrainingOutcome
 from loramux_server.base.device import device_of
 from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.base.originals import original_weights
+from loramux_server.cli.frame import show
 from loramux_server.cli.screen import LineBar
 from loramux_server.cli.train_data import Material, data_lines, render
 from loramux_server.config.environment import kernels_of
@@ -87,9 +88,9 @@ def run_training(
     )
     about = [*data_lines(config, material, train, held), *_model_lines(model, base, recipe.quantize)]
     for line in ["", *about, *_step_lines(trainer.plan(), config, run), ""]:
-        _show(line)
+        show(line)
     if dry_run:
-        _show("nothing was trained: --dry-run")
+        show("nothing was trained: --dry-run")
         return None
     with _on_signal(trainer.stop):
         try:
@@ -117,7 +118,7 @@ def run_training(
     run.publish(fill)
     trainer.forget()
     speed = card["training"]["tokens_per_second"] or 0
-    _show(
+    show(
         f"trained in {duration(outcome.seconds)}, {speed:,.0f} tokens/s; memory: at most "
         f"{outcome.peak_bytes / MIB:,.0f} MiB"
     )
@@ -202,10 +203,6 @@ def _device_in_words(device: torch.device) -> str:
 def _memory(device: torch.device) -> Callable[[], int]:
     """What the run takes now: of the device on CUDA, else of the machine."""
     return (lambda: torch.cuda.memory_allocated(device)) if device.type == "cuda" else resident_bytes
-
-
-def _show(line: str) -> None:
-    print(line, flush=True)
 
 
 class Progress:

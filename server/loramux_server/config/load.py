@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from loramux_server.config.environment import KERNELS_VARIABLE
 from loramux_server.config.settings import ENV_PREFIX, Settings, settings_of
-from loramux_server.config.sources import Source, from_environment, from_file, from_flags
+from loramux_server.config.sources import from_environment, from_file, from_flags
 
 CONFIG_VARIABLE = "LORAMUX_CONFIG"
 # LORAMUX_URL is read by `loramux adapters`, LORAMUX_KERNELS by whatever loads a base
@@ -32,9 +32,9 @@ def load(
         ConfigError: any value, key, table or variable is wrong, or the values do not go together.
     """
     path = config_file if config_file is not None else environ.get(CONFIG_VARIABLE)
-    in_file = from_file(cls, Path(path), TABLES) if path is not None else Source(cls, {})
+    in_file = [from_file(cls, Path(path), TABLES)] if path is not None else []
     in_environment = from_environment(cls, environ, also={*OTHER_VARIABLES, *_variables_of_others(cls, environ)})
-    return cls(_build_sources=((from_flags(cls, given), in_environment, in_file), {}))
+    return cls(_build_sources=((from_flags(cls, given), in_environment, *in_file), {}))
 
 
 def all_settings() -> tuple[type[Settings], ...]:

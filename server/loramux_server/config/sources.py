@@ -10,33 +10,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
-from pydantic.fields import FieldInfo
-from pydantic_settings import PydanticBaseSettingsSource
+from pydantic_settings import InitSettingsSource
 
 from loramux_server.config.settings import ENV_PREFIX, Settings, settings_of, suggest
 from loramux_server.errors import ConfigError
 
 
-class Source(PydanticBaseSettingsSource):
-    """Settings that one place gives, by field name, already checked; what it does not name is left to the next."""
-
-    def __init__(self, cls: type[Settings], values: Mapping[str, object]) -> None:
-        super().__init__(cls)
-        self._values = values
-
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        return self._values.get(field_name), field_name, False
-
-    def __call__(self) -> dict[str, Any]:
-        return dict(self._values)
-
-
-def from_flags(cls: type[Settings], given: Mapping[str, object]) -> Source:
+def from_flags(cls: type[Settings], given: Mapping[str, object]) -> InitSettingsSource:
     """The settings among a parsed command line's options: texts, and switches as they are. Raises ConfigError."""
-    return Source(cls, {name: _from_text(cls, name, str(given[name])) for name in settings_of(cls) if name in given})
+    return InitSettingsSource(
+        cls, {name: _from_text(cls, name, str(given[name])) for name in settings_of(cls) if name in given}
+    )
 
 
-def from_environment(cls: type[Settings], environ: Mapping[str, str], also: Collection[str] = ()) -> Source:
+def from_environment(cls: type[Settings], environ: Mapping[str, str], also: Collection[str] = ()) -> InitSettingsSource:
     """The settings among the environment's variables.
 
     Args:
@@ -58,10 +45,10 @@ def from_environment(cls: type[Settings], environ: Mapping[str, str], also: Coll
             values[name] = _from_text(cls, name, text)
         except ConfigError as error:
             raise ConfigError(f"environment variable {variable}: {error}{_by_kubernetes(text)}") from error
-    return Source(cls, values)
+    return InitSettingsSource(cls, values)
 
 
-def from_file(cls: type[Settings], path: Path, tables: Collection[str]) -> Source:
+def from_file(cls: type[Settings], path: Path, tables: Collection[str]) -> InitSettingsSource:
     """The settings in one table of a TOML file, which may hold these tables.
 
     Raises:
@@ -88,7 +75,7 @@ def from_file(cls: type[Settings], path: Path, tables: Collection[str]) -> Sourc
             values[key] = _from_toml(cls, key, value)
         except ConfigError as error:
             raise ConfigError(f"config file {path}, key {key}: {error}") from error
-    return Source(cls, values)
+    return InitSettingsSource(cls, values)
 
 
 @cache

@@ -94,16 +94,16 @@ def test_help_on_a_terminal_is_drawn_and_says_the_same(
 def test_wrong_command_lines_are_usage_errors_that_say_what_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
     assert usage_error([], capsys) == "loramux: error: Missing command.\n"
     assert "No such command 'sevre'. Did you mean 'serve'" in usage_error(["sevre"], capsys)
-    expected = "loramux serve: error: No such option: --prot; did you mean --port?\n"
-    assert usage_error(["serve", "--prot", "1"], capsys) in (expected, expected.replace("--port", "--host"))
-    assert "No such option: --jsn; did you mean --json?" in usage_error(["adapters", "list", "--jsn"], capsys)
-    assert "No such option: --api-key" in usage_error(["serve", "--api-key", "k"], capsys)
+    unknown = usage_error(["serve", "--prot", "1"], capsys)
+    assert unknown == "loramux serve: error: unknown argument --prot; did you mean --port?\n"
+    assert "unknown argument --jsn; did you mean --json?" in usage_error(["adapters", "list", "--jsn"], capsys)
+    assert "unknown argument --api-key" in usage_error(["serve", "--api-key", "k"], capsys)
     assert "loramux adapters: error: Missing command." in usage_error(["adapters"], capsys)
     assert "Missing argument 'DIR'" in usage_error(["adapters", "push"], capsys)
 
 
 def test_a_flag_may_not_be_shortened(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "No such option: --max-num" in usage_error(["serve", "--max-num", "8"], capsys)
+    assert "unknown argument --max-num" in usage_error(["serve", "--max-num", "8"], capsys)
 
 
 def test_the_versions_of_everything_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,6 @@ from loramux_adapters.training.run.trainer import Plan
 from loramux_server.cli import finish
 from loramux_server.cli import train as cli_train
 from loramux_server.cli.frame import call
-from loramux_server.cli.train import Permissions
 from loramux_server.cli.train_data import read_material
 from loramux_server.cli.train_run import Progress, duration
 from loramux_server.client.adapters import AdaptersClient
@@ -143,29 +142,20 @@ def test_a_setting_that_cannot_be_is_refused_with_what_can(changes: dict[str, An
     assert said in str(caught.value)
 
 
-def test_a_switch_needs_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[bool] = []
-    monkeypatch.setattr(cli_train, "train", lambda config, permissions, **others: asked.append(config.rslora) or 0)
+def test_switches_and_permissions_need_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[bool, bool, bool]] = []
 
-    for switch in ("--rslora", "--no-rslora"):
-        run(["--data", "d", "--name", "n", switch], {"LORAMUX_RSLORA": "yes"})
+    def read(config: TrainConfig, *, skip_bad: bool, allow_overlap: bool) -> None:
+        asked.append((config.rslora, skip_bad, allow_overlap))
+        raise DataError("read")
 
-    assert asked == [True, False]
+    monkeypatch.setattr("loramux_server.cli.train_data.read_material", read)
+    monkeypatch.setattr(cli_train, "configure_logging", lambda level: None)
+    for switches in (["--rslora", "--skip-bad"], ["--no-rslora", "--allow-overlap"], []):
+        with pytest.raises(DataError):
+            run(["--data", "d", "--name", "n", *switches], {"LORAMUX_RSLORA": "yes"})
 
-
-def test_what_is_permitted_for_one_time_stands_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Permissions] = []
-    monkeypatch.setattr(cli_train, "train", lambda config, permissions, **others: asked.append(permissions) or 0)
-
-    run(["--data", "d", "--name", "n"])
-    run(["--data", "d", "--name", "n", "--overwrite", "--dry-run"])
-    run(["--data", "d", "--name", "n", "--skip-bad", "--allow-overlap"])
-
-    assert asked == [
-        Permissions(),
-        Permissions(overwrite=True, dry_run=True),
-        Permissions(skip_bad=True, allow_overlap=True),
-    ]
+    assert asked == [(True, True, False), (False, False, True), (True, False, False)]
 
 
 def test_the_help_explains_what_is_asked_first(capsys: pytest.CaptureFixture[str]) -> None:

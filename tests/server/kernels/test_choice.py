@@ -146,9 +146,7 @@ def test_a_set_that_does_not_run_here_is_refused_with_the_reason(monkeypatch: py
 def test_the_environment_asks_for_a_set_by_name() -> None:
     assert kernels_of({}) is None and kernels_of({"LORAMUX_KERNELS": ""}) is None
     assert kernels_of({"LORAMUX_KERNELS": "tensor"}) == "tensor"
-    load_settings(
-        ServeConfig, {}, {"LORAMUX_KERNELS": "tensor"}
-    )  # not an unknown variable
+    load_settings(ServeConfig, {}, {"LORAMUX_KERNELS": "tensor"})  # not an unknown variable
 
 
 def test_rows_and_arenas_are_seen_again_as_long_as_they_live() -> None:
