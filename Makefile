@@ -12,7 +12,7 @@ SERVE_ARGS ?= --preload adapters/examples
 LOAD_ARGS ?= run --spawn
 TEST_ARGS ?=
 
-.PHONY: help install serve spam check test test-gpu load clean
+.PHONY: help install serve spam check test test-gpu wheel load clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do printf 'make %-10s %s\n' "$$name" "$$text"; done
@@ -36,6 +36,9 @@ test: $(STAMP) ## every test that needs no GPU; TEST_ARGS="tests/test_config.py 
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	@$(BIN)/pytest tests/gpu
+
+wheel: $(STAMP) ## make a wheel, install it in an empty environment, ask it one thing; minutes, PyTorch is most of it
+	@$(BIN)/python tests/wheel/try_wheel.py
 
 load: $(STAMP) ## load test over HTTP on a server of its own, under 10 minutes; LOAD_ARGS="--help" shows what else it can do
 	@$(BIN)/python -m loadtests $(LOAD_ARGS)

@@ -20,6 +20,7 @@ from . import (
     sweep,
     train_baseline,
 )
+from .checkouts import run as checkouts
 from .errors import LoadTestError
 from .peers import run as peers
 
@@ -33,6 +34,7 @@ COMMANDS = {
     "pauses": (pauses, "pauses between tokens while adapters are replaced, beside the quiet server"),
     "cost": (cost, "what adapters cost: base traffic beside them, few among many registered, few beside the base"),
     "soak": (soak, "ten minutes while adapters come, change and go: memory, threads and descriptors stay"),
+    "checkouts": (checkouts, "two checkouts of this project: the same bits of every reply, speed and start as ratios"),
     "peers": (peers, "ours beside vLLM on the CPU and llama.cpp's server, in interleaved rounds"),
     "independent": (independent, "ours and NVIDIA's aiperf as clients of one server: do they see the same"),
     "make-adapters": (make_adapters, "write random PEFT adapters of a checkpoint's shapes"),

@@ -133,7 +133,7 @@ def _start(args: argparse.Namespace, scratch: Path, stack: ExitStack) -> dict[st
         ("many", few, scratch / "rest"),
         ("sets", sets, None),
     ):
-        side = ours(
+        server = ours(
             args.base,
             adapters,
             store=scratch / f"store-{name}",
@@ -141,8 +141,7 @@ def _start(args: argparse.Namespace, scratch: Path, stack: ExitStack) -> dict[st
             lora=name != "none",
             preload=rest,
         )
-        stack.callback(side.end)
-        sides[name] = side
+        sides[name] = stack.enter_context(server)
         print(f"server with {name} is up", flush=True)
     return sides
 

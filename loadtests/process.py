@@ -23,6 +23,7 @@ from .client import address_of
 from .errors import LoadTestError
 
 START_SECONDS = 300.0  # a first start converts and quantizes the base
+POLL_SECONDS = 0.05
 STOP_SECONDS = 40.0
 KEYS = ("LORAMUX_API_KEY", "LORAMUX_ADMIN_KEY")
 
@@ -96,9 +97,41 @@ def multipart(parts: Mapping[str, bytes]) -> tuple[bytes, str]:
     return body + f"--{boundary}--\r\n".encode(), f"multipart/form-data; boundary={boundary}"
 
 
+@dataclass(frozen=True, slots=True)
+class Program:
+    """How `loramux` is called: the words of the command, and the whole environment that it gets."""
+
+    words: tuple[str, ...]
+    environ: Mapping[str, str]
+
+    def serve(self, port: int, base: Path | None, store: Path) -> list[str]:
+        """The command line of a server on loopback; `base` None leaves the server its default."""
+        line = [*self.words, "serve", "--host", "127.0.0.1", "--port", str(port), "--adapter-dir", str(store)]
+        return line + (["--base", str(base)] if base is not None else [])
+
+
+def own_program() -> Program:
+    """The `loramux` of the environment that runs this test. It asks for no key."""
+    beside = Path(sys.executable).with_name("loramux")
+    found = str(beside) if beside.exists() else shutil.which("loramux")
+    if found is None:
+        raise LoadTestError("the command `loramux` was not found; install the project first (make install)")
+    return Program((found,), environment_without(*KEYS))
+
+
+def environment_without(*names: str) -> dict[str, str]:
+    """The environment of this process, less some variables."""
+    return {name: value for name, value in os.environ.items() if name not in names}
+
+
 @contextmanager
 def started_server(
-    base: Path | None, *, arguments: Sequence[str] = (), log: Path, store: Path | None = None
+    base: Path | None,
+    *,
+    arguments: Sequence[str] = (),
+    log: Path,
+    store: Path | None = None,
+    program: Program | None = None,
 ) -> Iterator[Server]:
     """A fresh server, ready to answer; stopped at the end. It asks for no key.
 
@@ -107,16 +140,16 @@ def started_server(
         arguments: more flags of `serve`.
         log: where its output goes.
         store: its adapter store; None gives it an empty one.
+        program: whose server; None is the one of this environment.
     """
     with ExitStack() as stack:
         store = store or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loadtest-store-")))
         log.parent.mkdir(parents=True, exist_ok=True)
         output = stack.enter_context(log.open("wb"))
         port = free_port()
-        line = [find_command(), "serve", "--host", "127.0.0.1", "--port", str(port)]
-        line += ["--adapter-dir", str(store), *(["--base", str(base)] if base is not None else []), *arguments]
-        settings = {name: value for name, value in os.environ.items() if name not in KEYS}
-        process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=settings)
+        program = program or own_program()
+        line = [*program.serve(port, base, store), *arguments]
+        process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=program.environ)
         stack.callback(stop, process)
         server = Server(f"http://127.0.0.1:{port}", process.pid)
         try:
@@ -124,15 +157,6 @@ def started_server(
         except LoadTestError as error:
             raise LoadTestError(f"{error}; its output is in {log}") from error
         yield server
-
-
-def find_command() -> str:
-    """The `loramux` of the environment that runs this test."""
-    beside = Path(sys.executable).with_name("loramux")
-    found = str(beside) if beside.exists() else shutil.which("loramux")
-    if found is None:
-        raise LoadTestError("the command `loramux` was not found; install the project first (make install)")
-    return found
 
 
 def free_port() -> int:
@@ -151,7 +175,7 @@ def wait_until_ready(server: Server, process: subprocess.Popen[bytes]) -> None:
             server.call("GET", "/ready")
             return
         except LoadTestError:
-            time.sleep(0.1)
+            time.sleep(POLL_SECONDS)
     raise LoadTestError(f"the server was not ready within {START_SECONDS:.0f} s")
 
 

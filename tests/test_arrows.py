@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -33,7 +33,7 @@ TORCH_FREE = (
     "server/loramux_server/engine/sequence.py",
 )
 DEVICE_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
-OFFLINE = SERVER / "engine" / "local_engine.py"  # builds an engine without HTTP
+BUILDER = SERVER / "engine" / "build.py"  # puts an engine together, for servers and local engines alike
 PARTS = ("Engine", "EngineClient", "ModelRunner", "AdapterStore", "HostCache", "Metrics", "load_base_model")
 
 
@@ -192,6 +192,24 @@ def test_a_folder_is_a_room_with_few_modules(place: Path) -> None:
     assert {str(folder.relative_to(ROOT)): count for folder, count in counts.items() if count > MAX_MODULES} == {}
 
 
+def shared_class_names(paths: Iterable[Path]) -> dict[str, list[str]]:
+    """Public class names that more than one of these modules define, with the modules."""
+    found: dict[str, set[str]] = {}
+    for path in paths:
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, set()).add(str(path))
+    return {name: sorted(places) for name, places in found.items() if len(places) > 1}
+
+
+def test_a_class_name_means_one_class(tmp_path: Path) -> None:
+    assert shared_class_names(modules(SERVER, ADAPTERS)) == {}
+
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.py").write_text(f"class Lease: ...\nclass _Own: ...\nclass Only{name}: ...\n")
+    assert shared_class_names(modules(tmp_path)) == {"Lease": [str(tmp_path / "a.py"), str(tmp_path / "b.py")]}
+
+
 def test_the_server_never_imports_peft_and_never_loads_a_pickle() -> None:
     served = [path for path in modules(SERVER, ADAPTERS) if "training" not in path.parts]
 
@@ -216,7 +234,7 @@ def test_parts_are_put_together_in_the_wiring_alone() -> None:
         for path in modules(SERVER, ADAPTERS)
         for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in PARTS
-        if not is_wiring(path) and path != OFFLINE and "training" not in path.parts
+        if not is_wiring(path) and path != BUILDER and "training" not in path.parts
     ]
 
     assert built == []

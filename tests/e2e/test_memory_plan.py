@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from loramux_adapters.memory import PeakMemory
 from loramux_adapters.training.model.model import LoraModel
 from loramux_adapters.training.recipe import Recipe
-from loramux_adapters.training.run.memory_use import PeakMemory
 from loramux_adapters.training.run.optimizer import make_optimizer
 from loramux_adapters.training.run.plan import plan_memory
 from loramux_server.base.loader import load_base_model, resident_bytes

@@ -69,7 +69,7 @@ def test_a_mixed_batch_agrees_with_peft(adapter_dirs: dict[str, Path], embedded_
     slots: dict[str, Slot] = {}
     offset = 0
     for name in names:
-        adapter = load_host_adapter(adapter_dirs[name], name)
+        adapter = load_host_adapter(adapter_dirs[name])
         rank = bucket_of(adapter.rank)
         offset = -(-offset // rank) * rank
         slot = Slot(offset, rank)

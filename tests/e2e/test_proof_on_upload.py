@@ -57,6 +57,25 @@ def test_a_fingerprint_that_does_not_replay_is_refused_unless_forced_and_the_out
         client.delete("/v1/adapters/made-up")
 
 
+def test_an_upload_is_loaded_from_disk_by_nobody_and_stays_in_host_memory_only_if_it_is_published(
+    server: RealServer, tmp_path: Path
+) -> None:
+    directory = write_adapter(tmp_path / "once", LINEARS, targets=["q_proj"], seed=78)
+
+    def held() -> tuple[float, float]:
+        loads = server.metric("loramux_adapter_load_seconds_count", tier="host")
+        return server.metric("loramux_adapters_host"), loads
+
+    adapters, loads = held()
+    assert put(server, "once", directory, "?validate_only=true").status_code == 200
+    assert held() == (adapters, loads)
+    assert put(server, "once", directory).status_code == 201
+    assert held() == (adapters + 1, loads)
+    with server.client() as client:
+        client.delete("/v1/adapters/once")
+    server.wait_for("loramux_adapters_host", adapters)
+
+
 def _base_id(client: httpx.Client, directory: Path) -> str:
     """The server tells it to whoever names another base."""
     config = json.loads((directory / "adapter_config.json").read_text()) | {"loramux_base_id": "0" * 64}

@@ -281,7 +281,7 @@ def test_the_worker_says_when_it_is_ready_and_answers_each_line_with_one_line() 
 
 
 def test_load_tests_import_nothing_of_ours() -> None:
-    for path in (Path(__file__).parents[2] / "loadtests").glob("*.py"):
+    for path in (Path(__file__).parents[2] / "loadtests").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module is not None else []

@@ -21,8 +21,8 @@ from typing import Any
 import loramux_adapters.store.store as store_module
 from loramux_adapters.artifact.format import digest_of, read_config
 from loramux_adapters.errors import AdapterCorrupt
-from loramux_adapters.store.copy import AdapterCopy
-from loramux_adapters.store.rows import Upload
+from loramux_adapters.store.records import UploadRow
+from loramux_adapters.store.snapshot import AdapterCopy
 from loramux_adapters.store.store import AdapterStore
 
 FOLDER = Path(store_module.__file__).parent
@@ -84,7 +84,7 @@ def repair(store: AdapterStore, upload: Path) -> None:
 def restore(store: AdapterStore, upload: Path) -> None:
     """From a backup, in place of what the name has."""
     digest = digest_of(read_config(upload), upload)
-    kept = Upload("tuned", digest, 4, "q_proj", 1, base_id=None, checked_base=None, created=1, fingerprint="none")
+    kept = UploadRow("tuned", digest, 4, "q_proj", 1, base_id=None, checked_base=None, created=1, fingerprint="none")
     with store.stage() as staging:
         files = staging.directory / digest
         shutil.copytree(upload, files)

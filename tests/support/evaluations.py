@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from loramux_adapters.evaluation.bootstrap import Difference, difference, gap
-from loramux_adapters.evaluation.evaluated import Comparison, Evaluation, Predictor, Role
+from loramux_adapters.evaluation.evaluated import Evaluation, Predictor, Role, ScoreComparison
 from loramux_adapters.evaluation.scores import LabelTask, TokenScore, mean_loss, text_features, text_scores
 from loramux_adapters.evaluation.verdict import judge
 
@@ -50,7 +50,7 @@ def labelled(
             by_generation=None if generated is None else task.scores(generated),
         )
     ]
-    comparisons: list[Comparison] = []
+    comparisons: list[ScoreComparison] = []
     for role, predicted in others.items():
         name = {Role.BASE: "bare base", Role.MAJORITY: f"majority: {labels[0]}"}.get(role, role.value)
         found.append(Predictor(name, role, by_logprob=task.scores(predicted)))
@@ -58,7 +58,7 @@ def labelled(
             (task.headline_name, task.headline_difference(judged, predicted)),
             ("accuracy", task.accuracy_difference(judged, predicted)),
         ):
-            comparisons.append(Comparison(name, role, score, value))
+            comparisons.append(ScoreComparison(name, role, score, value))
     return _judged(found, comparisons, tuple(labels), len(truth), train_gap, from_gguf)
 
 
@@ -72,12 +72,12 @@ def text(judged: Sequence[float], base: Sequence[float], *, seen: Sequence[float
     value = difference(text_features(ours), text_features(theirs), mean_loss)
     train = [[TokenScore(-loss, True)] for loss in seen]
     apart = gap(text_features(ours), text_features(train), mean_loss) if train else None
-    return _judged(found, [Comparison("bare base", Role.BASE, "loss", value)], (), len(judged), apart, False)
+    return _judged(found, [ScoreComparison("bare base", Role.BASE, "loss", value)], (), len(judged), apart, False)
 
 
 def _judged(
     found: Sequence[Predictor],
-    comparisons: Sequence[Comparison],
+    comparisons: Sequence[ScoreComparison],
     labels: tuple[str, ...],
     examples: int,
     train_gap: Difference | None,

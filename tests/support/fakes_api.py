@@ -5,22 +5,28 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import shutil
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 from fastapi import FastAPI
 
+from loramux_adapters.artifact.config import AdapterConfig
 from loramux_adapters.errors import AdapterNotFound, PinRefused, RollbackImpossible
+from loramux_adapters.lora.host_cache import HostAdapter
+from loramux_adapters.lora.verify import Checked
+from loramux_adapters.store.store import AdapterRecord, Lease, Published, Staging, VersionRecord
 from loramux_server.api.app import create_app
-from loramux_server.api.http.deps import Base, Deps, Keys, Limits
-from loramux_server.api.http.ports import LocalPort, Message
+from loramux_server.api.http.dependencies import Dependencies, Keys, Limits, Message, ServedBase
 from loramux_server.engine.sequence import FinishReason, TokenLogprob, TokenOutput
 from loramux_server.engine.sequence import Sequence as EngineSequence
+from loramux_server.fingerprint.replay import ReplayOutcome
 from loramux_server.metrics.metrics import Metrics
+from loramux_server.publishing.lora_path import LoraPathRoot
+from loramux_server.publishing.pins import Pins
 
 BASE_NAME = "tiny-base"
 CONTEXT = 128
@@ -76,7 +82,7 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.holding = asyncio.Event()
 
-    async def generate(self, sequence: EngineSequence) -> AsyncIterator[TokenOutput]:
+    async def generate(self, sequence: EngineSequence) -> AsyncGenerator[TokenOutput, None]:
         if self.refusal is not None:
             raise self.refusal
         self.sequences.append(sequence)
@@ -87,7 +93,7 @@ class FakeEngine:
         finally:
             self.running.discard(sequence.id)
 
-    async def _outputs(self, sequence: EngineSequence) -> AsyncIterator[TokenOutput]:
+    async def _outputs(self, sequence: EngineSequence) -> AsyncGenerator[TokenOutput, None]:
         tokens = [*self.replies[sequence.adapter], END]
         for count, token in enumerate(tokens):
             if count == self.hold_after:
@@ -123,48 +129,41 @@ class FakeEngine:
         return "device" if version == VERSION else "disk"
 
 
-@dataclass
-class FakeLease:
-    name: str
-    version: str
-    rank: int
-    nbytes: int
-    store: FakeStore
-
-    def release(self) -> None:
-        self.store.leased -= 1
-
-
-@dataclass(frozen=True)
-class FakeRecord:
-    name: str
-    version: str
-    rank: int = 8
-    target_modules: Sequence[str] = ("q_proj",)
-    nbytes: int = 1000
-    created: int = 1_700_000_000
-    updated: int = 1_700_000_000
-    base_verified: bool = True
-    references: int = 0
-    corrupt: bool = False
-    pinned: bool = False
-    older: Sequence[FakeRecord] = ()
-    fingerprint: str = "none"
-
-    @property
-    def versions(self) -> Sequence[FakeRecord]:
-        return [self, *self.older]
-
-
-@dataclass(frozen=True)
-class FakeStaging:
-    directory: Path
-
-
-@dataclass(frozen=True)
-class FakePublished:
-    version: str
-    outcome: str
+def record_of(
+    name: str,
+    version: str,
+    *,
+    rank: int = 8,
+    target_modules: Sequence[str] = ("q_proj",),
+    fingerprint: str = "none",
+    older: Sequence[VersionRecord] = (),
+) -> AdapterRecord:
+    """An adapter of 1000 bytes whose current version is this one, and which keeps `older` ones too."""
+    current = VersionRecord(
+        version=version,
+        rank=rank,
+        target_modules=[*target_modules],
+        nbytes=1000,
+        created=1_700_000_000,
+        base_verified=True,
+        corrupt=False,
+        fingerprint=fingerprint,
+    )
+    return AdapterRecord(
+        name=name,
+        version=version,
+        rank=rank,
+        target_modules=current.target_modules,
+        nbytes=current.nbytes,
+        created=current.created,
+        updated=current.created,
+        base_verified=current.base_verified,
+        corrupt=current.corrupt,
+        pinned=False,
+        versions=[current, *older],
+        references=0,
+        fingerprint=fingerprint,
+    )
 
 
 @dataclass
@@ -172,44 +171,47 @@ class FakeStore:
     """Names in a dictionary, files below `root`. `leased` counts references that are held."""
 
     root: Path
-    known: dict[str, FakeRecord] = field(default_factory=dict)
+    known: dict[str, AdapterRecord] = field(default_factory=dict)
     leased: int = 0
     failure: Exception | None = None
     pin_bytes: int = 1000
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)  # of what was published, by name
 
-    def acquire(self, name: str, version_prefix: str | None = None) -> FakeLease:
+    def acquire(self, name: str, version_prefix: str | None = None) -> Lease:
         record = self.record(name)
         if version_prefix is not None and not record.version.startswith(version_prefix):
             raise AdapterNotFound("no version of it has this digest prefix")
         self.leased += 1
-        return FakeLease(name, record.version, record.rank, record.nbytes, self)
+        return Lease(name, record.version, record.rank, record.nbytes, self._released)
 
-    def record(self, name: str) -> FakeRecord:
+    def _released(self, lease: Lease) -> None:
+        self.leased -= 1
+
+    def record(self, name: str) -> AdapterRecord:
         if self.failure is not None:
             raise self.failure
         if name not in self.known:
             raise AdapterNotFound("there is no adapter of this name")
         return self.known[name]
 
-    def records(self) -> list[FakeRecord]:
+    def records(self, *, pinned: bool = False) -> list[AdapterRecord]:
         if self.failure is not None:
             raise self.failure
-        return [*self.known.values()]
+        return [record for record in self.known.values() if record.pinned or not pinned]
 
     def delete(self, name: str) -> None:
         self.record(name)
         del self.known[name]
 
-    def rollback(self, name: str, version_prefix: str | None = None) -> FakePublished:
+    def rollback(self, name: str, version_prefix: str | None = None) -> Published:
         record = self.record(name)
-        older = [one for one in record.older if one.version.startswith(version_prefix or "")]
+        older = [one for one in record.versions[1:] if one.version.startswith(version_prefix or "")]
         if version_prefix is not None and record.version.startswith(version_prefix):
-            return FakePublished(record.version, "unchanged")
+            return Published(name, record.version, "unchanged")
         if not older:
             raise RollbackImpossible("no older version") if version_prefix is None else AdapterNotFound("no such one")
-        self.known[name] = older[0]
-        return FakePublished(older[0].version, "rolled_back")
+        self.known[name] = record_of(name, older[0].version)
+        return Published(name, older[0].version, "rolled_back")
 
     def pin(self, name: str) -> None:
         record = self.record(name)
@@ -224,44 +226,27 @@ class FakeStore:
         return self.root / version
 
     @contextmanager
-    def stage(self) -> Iterator[FakeStaging]:
+    def stage(self) -> Iterator[Staging]:
         directory = self.root / "staging"
         directory.mkdir()
         try:
-            yield FakeStaging(directory)
+            yield Staging(directory)
         finally:
             shutil.rmtree(directory)
 
-    def publish(
-        self,
-        name: str,
-        staging: FakeStaging,
-        *,
-        rank: int,
-        base_id: str | None,
-        target_modules: list[str],
-        proof: str,
-        version: str,
-    ) -> FakePublished:
+    def publish(self, name: str, staging: Staging, checked: Checked, proof: ReplayOutcome) -> Published:
         if self.failure is not None:
             raise self.failure
         files = {path.name: path.read_bytes() for path in staging.directory.iterdir()}
-        version = hashlib.sha256(repr((version, sorted(files.items()))).encode()).hexdigest()
+        version = hashlib.sha256(repr((checked.version, sorted(files.items()))).encode()).hexdigest()
         old = self.known.get(name)
         self.files[name] = files
-        self.known[name] = FakeRecord(name, version, rank, target_modules, fingerprint=proof)
+        self.known[name] = record_of(
+            name, version, rank=checked.rank, target_modules=checked.target_modules, fingerprint=proof
+        )
         if old is None:
-            return FakePublished(version, "created")
-        return FakePublished(version, "unchanged" if old.version == version else "updated")
-
-
-@dataclass(frozen=True)
-class FakeChecked:
-    version: str = "0" * 64
-    rank: int = 4
-    target_modules: Sequence[str] = ("q_proj", "v_proj")
-    base_verified: bool = False
-    base_id: str | None = None
+            return Published(name, version, "created")
+        return Published(name, version, "unchanged" if old.version == version else "updated")
 
 
 @dataclass
@@ -272,12 +257,18 @@ class FakeCheck:
     seen: list[list[str]] = field(default_factory=list)
     forced: list[bool] = field(default_factory=list)
 
-    def __call__(self, directory: Path, *, force: bool) -> FakeChecked:
+    def __call__(self, directory: Path, *, force: bool) -> Checked:
         self.seen.append(sorted(path.name for path in directory.iterdir()))
         self.forced.append(force)
         if self.failure is not None:
             raise self.failure
-        return FakeChecked()
+        return Checked(
+            config=AdapterConfig(rank=4, alpha=4.0),
+            adapter=HostAdapter(version="0" * 64, rank=4, nbytes=0, modules={}),
+            target_modules=["q_proj", "v_proj"],
+            base_id=None,
+            base_verified=False,
+        )
 
 
 @dataclass
@@ -285,14 +276,12 @@ class FakeProve:
     """Accepts everything, unless `failure` is set; `seen` are the flags of each call."""
 
     failure: Exception | None = None
-    outcome: Literal["exact", "within_tolerance", "mismatch", "none"] = "none"
+    outcome: ReplayOutcome = "none"
     seen: list[dict[str, bool]] = field(default_factory=list)
 
-    async def __call__(
-        self, directory: Path, checked: Any, **flags: bool
-    ) -> Literal["exact", "within_tolerance", "mismatch", "none"]:
+    async def __call__(self, directory: Path, checked: Checked, *, force: bool, allow_no_effect: bool) -> ReplayOutcome:
         assert (directory / "adapter_model.safetensors").exists()
-        self.seen.append(flags)
+        self.seen.append({"force": force, "allow_no_effect": allow_no_effect})
         if self.failure is not None:
             raise self.failure
         return self.outcome
@@ -307,7 +296,7 @@ class Server:
     check: FakeCheck
     tokenizer: FakeTokenizer
     metrics: Metrics
-    deps: Deps
+    deps: Dependencies
     app: FastAPI
 
     def client(self, **options: Any) -> httpx.AsyncClient:
@@ -334,19 +323,20 @@ def usage_of(prompt: int, completion: int) -> dict[str, Any]:
 
 
 def make_server(
-    root: Path, *, keys: Keys | None = None, context: int = CONTEXT, local: LocalPort | None = None, **limits: Any
+    root: Path, *, keys: Keys | None = None, context: int = CONTEXT, local: LoraPathRoot | None = None, **limits: Any
 ) -> Server:
     engine, store, check, tokenizer = FakeEngine(), FakeStore(root), FakeCheck(), FakeTokenizer()
-    store.known["pirate"] = FakeRecord("pirate", VERSION)
-    deps = Deps(
+    store.known["pirate"] = record_of("pirate", VERSION)
+    deps = Dependencies(
         engine=engine,
         store=store,
-        pins=store,
+        pins=Pins(store, host=lambda versions: None, device=lambda versions: None, host_bytes=0, device_rows=0),
         tokenizer=tokenizer,
         check=check,
         prove=FakeProve(),
+        publish=store.publish,
         metrics=Metrics(),
-        base=Base(BASE_NAME, base_id="ba5e" * 16, context=context, created=1_700_000_000),
+        base=ServedBase(BASE_NAME, base_id="ba5e" * 16, context=context, created=1_700_000_000),
         keys=keys or Keys(),
         limits=replace(Limits(), **limits),
         local=local,

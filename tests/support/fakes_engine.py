@@ -12,10 +12,11 @@ from loramux_server.engine.kv_blocks import KVBlocks
 from loramux_server.engine.sequence import (
     AdapterUse,
     Batch,
-    SampledToken,
+    RowResult,
     SamplingParams,
     ScheduledSequence,
     Sequence,
+    TokenLogprob,
 )
 
 VOCABULARY = 1000
@@ -102,7 +103,7 @@ class FakeRunner:
         self.gate.set()
         self.entered = threading.Event()  # a step has begun
 
-    def run(self, batch: Batch) -> list[SampledToken]:
+    def run(self, batch: Batch) -> list[RowResult]:
         self.batches.append(batch)
         self.entered.set()
         assert self.gate.wait(10), "the test forgot to open the gate"
@@ -115,7 +116,7 @@ class FakeRunner:
             raise self.failures.pop(0)
         return [token for row in batch.rows if (token := self._forward(row)) is not None]
 
-    def _forward(self, row: ScheduledSequence) -> SampledToken | None:
+    def _forward(self, row: ScheduledSequence) -> RowResult | None:
         sequence = row.sequence
         self._check_slots(sequence)
         tokens = sequence.tokens_from(sequence.num_computed, row.num_tokens)
@@ -123,12 +124,20 @@ class FakeRunner:
         block_size = len(self.cache[0])
         for position, token in enumerate(tokens, sequence.num_computed):
             self.cache[sequence.blocks[position // block_size]][position % block_size] = (kind_of(sequence), token)
-        if not row.samples:
+        if not row.num_logits:
             return None
         end = sequence.num_computed + row.num_tokens
-        assert end == sequence.num_tokens, "a token is chosen before all before it is in the cache"
+        assert not row.samples or end == sequence.num_tokens, "a token is chosen before all before it is in the cache"
         cells = [self.cache[sequence.blocks[position // block_size]][position % block_size] for position in range(end)]
-        return SampledToken(next_token(cells), error=self.row_errors.get(sequence.id))
+        return RowResult(
+            next_token(cells) if row.samples else None,
+            error=self.row_errors.get(sequence.id),
+            scores=[
+                fake_score(cells[: position + 1], token)
+                for position in range(end - row.num_scored, end)
+                for token in sequence.scored_at(position)
+            ],
+        )
 
     def _check_slots(self, sequence: Sequence) -> None:
         for use, scaled in zip(sequence.adapters, sequence.slots, strict=True):
@@ -145,6 +154,11 @@ def next_token(cells: Iterable[Cell | None]) -> int:
     return zlib.crc32(repr(list(cells)).encode()) % VOCABULARY
 
 
+def fake_score(cells: Iterable[Cell | None], token: int) -> TokenLogprob:
+    """How likely the token is behind these: a number that depends on all of them."""
+    return TokenLogprob(token, -float(zlib.crc32(repr([*cells, token]).encode())))
+
+
 def solo_reply(sequence: Sequence) -> list[int]:
     """The tokens this sequence must get, whatever else runs."""
     cells: list[Cell | None] = [(kind_of(sequence), token) for token in sequence.prompt]
@@ -156,6 +170,20 @@ def solo_reply(sequence: Sequence) -> list[int]:
         reply.append(token)
         cells.append((kind_of(sequence), token))
     return reply
+
+
+def solo_scores(sequence: Sequence) -> tuple[list[TokenLogprob], list[list[TokenLogprob]]]:
+    """The scores this sequence must get, whatever else runs: of its prompt, and of each continuation."""
+    kind, params = kind_of(sequence), sequence.params
+    cells = [(kind, token) for token in sequence.prompt]
+
+    def scores(start: int, text: list[Cell]) -> list[TokenLogprob]:
+        return [fake_score(text[:place], text[place][1]) for place in range(start, len(text))]
+
+    return (
+        [] if params.prompt_logprobs is None else scores(params.prompt_logprobs_from, cells),
+        [scores(len(cells), [*cells, *((kind, token) for token in tokens)]) for tokens in params.continuations],
+    )
 
 
 class FakeMetrics:
@@ -208,13 +236,22 @@ def sequence(
     uses: Iterable[AdapterUse] = (),
     background: bool = False,
     arrived: float = 0.0,
+    scored_from: int | None = None,
+    continuations: Iterable[tuple[int, ...]] = (),
 ) -> Sequence:
     """A sequence whose prompt is `prompt` tokens that only it has; with one adapter, `version`, or with `uses`.
 
-    With `text`, its prompt is what all prompts of this text begin with.
+    With `text`, its prompt is what all prompts of this text begin with. `scored_from`: the first prompt token whose log
+    probability is asked for.
     """
     tokens = [zlib.crc32(f"{text or id} {position}".encode()) % VOCABULARY for position in range(prompt)]
-    params = SamplingParams(max_tokens=max_tokens, stop_token_ids=frozenset(stop))
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        stop_token_ids=frozenset(stop),
+        prompt_logprobs=None if scored_from is None else 0,
+        prompt_logprobs_from=scored_from or 1,
+        continuations=tuple(continuations),
+    )
     adapters = tuple(uses) if version is None else (AdapterUse(version, rank, nbytes),)
     name = "+".join(use.version for use in adapters) or None
     return Sequence(id, tokens, params, adapters, adapter=name, background=background, arrived=arrived)

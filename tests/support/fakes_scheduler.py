@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from loramux_adapters.lora.slots import SlotTable
+from loramux_server.engine.admission import SchedulerConfig
 from loramux_server.engine.kv_blocks import KVBlocks
 from loramux_server.engine.scheduler import Scheduler
-from loramux_server.engine.scheduler_config import SchedulerConfig
 from loramux_server.engine.sequence import Batch, Sequence
 from support.fakes_engine import FakeClock, FakeHost, FakeRunner, Kind, kind_of
 
@@ -55,13 +55,17 @@ class Bench:
             for sequence in self.scheduler.roll_back(batch):
                 self.ended[sequence.id] = "broken"
         elif batch.rows:
-            tokens = self.runner.run(batch)
+            results = self.runner.run(batch)
             self.scheduler.commit(batch)
-            for row, token in zip([row for row in batch.rows if row.samples], tokens, strict=True):
-                row.sequence.output.append(token.token_id)
-                if len(row.sequence.output) == row.sequence.params.max_tokens:
-                    self.scheduler.finish(row.sequence)
-                    self.ended[row.sequence.id] = "done"
+            for row, result in zip([row for row in batch.rows if row.num_logits], results, strict=True):
+                one = row.sequence
+                if result.scores:
+                    one.add_scores(result.scores)
+                if result.token_id is not None:
+                    one.output.append(result.token_id)
+                if len(one.output) == one.params.max_tokens and not one.in_prefill:
+                    self.scheduler.finish(one)
+                    self.ended[one.id] = "done"
         self.check()
         return batch
 
@@ -95,8 +99,11 @@ class Bench:
         assert batch.num_tokens <= most + (len(background) > 0)
         assert sum(row.num_tokens for row in background) <= config.max_background_tokens
         assert all(row.num_tokens == 1 and row.samples for row in decodes)
-        due = {one.id for one in self.scheduler.running if not one.in_prefill and not one.gives_way}
-        assert due == {row.sequence.id for row in decodes if not row.sequence.gives_way}, "a decode was left out"
+        due = {one.id for one in self.scheduler.running if not one.gives_way}
+        assert due == {row.sequence.id for row in batch.rows if not row.sequence.gives_way}, (
+            "one that runs was left out"
+        )
+        assert sum(max(0, row.num_scored - 1) for row in batch.rows) <= config.max_scored_tokens
         late = {one.id for one in self.scheduler.running if one.gives_way}
         assert bool(late) == bool(background), "who has started goes on"
         runs: list[Kind] = []

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from loramux_adapters.training.data.tokens import IGNORED, Row, TokenBatch
+from loramux_adapters.training.data.batches import IGNORED, Row, TokenBatch
 from loramux_adapters.training.model.model import StepLoss
-from loramux_adapters.training.run.ports import Plan
 from loramux_adapters.training.run.trace import EpochRecord, StepRecord
+from loramux_adapters.training.run.trainer import Plan
 
 VOCABULARY, RANK = 32, 4
 

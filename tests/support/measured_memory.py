@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loramux_adapters.training.data.tokens import Row, TokenBatch
+from loramux_adapters.training.data.batches import Row, TokenBatch
 from loramux_adapters.training.model.model import LoraModel
 
 

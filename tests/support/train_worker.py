@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from loramux_adapters.training.data.tokens import Row, TokenBatch
+from loramux_adapters.training.data.batches import Row, TokenBatch
 from loramux_adapters.training.model.model import LoraModel
 from loramux_adapters.training.recipe import Recipe
 from loramux_adapters.training.run.optimizer import make_optimizer, set_rate

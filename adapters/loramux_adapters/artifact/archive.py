@@ -45,10 +45,10 @@ def unpack(archive: Path, target: Path, limit: int) -> None:
     unpacked. Raises AdapterRejected, AdapterTooLarge, OSError.
     """
     try:
-        home = _home(archive, limit)
+        folder = _topmost_folder(archive, limit)
         with _members(archive, limit) as members:
             for member in members:
-                if member.path.parent == home:
+                if member.path.parent == folder:
                     _copy(member, target / member.path.name, limit)
     except TarRefused as error:
         raise AdapterRejected([f"the archive cannot be used: {error}"]) from error
@@ -56,7 +56,7 @@ def unpack(archive: Path, target: Path, limit: int) -> None:
         raise AdapterRejected(["the archive is damaged"]) from error
 
 
-def _home(archive: Path, limit: int) -> PurePosixPath:
+def _topmost_folder(archive: Path, limit: int) -> PurePosixPath:
     """The folder of the topmost config. Looks at every member, so that nothing is written of an archive to refuse."""
     total = count = 0
     seen: set[PurePosixPath] = set()
@@ -71,12 +71,12 @@ def _home(archive: Path, limit: int) -> PurePosixPath:
             if member.path in seen:
                 raise AdapterRejected(["the archive holds two files of one name"])
             seen.add(member.path)
-    homes = sorted((path.parent for path in seen if path.name == CONFIG), key=lambda home: len(home.parts))
-    if not homes:
+    folders = sorted((path.parent for path in seen if path.name == CONFIG), key=lambda folder: len(folder.parts))
+    if not folders:
         raise AdapterRejected([f"the archive holds no {CONFIG}"])
-    if len(homes) > 1 and len(homes[0].parts) == len(homes[1].parts):
+    if len(folders) > 1 and len(folders[0].parts) == len(folders[1].parts):
         raise AdapterRejected([f"the archive holds more than one {CONFIG} at its top"])
-    return homes[0]
+    return folders[0]
 
 
 def _members(archive: Path, limit: int) -> AbstractContextManager[Iterator[Member]]:
@@ -93,7 +93,7 @@ def _members(archive: Path, limit: int) -> AbstractContextManager[Iterator[Membe
 def _tar_members(archive: Path, limit: int) -> Iterator[Iterator[Member]]:
     with gzip.open(archive, "rb") as file:
         # What is not file content, headers and padding, is at most 2 KiB for each of MAX_MEMBERS and some extensions.
-        bounded = cast(BinaryIO, _Bounded(cast(BinaryIO, file), limit + 64 * 2**20, AdapterTooLarge(limit)))
+        bounded = cast(BinaryIO, _BoundedStream(cast(BinaryIO, file), limit + 64 * 2**20, AdapterTooLarge(limit)))
         yield (Member(_safe(entry.name), entry.size, bounded) for entry in tar_files(bounded))
 
 
@@ -141,7 +141,7 @@ def _copy(member: Member, target: Path, limit: int) -> None:
             left -= len(data)
 
 
-class _Bounded:
+class _BoundedStream:
     """A decompressed stream, read from front to back, that gives out at most so many bytes."""
 
     def __init__(self, file: BinaryIO, limit: int, too_large: Exception) -> None:

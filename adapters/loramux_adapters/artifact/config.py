@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from loramux_adapters.artifact.pattern_table import PatternTable
-from loramux_adapters.artifact.patterns import Effort, Pattern, PatternRefused
+from loramux_adapters.artifact.patterns import Budget, Pattern, PatternRefused
 from loramux_adapters.artifact.strict_json import StrictJSONError, is_empty, is_int, is_number, parse_object, quoted
 from loramux_adapters.artifact.targets import ALL_LINEAR, Names, TargetRule
 from loramux_adapters.errors import AdapterRejected
@@ -98,7 +98,7 @@ class _ConfigReader:
     def __init__(self, fields: Mapping[str, object]) -> None:
         self._fields = fields
         self._reasons: list[str] = []
-        self._effort = Effort()
+        self._budget = Budget()
 
     def read(self) -> AdapterConfig:
         self._check_kind()
@@ -182,7 +182,7 @@ class _ConfigReader:
             return empty
         try:
             entries = {key: read(f"{name} of {quoted(key)}", entry) for key, entry in value.items()}
-            return PatternTable(entries, self._effort)
+            return PatternTable(entries, self._budget, name=name)
         except PatternRefused as error:
             self._refuse(name, str(error))
             return empty
@@ -211,7 +211,7 @@ class _ConfigReader:
         if not isinstance(value, str):
             return Names(self._names(name))
         try:
-            return Pattern(value, self._effort)
+            return Pattern(value, self._budget)
         except PatternRefused as error:
             self._refuse(name, f"is a regular expression that {error}")
             return None

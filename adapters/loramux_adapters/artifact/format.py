@@ -35,6 +35,7 @@ __all__ = [
     "Layout",
     "Pair",
     "TensorSpec",
+    "VersionDigest",
     "digest_of",
     "module_path",
     "pair_up",
@@ -157,29 +158,47 @@ def pair_up(specs: Mapping[str, TensorSpec]) -> Layout:
     return layout
 
 
-def digest_of(config: AdapterConfig, directory: Path) -> str:
-    """The version id: sha256, in hex, over what the adapter computes and over nothing else.
+class VersionDigest:
+    """The version id, as an adapter's weights are read: sha256 over what it computes and over nothing else.
 
     That is, in the order of module paths, the scale and both tensors (dtype, shape, bytes). The order of tensors in the
     file, spelling of the config, training-only fields, card and fingerprint do not count.
+    """
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256(_DIGEST_DOMAIN)
+
+    def begin(self, module: str, pair: Pair, scale: float) -> None:
+        """The next module, in the order of paths; `update` with all bytes of its A, then of its B, has to follow."""
+        line = [module, scale.hex(), pair.a.dtype, pair.a.shape, pair.b.dtype, pair.b.shape]
+        self._hash.update(json.dumps(line).encode() + b"\n")
+
+    def update(self, data: bytes | memoryview) -> None:
+        self._hash.update(data)
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def digest_of(config: AdapterConfig, directory: Path) -> str:
+    """The version id of an adapter whose weights are not needed otherwise.
+
     Raises `AdapterRejected` if the weights cannot be read.
     """
     path = directory / WEIGHTS_FILE
     layout = pair_up(read_header(path))
     if layout.reasons:
         raise AdapterRejected(layout.reasons)
-    digest = hashlib.sha256(_DIGEST_DOMAIN)
+    digest = VersionDigest()
     with open_regular(path) as file:
         for module, pair in sorted(layout.pairs.items()):
-            scale = scale_of(config, module, pair.rank).hex()
-            line = [module, scale, pair.a.dtype, pair.a.shape, pair.b.dtype, pair.b.shape]
-            digest.update(json.dumps(line).encode() + b"\n")
+            digest.begin(module, pair, scale_of(config, module, pair.rank))
             for spec in (pair.a, pair.b):
                 _digest_bytes(digest, file, spec)
     return digest.hexdigest()
 
 
-def _digest_bytes(digest: hashlib._Hash, file: BufferedReader, spec: TensorSpec) -> None:
+def _digest_bytes(digest: VersionDigest, file: BufferedReader, spec: TensorSpec) -> None:
     file.seek(spec.offset)
     remaining = spec.nbytes
     while remaining:

@@ -62,7 +62,7 @@ class Predictor:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class ScoreComparison:
     """The judged adapter minus another predictor, on the same examples.
 
     Attributes:
@@ -100,7 +100,7 @@ class Evaluation:
     from_gguf: bool
     numerics_id: str
     predictors: tuple[Predictor, ...]
-    comparisons: tuple[Comparison, ...] = ()
+    comparisons: tuple[ScoreComparison, ...] = ()
     gap: Difference | None = None
     train_examples: int = 0
     notes: tuple[str, ...] = ()
@@ -115,7 +115,7 @@ class Evaluation:
     def find(self, role: Role) -> Predictor | None:
         return next((predictor for predictor in self.predictors if predictor.role is role), None)
 
-    def compared(self, role: Role, score: str | None = None) -> Comparison | None:
+    def compared(self, role: Role, score: str | None = None) -> ScoreComparison | None:
         """The comparison with a predictor of this role, by the headline unless another score is named."""
         found = (comparison for comparison in self.comparisons if comparison.role is role)
         return next((comparison for comparison in found if score in (None, comparison.score)), None)

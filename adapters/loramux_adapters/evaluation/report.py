@@ -4,32 +4,44 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from loramux_adapters.durable_files import write_whole
 from loramux_adapters.errors import TrainingError
 from loramux_adapters.evaluation.bootstrap import Interval
+from loramux_adapters.evaluation.confusion_plot import draw_confusion
 from loramux_adapters.evaluation.evaluated import Evaluation, Level, Role
-from loramux_adapters.evaluation.figures import draw_confusion
 from loramux_adapters.evaluation.scores import LabelScores, TextScores
 
 JSON_FILE, TEXT_FILE, FIGURE_FILE = "evaluation.json", "evaluation.md", "confusion.png"
 WIDTH = 100
 NONE = "none of them"
+Rows: TypeAlias = Sequence[Sequence[str]]
 _CUT = 22  # characters of a label, or of a name, in a table
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of a report: a title and a table, whose first row names the columns, or lines."""
+
+    title: str
+    rows: Rows = ()
+    lines: Sequence[str] = ()
 
 
 def text_report(evaluation: Evaluation) -> str:
     """The whole report in at most 100 columns."""
-    return "\n".join([*_head(evaluation), *_body(evaluation)])
+    return "\n".join([*heading(evaluation), *_body(evaluation)])
 
 
 def markdown(evaluation: Evaluation) -> str:
     """The same for a file: a heading, the verdict, and the tables as they are."""
     verdict = [f"- **{remark.level.value}**: {remark.text}" for remark in evaluation.remarks]
     tables = "\n".join(_body(evaluation, verdict=False)).strip()
-    head = _head(evaluation)
+    head = heading(evaluation)
     return "\n".join(
         [f"# {head[0]}", "", *(f"{line}  " for line in head[1:]), "", *verdict, "", "```", tables, "```", ""]
     )
@@ -66,7 +78,8 @@ def write_evaluation(directory: Path, evaluation: Evaluation) -> list[Path]:
     return paths
 
 
-def _head(evaluation: Evaluation) -> list[str]:
+def heading(evaluation: Evaluation) -> list[str]:
+    """What was evaluated, on what."""
     kind = f"labels {', '.join(evaluation.labels)}" if evaluation.labels else "answers as free text"
     lines = [
         f"Evaluation of {evaluation.adapter.name}",
@@ -77,26 +90,34 @@ def _head(evaluation: Evaluation) -> list[str]:
 
 
 def _body(evaluation: Evaluation, *, verdict: bool = True) -> list[str]:
-    lines: list[str] = []
+    return [
+        line
+        for section in sections(evaluation, verdict=verdict)
+        for line in ("", section.title, *(_table(section.rows) if section.rows else section.lines))
+    ]
+
+
+def sections(evaluation: Evaluation, *, verdict: bool = True) -> Iterator[Section]:
+    """What follows the heading: tables of scores, then the verdict in words."""
+    name = evaluation.adapter.name
     if evaluation.labels:
-        lines += ["", "Scores in %, with 95 % bootstrap intervals (n examples each)", *_label_table(evaluation)]
+        yield Section("Scores in %, with 95 % bootstrap intervals (n examples each)", _label_table(evaluation))
         for how, scores in _ways(evaluation):
-            lines += ["", f"{evaluation.adapter.name}, by {how}, label by label", *_class_table(scores)]
-            lines += ["", f"Confusion by {how}: answers down, predictions across", *_confusion(scores)]
+            yield Section(f"{name}, by {how}, label by label", _class_table(scores))
+            yield _confusion(f"Confusion by {how}: answers down, predictions across", scores)
     if any(predictor.text for predictor in evaluation.predictors):
-        lines += [
-            "",
-            "Tokens of the right answers: loss in nats, and how many would have been chosen",
-            *_text_table(evaluation),
-        ]
+        title = "Tokens of the right answers: loss in nats, and how many would have been chosen"
+        yield Section(title, _text_table(evaluation))
     if evaluation.comparisons:
-        lines += ["", f"{evaluation.adapter.name} minus the others (paired bootstrap)", *_comparisons(evaluation)]
+        yield Section(f"{name} minus the others (paired bootstrap)", _comparisons(evaluation))
     if verdict:
-        lines += ["", "Verdict"]
         marks = {Level.GOOD: "+", Level.NOTE: " ", Level.WARNING: "!", Level.BAD: "-"}
-        for remark in evaluation.remarks:
-            lines += _wrapped(remark.text, first=f"  {marks[remark.level]} ", rest="    ")
-    return lines
+        remarks = [
+            line
+            for remark in evaluation.remarks
+            for line in _wrapped(remark.text, first=f"  {marks[remark.level]} ", rest="    ")
+        ]
+        yield Section("Verdict", lines=remarks)
 
 
 def _ways(evaluation: Evaluation) -> list[tuple[str, LabelScores]]:
@@ -105,7 +126,7 @@ def _ways(evaluation: Evaluation) -> list[tuple[str, LabelScores]]:
     return [(how, scores) for how, scores in ways if scores is not None]
 
 
-def _label_table(evaluation: Evaluation) -> list[str]:
+def _label_table(evaluation: Evaluation) -> Rows:
     rows: list[list[str]] = []
     headline = ""
     for predictor in evaluation.predictors:
@@ -117,27 +138,26 @@ def _label_table(evaluation: Evaluation) -> list[str]:
             way = "-" if predictor.role is Role.MAJORITY else how
             rows.append([_cut(predictor.name), way, str(scores.examples), *map(_share, shown)])
     columns = ["", "by", "n", "accuracy", "macro F1"] + ([_cut(headline)] if headline != "macro F1" else [])
-    return _table([columns, *rows])
+    return [columns, *rows]
 
 
-def _class_table(scores: LabelScores) -> list[str]:
+def _class_table(scores: LabelScores) -> Rows:
     rows = [
         [_cut(each.label), str(each.support), _share(each.precision), _share(each.recall), _share(each.f1)]
         for each in scores.classes
     ]
     means = [_share(scores.macro_precision), _share(scores.macro_recall), _share(scores.macro_f1)]
-    return _table([["", "n", "precision", "recall", "F1"], *rows, ["mean", str(scores.examples), *means]])
+    return [["", "n", "precision", "recall", "F1"], *rows, ["mean", str(scores.examples), *means]]
 
 
-def _confusion(scores: LabelScores) -> list[str]:
+def _confusion(title: str, scores: LabelScores) -> Section:
     """As a table where it fits, else as a list of what is mistaken for what."""
     last = [NONE] if scores.unlabelled else []
     head = ["", *map(_cut, scores.labels), *last]
     width = len(scores.labels) + len(last)
     rows = [[_cut(label), *map(str, row[:width])] for label, row in zip(scores.labels, scores.confusion, strict=True)]
-    table = _table([head, *rows])
-    if max(map(len, table)) <= WIDTH:
-        return table
+    if max(map(len, _table([head, *rows]))) <= WIDTH:
+        return Section(title, [head, *rows])
     names = [*scores.labels, NONE]
     mistakes = [
         (count, f"{_cut(scores.labels[row])} taken for {_cut(names[column])}")
@@ -145,19 +165,20 @@ def _confusion(scores: LabelScores) -> list[str]:
         for column, count in enumerate(counts)
         if row != column and count
     ]
-    return [f"  {count:>6}  {what}" for count, what in sorted(mistakes, key=lambda found: (-found[0], found[1]))[:30]]
+    most = sorted(mistakes, key=lambda found: (-found[0], found[1]))[:30]
+    return Section(title, lines=[f"  {count:>6}  {what}" for count, what in most])
 
 
-def _text_table(evaluation: Evaluation) -> list[str]:
+def _text_table(evaluation: Evaluation) -> Rows:
     def row(name: str, scores: TextScores) -> list[str]:
         counts = [f"{scores.examples:,}", f"{scores.tokens:,}"]
         return [_cut(name), *counts, f"{scores.loss.value:.3f}", _number(scores.perplexity, 2), _share(scores.accuracy)]
 
     found = [row(predictor.name, predictor.text) for predictor in evaluation.predictors if predictor.text is not None]
-    return _table([["", "n", "tokens", "loss", "perplexity", "right, %"], *found])
+    return [["", "n", "tokens", "loss", "perplexity", "right, %"], *found]
 
 
-def _comparisons(evaluation: Evaluation) -> list[str]:
+def _comparisons(evaluation: Evaluation) -> Rows:
     rows = []
     for comparison in evaluation.comparisons:
         found = comparison.difference
@@ -165,10 +186,10 @@ def _comparisons(evaluation: Evaluation) -> list[str]:
         value, low, high = (f"{scale * number:+.{digits}f}" for number in (found.value, found.low, found.high))
         p = "< 0.001" if found.p < 0.001 else f"{found.p:.3f}"
         rows.append([_cut(comparison.other), _cut(comparison.score), f"{value} [{low}, {high}]", p])
-    return _table([["", "score", "points, or nats", "p"], *rows])
+    return [["", "score", "points, or nats", "p"], *rows]
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+def _table(rows: Rows) -> list[str]:
     """First column to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [

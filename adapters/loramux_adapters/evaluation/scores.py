@@ -1,4 +1,9 @@
-"""Scores of a predictor, each with its interval: of chosen labels, and of text token by token."""
+"""Scores of a predictor, each with its interval: of chosen labels, and of text token by token.
+
+Precision, recall and F1 are functions of a whole stack of confusion tables, one for each resample. scikit-learn scores
+one table a call, in 2.5 ms: 5 s for one interval, which takes milliseconds here. It also gives a label that is no
+example's answer an F1 of 0, where it is not defined here.
+"""
 
 from __future__ import annotations
 

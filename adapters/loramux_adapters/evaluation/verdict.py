@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from loramux_adapters.evaluation.bootstrap import Difference
-from loramux_adapters.evaluation.evaluated import Comparison, Evaluation, Level, Remark, Role
+from loramux_adapters.evaluation.evaluated import Evaluation, Level, Remark, Role, ScoreComparison
 from loramux_adapters.evaluation.scores import LabelScores
 
 ACCURACY = "accuracy"  # a comparison beside that of the headline
@@ -73,7 +73,7 @@ def _against_majority(evaluation: Evaluation) -> Iterator[Remark]:
     yield Remark(Level.BAD, f"{word} {majority.name}: {_shown(comparison)}.")
 
 
-def _against_adapter(evaluation: Evaluation, comparison: Comparison) -> Remark:
+def _against_adapter(evaluation: Evaluation, comparison: ScoreComparison) -> Remark:
     """A reference, or a further adapter: within `CLOSE` is good, beyond `FAR` is bad."""
     what = "the 16-bit reference" if comparison.role is Role.REFERENCE else comparison.other
     gain, shown = _gain(comparison), _shown(comparison)
@@ -153,13 +153,13 @@ def _gap(evaluation: Evaluation) -> Iterator[Remark]:
         )
 
 
-def _gain(comparison: Comparison) -> Difference:
+def _gain(comparison: ScoreComparison) -> Difference:
     """The difference with its sign turned so that more is better."""
     found = comparison.difference
     return found if comparison.score != "loss" else Difference(-found.value, -found.high, -found.low, found.p)
 
 
-def _shown(comparison: Comparison) -> str:
+def _shown(comparison: ScoreComparison) -> str:
     found = comparison.difference
     p = f"p < {0.001:g}" if found.p < 0.001 else f"p = {found.p:.3f}"
     if comparison.score == "loss":

@@ -6,7 +6,8 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from queue import SimpleQueue
@@ -71,8 +72,11 @@ class HostCacheObserver(Protocol):
 class HostCache:
     """Versions in host memory.
 
-    Any thread may call any method; loads run on the one loader thread, which this object owns. What is pinned or kept
-    stays, over the budget if need be; everything else leaves, least recently used first, until the rest fits.
+    Any thread may call any method; loads run on the one loader thread, which this object owns. What is pinned, kept or
+    held stays, over the budget if need be; everything else leaves, least recently used first, until the rest fits.
+
+    An upload brings its version along, so that nothing is read twice: it is here while it is tried out (`holding`), and
+    stays from its publication on (`put`) until its room is needed. Then it is loaded like any other.
     """
 
     def __init__(
@@ -92,7 +96,7 @@ class HostCache:
         self._nbytes = 0
         self._pins: Counter[str] = Counter()
         self._kept: frozenset[str] = frozenset()  # stay without a pin
-        self._unwanted: set[str] = set()  # leave when their load or their last pin ends
+        self._unwanted: set[str] = set()  # not published, or not any more: leave when their load or last pin ends
         self._loading: set[str] = set()
         self._failures: dict[str, str] = {}  # of pinned versions only
         self._unreported: set[str] = set()  # those that `request` has not told anyone of
@@ -109,7 +113,6 @@ class HostCache:
         after their last pin, tries again.
         """
         with self._lock:
-            self._unwanted.discard(version)
             if version in self._entries:
                 self._entries.move_to_end(version)
                 return LoadState.READY
@@ -180,8 +183,34 @@ class HostCache:
             evicted = self._make_room()
         self._report_evicted(evicted)
 
+    @contextmanager
+    def holding(self, adapter: HostAdapter) -> Iterator[None]:
+        """While this lasts the version is here; then it leaves with its last pin.
+
+        It stays if it was here before, or if somebody `put` it meanwhile. Any number of threads may hold one version.
+        """
+        with self._lock:
+            if adapter.version not in self._entries and adapter.version not in self._loading:
+                self._unwanted.add(adapter.version)
+            self._pins[adapter.version] += 1
+            self._enter(adapter)
+            evicted = self._make_room()
+        self._report_evicted(evicted)
+        try:
+            yield
+        finally:
+            self.unpin(adapter.version)
+
+    def put(self, adapter: HostAdapter) -> None:
+        """Hold a version that is about to be published as if it had been loaded; `discard` it if it is not."""
+        with self._lock:
+            self._unwanted.discard(adapter.version)
+            self._enter(adapter)
+            evicted = self._make_room()
+        self._report_evicted(evicted)
+
     def discard(self, version: str) -> None:
-        """Nobody will ask for this version again: it leaves now, or when its load or its last pin ends."""
+        """No name points at this version any more: it leaves now, or when its load or its last pin ends."""
         with self._lock:
             self._unwanted.add(version)
             self._drop_unwanted(version)
@@ -211,7 +240,6 @@ class HostCache:
         """Assert what must hold between calls; for tests."""
         with self._lock:
             assert self._nbytes == sum(adapter.nbytes for adapter in self._entries.values())
-            assert not self._loading & self._entries.keys()
             assert all(count > 0 for count in self._pins.values())
             assert self._unreported <= self._failures.keys() <= self._pins.keys()
             assert self._nbytes <= self._budget_bytes or all(
@@ -229,8 +257,7 @@ class HostCache:
                     self._remember_failure(version, failure)
                     evicted = 0
                 else:
-                    self._entries[version] = adapter
-                    self._nbytes += adapter.nbytes
+                    self._enter(adapter)
                     self._loads += 1
                     evicted = self._make_room()
                 self._drop_unwanted(version)
@@ -249,10 +276,21 @@ class HostCache:
             logger.exception("adapter version %.12s was not loaded", version)
             return None, "the adapter could not be loaded"
 
+    def _enter(self, adapter: HostAdapter) -> None:
+        """With the lock held. What is here already stays, and is the most recently used now."""
+        self._failures.pop(adapter.version, None)
+        self._unreported.discard(adapter.version)
+        if adapter.version not in self._entries:
+            self._entries[adapter.version] = adapter
+            self._nbytes += adapter.nbytes
+        self._entries.move_to_end(adapter.version)
+
     def _remember_failure(self, version: str, failure: str) -> None:
         """For those who wait for it, if they still do: whoever asks later has a load of their own."""
         self._failed += 1
-        if version in self._pins:
+        if version in self._entries:  # an upload holds it, and what is stored under its name is damaged
+            self._unwanted.add(version)
+        elif version in self._pins:
             self._unreported.add(version)
             self._failures[version] = failure
 

@@ -15,7 +15,6 @@ from loramux_adapters.artifact.format import (
     AdapterConfig,
     Layout,
     Pair,
-    digest_of,
     pair_up,
     read_config,
     read_header,
@@ -24,7 +23,8 @@ from loramux_adapters.artifact.safetensors_header import open_regular
 from loramux_adapters.artifact.strict_json import StrictJSONError, parse_object, quoted
 from loramux_adapters.base_info import BaseInfo
 from loramux_adapters.errors import AdapterRejected, BaseMismatch
-from loramux_adapters.lora.weights import read_tensor, served_modules
+from loramux_adapters.lora.host_cache import HostAdapter
+from loramux_adapters.lora.weights import read_adapter, read_tensor
 
 MAX_REASONS = 20
 MAX_METADATA_BYTES = 4 * 2**20
@@ -53,28 +53,39 @@ class Checked:
     """What the check found out.
 
     Attributes:
-        version: the digest of what it computes, under which it is stored.
-        rank: the largest of its modules.
+        adapter: its weights, ready to be copied to the device. Whoever holds this object holds their memory.
         target_modules: last parts of the module paths that carry weights ("q_proj"), sorted.
         base_id: that the adapter names, None if it names none.
         base_verified: it names the base that is served.
-        fingerprint: how its fingerprint was replayed; "none" until somebody does.
     """
 
     config: AdapterConfig
-    version: str
-    rank: int
+    adapter: HostAdapter
     target_modules: list[str]
     base_id: str | None
     base_verified: bool
-    fingerprint: str = "none"
+
+    @property
+    def version(self) -> str:
+        """The digest of what it computes, under which it is stored."""
+        return self.adapter.version
+
+    @property
+    def rank(self) -> int:
+        """The largest of its modules."""
+        return self.adapter.rank
 
 
 def check_adapter(directory: Path, base: BaseInfo, max_rank: int, *, force: bool = False) -> Checked:
     """Check a PEFT directory (adapter_config.json, adapter_model.safetensors, card.json?, fingerprint.json?).
 
     Every tensor must be half of a pair of a linear layer of the base, with that layer's shape and the configured rank,
-    at most `max_rank`, and finite; or a copy of a base weight that PEFT wrote beside them. The files are only read.
+    at most `max_rank`, and finite; or a copy of a base weight that PEFT wrote beside them. The files are only read, and
+    the LoRA weights once: what is digested and checked is what is returned, to be tried out and served.
+
+    While it runs it takes the memory of those weights in bf16 and a few MiB (`read_adapter`), and nothing is read
+    before names and shapes are found to fit. How many checks run at a time, and how many results are held, is the
+    caller's to bound.
     Raises `AdapterRejected` with every reason, `BaseMismatch` if it names another base (not with `force`).
     """
     reasons = _file_reasons(directory)
@@ -92,13 +103,14 @@ def check_adapter(directory: Path, base: BaseInfo, max_rank: int, *, force: bool
     reasons += _layout_reasons(layout, config, base, max_rank)
     if config is None or reasons:
         raise AdapterRejected(_at_most(reasons))
-    _collect(reasons, lambda: _check_values(directory, config, layout, base))
+    adapter, not_finite = read_adapter(directory, config, layout.pairs, base.convert)
+    reasons += _foreign_tensors(directory, layout, base)
+    reasons += [f"module {quoted(module)} has values that are not finite in bf16" for module in not_finite]
     if reasons:
         raise AdapterRejected(_at_most(reasons))
     return Checked(
         config=config,
-        version=digest_of(config, directory),
-        rank=max(pair.rank for pair in layout.pairs.values()),
+        adapter=adapter,
         target_modules=sorted({module.rpartition(".")[2] for module in layout.pairs}),
         base_id=base_id,
         base_verified=base_id == base.base_id,
@@ -184,14 +196,10 @@ def _pair_reason(module: str, pair: Pair, config: AdapterConfig | None, base: Ba
     return None
 
 
-def _check_values(directory: Path, config: AdapterConfig, layout: Layout, base: BaseInfo) -> None:
-    """Raises `AdapterRejected` with every module whose served values are not finite, and every foreign base weight."""
-    reasons = [
+def _foreign_tensors(directory: Path, layout: Layout, base: BaseInfo) -> list[str]:
+    """Why tensors that are no LoRA weights are no copies of the base's either."""
+    return [
         f"tensor {quoted(tensor_name)} is neither a LoRA weight nor a copy of the base's"
         for parameter, tensor_name in layout.base_tensors.items()
         if not base.tensor_equals(parameter, read_tensor(directory, tensor_name))
     ]
-    _, not_finite = served_modules(directory, config, layout.pairs, base.convert)
-    reasons += [f"module {quoted(module)} has values that are not finite in bf16" for module in not_finite]
-    if reasons:
-        raise AdapterRejected(reasons)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,15 +14,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from loramux_adapters.artifact.config import AdapterConfig, scale_of
-from loramux_adapters.artifact.format import WEIGHTS_FILE, Pair, pair_up, read_config, read_header
+from loramux_adapters.artifact.format import WEIGHTS_FILE, Pair, VersionDigest, pair_up, read_config, read_header
 from loramux_adapters.artifact.safetensors_header import open_regular
 from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.memory import mapping
 
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PIECE_BYTES = 4 * 2**20
+
+
+Modules = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
 
 class PlacedPair(NamedTuple):
-    """Where a module's numbers lie among a file's bytes: A [rank, inputs] and B [outputs, rank], each of its dtype."""
+    """Where a module's numbers lie among some bytes: A [rank, inputs] and B [outputs, rank], each of its dtype."""
 
     a_offset: int
     a_dtype: str
@@ -32,94 +40,136 @@ class PlacedPair(NamedTuple):
 
 
 # (to [numbers] bf16, content [bytes] uint8, pairs, scales) -> which pairs are finite. Writes the pairs one behind the
-# other: A, then (B * scale)^T [rank, outputs]; products with the scale in fp32, rounded once, as `fold` does.
+# other, each as `fold` gives it.
 ConvertPairs = Callable[[torch.Tensor, npt.NDArray[np.uint8], Sequence[PlacedPair], Sequence[float]], list[bool]]
 
 
-def load_host_adapter(directory: Path, version: str, convert: ConvertPairs | None = None) -> HostAdapter:
+def load_host_adapter(directory: Path, convert: ConvertPairs | None = None) -> HostAdapter:
     """Read a PEFT directory into host memory; raises `AdapterRejected` if it is not one that can be read.
 
     The files are checked against themselves, not against a base: that is `verify`, at upload. `convert` as in
-    `served_modules`.
+    `read_adapter`.
     """
     config = read_config(directory)
     layout = pair_up(read_header(directory / WEIGHTS_FILE))
     if layout.reasons:
         raise AdapterRejected(layout.reasons)
-    modules, _ = served_modules(directory, config, layout.pairs, convert)
-    nbytes = sum(a.nbytes + bt.nbytes for a, bt in modules.values())
-    rank = max((pair.rank for pair in layout.pairs.values()), default=0)
-    return HostAdapter(version=version, rank=rank, nbytes=nbytes, modules=modules)
+    adapter, _ = read_adapter(directory, config, layout.pairs, convert)
+    return adapter
 
 
-Modules = dict[str, tuple[torch.Tensor, torch.Tensor]]
-
-
-def served_modules(
+def read_adapter(
     directory: Path, config: AdapterConfig, pairs: Mapping[str, Pair], convert: ConvertPairs | None = None
-) -> tuple[Modules, list[str]]:
-    """What is computed with, by module path, and the modules of which some number is not finite.
+) -> tuple[HostAdapter, Sequence[str]]:
+    """What is computed with, and the modules of which some number is not finite.
 
-    A [r, in] and Bt [r, out] in bf16, all in one block of memory, so that an eviction leaves no holes behind.
-    `convert`: a kernel for it; without one tensors do it, module by module, with the same bits.
+    The weights are read once, a piece of the file at a time, which is digested and converted. So beside the adapter
+    itself this takes the memory of `_PIECE_BYTES`, or of the largest pair if that is more.
+    All modules lie in one block of memory, so that an eviction leaves no holes behind.
+    `convert`: a kernel for it; None does it by tensors, with the same bits.
     Raises `AdapterRejected` if the file cannot be read.
     """
     values = sum(pair.rank * (pair.a.shape[1] + pair.b.shape[0]) for pair in pairs.values())
     block = mapping(values * torch.bfloat16.itemsize).view(torch.bfloat16)
+    pieces = list(_pieces(sorted(pairs.items())))  # in the order that the digest takes
+    content = np.empty(max((piece[-1].end for piece in pieces), default=0), dtype=np.uint8)
+    convert = convert or convert_by_tensors
+    digest = VersionDigest()
     modules: Modules = {}
+    is_finite: dict[str, bool] = {}
     free = 0
-    for module, pair in pairs.items():
-        rank, inputs, outputs = pair.rank, pair.a.shape[1], pair.b.shape[0]
-        a = block.as_strided((rank, inputs), (inputs, 1), free)
-        modules[module] = a, block.as_strided((rank, outputs), (outputs, 1), free + rank * inputs)
-        free += rank * (inputs + outputs)
-    if convert is None:
-        return modules, _fill_by_tensors(modules, directory, config, pairs)
-    return modules, _fill_at_once(convert, block, directory, config, pairs)
-
-
-def _fill_by_tensors(modules: Modules, directory: Path, config: AdapterConfig, pairs: Mapping[str, Pair]) -> list[str]:
-    """The slow reference, and the path without a kernel."""
-    for module, a, bt in read_modules(directory, config, pairs):
-        modules[module][0].copy_(a)
-        modules[module][1].copy_(bt)
-    return [module for module, parts in modules.items() if not all(part.isfinite().all() for part in parts)]
-
-
-def _fill_at_once(
-    convert: ConvertPairs, block: torch.Tensor, directory: Path, config: AdapterConfig, pairs: Mapping[str, Pair]
-) -> list[str]:
-    """The same in one call of a kernel."""
-    placed = [
-        PlacedPair(p.a.offset, p.a.dtype, p.b.offset, p.b.dtype, p.rank, p.a.shape[1], p.b.shape[0])
-        for p in pairs.values()
-    ]
-    scales = [scale_of(config, module, pair.rank) for module, pair in pairs.items()]
-    content = _content(directory, max((s.offset + s.nbytes for p in pairs.values() for s in (p.a, p.b)), default=0))
-    finite = convert(block, content, placed, scales)
-    return [module for module, good in zip(pairs, finite, strict=True) if not good]
-
-
-def _content(directory: Path, nbytes: int) -> npt.NDArray[np.uint8]:
-    """The first `nbytes` of the weights, copied: reading mapped memory of a file that is cut short ends the process."""
-    content = np.empty(nbytes, dtype=np.uint8)
     with open_regular(directory / WEIGHTS_FILE) as file:
-        if file.readinto(content.data) != nbytes:
+        for piece in pieces:
+            start = free
+            scales = [scale_of(config, place.module, place.pair.rank) for place in piece]
+            for place, scale in zip(piece, scales, strict=True):
+                pair = place.pair
+                rank, inputs, outputs = pair.rank, pair.a.shape[1], pair.b.shape[0]
+                a = block.as_strided((rank, inputs), (inputs, 1), free)
+                bt = block.as_strided((rank, outputs), (outputs, 1), free + rank * inputs)
+                modules[place.module] = a, bt
+                free += rank * (inputs + outputs)
+                digest.begin(place.module, pair, scale)
+                for spec, at in ((pair.a, place.a), (pair.b, place.b)):
+                    part = content.data[at : at + spec.nbytes]
+                    _read_exactly(file.fileno(), part, spec.offset)
+                    digest.update(part)
+            finite = convert(block[start:free], content, [place.placed for place in piece], scales)
+            is_finite.update(zip((place.module for place in piece), finite, strict=True))
+    adapter = HostAdapter(
+        version=digest.hexdigest(),
+        rank=max((pair.rank for pair in pairs.values()), default=0),
+        nbytes=block.nbytes,
+        modules={module: modules[module] for module in pairs},
+    )
+    return adapter, [module for module in pairs if not is_finite[module]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where the bytes of a pair lie in the memory of a piece: A from `a` on, B from `b` on, up to `end`."""
+
+    module: str
+    pair: Pair
+    a: int
+    b: int
+    end: int
+
+    @property
+    def placed(self) -> PlacedPair:
+        a, b = self.pair.a, self.pair.b
+        return PlacedPair(self.a, a.dtype, self.b, b.dtype, self.pair.rank, a.shape[1], b.shape[0])
+
+
+def _pieces(pairs: Iterable[tuple[str, Pair]]) -> Iterator[list[_Place]]:
+    """The pairs, in this order, as many at a time as `_PIECE_BYTES` hold, and at least one."""
+    piece: list[_Place] = []
+    end = 0
+    for module, pair in pairs:
+        if piece and end + pair.a.nbytes + pair.b.nbytes > _PIECE_BYTES:
+            yield piece
+            piece, end = [], 0
+        b = _aligned(end + pair.a.nbytes)
+        piece.append(_Place(module, pair, end, b, b + pair.b.nbytes))
+        end = _aligned(piece[-1].end)
+    if piece:
+        yield piece
+
+
+def _aligned(position: int) -> int:
+    """To the size of every dtype there is."""
+    return -(-position // 8) * 8
+
+
+def _read_exactly(file: int, part: memoryview, offset: int) -> None:
+    """Read, and not mapped: reading mapped memory of a file that is cut short ends the process."""
+    done = 0
+    while done < len(part):
+        count = os.preadv(file, [part[done:]], offset + done)
+        if not count:
             raise AdapterRejected([f"{WEIGHTS_FILE} ended while it was read"])
-    return content
+        done += count
 
 
-def read_modules(
-    directory: Path, config: AdapterConfig, pairs: Mapping[str, Pair]
-) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Yield (module path, A [r, in] bf16, Bt [r, out] bf16) one by one, so that one module is in memory at a time."""
-    try:
-        with safe_open(directory / WEIGHTS_FILE, framework="pt", device="cpu") as file:
-            for module, pair in pairs.items():
-                a, b = file.get_tensor(pair.a_name), file.get_tensor(pair.b_name)
-                yield module, *fold(a, b, scale_of(config, module, pair.rank))
-    except (SafetensorError, OSError) as error:
-        raise AdapterRejected([f"{WEIGHTS_FILE} cannot be read"]) from error
+def convert_by_tensors(
+    to: torch.Tensor, content: npt.NDArray[np.uint8], pairs: Sequence[PlacedPair], scales: Sequence[float]
+) -> list[bool]:
+    """The slow reference, and the path without a kernel."""
+    finite, free = [], 0
+    for pair, scale in zip(pairs, scales, strict=True):
+        a, b = (
+            torch.from_numpy(content[at : at + _DTYPES[dtype].itemsize * pair.rank * size]).view(_DTYPES[dtype])
+            for at, dtype, size in (
+                (pair.a_offset, pair.a_dtype, pair.inputs),
+                (pair.b_offset, pair.b_dtype, pair.outputs),
+            )
+        )
+        parts = fold(a.view(pair.rank, pair.inputs), b.view(pair.outputs, pair.rank), scale)
+        for part in parts:
+            to[free : free + part.numel()] = part.flatten()
+            free += part.numel()
+        finite.append(all(bool(part.isfinite().all()) for part in parts))
+    return finite
 
 
 def read_tensor(directory: Path, name: str) -> torch.Tensor:
@@ -133,10 +183,8 @@ def read_tensor(directory: Path, name: str) -> torch.Tensor:
 
 
 def fold(a: torch.Tensor, b: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [r, in] and B [out, r] of any float dtype -> (A, (B * scale)^T [r, out]), bf16 and contiguous.
+    """A [r, in] and B [out, r] of any float dtype -> (A, (B * scale)^T [r, out]) in bf16.
 
-    The product with the scale is taken in fp32 and rounded once. Both are copies: what was read is mapped memory of the
-    file, which would be read from disk when the device asks for it.
+    The product with the scale is taken in fp32 and rounded once.
     """
-    bt = (b.float() * scale).t().to(torch.bfloat16, memory_format=torch.contiguous_format)
-    return a.to(torch.bfloat16, copy=True, memory_format=torch.contiguous_format), bt
+    return a.to(torch.bfloat16), (b.float() * scale).t().to(torch.bfloat16)

@@ -12,7 +12,7 @@ from loramux_adapters.errors import (
     InvalidAdapterName,
     RollbackImpossible,
 )
-from loramux_adapters.store.rows import KeptVersion
+from loramux_adapters.store.records import KeptVersion
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _VERSION_PREFIX = re.compile(r"[0-9a-f]{8,64}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 
@@ -21,7 +21,34 @@ class Ended:
     retired: bool
 
 
-class Leases:
+class Lease:
+    """The right to use one version: its files stay until `release`, whatever becomes of the name meanwhile."""
+
+    def __init__(self, name: str, version: str, rank: int, nbytes: int, on_release: Callable[[Lease], None]) -> None:
+        """`nbytes`: of the version's files."""
+        self.name = name
+        self.version = version
+        self.rank = rank
+        self.nbytes = nbytes
+        self._on_release: Callable[[Lease], None] | None = on_release
+
+    def release(self) -> None:
+        """Give the version back; a second call does nothing. Never raises.
+
+        Removes the version's files if nobody keeps or leases it any more.
+        """
+        on_release, self._on_release = self._on_release, None
+        if on_release is not None:
+            on_release(self)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.release()
+
+
+class VersionLeases:
     """Counts of leases, by version and by name. `lock` guards them; methods say whether the caller holds it."""
 
     def __init__(self) -> None:

@@ -1,12 +1,61 @@
-"""What the store hands out: records of adapters and their versions, and leases."""
+"""What the store says of adapters and their versions: rows as its index has them, and the records that it hands out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from loramux_adapters.store.rows import KeptVersion
+
+@dataclass(frozen=True, slots=True)
+class UploadRow:
+    """A version as one name got it.
+
+    Attributes:
+        target_modules: names joined by commas.
+        nbytes: of all files of the version.
+        base_id: that the upload named; None if it named none.
+        checked_base: that the upload was checked against; None if the store was not told.
+        created: unix seconds.
+        fingerprint: how the one it came with was replayed; "none" if nobody has.
+    """
+
+    name: str
+    digest: str
+    rank: int
+    target_modules: str
+    nbytes: int
+    base_id: str | None
+    checked_base: str | None
+    created: int
+    fingerprint: str = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class KeptVersion:
+    """An upload that its name still keeps.
+
+    Attributes:
+        current: the name points at it.
+        corrupt: its files were found damaged and are set aside.
+        name_created, name_updated: the name's own times, unix seconds.
+        name_pinned: the name is to stay in memory.
+    """
+
+    upload: UploadRow
+    current: bool
+    corrupt: bool
+    name_created: int
+    name_updated: int
+    name_pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Digests:
+    """Versions that some name points at, and versions that some name keeps."""
+
+    current: frozenset[str]
+    kept: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,33 +112,6 @@ class AdapterRecord:
     versions: list[VersionRecord]
     references: int
     fingerprint: str = "none"
-
-
-class Lease:
-    """The right to use one version: its files stay until `release`, whatever becomes of the name meanwhile."""
-
-    def __init__(self, name: str, version: str, rank: int, nbytes: int, on_release: Callable[[Lease], None]) -> None:
-        """`nbytes`: of the version's files."""
-        self.name = name
-        self.version = version
-        self.rank = rank
-        self.nbytes = nbytes
-        self._on_release: Callable[[Lease], None] | None = on_release
-
-    def release(self) -> None:
-        """Give the version back; a second call does nothing. Never raises.
-
-        Removes the version's files if nobody keeps or leases it any more.
-        """
-        on_release, self._on_release = self._on_release, None
-        if on_release is not None:
-            on_release(self)
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.release()
 
 
 def adapter_record(kept: Sequence[KeptVersion], *, served_base_id: str | None, references: int) -> AdapterRecord:

@@ -17,12 +17,18 @@ from typing import TYPE_CHECKING
 from loramux_adapters.artifact.format import digest_of, read_config
 from loramux_adapters.errors import AdapterCorrupt, AdapterRejected, PinRefused, StoreUnavailable
 from loramux_adapters.store.choice import NAME_PATTERN, check_name, check_servable, chosen, previous, unknown
-from loramux_adapters.store.copy import AdapterCopy, install_copy, link_all
 from loramux_adapters.store.files import Staging, VersionFiles
 from loramux_adapters.store.index import StoreIndex, storage_errors
-from loramux_adapters.store.leases import Leases
-from loramux_adapters.store.records import AdapterRecord, Lease, Published, VersionRecord, adapter_record
-from loramux_adapters.store.rows import KeptVersion, Upload
+from loramux_adapters.store.leases import Lease, VersionLeases
+from loramux_adapters.store.records import (
+    AdapterRecord,
+    KeptVersion,
+    Published,
+    UploadRow,
+    VersionRecord,
+    adapter_record,
+)
+from loramux_adapters.store.snapshot import AdapterCopy, install_copy, link_all
 from loramux_adapters.store.upkeep import StoreUpkeep
 
 if TYPE_CHECKING:
@@ -64,7 +70,7 @@ class AdapterStore:
         self._keep_versions = keep_versions
         self._pin_bytes = pin_bytes
         self._clock = clock
-        self._leases = Leases()
+        self._leases = VersionLeases()
         with storage_errors("opening"):
             self._files = VersionFiles(root, owner=owner)
         try:
@@ -116,7 +122,7 @@ class AdapterStore:
         proof: str = "none",
         version: str | None = None,
     ) -> Published:
-        """Make the staged files the current version of `name`, durably and all at once.
+        """Make the files of an upload the current version of `name`, durably and all at once.
 
         `rank`, `base_id`, `target_modules`, `version`: as `check_adapter` found; `proof`: how the fingerprint replayed.
         A version the name already points at is left as it is, unless its files were damaged: then they are replaced.
@@ -126,7 +132,7 @@ class AdapterStore:
         unkept: set[str] = set()
         with storage_errors("publishing"):
             digest = version or digest_of(read_config(staging.directory), staging.directory)
-            upload = Upload(
+            upload = UploadRow(
                 name=name,
                 digest=digest,
                 rank=rank,
@@ -238,9 +244,10 @@ class AdapterStore:
 
         directory = self._files.directory(version)
         try:
-            if digest_of(read_config(directory), directory) != version:
+            adapter = load_host_adapter(directory, convert)
+            if adapter.version != version:
                 raise AdapterRejected(["they have another digest"])
-            return load_host_adapter(directory, version, convert)
+            return adapter
         except (AdapterRejected, OSError) as error:
             self._upkeep.set_aside(version)
             raise AdapterCorrupt(f"the stored files of version {version[:12]} cannot be read as published") from error

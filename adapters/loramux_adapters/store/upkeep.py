@@ -10,8 +10,8 @@ from pathlib import Path
 from loramux_adapters.errors import StoreUnavailable
 from loramux_adapters.store.files import VersionFiles
 from loramux_adapters.store.index import StoreIndex, storage_errors
-from loramux_adapters.store.leases import Leases
-from loramux_adapters.store.rows import Digests
+from loramux_adapters.store.leases import VersionLeases
+from loramux_adapters.store.records import Digests
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ class StoreUpkeep:
     Locks are taken in one order: `_news_lock`, the index's write lock, the leases' lock, the index's read lock.
     """
 
-    def __init__(self, index: StoreIndex, files: VersionFiles, leases: Leases) -> None:
+    def __init__(self, index: StoreIndex, files: VersionFiles, leases: VersionLeases) -> None:
         self._index = index
         self._files = files
         self._leases = leases

@@ -1,4 +1,4 @@
-"""The HTTP application: routes, who may use them, and what becomes of errors."""
+"""The HTTP application: its routes, who may call them, and how errors are answered."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from loramux_adapters.errors import AdapterError
-from loramux_server.api.adapters.lifecycle import Lifecycle
-from loramux_server.api.adapters.routes import Adapters
-from loramux_server.api.adapters.vllm_routes import VllmAdapters
-from loramux_server.api.completions.routes import Generation
-from loramux_server.api.http.auth import Gate
-from loramux_server.api.http.deps import Deps
-from loramux_server.api.http.edge import REQUEST_ID, Edge, request_id_of
+from loramux_server.api.adapters.routes import AdapterRoutes
+from loramux_server.api.adapters.vllm_routes import VllmRoutes
+from loramux_server.api.completions.routes import CompletionRoutes
+from loramux_server.api.http.auth import Authorizer
+from loramux_server.api.http.dependencies import Dependencies
 from loramux_server.api.http.errors import answer_to, http_answer
-from loramux_server.api.models import Models
-from loramux_server.api.operations import Operations
+from loramux_server.api.http.middleware import REQUEST_ID, RequestMiddleware, request_id_of
+from loramux_server.api.models import ModelRoutes
+from loramux_server.api.operations import OperationsRoutes
 from loramux_server.errors import LoramuxError, ServerBusy
 
 CLIENT_GONE = 499  # nobody reads it; nginx's number, for the access log
@@ -28,21 +27,21 @@ CLIENT_GONE = 499  # nobody reads it; nginx's number, for the access log
 logger = logging.getLogger(__name__)
 
 
-def create_app(deps: Deps) -> FastAPI:
-    """The whole API as an ASGI application. It starts and stops nothing; what `deps` holds is the caller's."""
+def create_app(deps: Dependencies) -> FastAPI:
+    """The whole API as an ASGI application. It starts and stops nothing: the parts in `deps` belong to the caller."""
     app = FastAPI(
         title="loramux",
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
         redirect_slashes=False,  # a redirect is built from the Host header, which the caller writes
-        dependencies=[Depends(Gate(deps.keys).authorize)],
+        dependencies=[Depends(Authorizer(deps.keys).authorize)],
     )
-    generation, adapters, models, operations = Generation(deps), Adapters(deps), Models(deps), Operations(deps)
-    lifecycle = Lifecycle(deps)
+    completions, adapters = CompletionRoutes(deps), AdapterRoutes(deps)
+    models, operations = ModelRoutes(deps), OperationsRoutes(deps)
     routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
-        ("POST", "/v1/chat/completions", generation.chat),
-        ("POST", "/v1/completions", generation.completion),
+        ("POST", "/v1/chat/completions", completions.chat),
+        ("POST", "/v1/completions", completions.completion),
         ("GET", "/v1/models", models.list),
         ("GET", "/v1/models/{model:path}", models.show),
         ("GET", "/v1/adapters", adapters.list),
@@ -50,16 +49,16 @@ def create_app(deps: Deps) -> FastAPI:
         ("PUT", "/v1/adapters/{name}", adapters.put),
         ("DELETE", "/v1/adapters/{name}", adapters.delete),
         ("GET", "/v1/adapters/{name}/archive", adapters.archive),
-        ("POST", "/v1/adapters/{name}/rollback", lifecycle.rollback),
-        ("POST", "/v1/adapters/{name}/pin", lifecycle.pin),
-        ("DELETE", "/v1/adapters/{name}/pin", lifecycle.unpin),
+        ("POST", "/v1/adapters/{name}/rollback", adapters.rollback),
+        ("POST", "/v1/adapters/{name}/pin", adapters.pin),
+        ("DELETE", "/v1/adapters/{name}/pin", adapters.unpin),
         ("GET", "/health", operations.health),
         ("GET", "/ready", operations.ready),
         ("GET", "/metrics", operations.metrics),
         ("GET", "/metrics/vllm", operations.metrics_vllm),
     ]
     if deps.local is not None:
-        vllm = VllmAdapters(deps, deps.local, adapters)
+        vllm = VllmRoutes(deps, deps.local, adapters)
         routes += [("POST", "/v1/load_lora_adapter", vllm.load), ("POST", "/v1/unload_lora_adapter", vllm.unload)]
     for method, path, endpoint in routes:
         app.add_api_route(path, endpoint, methods=[method], response_model=None)
@@ -69,7 +68,7 @@ def create_app(deps: Deps) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _on_bad_parameter)
     app.add_exception_handler(ClientDisconnect, _on_client_gone)
     app.add_exception_handler(Exception, _on_crash)
-    app.add_middleware(Edge, header_bytes=deps.limits.header_bytes)
+    app.add_middleware(RequestMiddleware, header_bytes=deps.limits.header_bytes)
     return app
 
 
@@ -94,7 +93,7 @@ async def _on_client_gone(request: Request, error: Exception) -> Response:
 
 
 async def _on_crash(request: Request, error: Exception) -> Response:
-    """The server above logs the traceback. This response is made outside of `Edge`, so it gets its id here."""
+    """The server above logs the traceback. Our middleware does not see this response, so it gets its id here."""
     response = answer_to(error).response()
     response.headers[REQUEST_ID] = request_id_of(request.scope)
     return response

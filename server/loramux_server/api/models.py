@@ -8,17 +8,17 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from loramux_adapters.errors import AdapterNotFound
-from loramux_server.api.http.deps import Deps
-from loramux_server.api.http.model_names import resolve
-from loramux_server.api.http.offload import offload
+from loramux_server.api.http.dependencies import Dependencies
+from loramux_server.api.http.model_names import resolve_model
+from loramux_server.api.http.worker_threads import run_in_thread
 
 
-class Models:
-    def __init__(self, deps: Deps) -> None:
+class ModelRoutes:
+    def __init__(self, deps: Dependencies) -> None:
         self._deps = deps
 
     async def list(self, request: Request) -> Response:
-        records = await offload(self._deps.store.records)
+        records = await run_in_thread(self._deps.store.records)
         adapters = [
             self._adapter(record.name, record.created, record.version)
             for record in records
@@ -29,10 +29,10 @@ class Models:
     async def show(self, request: Request) -> Response:
         """Takes whatever `model` of a generation request may be."""
         model = request.path_params["model"]
-        target = resolve(model, self._deps.base.name)
+        target = resolve_model(model, self._deps.base.name)
         if target is None:
             return JSONResponse(self._base())
-        record = await offload(self._deps.store.record, target.adapter)
+        record = await run_in_thread(self._deps.store.record, target.adapter)
         if target.version_prefix is None:
             return JSONResponse(self._adapter(model, record.created, record.version))
         kept = [version for version in record.versions if version.version.startswith(target.version_prefix)]

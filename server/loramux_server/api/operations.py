@@ -5,23 +5,26 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from loramux_adapters.errors import StoreUnavailable
 from loramux_server.api.http.auth import Access, access
-from loramux_server.api.http.deps import Deps
-from loramux_server.api.http.offload import offload
-from loramux_server.api.http.ports import RecordPort
+from loramux_server.api.http.dependencies import Dependencies
+from loramux_server.api.http.worker_threads import run_in_thread
 from loramux_server.metrics.metrics import CONTENT_TYPE
 from loramux_server.metrics.vllm_names import LoraRequests, render_vllm
+
+if TYPE_CHECKING:
+    from loramux_adapters.store.store import AdapterRecord
 
 logger = logging.getLogger(__name__)
 
 
-class Operations:
-    def __init__(self, deps: Deps) -> None:
+class OperationsRoutes:
+    def __init__(self, deps: Dependencies) -> None:
         self._deps = deps
 
     @access(Access.PUBLIC)
@@ -37,10 +40,10 @@ class Operations:
         return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
 
     async def metrics_vllm(self, request: Request) -> Response:
-        return Response(await offload(self._scrape_vllm), headers={"content-type": CONTENT_TYPE})
+        return Response(await run_in_thread(self._scrape_vllm), headers={"content-type": CONTENT_TYPE})
 
     async def metrics(self, request: Request) -> Response:
-        return Response(await offload(self._scrape), headers={"content-type": CONTENT_TYPE})
+        return Response(await run_in_thread(self._scrape), headers={"content-type": CONTENT_TYPE})
 
     def _scrape(self) -> bytes:
         metrics = self._deps.metrics
@@ -54,11 +57,11 @@ class Operations:
 
     def _scrape_vllm(self) -> bytes:
         metrics, records = self._deps.metrics, self._records()
-        adapters = None if records is None else LoraRequests.of(metrics.levels(), records)
+        adapters = None if records is None else LoraRequests.of(metrics.gauge_readings(), records)
         return render_vllm(metrics, self._deps.base.name, adapters, time.time())
 
-    def _records(self) -> Sequence[RecordPort] | None:
-        """None if the store cannot be read now: what is measured elsewhere is needed all the more then."""
+    def _records(self) -> Sequence[AdapterRecord] | None:
+        """None if the store cannot be read now: then the other measurements are needed all the more."""
         try:
             return self._deps.store.records()
         except StoreUnavailable as error:

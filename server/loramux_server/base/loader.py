@@ -65,6 +65,14 @@ class BaseModel:
         """Most tokens that the model was built for."""
         return int(getattr(self.config, "max_position_embeddings", 0) or 1 << 20)
 
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that have an embedding are below it. Raises BaseModelError if there are none."""
+        size = int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+        if size < 1:
+            raise BaseModelError("the base has no token embeddings")
+        return size
+
 
 def quantization_recipe(config: Any, quantize: str = "nf4") -> dict[str, Any]:
     """The recipe as it enters the base id."""

@@ -2,63 +2,72 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from loramux_adapters.store.store import AdapterStore
+from loramux_server.cli import frame
 from loramux_server.config.serve import ServeConfig
-from loramux_server.config.settings import fields_of
+from loramux_server.config.settings import settings_of
 from loramux_server.errors import CommandFailed
-from loramux_server.publishing.backup import Outcome, describe, restore_backup, write_backup
+from loramux_server.publishing.backup import BackupOutcome, describe, restore_backup, write_backup
+
+_SETTING = settings_of(ServeConfig)["adapter_dir"]
+_EPILOG = "It works on the store's directory, not through a server; one may run on it meanwhile."
+
+Directory = Annotated[
+    Path | None,
+    typer.Option(
+        _SETTING.flag,
+        metavar="DIR",
+        help=f"the store (default: {_SETTING.variable}, or else {_SETTING.default})",
+    ),
+]
+
+backup, restore = frame.new_app(), frame.new_app()
 
 
-def add_actions(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    backup = _action(actions, "backup", _backup, "write every adapter of a store, with all versions, to one tar.gz")
-    backup.add_argument("file", metavar="FILE", type=Path, help="a new file")
-    restore = _action(actions, "restore", _restore, "enter the adapters of a backup into a store")
-    restore.add_argument("file", metavar="FILE", type=Path, help="what `backup` wrote")
-    restore.add_argument("--replace", action="store_true", help="change names that the store has already, too")
-
-
-def _action(
-    actions: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    act: Callable[[argparse.Namespace, Path], tuple[Outcome, str]],
-    help: str,
-) -> argparse.ArgumentParser:
-    setting = fields_of(ServeConfig)["adapter_dir"]
-    epilog = "It works on the store's directory, not through a server; one may run on it meanwhile."
-    parser = actions.add_parser(
-        name, help=help, description=help[0].upper() + help[1:] + ".", epilog=epilog, allow_abbrev=False
-    )
-    default = f"{setting.variable}, or else {setting.default}"
-    parser.add_argument(setting.flag, type=Path, metavar="DIR", help=f"the store (default: {default})")
-
-    def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-        outcome, verb = act(args, args.adapter_dir or Path(environ.get(setting.variable) or str(setting.default)))
-        for line in describe(outcome, verb):
-            print(line, file=sys.stderr if outcome.refused else sys.stdout)
-        return 1 if outcome.refused else 0
-
-    parser.set_defaults(run=run, parser=parser, flags=[setting.flag, "--replace"])
-    return parser
-
-
-def _backup(args: argparse.Namespace, directory: Path) -> tuple[Outcome, str]:
+@backup.command(cls=frame.Command, epilog=_EPILOG)
+def write(
+    ctx: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="a new file")],
+    adapter_dir: Directory = None,
+) -> int:
+    """Write every adapter of a store, with all versions, to one tar.gz."""
+    directory = _directory(ctx, adapter_dir)
     if not (directory / "index.sqlite").is_file():
         raise CommandFailed(f"{directory} holds no adapter store; name one with --adapter-dir")
     store = AdapterStore(directory, owner=False)
     try:
-        return write_backup(store, args.file), "backed up"
+        return _say(write_backup(store, file), "backed up")
     finally:
         store.close()
 
 
-def _restore(args: argparse.Namespace, directory: Path) -> tuple[Outcome, str]:
-    store = AdapterStore(directory, owner=False)
+@restore.command(cls=frame.Command, epilog=_EPILOG)
+def read(
+    ctx: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="what `backup` wrote")],
+    replace: Annotated[bool, typer.Option("--replace", help="change names that the store has already, too")] = False,
+    adapter_dir: Directory = None,
+) -> int:
+    """Enter the adapters of a backup into a store."""
+    store = AdapterStore(_directory(ctx, adapter_dir), owner=False)
     try:
-        return restore_backup(store, args.file, replace=args.replace), "restored"
+        return _say(restore_backup(store, file, replace=replace), "restored")
     finally:
         store.close()
+
+
+def _directory(ctx: typer.Context, given: Path | None) -> Path:
+    return given or Path(ctx.obj.get(_SETTING.variable) or str(_SETTING.default))
+
+
+def _say(outcome: BackupOutcome, verb: str) -> int:
+    """Prints what became of it; returns the exit code."""
+    for line in describe(outcome, verb):
+        print(line, file=sys.stderr if outcome.refused else sys.stdout)
+    return 1 if outcome.refused else 0

@@ -2,59 +2,43 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from loramux_server.cli.adapters import KEY_VARIABLES
-from loramux_server.cli.serve import configure_logging
-from loramux_server.config.csv import columns_of
-from loramux_server.config.environment import bound_spinning, cache_dir_of
-from loramux_server.config.evaluate import EvalConfig, load_eval_config
-from loramux_server.config.settings import add_flags, fields_of
+import typer
+
+from loramux_server.cli.frame import configure_logging
+from loramux_server.cli.options import once, settings_app
+from loramux_server.cli.screen import example_bar
+from loramux_server.config.adapter_directory import find_adapter
+from loramux_server.config.environment import bound_spinning, cache_dir_of, key_of
+from loramux_server.config.evaluate import EvalConfig
 from loramux_server.config.train import DEFAULT_OUT
 from loramux_server.errors import CommandFailed
-from loramux_server.publishing.local_adapter import find_adapter
 from loramux_server.serving.startup import Stages
 
 if TYPE_CHECKING:
     from loramux_adapters.evaluation.evaluated import Evaluation
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "eval",
-        help="say what an adapter is worth on held-out examples",
-        usage="loramux eval --data FILE --adapter NAME [any setting below]",
-        description="Score an adapter on held-out examples beside bare base and majority class: perplexity, and for "
-        "answers from a few labels accuracy, precision, recall, F1 and a confusion matrix, each with its 95 % "
-        "bootstrap interval; then say in words what that means.",
-        epilog="Example: loramux eval --data held.jsonl --adapter spam --train-data train.jsonl. Every setting is a "
-        "flag, an environment variable and a key of the [eval] table of the config file.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="FILE", help="TOML file with an [eval] table (LORAMUX_CONFIG)")
-    parser.add_argument(
-        "--skip-bad", action="store_true", help="leave out examples that cannot be used, and count them"
-    )
-    add_flags(parser, EvalConfig)
-    flags = [*(field.flag for field in fields_of(EvalConfig).values()), "--config", "--skip-bad"]
-    parser.set_defaults(run=_run, parser=parser, flags=flags)
+def run(
+    config: EvalConfig,
+    ctx: typer.Context,
+    skip_bad: Annotated[bool, once("--skip-bad", "leave out examples that cannot be used, and count them")] = False,
+) -> int:
+    """Score an adapter on held-out examples beside bare base and majority class, and say in words what that means.
 
-
-def _run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    config = load_eval_config(vars(args), environ, args.config)
+    Perplexity, and for answers from a few labels accuracy, precision, recall, F1 and a confusion matrix, each with its
+    95 % bootstrap interval.
+    """
     bound_spinning()
-    cache_dir = cache_dir_of(config.cache_dir, environ)
-    key = next((environ[variable] for variable in KEY_VARIABLES if environ.get(variable)), None)
     configure_logging("info")
-    stages = Stages(_write)
     if config.url is not None:
-        evaluation = evaluate_server(config, key, skip_bad=args.skip_bad)
+        evaluation = evaluate_server(config, key_of(ctx.obj), skip_bad=skip_bad)
     else:
-        evaluation = evaluate_here(config, stages, cache_dir=cache_dir, skip_bad=args.skip_bad)
+        cache_dir = cache_dir_of(config.cache_dir, ctx.obj)
+        evaluation = evaluate_here(config, Stages(_write), cache_dir=cache_dir, skip_bad=skip_bad)
     return _report(evaluation, config.out)
 
 
@@ -74,50 +58,50 @@ def evaluate_here(config: EvalConfig, stages: Stages, *, cache_dir: Path, skip_b
         from loramux_adapters.evaluation.evaluated import Role
         from loramux_adapters.evaluation.labels import labels_of
         from loramux_server.base.device import device_of
-        from loramux_server.cli import evaluate_run as run
+        from loramux_server.cli import evaluate_run
         from loramux_server.evaluation.contenders import evaluate
     transformers_logging.disable_progress_bar()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    held, train, notes = run.read_held(
-        config.data, config.train_data, columns_of(config), skip_bad=skip_bad, limit=config.limit
+    held, train, notes = evaluate_run.read_held(
+        config.data, config.train_data, config.columns(), skip_bad=skip_bad, limit=config.limit
     )
     labels = labels_of(held.examples, config.label_list)
-    quantize = config.quantize or run.trained_on(directory)
-    bases = run.Bases(
+    quantize = config.quantize or evaluate_run.trained_on(directory)
+    bases = evaluate_run.Bases(
         config.base,
         device=device_of(config.device),
         cache_dir=cache_dir,
-        max_rank=run.largest_rank([directory, *others.values()]),
+        max_rank=evaluate_run.largest_rank([directory, *others.values()]),
         report=stages.note,
     )
     contenders = [
-        run.contender(bases, _shown(config.adapter), Role.ADAPTER, directory, quantize),
-        run.contender(bases, "bare base", Role.BASE, None, quantize),
+        evaluate_run.contender(bases, _shown(config.adapter), Role.ADAPTER, directory, quantize),
+        evaluate_run.contender(bases, "bare base", Role.BASE, None, quantize),
     ]
     if config.compare is not None:
         name = _shown(config.compare)
-        contenders.append(run.contender(bases, name, Role.OTHER, others[config.compare], quantize))
+        contenders.append(evaluate_run.contender(bases, name, Role.OTHER, others[config.compare], quantize))
     if config.reference is not None:
         name = f"{_shown(config.reference)}, 16 bit"
-        contenders.append(run.contender(bases, name, Role.REFERENCE, others[config.reference], "none"))
+        contenders.append(evaluate_run.contender(bases, name, Role.REFERENCE, others[config.reference], "none"))
     with stages.stage("load the base"):
         subject = bases.subject(quantize, notes)
-    progress = run.progress_on(sys.stderr)
-    return evaluate(held, contenders, subject, labels=labels, train=train, progress=progress)
+    with example_bar(sys.stderr) as progress:
+        return evaluate(held, contenders, subject, labels=labels, train=train, progress=progress)
 
 
 def evaluate_server(config: EvalConfig, key: str | None, *, skip_bad: bool = False) -> Evaluation:
     """Asks a running server. Raises AdapterError, LoramuxError."""
     from loramux_adapters.evaluation.evaluated import Role
     from loramux_adapters.evaluation.labels import labels_of
-    from loramux_server.cli import evaluate_run as run
+    from loramux_server.cli import evaluate_run
     from loramux_server.evaluation.contenders import Contender, Subject, evaluate
     from loramux_server.evaluation.http_scorer import HttpScorer, Server
 
     assert config.data is not None and config.adapter is not None and config.url is not None
-    held, train, notes = run.read_held(
-        config.data, config.train_data, columns_of(config), skip_bad=skip_bad, limit=config.limit
+    held, train, notes = evaluate_run.read_held(
+        config.data, config.train_data, config.columns(), skip_bad=skip_bad, limit=config.limit
     )
     labels = labels_of(held.examples, config.label_list)
     if not labels:
@@ -144,14 +128,15 @@ def evaluate_server(config: EvalConfig, key: str | None, *, skip_bad: bool = Fal
         numerics_id="",
         notes=(*notes, f"Asked over HTTP: {config.url}. Labels are scored by the first token of each."),
     )
-    return evaluate(held, contenders, subject, labels=labels, train=train, progress=run.progress_on(sys.stderr))
+    with example_bar(sys.stderr) as progress:
+        return evaluate(held, contenders, subject, labels=labels, train=train, progress=progress)
 
 
 def _report(evaluation: Evaluation, out: Path | None) -> int:
-    from loramux_adapters.evaluation.report import text_report, write_evaluation
-    from loramux_server.cli.evaluate_run import written
+    from loramux_adapters.evaluation.report import write_evaluation
+    from loramux_server.cli.evaluate_run import print_report, written
 
-    print(f"\n{text_report(evaluation)}")
+    print_report(evaluation)
     if out is not None:
         print(f"\n{written(write_evaluation(out, evaluation))}")
     return 0
@@ -167,3 +152,15 @@ def _shown(spec: str) -> str:
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+app = settings_app(
+    EvalConfig,
+    run,
+    usage="--data FILE --adapter NAME [OPTIONS]",
+    epilog="""\
+Examples:
+
+    loramux eval --data held.jsonl --adapter spam --train-data train.jsonl
+    loramux eval --data held.jsonl --adapter spam --url http://127.0.0.1:8000 --labels ham,spam""",
+)

@@ -5,30 +5,29 @@ from __future__ import annotations
 import gc
 import json
 import os
-import shutil
-import time
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from loramux_adapters.artifact.format import CARD_FILE, WEIGHTS_FILE, pair_up, read_header
-from loramux_adapters.evaluation.evaluated import Role
+from loramux_adapters.evaluation.evaluated import Evaluation, Role
+from loramux_adapters.evaluation.report import heading, sections, text_report
 from loramux_adapters.training.data.columns import Columns
 from loramux_adapters.training.data.conversation import Example
 from loramux_adapters.training.data.examples import ExampleSet, read_examples
 from loramux_adapters.training.recipe import QUANTIZATIONS
 from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.base.source import Report
+from loramux_server.cli.screen import print_table
 from loramux_server.config.environment import kernels_of
-from loramux_server.engine.local_engine import Adapter, Offline
-from loramux_server.evaluation.contenders import Contender, Progress, Subject
-from loramux_server.evaluation.local_scorer import OfflineScorer
+from loramux_server.engine.local_engine import LocalAdapter, LocalEngine
+from loramux_server.evaluation.contenders import Contender, Subject
+from loramux_server.evaluation.local_scorer import LocalScorer
 from loramux_server.kernels.choice import choose_kernels
 
-BAR_SECONDS = 0.2  # least time between two drawings
-LINE_SECONDS = 30.0  # between two lines where there is no terminal
 SMALLEST_ROOM = 8  # rank that there is room for at least
 _JSON = (".json", ".jsonl")
 
@@ -43,29 +42,29 @@ class Bases:
     def __init__(self, spec: str, *, device: torch.device, cache_dir: Path, max_rank: int, report: Report) -> None:
         self._spec, self._device, self._cache_dir = spec, device, cache_dir
         self._max_rank, self._report = max_rank, report
-        self._offline: Offline | None = None
+        self._engine: LocalEngine | None = None
         self._quantize = ""
 
-    def offline(self, quantize: str) -> Offline:
+    def engine(self, quantize: str) -> LocalEngine:
         """The base in this precision; one of another precision is let go first. Raises BaseModelError."""
-        if self._offline is None or self._quantize != quantize:
-            self._offline = None
+        if self._engine is None or self._quantize != quantize:
+            self._engine = None
             gc.collect()
             base = self._load(quantize)
-            self._offline = Offline.open(base, max_rank=self._max_rank)
+            self._engine = LocalEngine.open(base, max_rank=self._max_rank)
             self._quantize = quantize
-        return self._offline
+        return self._engine
 
     def subject(self, quantize: str, notes: Sequence[str] = ()) -> Subject:
         """This base in an evaluation's words."""
-        offline = self.offline(quantize)
-        base = offline.base
+        engine = self.engine(quantize)
+        base = engine.base
         return Subject(
             base=base.name,
             base_id=base.base_id,
             quantize=quantize,
             from_gguf=base.source.from_gguf,
-            numerics_id=offline.numerics_id,
+            numerics_id=engine.numerics_id,
             notes=tuple(notes),
         )
 
@@ -82,17 +81,17 @@ class Bases:
 
 def contender(bases: Bases, name: str, role: Role, directory: Path | None, quantize: str) -> Contender:
     """An adapter, or with None the bare base, to be opened when its turn comes."""
-    loaded: list[Adapter] = []
+    loaded: list[LocalAdapter] = []
 
-    def start() -> OfflineScorer:
-        offline = bases.offline(quantize)
+    def start() -> LocalScorer:
+        engine = bases.engine(quantize)
         if directory is not None:
-            loaded.append(offline.load(directory))
-        return OfflineScorer(offline, loaded[0] if loaded else None)
+            loaded.append(engine.load(directory))
+        return LocalScorer(engine, loaded[0] if loaded else None)
 
     def stop() -> None:
         while loaded:
-            bases.offline(quantize).unload(loaded.pop())
+            bases.engine(quantize).unload(loaded.pop())
 
     return Contender(name, role, start, stop)
 
@@ -137,26 +136,19 @@ def read_held(
     return held, read(train).examples if train is not None else (), notes
 
 
-def progress_on(stream: TextIO, clock: Callable[[], float] = time.monotonic) -> Progress:
-    """Shows how far the scoring is: in place on a terminal, elsewhere a line now and then."""
-    terminal = stream.isatty()
-    shown_at: dict[str, float] = {}
-
-    def show(what: str, done: int, total: int) -> None:
-        now, last = clock(), shown_at.get(what)
-        ended = done >= total
-        if last is not None and not ended and now - last < (BAR_SECONDS if terminal else LINE_SECONDS):
-            return
-        shown_at[what] = now
-        text = f"  {what}: {done:,} of {total:,} examples"
-        if terminal:
-            width = shutil.get_terminal_size().columns - 1  # a full last column would wrap
-            stream.write(f"\r{text[:width]}\x1b[K" + ("\n" if ended else ""))
-        elif ended or done:
-            stream.write(f"{text}\n")
-        stream.flush()
-
-    return show
+def print_report(evaluation: Evaluation) -> None:
+    """The whole report: as text, with tables drawn on a terminal."""
+    print()
+    if not sys.stdout.isatty():
+        print(text_report(evaluation))
+        return
+    print("\n".join(heading(evaluation)))
+    for section in sections(evaluation):
+        print(f"\n{section.title}")
+        if section.rows:
+            print_table(section.rows[0], section.rows[1:], numbers=True)
+        else:
+            print("\n".join(section.lines))
 
 
 def written(paths: Sequence[Path]) -> str:

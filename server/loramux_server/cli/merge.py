@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loramux_server.cli.serve import configure_logging
-from loramux_server.config.commands import load_settings
+import typer
+
+from loramux_server.cli.frame import configure_logging
+from loramux_server.cli.options import settings_app
+from loramux_server.config.adapter_directory import find_adapter
 from loramux_server.config.environment import bound_spinning, cache_dir_of, kernels_of
 from loramux_server.config.merge import MergeConfig
-from loramux_server.config.settings import add_flags, fields_of
 from loramux_server.config.train import DEFAULT_OUT
-from loramux_server.publishing.local_adapter import find_adapter
 from loramux_server.serving.startup import Stages
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from loramux_adapters.training.model.merge import Merged
     from loramux_server.base.loader import BaseModel
-    from loramux_server.fingerprint.fingerprint import Comparison
+    from loramux_server.fingerprint.fingerprint import Agreement
 
 REPORT_FILE = "merge.json"
 REPLY_TOKENS = 16
@@ -47,9 +47,9 @@ class Drift:
 
     prompts: int
     tokens: int
-    merged: Comparison
-    quantized: Comparison
-    bare: Comparison
+    merged: Agreement
+    quantized: Agreement
+    bare: Agreement
 
     @property
     def undone(self) -> bool:
@@ -57,25 +57,15 @@ class Drift:
         return not self.quantized.mean <= self.bare.mean / 2
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "merge",
-        help="write base and adapter as one ordinary checkpoint",
-        description="Write base and adapter as one ordinary checkpoint, for places that know no adapters, and say how "
-        "far its answers drift from those of the adapter itself.",
-        epilog="Every setting is a flag, an environment variable and a key of the [merge] table of the config file.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="FILE", help="TOML file with a [merge] table (LORAMUX_CONFIG)")
-    add_flags(parser, MergeConfig)
-    parser.set_defaults(run=_run, parser=parser, flags=[field.flag for field in fields_of(MergeConfig).values()])
+def run(config: MergeConfig, ctx: typer.Context) -> int:
+    """Write base and adapter as one ordinary checkpoint, for places that know no adapters.
+
+    It says how far the checkpoint's answers drift from those of the adapter itself.
+    """
+    return merge(config, cache_dir=cache_dir_of(config.cache_dir, ctx.obj))
 
 
-def _run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    return merge(load_settings(MergeConfig, "merge", vars(args), environ, args.config))
-
-
-def merge(config: MergeConfig) -> int:
+def merge(config: MergeConfig, *, cache_dir: Path) -> int:
     """Writes the checkpoint and its report; returns the exit code.
 
     Raises:
@@ -95,7 +85,7 @@ def merge(config: MergeConfig) -> int:
     transformers_logging.disable_progress_bar()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    work = _Merge(config, adapter, device_of(config.device), stages)
+    work = _Merge(config, adapter, device_of(config.device), cache_dir, stages)
     with whole_directory(config.out) as partial:
         merged, onto = work.write(partial)
         drift = work.measure(partial)
@@ -115,10 +105,13 @@ def merge(config: MergeConfig) -> int:
 class _Merge:
     """One merge, stage by stage; a base is let go before the next one is loaded."""
 
-    def __init__(self, config: MergeConfig, adapter: Path, device: torch.device, stages: Stages) -> None:
+    def __init__(
+        self, config: MergeConfig, adapter: Path, device: torch.device, cache_dir: Path, stages: Stages
+    ) -> None:
         self._config = config
         self._adapter = adapter
         self._device = device
+        self._cache_dir = cache_dir
         self._stages = stages
         self._trained_on = "nf4"
         self._rank = 0
@@ -141,8 +134,7 @@ class _Merge:
             self._trained_on = "none"
         else:
             nf4 = quantization_recipe(base.config)
-            cache_dir = cache_dir_of(self._config.cache_dir, os.environ)
-            info = replace(info, base_id=cached_base_id(base.source.directory, nf4, cache_dir))
+            info = replace(info, base_id=cached_base_id(base.source.directory, nf4, self._cache_dir))
         checked = check_adapter(self._adapter, info, MAX_RANK)
         self._rank = checked.rank
         if not checked.base_verified:
@@ -151,7 +143,7 @@ class _Merge:
             )
         onto = self._config.onto or ("nf4" if self._trained_on == "nf4" else "16bit")
         with self._stages.stage("merge"):
-            merged = merge_into(base.model, self._adapter, onto=onto)
+            merged = merge_into(base.model, checked.adapter, onto=onto)
         with self._stages.stage("write the checkpoint"):
             write_checkpoint(base.model, base.tokenizer, directory)
         return merged, onto
@@ -162,22 +154,22 @@ class _Merge:
         from loramux_server.fingerprint.fingerprint import compare, witness
 
         with self._stages.stage("ask the adapter"):
-            offline = self._offline(self._config.base, self._trained_on)
-            prompts = drift_prompts(self._adapter, offline.base.tokenizer)
-            said = witness(offline, prompts, offline.load(self._adapter), max_tokens=REPLY_TOKENS)
-            bare = compare(offline, said, None)
-            del offline
+            engine = self._engine(self._config.base, self._trained_on)
+            prompts = drift_prompts(self._adapter, engine.base.tokenizer)
+            said = witness(engine, prompts, engine.load(self._adapter), max_tokens=REPLY_TOKENS)
+            bare = compare(engine, said, None)
+            del engine
         with self._stages.stage("ask the checkpoint"):
-            plain = compare(self._offline(str(directory), "none"), said, None)
+            plain = compare(self._engine(str(directory), "none"), said, None)
         with self._stages.stage("ask the checkpoint in NF4"):
-            again = compare(self._offline(str(directory), "nf4"), said, None)
+            again = compare(self._engine(str(directory), "nf4"), said, None)
         return Drift(len(said), plain.tokens, plain, again, bare)
 
-    def _offline(self, spec: str, quantize: str) -> Any:
-        from loramux_server.engine.local_engine import Offline
+    def _engine(self, spec: str, quantize: str) -> Any:
+        from loramux_server.engine.local_engine import LocalEngine
 
         gc.collect()
-        return Offline.open(self._load(spec, quantize), rows=16, tokens=8192, max_rank=max(self._rank, 8))
+        return LocalEngine.open(self._load(spec, quantize), rows=16, tokens=8192, max_rank=max(self._rank, 8))
 
     def _load(self, spec: str, quantize: str) -> BaseModel:
         from loramux_server.base.loader import load_base_model
@@ -186,7 +178,7 @@ class _Merge:
         return load_base_model(
             spec,
             device=self._device,
-            cache_dir=cache_dir_of(self._config.cache_dir, os.environ),
+            cache_dir=self._cache_dir,
             report=self._stages.note,
             quantize=quantize,
             kernels=choose_kernels(self._device, kernels_of(os.environ)),
@@ -220,3 +212,11 @@ def _lines(config: MergeConfig, merged: Merged, onto: str, drift: Drift, from_gg
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+app = settings_app(
+    MergeConfig,
+    run,
+    usage="--adapter NAME --out DIR [OPTIONS]",
+    epilog="Example:\n\n    loramux merge --adapter spam --out spam-merged",
+)

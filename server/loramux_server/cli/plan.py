@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from loramux_adapters.training.recipe import Recipe
-from loramux_server.config.commands import load_settings
+from loramux_server.cli.frame import configure_logging
+from loramux_server.cli.options import settings_app
+from loramux_server.cli.screen import print_table
 from loramux_server.config.environment import cache_dir_of
 from loramux_server.config.plan import PlanConfig
-from loramux_server.config.settings import add_flags, fields_of
 from loramux_server.errors import BaseModelError, ConfigError
 
 if TYPE_CHECKING:
@@ -33,25 +35,13 @@ class Memory:
     libraries: int
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "plan",
-        help="say what a training will take of memory, before it is started",
-        description="Say what a training will take of memory, by QLoRA and by LoRA; only the base's config is read.",
-        epilog="Example: loramux plan --rank 16 --batch 8 --seq 512. Every setting is a flag, an environment variable "
-        "and a key of the [plan] table of the config file.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="FILE", help="TOML file with a [plan] table (LORAMUX_CONFIG)")
-    add_flags(parser, PlanConfig)
-    parser.set_defaults(run=_run, parser=parser, flags=[field.flag for field in fields_of(PlanConfig).values()])
+def run(config: PlanConfig, ctx: typer.Context) -> int:
+    """Say what a training will take of memory, by QLoRA and by LoRA; only the base's config is read."""
+    configure_logging("info")
+    return plan(config, cache_dir=cache_dir_of(config.cache_dir, ctx.obj))
 
 
-def _run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    return plan(load_settings(PlanConfig, "plan", vars(args), environ, args.config))
-
-
-def plan(config: PlanConfig) -> int:
+def plan(config: PlanConfig, *, cache_dir: Path) -> int:
     """Prints the table; returns the exit code.
 
     Raises:
@@ -65,34 +55,37 @@ def plan(config: PlanConfig) -> int:
     if config.device == "cuda" and not available:
         raise ConfigError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     cuda = config.device == "cuda" or (config.device == "auto" and available)
-    skeleton = _skeleton(config)
+    skeleton = _skeleton(config.base, cache_dir)
     learned = config.learned or max(1, config.seq // 4)
     plans = [
         plan_memory(skeleton, config.recipe(quantize), sequence=config.seq, learned=learned, cuda=cuda)
         for quantize in ("nf4", "none")
     ]
     memory = _cuda_memory() if cuda else _host_memory()
+    for line in _about(config, plans[0]):
+        print(line)
+    print_table(("MiB", "QLoRA (NF4)", "LoRA (16 bit)"), _rows(*plans), numbers=True)
+
+    def again(recipe: Recipe) -> MemoryPlan:
+        return plan_memory(skeleton, recipe, sequence=config.seq, learned=learned, cuda=cuda)
+
     for line in [
-        *_table(config, *plans),
-        "",
+        *_saved(plans[0]),
         f"serving: {kv_bytes(skeleton.config):,} bytes of KV cache for each token of a prompt or reply",
-        *_verdict(config, plans[0], plans[1], memory, lambda recipe: plan_memory(
-            skeleton, recipe, sequence=config.seq, learned=learned, cuda=cuda
-        )),
-    ]:  # fmt: skip
+        *_verdict(config, plans[0], plans[1], memory, again),
+    ]:
         print(line)
     return 0
 
 
-def _skeleton(config: PlanConfig) -> Any:
+def _skeleton(base: str, cache_dir: Path) -> Any:
     """The base without weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from loramux_server.base.source import resolve_base
 
-    cache_dir = cache_dir_of(config.cache_dir, os.environ)
-    directory = resolve_base(config.base, cache_dir, print).directory
+    directory = resolve_base(base, cache_dir, print).directory
     try:
         found = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         factory: Any = AutoModelForCausalLM
@@ -102,9 +95,20 @@ def _skeleton(config: PlanConfig) -> Any:
         raise BaseModelError(f"the base's config cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def _table(config: PlanConfig, qlora: MemoryPlan, lora: MemoryPlan) -> Sequence[str]:
+def _about(config: PlanConfig, qlora: MemoryPlan) -> Sequence[str]:
     share = 100 * qlora.trainable / (qlora.parameters + qlora.trainable)
-    rows = [
+    return [
+        f"{config.base}: {qlora.parameters:,} parameters",
+        f"rank {config.rank} trains {qlora.trainable:,} more ({share:.2f} % of all)",
+        f"{config.batch} examples of {config.seq} tokens a step"
+        + (f", in {config.accumulation} parts" if config.accumulation > 1 else ""),
+        "",
+    ]
+
+
+def _rows(qlora: MemoryPlan, lora: MemoryPlan) -> Sequence[Sequence[str]]:
+    """What takes how many MiB, by either way; the last row is the sum."""
+    parts = [
         ("base weights", qlora.base, lora.base),
         ("adapter, fp32", qlora.adapter, lora.adapter),
         ("gradients", qlora.gradients, lora.gradients),
@@ -113,18 +117,16 @@ def _table(config: PlanConfig, qlora: MemoryPlan, lora: MemoryPlan) -> Sequence[
         ("logits or layer in work", qlora.work, lora.work),
         ("together", qlora.total, lora.total),
     ]
+    return [[name, f"{left / MIB:,.1f}", f"{right / MIB:,.1f}"] for name, left, right in parts]
+
+
+def _saved(qlora: MemoryPlan) -> Sequence[str]:
     return [
-        f"{config.base}: {qlora.parameters:,} parameters",
-        f"rank {config.rank} trains {qlora.trainable:,} more ({share:.2f} % of all)",
-        f"{config.batch} examples of {config.seq} tokens a step"
-        + (f", in {config.accumulation} parts" if config.accumulation > 1 else ""),
-        "",
-        f"{'MiB':<24} {'QLoRA (NF4)':>12} {'LoRA (16 bit)':>14}",
-        *(f"{name:<24} {left / MIB:>12,.1f} {right / MIB:>14,.1f}" for name, left, right in rows),
         "",
         f"the adapter on disk takes {qlora.saved / MIB:,.1f} MiB",
         f"training every weight (Adam, 16 bytes each, without activations) takes {qlora.full / MIB:,.1f} MiB",
         "examples that begin alike and shorter ones take less: these are the activations of full, different ones",
+        "",
     ]
 
 
@@ -184,3 +186,8 @@ def _number(path: Path) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdigit() else None
+
+
+app = settings_app(
+    PlanConfig, run, epilog="Example:\n\n    loramux plan --base Qwen/Qwen2.5-7B-Instruct --rank 16 --batch 8 --seq 512"
+)

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from loramux_adapters.training.run.run_dir import RunDirectory
+import typer
+
 from loramux_server.base.source import EMBEDDED_NAME
-from loramux_server.cli.adapters import KEY_VARIABLES
-from loramux_server.cli.serve import configure_logging
-from loramux_server.cli.train_data import read_material
-from loramux_server.client.adapters import AdaptersClient
-from loramux_server.config.environment import bound_spinning, cache_dir_of
-from loramux_server.config.settings import add_flags, fields_of
-from loramux_server.config.train import TrainConfig, load_train_config
+from loramux_server.cli.frame import configure_logging
+from loramux_server.cli.options import once, settings_app
+from loramux_server.config.environment import bound_spinning, cache_dir_of, key_of
+from loramux_server.config.settings import settings_of
+from loramux_server.config.train import TrainConfig
 from loramux_server.errors import CommandFailed
 from loramux_server.serving.startup import Stages
+
+if TYPE_CHECKING:
+    from loramux_adapters.training.run.run_dir import RunDirectory
 
 INTERRUPTED = 130
 FINISH_TAKES = ("eval_data", "labels", "device", "threads", "cache_dir")
@@ -44,38 +45,25 @@ class Permissions:
     dry_run: bool = False
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "train",
-        help="train an adapter on a file of examples",
-        usage="loramux train --data FILE --name NAME [--eval-data FILE] [any setting below]",
-        description="Train a LoRA adapter on the base that is served, NF4 and all: QLoRA. A run that was stopped, by "
-        "Ctrl-C, a crash or a full disk, goes on when the same command is given again.",
-        epilog="Example: loramux train --data train.jsonl --eval-data held.jsonl --name spam --labels ham,spam. "
-        "Every setting is a flag, an environment variable and a key of the [train] table of the config file; the first "
-        "of these that has a value wins. LORAMUX_ADMIN_KEY, or else LORAMUX_API_KEY, is the key for --upload.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="FILE", help="TOML file with a [train] table (LORAMUX_CONFIG)")
-    once = parser.add_argument_group("permissions, for this time only")
-    once.add_argument("--overwrite", action="store_true", help="start anew where a run is finished or unfinished")
-    once.add_argument("--skip-bad", action="store_true", help="leave out examples that cannot be used, and count them")
-    once.add_argument("--allow-overlap", action="store_true", help="accept held-out examples that are trained on too")
-    once.add_argument("--dry-run", action="store_true", help="check everything and show the plan, but train nothing")
-    add_flags(parser, TrainConfig)
-    flags = [field.flag for field in fields_of(TrainConfig).values()]
-    flags += ["--config", "--overwrite", "--skip-bad", "--allow-overlap", "--dry-run"]
-    parser.set_defaults(run=_run, parser=parser, flags=flags)
+def run(
+    config: TrainConfig,
+    ctx: typer.Context,
+    overwrite: Annotated[bool, once("--overwrite", "start anew where a run is finished or unfinished")] = False,
+    skip_bad: Annotated[bool, once("--skip-bad", "leave out examples that cannot be used, and count them")] = False,
+    allow_overlap: Annotated[bool, once("--allow-overlap", "accept held-out examples that are trained on too")] = False,
+    dry_run: Annotated[bool, once("--dry-run", "check everything and show the plan, but train nothing")] = False,
+) -> int:
+    """Train a LoRA adapter on the base that is served, NF4 and all: QLoRA.
 
-
-def _run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    given = vars(args)
-    permissions = Permissions(**{field.name: given[field.name] for field in fields(Permissions)})
-    config = load_train_config(given, environ, args.config)
+    A run that was stopped, by Ctrl-C, a crash or a full disk, goes on when the same command is given again.
+    """
     bound_spinning()
-    cache_dir = cache_dir_of(config.cache_dir, environ)
-    key = next((environ[variable] for variable in KEY_VARIABLES if environ.get(variable)), None)
-    return train(config, permissions, cache_dir=cache_dir, key=key)
+    return train(
+        config,
+        Permissions(overwrite, skip_bad, allow_overlap, dry_run),
+        cache_dir=cache_dir_of(config.cache_dir, ctx.obj),
+        key=key_of(ctx.obj),
+    )
 
 
 def train(config: TrainConfig, permissions: Permissions, *, cache_dir: Path, key: str | None = None) -> int:
@@ -84,6 +72,9 @@ def train(config: TrainConfig, permissions: Permissions, *, cache_dir: Path, key
     Raises:
         AdapterError, LoramuxError: it cannot be done, or not be finished; what was saved stays.
     """
+    from loramux_adapters.training.run.run_dir import RunDirectory
+    from loramux_server.cli.train_data import read_material
+
     configure_logging("info")
     run = RunDirectory(config.run_dir)
     if run.is_finished and not permissions.overwrite:
@@ -130,13 +121,13 @@ def _finish(config: TrainConfig, run: RunDirectory, *, skip_bad: bool) -> int:
 
 
 def finish_command(config: TrainConfig, run: RunDirectory, *, skip_bad: bool) -> list[str]:
-    """What the Python interpreter is called with to finish a run; read by `cli_finish.py`."""
+    """What the Python interpreter is called with to finish a run; read by `cli.finish`."""
     command = ["-m", "loramux_server.cli.finish", str(run.path), "--base", config.base]
-    for name, field in fields_of(TrainConfig).items():
+    for name, setting in settings_of(TrainConfig).items():
         value = getattr(config, name)
         passed_on = name in FINISH_TAKES or (name.startswith("csv_") and config.eval_data is not None)
         if passed_on and value is not None:
-            command += [field.flag, str(value)]
+            command += [setting.flag, str(value)]
     if config.eval_data is not None:
         command += ["--train-data", str(config.data)]
     return [*command, "--skip-bad"] if skip_bad else command
@@ -144,6 +135,8 @@ def finish_command(config: TrainConfig, run: RunDirectory, *, skip_bad: bool) ->
 
 def _upload(name: str, url: str, run: RunDirectory, key: str | None) -> bool:
     """Makes a running server serve the adapter; says so, or how to try it again."""
+    from loramux_server.client.adapters import AdaptersClient
+
     try:
         reply = AdaptersClient(url, key).push(name, run.adapter)
     except CommandFailed as error:
@@ -175,3 +168,17 @@ def _write(text: str) -> None:
 
 def _show(line: str) -> None:
     print(line, flush=True)
+
+
+app = settings_app(
+    TrainConfig,
+    run,
+    usage="--data FILE --name NAME [OPTIONS]",
+    epilog="""\
+Examples:
+
+    loramux train --data train.jsonl --eval-data held.jsonl --name spam --labels ham,spam
+    loramux train --data train.jsonl --name spam --epochs 3 --rank 16 --dry-run
+
+LORAMUX_ADMIN_KEY, or else LORAMUX_API_KEY, is the key for --upload.""",
+)

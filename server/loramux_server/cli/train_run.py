@@ -1,13 +1,16 @@
-"""The part of `loramux train` that needs PyTorch: base, adapter, loop, and the adapter's directory."""
+"""The part of `loramux train` that needs PyTorch: base, adapter, loop and what it shows, the adapter's directory."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -18,19 +21,22 @@ from loramux_adapters.training.model.model import LoraModel
 from loramux_adapters.training.run.card import make_card, write_card
 from loramux_adapters.training.run.curves import draw_curves
 from loramux_adapters.training.run.optimizer import state_bytes
-from loramux_adapters.training.run.ports import Outcome, Plan
 from loramux_adapters.training.run.run_dir import RunDirectory
-from loramux_adapters.training.run.trainer import Trainer
+from loramux_adapters.training.run.trace import EpochRecord, StepRecord
+from loramux_adapters.training.run.trainer import Plan, Trainer, TrainingOutcome
 from loramux_server.base.device import device_of
 from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.base.originals import original_weights
-from loramux_server.cli.progress import MIB, Progress, duration
+from loramux_server.cli.screen import LineBar
 from loramux_server.cli.train_data import Material, data_lines, render
 from loramux_server.config.environment import kernels_of
 from loramux_server.config.train import TrainConfig
 from loramux_server.errors import CommandFailed
 from loramux_server.kernels.choice import choose_kernels
 from loramux_server.serving.startup import Stages
+
+RECENT = 16  # steps that loss, accuracy and speed are taken over
+MIB = 2**20
 
 
 def run_training(
@@ -42,7 +48,7 @@ def run_training(
     cache_dir: Path,
     skip_bad: bool,
     dry_run: bool,
-) -> Outcome | None:
+) -> TrainingOutcome | None:
     """Trains and writes the adapter; None if it was only to be shown. The base has left the memory when this returns.
 
     Raises:
@@ -67,7 +73,7 @@ def run_training(
         )
     with stages.stage("add the adapter" if recipe.init == "default" else f"add the adapter ({recipe.init})"):
         model = _add_adapter(base, config)
-    progress = Progress(sys.stdout, memory=_memory(device), terminal=sys.stdout.isatty())
+    progress = Progress(sys.stdout, memory=_memory(device))
     trainer = Trainer(
         model,
         train.rendered.rows,
@@ -156,7 +162,7 @@ def _step_lines(plan: Plan, config: TrainConfig, run: RunDirectory) -> list[str]
     ]
 
 
-def _draw(outcome: Outcome, run: RunDirectory, title: str) -> None:
+def _draw(outcome: TrainingOutcome, run: RunDirectory, title: str) -> None:
     """Before the adapter is published: from then on the run counts as finished."""
     try:
         draw_curves(outcome.trace, run.curves, title=title)
@@ -200,3 +206,95 @@ def _memory(device: torch.device) -> Callable[[], int]:
 
 def _show(line: str) -> None:
     print(line, flush=True)
+
+
+class Progress:
+    """Watches a `Trainer` and writes to a stream. Used by the thread that trains.
+
+    Args:
+        memory: bytes that the run takes now.
+    """
+
+    def __init__(
+        self, stream: TextIO, *, memory: Callable[[], int], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._bar, self._memory = LineBar(stream, clock), memory
+        self._recent: deque[StepRecord] = deque(maxlen=RECENT)
+        self._evaluation_seconds = 0.0
+        self._plan: Plan | None = None
+
+    def started(self, plan: Plan) -> None:
+        self._plan = plan
+        for what in plan.passed_over:
+            self.line(f"a checkpoint cannot be read and is passed over: {what}")
+        if plan.first:
+            self.line(f"goes on from the checkpoint of step {plan.first} of {plan.steps}")
+
+    def step(self, record: StepRecord) -> None:
+        self._recent.append(record)
+        self._bar.show(self._state(record), record.step, self._plan_of().steps)
+
+    def evaluating(self, done: int, total: int) -> None:
+        self._bar.show(f"evaluating on held-out examples: {done:,} of {total:,}")
+
+    def epoch(self, record: EpochRecord) -> None:
+        self._evaluation_seconds = record.seconds
+        self.line(epoch_line(record, self._plan_of()))
+
+    def saved(self, checkpoint: Path) -> None:
+        """Says nothing: what comes every few minutes was announced once, at the start."""
+
+    def line(self, text: str) -> None:
+        """Adds a line; a bar that is on the terminal makes way for it."""
+        self._bar.line(text)
+
+    def end(self) -> None:
+        """Takes the bar away, whatever happened."""
+        self._bar.end()
+
+    def _state(self, record: StepRecord) -> str:
+        plan = self._plan_of()
+        learned = sum(each.learned for each in self._recent)
+        seconds = sum(each.seconds for each in self._recent)
+        loss = sum(each.loss * each.learned for each in self._recent) / learned
+        right = sum(each.accuracy * each.learned for each in self._recent) / learned
+        speed = sum(each.tokens for each in self._recent) / max(seconds, 1e-9)
+        return (
+            f"step {record.step}/{plan.steps}  loss {loss:.3f}  right {right:.1%}  {speed:,.0f} tokens/s  "
+            f"{self._memory() / MIB:,.0f} MiB  {duration(self._left(record.step, seconds / len(self._recent)))} left"
+        )
+
+    def _left(self, step: int, seconds_per_step: float) -> float:
+        """Seconds to the end: the steps, and the evaluations between them."""
+        plan = self._plan_of()
+        marks = set(range(plan.steps_per_epoch, plan.steps + 1, plan.steps_per_epoch)) | {plan.steps}
+        evaluations = sum(mark >= step for mark in marks)
+        return (plan.steps - step) * seconds_per_step + evaluations * self._evaluation_seconds
+
+    def _plan_of(self) -> Plan:
+        assert self._plan is not None  # the trainer says `started` first
+        return self._plan
+
+
+def epoch_line(record: EpochRecord, plan: Plan) -> str:
+    """One line on where the run is, as a teacher would show it."""
+    held = _scores(record.held_loss, record.held_accuracy)
+    if record.step == 0:
+        return f"before training: held-out {held}"
+    train = _scores(record.train_loss, record.train_accuracy)
+    done = f"{record.epoch:.2f}".rstrip("0").rstrip(".")
+    text = f"epoch {done} (step {record.step}/{plan.steps}): training {train}"
+    return f"{text} | held-out {held}" if record.held_loss is not None else text
+
+
+def duration(seconds: float) -> str:
+    """`0:07`, `12:30` or `3:05:00`."""
+    whole = round(seconds)
+    minutes, hours = whole // 60 % 60, whole // 3600
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+def _scores(loss: float | None, accuracy: float | None) -> str:
+    if loss is None or accuracy is None:
+        return "nothing"
+    return f"loss {loss:.4f}, {accuracy:.1%} of tokens right"

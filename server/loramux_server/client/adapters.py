@@ -1,29 +1,19 @@
-"""The adapter routes of a running server, from the client's side. Standard library only."""
+"""The adapter routes of a running server, from the client's side."""
 
 from __future__ import annotations
 
-import http.client
-import json
-import select
-import socket
-import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import quote, urlencode, urlsplit
+from typing import TYPE_CHECKING, Any
 
-from loramux_server.client.transfer import Upload, check_target, extract
+from loramux_server.client.transfer import ArchiveStream, check_target, extract, files_to_send
 from loramux_server.errors import CommandFailed
 
-T = TypeVar("T")
-MAX_REPLY_BYTES = 64 << 20  # a list of many thousand adapters
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    status: int
-    body: dict[str, Any]
+if TYPE_CHECKING:
+    from loramux_server.client.connection import ServerConnection, ServerReply
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,29 +32,29 @@ class AdaptersClient:
 
     def all(self) -> list[dict[str, Any]]:
         """Every registered adapter."""
-        data = self._call("GET", "/v1/adapters").body.get("data")
+        data = self._connection.call("GET", _path()).body.get("data")
         if not isinstance(data, list):
             raise CommandFailed(f"{self.url} did not answer with a list of adapters; is it a loramux server?")
         return data
 
     def show(self, name: str) -> dict[str, Any]:
-        return self._call("GET", _path(name)).body
+        return self._connection.call("GET", _path(name)).body
 
     def remove(self, name: str) -> None:
         """Unregisters the adapter; requests that run on it finish."""
-        self._call("DELETE", _path(name))
+        self._connection.call("DELETE", _path(name))
 
     def rollback(self, name: str, version: str | None = None) -> dict[str, Any]:
         """Points the adapter at the version before, or at the kept one whose digest starts with `version`."""
-        query = "?" + urlencode({"version": version}) if version is not None else ""
-        return self._call("POST", _path(name) + "/rollback" + query).body
+        params = {"version": version} if version is not None else None
+        return self._connection.call("POST", _path(name, "rollback"), params=params).body
 
     def pin(self, name: str) -> None:
         """Keeps the adapter in memory."""
-        self._call("POST", _path(name) + "/pin")
+        self._connection.call("POST", _path(name, "pin"))
 
     def unpin(self, name: str) -> None:
-        self._call("DELETE", _path(name) + "/pin")
+        self._connection.call("DELETE", _path(name, "pin"))
 
     def push(
         self,
@@ -73,151 +63,33 @@ class AdaptersClient:
         *,
         validate_only: bool = False,
         progress: Callable[[int, int], None] = lambda sent, total: None,
-    ) -> Reply:
+    ) -> ServerReply:
         """Uploads a PEFT directory: status 201 is a new adapter, 200 a new version of it or one that was there already.
 
         Args:
             validate_only: check it against the server's base and store nothing.
             progress: called with the bytes sent so far and in all.
         """
-        upload = Upload.of(directory)
-        query = "?" + urlencode({"validate_only": "true"}) if validate_only else ""
-        return self._call("PUT", _path(name) + query, upload=upload, progress=progress)
+        params = {"validate_only": "true"} if validate_only else None
+        paths = files_to_send(directory)
+        with ExitStack() as opened:
+            files = {part: (path.name, opened.enter_context(path.open("rb"))) for part, path in paths.items()}
+            connection = self._connection
+            with connection.stream("PUT", _path(name), params=params, files=files, progress=progress) as response:
+                return connection.read(response)
 
     def pull(self, name: str, directory: Path) -> list[str]:
         """Downloads an adapter into a new directory and returns the names of its files."""
         check_target(directory)
-        with _Exchange(self) as exchange:
-            response = exchange.send("GET", _path(name) + "/archive")
-            return exchange.guard(lambda: extract(response, directory))
+        with self._connection.stream("GET", _path(name, "archive")) as response:
+            return extract(BufferedReader(ArchiveStream(response.iter_bytes())), directory)
 
-    def _call(
-        self,
-        method: str,
-        path: str,
-        *,
-        upload: Upload | None = None,
-        progress: Callable[[int, int], None] = lambda sent, total: None,
-    ) -> Reply:
-        with _Exchange(self) as exchange:
-            response = exchange.send(method, path, upload, progress)
-            text = exchange.guard(lambda: response.read(MAX_REPLY_BYTES))
-        body = _parse(text)
-        if text and body is None:
-            raise CommandFailed(f"{self.url} did not answer in JSON; is it a loramux server?")
-        return Reply(response.status, body or {})
+    @property
+    def _connection(self) -> ServerConnection:
+        from loramux_server.client.connection import ServerConnection  # and with it httpx, which takes 0.1 s
+
+        return ServerConnection(self.url, self.key, self.timeout)
 
 
-class _Exchange:
-    """One connection, one request, one reply. Network failures become CommandFailed."""
-
-    def __init__(self, client: AdaptersClient) -> None:
-        self._client = client
-        parts = urlsplit(client.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise CommandFailed(f"{client.url!r} is not a URL such as http://127.0.0.1:8000")
-        try:
-            port = parts.port
-        except ValueError as error:
-            raise CommandFailed(f"{client.url!r} holds no valid port") from error
-        self._prefix = parts.path.rstrip("/")
-        connect = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connection = connect(parts.hostname, port, timeout=client.timeout)
-
-    def __enter__(self) -> _Exchange:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._connection.close()
-
-    def send(
-        self,
-        method: str,
-        path: str,
-        upload: Upload | None = None,
-        progress: Callable[[int, int], None] = lambda sent, total: None,
-    ) -> http.client.HTTPResponse:
-        """Sends the request and returns a good reply's head; any other raises with the reasons the server gives."""
-        headers = {"accept": "application/json, application/gzip"}
-        if self._client.key is not None:
-            headers["authorization"] = f"Bearer {self._client.key}"
-        if upload is not None:
-            headers |= {"content-type": upload.content_type, "content-length": str(upload.length)}
-        response = self.guard(lambda: self._exchange(method, self._prefix + path, headers, upload, progress))
-        if not 200 <= response.status < 300:
-            raise CommandFailed(_refusal(response.status, self.guard(lambda: response.read(MAX_REPLY_BYTES))))
-        return response
-
-    def _exchange(
-        self,
-        method: str,
-        path: str,
-        headers: Mapping[str, str],
-        upload: Upload | None,
-        progress: Callable[[int, int], None],
-    ) -> http.client.HTTPResponse:
-        self._connection.putrequest(method, path)
-        for name, value in headers.items():
-            self._connection.putheader(name, value)
-        self._connection.endheaders()
-        if upload is not None:
-            try:
-                self._send_body(upload, progress)
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # the server has read enough: its reply, read next, says why, or fails in its turn
-        return self._connection.getresponse()
-
-    def _send_body(self, upload: Upload, progress: Callable[[int, int], None]) -> None:
-        sent = 0
-        for chunk in upload:
-            if self._has_answered():
-                return
-            self._connection.send(chunk)
-            sent += len(chunk)
-            progress(sent, upload.length)
-
-    def _has_answered(self) -> bool:
-        """True if a reply waits although the body is not sent: a refusal. Over TLS readable bytes may mean anything."""
-        sock = self._connection.sock
-        return type(sock) is socket.socket and bool(select.select([sock], [], [], 0)[0])
-
-    def guard(self, work: Callable[[], T]) -> T:
-        """Runs a piece of network work and says in one line what went wrong with it."""
-        url = self._client.url
-        try:
-            return work()
-        except ConnectionRefusedError as error:
-            raise CommandFailed(f"no server answers at {url}; start one with `loramux serve`, or give --url") from error
-        except TimeoutError as error:
-            raise CommandFailed(f"{url} did not answer within {self._client.timeout:g} s") from error
-        except socket.gaierror as error:
-            raise CommandFailed(f"{url}: the host is not known") from error
-        except ssl.SSLError as error:
-            raise CommandFailed(f"{url}: TLS failed: {error.reason or error}") from error
-        except (OSError, http.client.HTTPException) as error:
-            raise CommandFailed(f"the connection to {url} broke: {str(error) or type(error).__name__}") from error
-
-
-def _path(name: str) -> str:
-    return f"/v1/adapters/{quote(name, safe='')}"
-
-
-def _parse(text: bytes) -> dict[str, Any] | None:
-    try:
-        body = json.loads(text)
-    except ValueError:
-        return None
-    return body if isinstance(body, dict) else None
-
-
-def _refusal(status: int, text: bytes) -> str:
-    """What to tell about a reply that is no success: the server's message, then its reasons, one a line."""
-    error = (_parse(text) or {}).get("error")
-    if not isinstance(error, dict):
-        return f"the server answered with status {status}"
-    lines = [str(error.get("message", "no reason given"))]
-    reasons = error.get("reasons")
-    if isinstance(reasons, list) and len(reasons) > 1:
-        lines += [f"  - {reason}" for reason in reasons]
-    hint = {401: "; set LORAMUX_ADMIN_KEY or LORAMUX_API_KEY", 403: "; set LORAMUX_ADMIN_KEY"}.get(status, "")
-    return f"the server refused ({status}): " + "\n".join(lines) + hint
+def _path(*names: str) -> tuple[str, ...]:
+    return ("v1", "adapters", *names)

@@ -1,20 +1,22 @@
-"""An adapter directory on its way between client and server: a multipart body out, a tar.gz archive in."""
+"""An adapter directory on its way between client and server: the files of a form out, a tar.gz archive in."""
 
 from __future__ import annotations
 
 import gzip
+import io
 import os
-import secrets
 import shutil
 import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from loramux_server.errors import CommandFailed
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 PARTS = {
     "config": "adapter_config.json",
@@ -28,70 +30,38 @@ MAX_PADDING_BYTES = 1 << 20  # tar fills its last block with zeros
 MAX_EXTRACTED_BYTES = 16 << 30
 
 
-@dataclass(frozen=True, slots=True)
-class Upload:
-    """A multipart/form-data body made of an adapter directory's files; its length is known before it is read.
+def files_to_send(directory: Path) -> dict[str, Path]:
+    """The files of a PEFT adapter that an upload is made of, by the names of the form's parts.
 
-    Attributes:
-        parts: (header bytes, file, file's size) of each part, in the order they are sent.
+    Raises CommandFailed if the directory is not a PEFT adapter with safetensors weights.
     """
-
-    boundary: str
-    parts: list[tuple[bytes, Path, int]]
-
-    @classmethod
-    def of(cls, directory: Path) -> Upload:
-        """Raises CommandFailed if the directory is not a PEFT adapter with safetensors weights."""
-        if not directory.is_dir():
-            raise CommandFailed(f"{directory} is not a directory")
-        for part in REQUIRED:
-            if not (directory / PARTS[part]).is_file():
-                only_pickle = part == "weights" and (directory / "adapter_model.bin").exists()
-                hint = "; adapter_model.bin is a pickle, save with safe_serialization=True" if only_pickle else ""
-                raise CommandFailed(f"{directory} holds no {PARTS[part]}{hint}")
-        boundary = secrets.token_hex(16)
-        parts = []
-        for part, filename in PARTS.items():
-            path = directory / filename
-            if path.is_file():
-                disposition = f'form-data; name="{part}"; filename="{filename}"'
-                head = (
-                    f"--{boundary}\r\ncontent-disposition: {disposition}\r\ncontent-type: {_media_type(path)}\r\n\r\n"
-                )
-                parts.append((head.encode(), path, path.stat().st_size))
-        return cls(boundary, parts)
-
-    @property
-    def content_type(self) -> str:
-        return f"multipart/form-data; boundary={self.boundary}"
-
-    @property
-    def length(self) -> int:
-        """Bytes of the whole body."""
-        return sum(len(head) + size + len(b"\r\n") for head, _, size in self.parts) + len(self._end)
-
-    def __iter__(self) -> Iterator[bytes]:
-        """The body in pieces. Raises CommandFailed if a file is shorter than it was."""
-        for head, path, size in self.parts:
-            yield head
-            with path.open("rb") as file:
-                left = size
-                while left:
-                    chunk = file.read(min(CHUNK_BYTES, left))
-                    if not chunk:
-                        raise CommandFailed(f"{path} became shorter while it was sent")
-                    left -= len(chunk)
-                    yield chunk
-            yield b"\r\n"
-        yield self._end
-
-    @property
-    def _end(self) -> bytes:
-        return f"--{self.boundary}--\r\n".encode()
+    if not directory.is_dir():
+        raise CommandFailed(f"{directory} is not a directory")
+    for part in REQUIRED:
+        if not (directory / PARTS[part]).is_file():
+            only_pickle = part == "weights" and (directory / "adapter_model.bin").exists()
+            hint = "; adapter_model.bin is a pickle, save with safe_serialization=True" if only_pickle else ""
+            raise CommandFailed(f"{directory} holds no {PARTS[part]}{hint}")
+    return {part: directory / name for part, name in PARTS.items() if (directory / name).is_file()}
 
 
-def _media_type(path: Path) -> str:
-    return "application/json" if path.suffix == ".json" else "application/octet-stream"
+class ArchiveStream(io.RawIOBase):
+    """The pieces of an archive, as they come from the network, as one stream to read."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._left = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        while not self._left and (piece := next(self._pieces, None)) is not None:
+            self._left = memoryview(piece)
+        target = memoryview(buffer).cast("B")
+        count = min(len(target), len(self._left))
+        target[:count], self._left = self._left[:count], self._left[count:]
+        return count
 
 
 def extract(archive: IO[bytes], target: Path, *, max_bytes: int = MAX_EXTRACTED_BYTES) -> list[str]:
@@ -120,8 +90,6 @@ def extract(archive: IO[bytes], target: Path, *, max_bytes: int = MAX_EXTRACTED_
         os.replace(staging, target)  # takes the place of an empty directory, fails for any other
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise CommandFailed(f"the archive that the server sent is damaged: {error}") from error
-    except (ConnectionError, TimeoutError):
-        raise  # of the stream, not of the disk: the caller knows its other end
     except OSError as error:
         raise CommandFailed(f"cannot write {target}: {error.strerror or error}") from error
     finally:

@@ -6,12 +6,18 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+KEY_VARIABLES = ("LORAMUX_ADMIN_KEY", "LORAMUX_API_KEY")
 KERNELS_VARIABLE = "LORAMUX_KERNELS"
 
 
 def cache_dir_of(given: Path | None, environ: Mapping[str, str]) -> Path:
     """Where a converted base is kept: what `--cache-dir` says, or the user's cache directory."""
     return given or Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "loramux"
+
+
+def key_of(environ: Mapping[str, str]) -> str | None:
+    """The key that a command shows a running server: the one that manages adapters, or else the one for requests."""
+    return next((environ[variable] for variable in KEY_VARIABLES if environ.get(variable)), None)
 
 
 def kernels_of(environ: Mapping[str, str]) -> str | None:

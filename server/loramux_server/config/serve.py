@@ -1,4 +1,4 @@
-"""Everything an operator can set for `loramux serve`, each setting defined once.
+"""Everything an operator can set for `loramux serve`.
 
 A value comes from, first that has one: the flag, the environment variable, the [serve] table of the config file, the
 default. Keys have no flag, since a command line is visible to every user of the machine.
@@ -8,162 +8,142 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Self
 
-from loramux_server.base.source import EMBEDDED_NAME
-from loramux_server.config.commands import load_settings
-from loramux_server.config.settings import fields_of, setting
+from pydantic import model_validator
+
+from loramux_server.config.settings import setting
+from loramux_server.config.shared import MACHINE, RunsBase
 from loramux_server.errors import ConfigError
 
 SERVED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,254}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServeConfig:
-    """Settings of one server; checked when made, never changed. Raises ConfigError."""
+class ServeConfig(RunsBase):
+    """Settings of one server."""
 
-    base: str = setting(
-        EMBEDDED_NAME,
-        "base model: a hub id, a directory, a .gguf file, or the name of the embedded one",
-        group="model",
-    )
+    table = "serve"
+
     served_model_name: str | None = setting(
         None,
         "name under which clients ask for the base; letters, digits and ._/-",
-        group="model",
+        group=MACHINE,
         unset="derived from --base",
-    )
-    device: str = setting(
-        "auto",
-        "where the model runs; auto takes CUDA if there is a device",
-        group="model",
-        choices=("auto", "cpu", "cuda"),
-    )
-    threads: int | None = setting(
-        None, "CPU threads of the model", group="model", between=(1, 1024), unset="PyTorch's choice"
-    )
-    cache_dir: Path | None = setting(
-        None, "where a converted base is kept between starts", group="model", unset="the user's cache directory"
     )
 
     adapter_dir: Path = setting(
-        Path("adapters-store"), "directory of the adapter store; made if it is missing", group="adapters"
+        Path("adapters-store"), "directory of the adapter store; made if it is missing", group="Adapters"
     )
     preload: Path | None = setting(
         None,
         "directory whose subdirectories are adapters to publish at start, but for names that can be served already",
-        group="adapters",
+        group="Adapters",
     )
     watch_dir: Path | None = setting(
         None,
         "directory whose subdirectories are published under their names, now and whenever one changes; one that "
         "disappears unregisters nothing",
-        group="adapters",
+        group="Adapters",
     )
     watch_seconds: float = setting(
-        2.0, "how often --watch-dir is looked at, in seconds", group="adapters", between=(0, 3600)
+        2.0, "how often --watch-dir is looked at, in seconds", group="Adapters", between=(0, 3600)
     )
     lora_path_root: Path | None = setting(
         None,
         "directory below which vLLM's load_lora_adapter may load; without it there is no such call",
-        group="adapters",
+        group="Adapters",
         unset="no such call",
     )
     keep_versions: int = setting(
-        2, "versions that each adapter keeps, to go back to", group="adapters", between=(1, 1000)
+        2, "versions that each adapter keeps, to go back to", group="Adapters", between=(1, 1000)
     )
-    max_lora_rank: int = setting(256, "largest rank an adapter may have", group="adapters", between=(1, 4096))
-    max_upload_mib: int = setting(1024, "largest upload, in MiB", group="adapters", between=(1, 1 << 20))
+    max_lora_rank: int = setting(256, "largest rank an adapter may have", group="Adapters", between=(1, 4096))
+    max_upload_mib: int = setting(1024, "largest upload, in MiB", group="Adapters", between=(1, 1 << 20))
     proof_tokens: int = setting(
         6,
         "most tokens of a step for trying out uploads beside the requests; fewer keep replies smoother, uploads slower",
-        group="adapters",
+        group="Adapters",
         between=(1, 1024),
     )
     proof_timeout: float = setting(
         60.0,
         "longest an upload may be tried out, in seconds; then it is refused for now",
-        group="adapters",
+        group="Adapters",
         between=(1, 86400),
     )
     adapter_memory_mib: int | None = setting(
         None,
         "of --device-memory-mib, what adapters get, in MiB; the KV cache gets the rest",
-        group="adapters",
+        group="Adapters",
         between=(1, 1 << 20),
         unset="a quarter of it",
     )
     host_cache_mib: int = setting(
-        1024, "host memory for adapters that are not on the device, in MiB", group="adapters", between=(1, 1 << 22)
+        1024, "host memory for adapters that are not on the device, in MiB", group="Adapters", between=(1, 1 << 22)
     )
 
-    host: str = setting("127.0.0.1", "address to listen on; any but loopback needs LORAMUX_API_KEY", group="network")
-    port: int = setting(8000, "port to listen on; 0 takes a free one", group="network", between=(0, 65535))
+    host: str = setting("127.0.0.1", "address to listen on; any but loopback needs LORAMUX_API_KEY", group="Network")
+    port: int = setting(8000, "port to listen on; 0 takes a free one", group="Network", between=(0, 65535))
     request_timeout: float = setting(
         600.0,
         "longest a request may take from arrival to its last token, in seconds",
-        group="network",
+        group="Network",
         between=(1, 86400),
     )
     shutdown_timeout: float = setting(
-        30.0, "how long running replies may go on after SIGTERM, in seconds", group="network", between=(0, 86400)
+        30.0, "how long running replies may go on after SIGTERM, in seconds", group="Network", between=(0, 86400)
     )
 
     max_model_len: int = setting(
-        2048, "longest prompt and reply together, in tokens", group="capacity", between=(16, 1 << 20)
+        2048, "longest prompt and reply together, in tokens", group="Capacity", between=(16, 1 << 20)
     )
-    max_num_seqs: int = setting(32, "most sequences in one step", group="capacity", between=(1, 4096))
+    max_num_seqs: int = setting(32, "most sequences in one step", group="Capacity", between=(1, 4096))
     max_batch_tokens: int = setting(
         128,
         "most tokens in one step, prompts included; at least --max-num-seqs",
-        group="capacity",
+        group="Capacity",
         between=(1, 1 << 17),
     )
     max_waiting: int = setting(
-        256, "most requests that wait; the next one is told to come back (503)", group="capacity", between=(1, 1 << 20)
+        256, "most requests that wait; the next one is told to come back (503)", group="Capacity", between=(1, 1 << 20)
     )
     device_memory_mib: int = setting(
         2048,
         "device memory for adapters and the KV cache together, in MiB; the base is not part of it",
-        group="capacity",
+        group="Capacity",
         between=(4, 1 << 22),
     )
     prefix_cache_mib: int = setting(
         256,
         "of the KV cache, most that is kept of requests that have ended, for prompts that begin like theirs, in MiB; "
         "0 keeps nothing",
-        group="capacity",
+        group="Capacity",
         between=(0, 1 << 22),
     )
 
-    log_level: str = setting(
-        "info",
-        "least severe messages to log; debug adds one line per HTTP request",
-        group="operation",
-        choices=("debug", "info", "warning", "error"),
+    log_level: Literal["debug", "info", "warning", "error"] = setting(
+        "info", "least severe messages to log; debug adds one line per HTTP request", group="Operation"
     )
     watchdog_timeout: float = setting(
-        60.0, "a step that takes longer turns /health red, in seconds", group="operation", between=(1, 86400)
+        60.0, "a step that takes longer turns /health red, in seconds", group="Operation", between=(1, 86400)
     )
     metrics_adapter_labels: int = setting(
         100,
         "adapters that get a metrics label of their own; the rest count as `other`",
-        group="operation",
+        group="Operation",
         between=(0, 10000),
     )
-    api_key: str | None = setting(None, "key that requests must carry", group="keys", secret=True)
+    api_key: str | None = setting(None, "key that requests must carry", group="Keys", secret=True)
     admin_key: str | None = setting(
         None,
         "key for adapter management, and for all else; without it the API key manages too",
-        group="keys",
+        group="Keys",
         secret=True,
     )
 
-    def __post_init__(self) -> None:
-        for field in fields_of(type(self)).values():
-            field.check(getattr(self, field.name))
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
         if not self.base or not self.host:
             raise ConfigError("--base and --host must not be empty")
         if self.served_model_name is not None and not SERVED_NAME.fullmatch(self.served_model_name):
@@ -193,6 +173,7 @@ class ServeConfig:
                 f"refuses to start without a key: --host {self.host} can be reached from other machines; "
                 "set LORAMUX_API_KEY, or listen on 127.0.0.1"
             )
+        return self
 
     @property
     def arena_mib(self) -> int:
@@ -213,17 +194,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
     except ValueError:
         return False
-
-
-def load_config(flags: Mapping[str, object], environ: Mapping[str, str], config_file: str | None = None) -> ServeConfig:
-    """Puts a config together: flag, then environment, then file, then default.
-
-    Args:
-        flags: attributes of the parsed command line; only given flags may be present.
-        environ: the process environment.
-        config_file: value of `--config`; LORAMUX_CONFIG is taken where it is None.
-
-    Raises:
-        ConfigError: any value, key or variable is wrong, or the values do not go together.
-    """
-    return load_settings(ServeConfig, "serve", flags, environ, config_file)

@@ -1,7 +1,7 @@
 """Who may start: the waiting queue, what each waiting sequence still lacks, and how long others may pass it.
 
-A sequence starts only with everything it will ever need: a seat, KV blocks for its whole length, and, if it has an
-adapters, a pinned slot for each. So nothing that runs can run out later, and there is no preemption.
+A sequence starts only with everything it will ever need: a seat, KV blocks for its whole length, and a pinned
+slot for each of its adapters. So nothing that runs can run out later, and there is no preemption.
 
     lacks an adapter in host memory (loading)    passed over by all behind it, always: a load ends by itself
     lacks slots or KV blocks (blocked)           passed over `max_passed_over` times or for `max_wait_seconds`, then it
@@ -25,10 +25,48 @@ from typing import Protocol
 
 from loramux_adapters.lora.host_cache import LoadState
 from loramux_adapters.lora.slots import ScaledSlot, SlotTable
-from loramux_server.engine.kv_blocks import KVBlocks
-from loramux_server.engine.prefix_keys import extend_keys
-from loramux_server.engine.scheduler_config import SchedulerConfig
+from loramux_server.engine.kv_blocks import KVBlocks, extend_keys
 from loramux_server.engine.sequence import Sequence, SequenceStatus, SlotLoad
+from loramux_server.errors import ConfigError
+
+_AT_LEAST_ONE = ("max_num_seqs", "max_batch_tokens", "max_prefetch", "max_prefetch_bytes", "max_background_tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of the scheduler.
+
+    Attributes:
+        max_num_seqs: sequences that run at the same time.
+        max_batch_tokens: tokens of one step; decodes always run, prefill gets what they leave.
+        max_passed_over: sequences that may start before an older one that lacks a slot or KV blocks; 0 is strict FIFO.
+        max_wait_seconds: how long it may be passed over at most, counted from when it was first found blocked.
+        max_prefetch: distinct versions that waiting sequences may hold in host memory at the same time.
+        max_prefetch_bytes: most that these may take there, or be about to once they are loaded; one is always held,
+            whatever its size. What is held cannot be evicted, so it must fit the budget of the host cache.
+        max_scored_tokens: tokens of one step that are scored as given text, beside one for each sequence. Their logits
+            take memory: a number for each token of the vocabulary.
+        max_background_tokens: most tokens of background sequences in one step, and of these sequences at a time.
+        max_background_wait_seconds: how long a background sequence gives way before it counts as an ordinary one.
+    """
+
+    max_num_seqs: int = 32
+    max_batch_tokens: int = 128
+    max_passed_over: int = 32
+    max_wait_seconds: float = 2.0
+    max_prefetch: int = 16
+    max_prefetch_bytes: int = 1 << 30
+    max_scored_tokens: int = 32
+    max_background_tokens: int = 6
+    max_background_wait_seconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_scored_tokens", "max_passed_over", "max_wait_seconds", "max_background_wait_seconds"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} cannot be negative, got {getattr(self, name)}")
 
 
 class HostView(Protocol):
@@ -62,7 +100,7 @@ class Admitted:
     slot_loads: list[SlotLoad] = field(default_factory=list)
 
 
-class Admission:
+class WaitingQueues:
     """The waiting queues, in order of arrival. Owner: the engine thread."""
 
     def __init__(
@@ -243,11 +281,11 @@ class Admission:
     def _allocate(self, sequence: Sequence) -> list[int] | None:
         """Blocks for its whole length, those that hold the beginning of its prompt already among them; or None.
 
-        At least one token of the prompt is left to compute, since the reply begins with its logits.
+        Tokens whose logits are needed are left to compute: at least the last of the prompt, where the reply begins.
         """
         shared: list[int] = []
         if self._blocks.keeps_content:
-            size, most = self._blocks.block_size, len(sequence.prompt) - 1
+            size, most = self._blocks.block_size, sequence.logits_from
             extend_keys(sequence, size, most)
             shared = self._blocks.find(sequence.keys[: most // size])
         blocks = self._blocks.allocate(self._blocks.blocks_for(sequence.max_total), shared)

@@ -1,6 +1,6 @@
 """The engine: one thread that turns queued sequences into tokens, a step at a time.
 
-Failures have three levels. One row (`SampledToken.error`) ends that sequence. A step that raises ends the sequences of
+Failures have three levels. One row (`RowResult.error`) ends that sequence. A step that raises ends the sequences of
 its batch; what it held is freed and what it loaded is forgotten. Anything else, or `MAX_FAILED_STEPS` failing steps in
 a row, ends the engine, and with it every sequence it has.
 """
@@ -16,7 +16,7 @@ from typing import Protocol
 
 from loramux_server.engine.inbox import ENDED, EngineState, Inbox
 from loramux_server.engine.scheduler import Scheduler
-from loramux_server.engine.sequence import Batch, FinishReason, SampledToken, Sequence, TokenOutput
+from loramux_server.engine.sequence import Batch, FinishReason, RowResult, Sequence, TokenOutput
 from loramux_server.engine.step_metrics import EngineMetrics, EngineStats, StepMetrics
 from loramux_server.errors import EngineDead
 
@@ -33,8 +33,8 @@ Deliver = Callable[[list[tuple[str, TokenOutput]]], None]
 class Runner(Protocol):
     """What happens on the device. Called by the engine thread only."""
 
-    def run(self, batch: Batch) -> list[SampledToken]:
-        """Applies the slot loads, runs the rows, returns one token per row with `samples`, in row order.
+    def run(self, batch: Batch) -> list[RowResult]:
+        """Applies the slot loads, runs the rows, returns one result per row with logits, in row order.
 
         It fills `SlotLoad.seconds`. What it keeps for a sequence may go once the sequence is FINISHED. Raising fails
         every sequence of the batch, and nothing of the step is believed to be on the device.
@@ -77,6 +77,19 @@ class Engine:
         assert self.state is EngineState.STARTING
         self._deliver = deliver
         self._thread.start()
+
+    def work_off(self, deliver: Deliver) -> None:
+        """In place of `start`: runs all that was submitted to its end, on the caller's thread.
+
+        The adapters must be in host memory, since nothing waits for a load here.
+
+        Raises:
+            EngineDead: `MAX_FAILED_STEPS` steps in a row failed.
+        """
+        assert self._thread.ident is None, "the engine has a thread of its own"
+        self._deliver = deliver
+        while self._step():
+            pass
 
     def wait_until_warm(self) -> None:
         """Blocks until the first step could run. Raises EngineDead if the warm-up failed."""
@@ -138,14 +151,16 @@ class Engine:
             self._inbox.started()
             self._warm.set()
             while not self._inbox.drained:
-                self._step()
+                if not self._step():
+                    self._inbox.wait()
             state = EngineState.STOPPED
         except Exception:
             logger.exception("the engine stops after a failure")
         finally:
             self._end(state)
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """False if there was nothing to run."""
         self._receive()
         self._prefetch()
         batch = self._scheduler.schedule()
@@ -153,8 +168,7 @@ class Engine:
         if batch.rows:
             self._run(batch)
         self._flush()
-        if not batch.rows:
-            self._inbox.wait()
+        return bool(batch.rows)
 
     def _receive(self) -> None:
         mail = self._inbox.take()
@@ -184,14 +198,14 @@ class Engine:
     def _run(self, batch: Batch) -> None:
         started = self._step_started_at = self._clock()
         try:
-            tokens = self._runner.run(batch)
-            if len(tokens) != sum(row.samples for row in batch.rows):
-                raise RuntimeError(f"the runner gave {len(tokens)} tokens for another number of rows")
+            results = self._runner.run(batch)
+            if len(results) != sum(row.num_logits > 0 for row in batch.rows):
+                raise RuntimeError(f"the runner gave {len(results)} results for another number of rows")
         except Exception:
             logger.exception("a step failed, with sequences %s", [row.sequence.id for row in batch.rows])
             self._fail(batch)
         else:
-            self._update(batch, tokens, self._clock() - started)
+            self._update(batch, results, self._clock() - started)
         finally:
             self._step_started_at = None
         if batch.slot_loads:
@@ -205,36 +219,49 @@ class Engine:
         if self._failed_steps == MAX_FAILED_STEPS:
             raise EngineDead(f"{MAX_FAILED_STEPS} steps in a row failed")
 
-    def _update(self, batch: Batch, tokens: list[SampledToken], seconds: float) -> None:
+    def _update(self, batch: Batch, results: list[RowResult], seconds: float) -> None:
         self._failed_steps = 0
         self._scheduler.commit(batch)
         now = self._clock()
-        rows = [row for row in batch.rows if row.samples]
-        for row, token in zip(rows, tokens, strict=True):
-            output = self._output_of(row.sequence, token, now)
+        rows = [row for row in batch.rows if row.num_logits]
+        for row, result in zip(rows, results, strict=True):
+            output = self._output_of(row.sequence, result, now)
+            if output is None:
+                continue
             if output.finish_reason is not None:
                 self._scheduler.finish(row.sequence)
             self._emit(row.sequence, output)
         self._metrics.step_done(batch, seconds, self._scheduler.slots.evictions)
 
-    def _output_of(self, sequence: Sequence, token: SampledToken, now: float) -> TokenOutput:
-        """What the client gets. A stop token ends the reply and is no part of it: neither text nor usage counts it."""
-        if token.error is not None:
-            return TokenOutput(finish_reason=FinishReason.ERROR, error=token.error)
+    def _output_of(self, sequence: Sequence, result: RowResult, now: float) -> TokenOutput | None:
+        """What the client gets; None if it is nothing yet, since there is more to read."""
+        if result.error is not None:
+            return TokenOutput(finish_reason=FinishReason.ERROR, error=result.error)
+        if result.scores:
+            sequence.add_scores(result.scores)
+        output: TokenOutput | None = None
+        if result.token_id is not None:
+            output = self._token_output(sequence, result, result.token_id, now)
+        elif sequence.ends_with_prompt and sequence.last_output is None:
+            output = _first_output(sequence, TokenOutput(finish_reason=FinishReason.LENGTH), now)
+        if output is not None and output.finish_reason is not None:
+            output, sequence.last_output = None, output
+        if sequence.last_output is not None and not sequence.continuation:
+            output = replace(sequence.last_output, continuations=tuple(map(tuple, sequence.continuation_logprobs)))
+        return output
+
+    def _token_output(self, sequence: Sequence, result: RowResult, token: int, now: float) -> TokenOutput:
+        """A stop token ends the reply and is no part of it: neither text nor usage counts it."""
         is_first = sequence.first_token_at is None
-        stops = token.token_id in sequence.params.stop_token_ids
+        stops = token in sequence.params.stop_token_ids
         self._metrics.token_chosen(sequence, not stops, now)
         output = TokenOutput(finish_reason=FinishReason.STOP)
         if not stops:
-            sequence.output.append(token.token_id)
+            sequence.output.append(token)
             is_last = len(sequence.output) == sequence.params.max_tokens
             reason = FinishReason.LENGTH if is_last else None
-            output = TokenOutput(token.token_id, token.logprob, reason, digest=token.digest)
-        if is_first and sequence.scheduled_at is not None:
-            waited = sequence.scheduled_at - sequence.arrived
-            output = replace(output, queue_seconds=waited, first_token_seconds=now - sequence.arrived)
-            return replace(output, cached_tokens=sequence.num_cached)
-        return output
+            output = TokenOutput(token, result.logprob, reason, digest=result.digest)
+        return _first_output(sequence, output, now) if is_first else output
 
     def _emit(self, sequence: Sequence, output: TokenOutput) -> None:
         self._outputs.append((sequence.id, output))
@@ -277,3 +304,15 @@ class Engine:
 
 def _ended(outputs: list[tuple[str, TokenOutput]]) -> set[str]:
     return {sequence_id for sequence_id, output in outputs if output.finish_reason is not None}
+
+
+def _first_output(sequence: Sequence, output: TokenOutput, now: float) -> TokenOutput:
+    """The same with what only the first output of a sequence tells."""
+    assert sequence.scheduled_at is not None
+    return replace(
+        output,
+        queue_seconds=sequence.scheduled_at - sequence.arrived,
+        first_token_seconds=now - sequence.arrived,
+        cached_tokens=sequence.num_cached,
+        prompt_logprobs=tuple(sequence.prompt_logprobs),
+    )

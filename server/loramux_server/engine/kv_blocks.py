@@ -6,14 +6,27 @@ Numbers only; the tensors are in kv_cache.py. A block is in one of three states:
     kept    by nobody, but its keys and values are known by a `key` and can be taken up again; least recently used first
     free    nothing in it is of use
 
-A key stands for everything that keys and values depend on (prefix_keys.py), so what is found by it is what would have
-been computed.
+A key digests everything that keys and values depend on, so what is found by it is what would have been computed.
+A token's keys and values depend on all tokens up to it and on the weights: on this base, the versions and scales of the
+adapters, in their order. Nothing else: which sequences share a step, how a prompt is cut into chunks, and whether a
+token came by prefill or by decoding change no bit (ARCHITECTURE.md). A group is digested with them, so that a proof
+finds only what it computed itself. So
+
+    key[0] = H(group, adapters, tokens of block 0),    key[i] = H(key[i - 1], tokens of block i)
+
+and equal keys mean equal content, whoever computed it. A name of an adapter is in no key: a version is.
 """
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Sequence as ReadOnlyList
+
+from loramux_server.engine.sequence import Sequence
+
+_SIZE = 32  # bytes of a key; nobody can make two texts with one key
 
 
 class KVBlocks:
@@ -52,7 +65,7 @@ class KVBlocks:
         """Whether publishing and looking up make sense."""
         return self._max_kept > 0
 
-    def find(self, keys: Sequence[bytes]) -> list[int]:
+    def find(self, keys: ReadOnlyList[bytes]) -> list[int]:
         """The blocks that hold the first of these keys' content, up to the first key that is not there."""
         found = []
         for key in keys:
@@ -62,7 +75,7 @@ class KVBlocks:
             found.append(block)
         return found
 
-    def allocate(self, count: int, shared: Sequence[int] = ()) -> list[int] | None:
+    def allocate(self, count: int, shared: ReadOnlyList[int] = ()) -> list[int] | None:
         """`count` blocks, those of `shared` first, or None, and nothing taken, if there are not so many.
 
         `shared` comes from `find`, and no other call in between. The others are the owner's alone.
@@ -85,7 +98,7 @@ class KVBlocks:
             self._key_of[block] = key
             self._by_key[key] = block
 
-    def free(self, blocks: Sequence[int], *, soon: bool = False) -> None:
+    def free(self, blocks: ReadOnlyList[int], *, soon: bool = False) -> None:
         """Takes back blocks that `allocate` gave, from each owner exactly once.
 
         `soon`: of those that are kept, these are the first to be given up.
@@ -129,3 +142,18 @@ class KVBlocks:
         del self._by_key[key]
         self._key_of[block] = None
         return block
+
+
+def extend_keys(sequence: Sequence, block_size: int, tokens: int) -> None:
+    """Makes `sequence.keys` cover the complete blocks among its first `tokens` tokens."""
+    keys = sequence.keys
+    while (len(keys) + 1) * block_size <= tokens:
+        before = keys[-1] if keys else _weights(sequence)
+        block = array("q", sequence.tokens_from(len(keys) * block_size, block_size))
+        keys.append(hashlib.blake2b(before + block.tobytes(), digest_size=_SIZE).digest())
+
+
+def _weights(sequence: Sequence) -> bytes:
+    """What stands for the weights that the sequence runs on, and for who may find what it computes."""
+    uses = "".join(f"{use.version}:{use.scale.hex()};" for use in sequence.adapters)
+    return hashlib.blake2b(f"{sequence.cache_group}/{uses}".encode(), digest_size=_SIZE).digest()

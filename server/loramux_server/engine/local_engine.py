@@ -1,40 +1,45 @@
-"""The serving path without HTTP, in one process: the same kernels, cache and slots, for evaluation and fingerprints.
+"""The engine that serves, in this process and without HTTP: for evaluation, fingerprints and merge checks.
 
-A step here is of a size that servers use, so a reply has the bits that a server of the same numerics id gives.
+Scheduler, step and kernels are a server's, so a reply has the bits that a server of the same numerics id gives.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import sys
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
-import torch
-
-from loramux_adapters.errors import DataError, MemoryShort
+from loramux_adapters.errors import DataError
 from loramux_adapters.evaluation.scores import TokenScore
-from loramux_adapters.lora.lora_linear import AdapterSlots, head_path
-from loramux_adapters.lora.slots import Slot, SlotTable, bucket_of
+from loramux_adapters.lora.host_cache import HostAdapter, LoadState
+from loramux_adapters.lora.slots import bucket_of
 from loramux_adapters.lora.verify import check_adapter
-from loramux_adapters.lora.weights import load_host_adapter
 from loramux_server.base.loader import BaseModel
-from loramux_server.engine.local_steps import Pool, Work, turns
-from loramux_server.engine.model_runner import ModelRunner
-from loramux_server.engine.sampler import Sampler
-from loramux_server.engine.sequence import SamplingParams
+from loramux_server.engine.admission import SchedulerConfig
+from loramux_server.engine.build import DeviceSide
+from loramux_server.engine.engine import Engine
+from loramux_server.engine.inbox import Inbox
+from loramux_server.engine.sequence import AdapterUse, FinishReason, SamplingParams, TokenOutput
 from loramux_server.engine.sequence import Sequence as EngineSequence
-from loramux_server.engine.start_check import Checker, StartCheck
+from loramux_server.engine.step_metrics import NoMetrics
 from loramux_server.errors import SequenceFailed
 from loramux_server.kernels.attention import probe_kv_shape
-from loramux_server.kernels.choice import Kernels, choose_kernels
-from loramux_server.kernels.kv_cache import BLOCK_SIZE, KVCache
+from loramux_server.kernels.kv_cache import BLOCK_SIZE
 from loramux_server.kernels.numerics import numerics_id
+
+STEP_TOKENS = 256  # most tokens of a step: up to here every kernel's rows are known not to depend on their neighbours
+KEPT_SHARE = 8  # of the cache, an eighth is kept for prompts that begin alike
+
+Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Adapter:
-    """An adapter on the device, for the `Offline` that loaded it.
+class LocalAdapter:
+    """An adapter of the `LocalEngine` that loaded it.
 
     Attributes:
         version: the content digest that a store would give it.
@@ -44,12 +49,11 @@ class Adapter:
     directory: Path
     version: str
     rank: int
-    slot: Slot
     base_verified: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class LocalReply:
     """A greedy reply.
 
     Attributes:
@@ -65,7 +69,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What `Offline.ask` found out.
+    """What `LocalEngine.ask` found out.
 
     Attributes:
         scores: for each row, of each token of its continuation.
@@ -73,111 +77,84 @@ class Asked:
     """
 
     scores: list[list[TokenScore]]
-    replies: dict[tuple[int, ...], Reply]
+    replies: dict[Tokens, LocalReply]
 
 
-class Offline:
-    """A base and its adapters, asked in batches. One thread uses it; the base's model is its own from now on."""
+class LocalEngine:
+    """A base and its adapters, asked in batches. One thread uses it; the base's model is its own from now on.
+
+    Attributes:
+        context: longest prompt and reply together.
+    """
 
     def __init__(
-        self,
-        base: BaseModel,
-        runner: ModelRunner,
-        slots: AdapterSlots,
-        *,
-        num_blocks: int,
-        rows: int,
-        max_rank: int,
-        kernels: Kernels,
-        checked: StartCheck,
+        self, base: BaseModel, device: DeviceSide, engine: Engine, host: LoadedAdapters, max_rank: int
     ) -> None:
         """Use `open`."""
         self.base = base
-        self.numerics_id = numerics_id(base.model, base.device, kernels)
-        self.checked = checked
-        self.context = min(base.context_length, num_blocks * BLOCK_SIZE)
-        self._runner = runner
-        self._slots = slots
-        self._table = SlotTable(slots.rows)
-        self._num_blocks = num_blocks
-        self._rows = rows
+        self.checked = device.checked
+        self.numerics_id = numerics_id(base.model, base.device, device.kernels)
+        self.context = min(base.context_length, device.cache.num_blocks * BLOCK_SIZE)
+        self._engine = engine
+        self._host = host
         self._max_rank = max_rank
-        self._sampler = Sampler(kernels.argmax)
 
     @classmethod
-    def open(cls, base: BaseModel, *, rows: int = 32, tokens: int = 16384, max_rank: int = 256) -> Offline:
-        """Puts cache, slots and runner around a base, and checks it as a server does at its start.
+    def open(cls, base: BaseModel, *, rows: int = 32, tokens: int = 16384, max_rank: int = 256) -> LocalEngine:
+        """Puts an engine around a base and checks it as a server does at its start.
 
         Args:
             base: loaded with training=False; NF4 or 16 bit.
             rows: prompts in work at a time.
             tokens: room of the KV cache; also the longest prompt and reply together.
-            max_rank: the largest rank that `load` takes; two adapters of it fit at once.
+            max_rank: the largest rank that `load` takes; two adapters of it fit on the device at once.
         Raises:
             BaseModelError: the base does not give transformers' own answers on this path.
-            MemoryShort: there is no room for cache or slots.
+            MemoryShort: there is no room for cache or adapters.
         """
-        shape = probe_kv_shape(base.model, base.device)
-        kernels = choose_kernels(base.device, base.kernels.name, shape)
-        num_blocks = -(-tokens // BLOCK_SIZE)
-        try:
-            slots = AdapterSlots(
-                base.model,
-                2 * bucket_of(max_rank),
-                kernels.add_lora,
-                kernels.copy_slot,
-                head=head_path(base.model),
-            )
-            cache = KVCache(shape, num_blocks, base.device, tiled=kernels.tiled)
-        except (MemoryError, RuntimeError) as error:
-            raise MemoryShort(
-                f"there is no room on {base.device} for a cache of {tokens} tokens and two adapters of rank {max_rank}"
-                "; use a smaller base"
-            ) from error
-        runner = ModelRunner(
-            base.model, slots=slots, cache=cache, kernels=kernels, host_adapter=lambda version: None, device=base.device
-        )
-        vocabulary = int(base.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-        checker = Checker(runner, slots, base.model, vocabulary=vocabulary, num_blocks=num_blocks, rows=rows)
-        return cls(
+        host = LoadedAdapters()
+        device = DeviceSide.build(
             base,
-            runner,
-            slots,
-            num_blocks=num_blocks,
-            rows=rows,
-            max_rank=max_rank,
-            kernels=kernels,
-            checked=checker.run(),
+            probe_kv_shape(base.model, base.device),
+            host.get,
+            arena_rows=2 * bucket_of(max_rank),
+            num_blocks=-(-tokens // BLOCK_SIZE),
+            max_num_seqs=rows,
         )
+        engine = device.engine(
+            SchedulerConfig(max_num_seqs=rows, max_batch_tokens=STEP_TOKENS),
+            host,
+            Inbox(max_waiting=sys.maxsize),
+            NoMetrics(),
+            kept_blocks=device.cache.num_blocks // KEPT_SHARE,
+        )
+        return cls(base, device, engine, host, max_rank)
 
-    def load(self, directory: Path) -> Adapter:
-        """Checks a PEFT directory as an upload is checked, and copies it into a slot.
+    def load(self, directory: Path) -> LocalAdapter:
+        """Checks a PEFT directory as an upload is checked, and holds it in memory until `unload`.
 
         Raises:
             AdapterRejected, BaseMismatch: a server of this base would not take it.
-            MemoryShort: the slots are full; `unload` one.
         """
         checked = check_adapter(directory, self.base.info(), self._max_rank)
-        version = checked.version
-        acquired = self._table.acquire(version, checked.rank)
-        if acquired is None:
-            raise MemoryShort(f"there is no slot left for an adapter of rank {checked.rank}; unload one first")
-        if acquired.is_new:
-            self._slots.load(acquired.slot, load_host_adapter(directory, version, self.base.kernels.convert))
-        return Adapter(directory, version, checked.rank, acquired.slot, checked.base_verified)
+        if self._host.get(checked.version) is None:
+            self._host.add(checked.adapter)
+        else:
+            self._host.pin(checked.version)
+        return LocalAdapter(directory, checked.version, checked.rank, checked.base_verified)
 
-    def unload(self, adapter: Adapter) -> None:
-        """Gives the adapter's slot back; once for each `load`."""
-        self._table.release(adapter.version)
+    def unload(self, adapter: LocalAdapter) -> None:
+        """Lets the adapter go; once for each `load`."""
+        self._host.unpin(adapter.version)
 
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        adapter: Adapter | None,
+        adapter: LocalAdapter | None,
         *,
         max_tokens: int,
         stop_ids: frozenset[int],
-    ) -> list[Reply]:
+    ) -> list[LocalReply]:
         """Greedy replies, in the order of the prompts.
 
         Args:
@@ -193,14 +170,16 @@ class Offline:
         replies = self.ask(rows, adapter, max_tokens=max_tokens, stop_ids=stop_ids).replies
         return [replies[tuple(prompt)] for prompt in prompts]
 
-    def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], adapter: Adapter | None) -> list[list[float]]:
+    def score(
+        self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], adapter: LocalAdapter | None
+    ) -> list[list[float]]:
         """Log probability of each token of each continuation after its prompt; arguments as in `ask`."""
         return [[token.logprob for token in found] for found in self.ask(rows, adapter).scores]
 
     def ask(
         self,
         rows: Sequence[tuple[Sequence[int], Sequence[int]]],
-        adapter: Adapter | None,
+        adapter: LocalAdapter | None,
         *,
         max_tokens: int = 0,
         stop_ids: frozenset[int] = frozenset(),
@@ -217,75 +196,65 @@ class Offline:
             DataError: a prompt and what follows do not fit into the context.
             SequenceFailed: the model's output is not finite.
         """
-        groups: dict[tuple[int, ...], dict[int, list[int]]] = {}
-        for index, (prompt, continuation) in enumerate(rows):
-            groups.setdefault(tuple(prompt), {})[index] = list(continuation)
-        more = {prompt: max(1, max_tokens, *map(len, tails.values())) - 1 for prompt, tails in groups.items()}
-        self._check(more)
-        params = SamplingParams(temperature=0.0, max_tokens=max(1, max_tokens), logprobs=0, stop_token_ids=stop_ids)
-        pool = Pool(self._runner, self._num_blocks, None if adapter is None else adapter.slot, list(groups))
-        asked = Asked([[] for _ in rows], {})
-        waiting = deque(groups)
-        while waiting:
-            wave: list[EngineSequence] = []
-            while waiting and len(wave) < self._rows:
-                sequence = pool.sequence(waiting[0], more[waiting[0]], params)
-                if sequence is None:
-                    break
-                waiting.popleft()
-                wave.append(sequence)
-            self._read(pool, wave, groups, asked, reply=max_tokens > 0)
-            if max_tokens:
-                self._reply(pool, wave, asked)
-            for sequence in wave:
-                pool.free(sequence)
-        return asked
+        groups: dict[Tokens, list[Tokens]] = {}
+        for prompt, continuation in rows:
+            groups.setdefault(tuple(prompt), []).append(tuple(continuation))
+        continuations = {prompt: _longest(each) for prompt, each in groups.items()}
+        self._check({prompt: max(1, max_tokens, *map(len, each)) - 1 for prompt, each in continuations.items()})
+        asked = {
+            prompt: self._sequence(str(index), prompt, each, adapter, max_tokens, stop_ids)
+            for index, (prompt, each) in enumerate(continuations.items())
+            if each or max_tokens
+        }
+        outputs = self._run(asked.values())
+        scores: list[list[TokenScore]] = []
+        for prompt, continuation in rows:
+            wanted, found = tuple(continuation), list[TokenScore]()
+            if wanted:
+                place = bisect_left(continuations[tuple(prompt)], wanted)  # of the first that begins with it
+                logprobs = outputs[asked[tuple(prompt)].id][-1].continuations[place]
+                found = [TokenScore(one.logprob, one.is_greedy) for one in logprobs[: len(wanted)]]
+            scores.append(found)
+        replies = {prompt: _reply(outputs[one.id]) for prompt, one in asked.items()} if max_tokens else {}
+        return Asked(scores, replies)
 
-    def _read(
+    def _sequence(
         self,
-        pool: Pool,
-        wave: list[EngineSequence],
-        groups: dict[tuple[int, ...], dict[int, list[int]]],
-        asked: Asked,
-        *,
-        reply: bool,
-    ) -> None:
-        """Reads prompts and scores their continuations; with `reply` chooses the first token of each reply too."""
-        works = [turns(sequence, groups[tuple(sequence.prompt)]) for sequence in wave]
-        whose = {id(each[0]): sequence for each, sequence in zip(works, wave, strict=True)}
-        for turn in range(max(map(len, works))):
-            for logits, owners in pool.feed(each[turn] for each in works if turn < len(each)):
-                logprobs = logits.float().log_softmax(-1)
-                best = logprobs.argmax(-1).tolist()
-                for row, (work, position) in enumerate(owners):
-                    for index, token in work.wanted[position - work.heads]:
-                        asked.scores[index].append(TokenScore(logprobs[row, token].item(), token == best[row]))
-                if reply and turn == 0:
-                    ends = [row for row, (work, position) in enumerate(owners) if position == work.heads]
-                    self._choose(logits[ends], [whose[id(owners[row][0])] for row in ends], asked)
-        for sequence in wave:
-            sequence.num_computed = len(sequence.prompt)
+        name: str,
+        prompt: Tokens,
+        continuations: list[Tokens],
+        adapter: LocalAdapter | None,
+        max_tokens: int,
+        stop_ids: frozenset[int],
+    ) -> EngineSequence:
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=max_tokens,
+            logprobs=0,
+            stop_token_ids=stop_ids,
+            continuations=tuple(continuations),
+        )
+        adapters = () if adapter is None else (AdapterUse(adapter.version, adapter.rank),)
+        return EngineSequence(name, list(prompt), params, adapters)
 
-    def _reply(self, pool: Pool, wave: list[EngineSequence], asked: Asked) -> None:
-        """Goes on with replies until each has ended."""
-        while running := [sequence for sequence in wave if not _is_done(sequence, asked)]:
-            for logits, owners in pool.feed(Work(sequence, sequence.num_tokens - 1) for sequence in running):
-                self._choose(logits, [work.sequence for work, _ in owners], asked)
+    def _run(self, sequences: Iterable[EngineSequence]) -> dict[str, list[TokenOutput]]:
+        """All outputs of each."""
+        outputs: dict[str, list[TokenOutput]] = {}
+        for sequence in sequences:
+            outputs[sequence.id] = []
+            self._engine.submit(sequence)
 
-    def _choose(self, logits: torch.Tensor, sequences: list[EngineSequence], asked: Asked) -> None:
-        """One greedy token for each sequence; a stop token is not kept."""
-        for sequence, sampled in zip(sequences, self._sampler.sample(logits, sequences), strict=True):
-            if sampled.error is not None or sampled.logprob is None:
-                raise SequenceFailed(sampled.error or "no token was chosen")
-            prompt = tuple(sequence.prompt)
-            reply = asked.replies.setdefault(prompt, Reply(sequence.output, [], ended=False))
-            if sampled.token_id in sequence.params.stop_token_ids:
-                asked.replies[prompt] = replace(reply, ended=True)
-            else:
-                sequence.output.append(sampled.token_id)
-                reply.logprobs.append(sampled.logprob.logprob)
+        def deliver(delivered: list[tuple[str, TokenOutput]]) -> None:
+            for name, output in delivered:
+                outputs[name].append(output)
 
-    def _check(self, more: Mapping[tuple[int, ...], int]) -> None:
+        self._engine.work_off(deliver)
+        for last in (found[-1] for found in outputs.values()):
+            if last.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH):
+                raise SequenceFailed(last.error or "no token was chosen")
+        return outputs
+
+    def _check(self, more: Mapping[Tokens, int]) -> None:
         """more: prompt -> tokens fed after it."""
         for prompt, following in more.items():
             if not prompt:
@@ -297,5 +266,44 @@ class Offline:
                 )
 
 
-def _is_done(sequence: EngineSequence, asked: Asked) -> bool:
-    return asked.replies[tuple(sequence.prompt)].ended or len(sequence.output) == sequence.params.max_tokens
+class LoadedAdapters:
+    """Adapters in memory, as an engine's scheduler and runner ask for them; each stays while somebody pins it."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, HostAdapter] = {}
+        self._pins: Counter[str] = Counter()
+
+    def add(self, adapter: HostAdapter) -> None:
+        """Takes it, with a pin."""
+        self._held[adapter.version] = adapter
+        self._pins[adapter.version] += 1
+
+    def get(self, version: str) -> HostAdapter | None:
+        return self._held.get(version)
+
+    def request(self, version: str) -> LoadState:
+        return LoadState.READY if version in self._held else LoadState.FAILED
+
+    def failure(self, version: str) -> str | None:
+        return None if version in self._held else "the adapter is not loaded"
+
+    def pin(self, version: str) -> None:
+        self._pins[version] += 1
+
+    def unpin(self, version: str) -> None:
+        self._pins[version] -= 1
+        if not self._pins[version]:
+            del self._pins[version]
+            self._held.pop(version, None)
+
+
+def _longest(continuations: list[Tokens]) -> list[Tokens]:
+    """In order, those that are not the beginning of another: their scores hold those of all."""
+    ordered = sorted(set(continuations))
+    return [one for one, following in pairwise([*ordered, ()]) if one and following[: len(one)] != one]
+
+
+def _reply(outputs: list[TokenOutput]) -> LocalReply:
+    tokens = [output.token_id for output in outputs if output.token_id is not None]
+    logprobs = [output.logprob.logprob for output in outputs if output.logprob is not None]
+    return LocalReply(tokens, logprobs, outputs[-1].finish_reason is FinishReason.STOP)

@@ -15,7 +15,7 @@ from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.lora_linear import AdapterSlots
 from loramux_adapters.lora.ops import LoraRows
 from loramux_server.engine.sampler import Sampler
-from loramux_server.engine.sequence import Batch, SampledToken, SlotLoad
+from loramux_server.engine.sequence import Batch, RowResult, SlotLoad
 from loramux_server.engine.step_graphs import CudaCapture, StepGraphs
 from loramux_server.errors import SequenceFailed
 from loramux_server.kernels.attention import AttentionStep, use_our_attention
@@ -63,8 +63,8 @@ class ModelRunner:
         if kernels.graphs is not None:
             self.graphs = StepGraphs(self._call, cache, kernels.graphs, slots.rows, CudaCapture())
 
-    def run(self, batch: Batch) -> list[SampledToken]:
-        """One step: a token for each row with `samples`, in row order.
+    def run(self, batch: Batch) -> list[RowResult]:
+        """One step: a result for each row with logits, in row order.
 
         Raises:
             SequenceFailed: a version that a slot load names is not in host memory any more.
@@ -74,12 +74,12 @@ class ModelRunner:
             self._load(load)
             load.seconds = time.perf_counter() - started
         logits = self.forward(batch)
-        sequences = [row.sequence for row in batch.rows if row.samples]
-        return self._sampler.sample(logits, sequences) if sequences else []
+        rows = [row for row in batch.rows if row.num_logits]
+        return self._sampler.results(logits, rows) if rows else []
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits [rows with samples, vocabulary]; keys and values of all rows are in the cache afterwards."""
+        """Logits [sum of the rows' num_logits, vocabulary]; keys and values of all rows are in the cache afterwards."""
         if self.graphs is not None:
             return self.graphs.run(batch, lambda: self._plain(batch))
         return self._plain(batch)
@@ -93,14 +93,13 @@ class ModelRunner:
         width = max(len(row.sequence.blocks) for row in batch.rows)
         tables = np.zeros((len(batch.rows), width), dtype=np.int32)
         for index, row in enumerate(batch.rows):
-            first, count = row.sequence.num_computed, row.num_tokens
+            first, count = row.first, row.num_tokens
             runs.append((index, len(tokens), count, first))
             tokens += row.sequence.tokens_from(first, count)
             sequence += [index] * count
             position += range(first, first + count)
             tables[index, : len(row.sequence.blocks)] = row.sequence.blocks
-            if row.samples:
-                heads.append(len(tokens) - 1)
+            heads += range(len(tokens) - row.num_logits, len(tokens))
         step = AttentionStep(
             cache=self._cache,
             attend=self._attend,
@@ -110,9 +109,9 @@ class ModelRunner:
             runs=tuple(runs),
         )
         lora = LoraRows.build([(row.sequence.slots, row.num_tokens) for row in batch.rows])
-        head = lora  # each row is one token that is sampled
+        head = lora  # logits of all tokens are wanted
         if len(heads) != len(tokens):
-            head = LoraRows.build([(row.sequence.slots, 1) for row in batch.rows if row.samples])
+            head = LoraRows.build([(row.sequence.slots, row.num_logits) for row in batch.rows if row.num_logits])
         if self.decoder is not None:
             return self.decoder.forward(tokens, heads, step, lora, head)
         return self._call(

@@ -1,14 +1,22 @@
-"""Chooses the next token of each sequence from its logits. Each row is worked on alone, with its own random numbers."""
+"""Logits -> the next token of each sequence, and log probabilities. Each row alone, with its own random numbers."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import os
+from dataclasses import replace
 
 import torch
 
-from loramux_server.engine.sequence import NOT_FINITE, SampledToken, SamplingParams, Sequence, TokenLogprob
+from loramux_server.engine.sequence import (
+    NOT_FINITE,
+    RowResult,
+    SamplingParams,
+    ScheduledSequence,
+    Sequence,
+    TokenLogprob,
+)
 from loramux_server.kernels.argmax import Argmax
 
 _SORTED = 1024  # top-p looks at this many tokens first; only where they do not reach p is the whole row sorted
@@ -26,26 +34,38 @@ class Sampler:
         self._secret = os.urandom(32)
         self._argmax = argmax
 
-    def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[SampledToken]:
-        """One token for each row of logits [rows, vocabulary], in order; `sequences` are the rows' owners.
+    def results(self, logits: torch.Tensor, rows: list[ScheduledSequence]) -> list[RowResult]:
+        """One for each row. logits: [sum of `num_logits`, vocabulary], in order of the rows.
 
-        A row whose logits are not finite carries an error instead of a token.
+        A row with logits that are not finite carries an error and nothing else.
         """
         greedy, finite = self._argmax(logits)
-        sampled = []
-        for row, sequence in enumerate(sequences):
-            params = sequence.params
-            if not finite[row]:
-                sampled.append(SampledToken(-1, error=NOT_FINITE))
-                continue
-            if params.forced:
-                token = params.forced[len(sequence.output)]
+        results, start = [], 0
+        for row in rows:
+            end = start + row.num_logits
+            if all(finite[start:end]):
+                result = self._choose(logits[end - 1], greedy[end - 1], row.sequence) if row.samples else RowResult()
+                if row.num_scored:
+                    scored = slice(end - row.num_scored, end)
+                    result = replace(result, scores=score(logits[scored], greedy[scored], row))
             else:
-                token = greedy[row] if params.temperature == 0 else self._draw(logits[row].float(), sequence)
-            logprob = None if params.logprobs is None else report_logprob(logits[row].float(), token, params.logprobs)
-            digest = digest_of(logits[row].float()) if params.digests else None
-            sampled.append(SampledToken(token, logprob, digest=digest))
-        return sampled
+                result = RowResult(error=NOT_FINITE)
+            results.append(result)
+            start = end
+        return results
+
+    def _choose(self, logits: torch.Tensor, greedy: int, sequence: Sequence) -> RowResult:
+        """logits: [vocabulary]; `greedy`: the first of the largest."""
+        params = sequence.params
+        if params.forced:
+            token = params.forced[len(sequence.output)]
+        else:
+            token = greedy if params.temperature == 0 else self._draw(logits.float(), sequence)
+        logprob = None
+        if params.logprobs is not None:
+            logprob = report_logprob(logits.float().log_softmax(-1), token, params.logprobs, greedy)
+        digest = digest_of(logits.float()) if params.digests else None
+        return RowResult(token, logprob, digest=digest)
 
     def _draw(self, logits: torch.Tensor, sequence: Sequence) -> int:
         params = sequence.params
@@ -106,14 +126,28 @@ def _nucleus(values: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Te
         count = values.shape[0]
 
 
-def report_logprob(logits: torch.Tensor, token: int, top: int) -> TokenLogprob:
-    """Log probability of `token` and of the `top` most likely tokens under the model's own distribution.
+def score(logits: torch.Tensor, greedy: list[int], row: ScheduledSequence) -> list[TokenLogprob]:
+    """Log probabilities of given text, in the order of `Sequence.scored_at`.
 
-    logits: [vocabulary] fp32, before temperature and filters.
+    logits: [num_scored, vocabulary], at the row's last positions; `greedy`: the first of the largest of each.
     """
-    logprobs = logits.log_softmax(-1)
+    sequence, end = row.sequence, row.first + row.num_tokens
+    logprobs = logits.float().log_softmax(-1)
+    found = []
+    for index, position in enumerate(range(end - row.num_scored, end)):
+        top = sequence.params.prompt_logprobs or 0 if position < len(sequence.prompt) - 1 else 0
+        for token in sequence.scored_at(position):
+            found.append(report_logprob(logprobs[index], token, top, greedy[index]))
+    return found
+
+
+def report_logprob(logprobs: torch.Tensor, token: int, top: int, greedy: int) -> TokenLogprob:
+    """What is reported of `token`, and of the `top` most likely tokens beside it.
+
+    logprobs: [vocabulary] fp32, of the model's own distribution, before temperature and filters.
+    """
     likely: tuple[tuple[int, float], ...] = ()
     if top:
         values, tokens = logprobs.topk(min(top, logprobs.shape[-1]))
         likely = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
-    return TokenLogprob(token, logprobs[token].item(), likely)
+    return TokenLogprob(token, logprobs[token].item(), likely, token == greedy)

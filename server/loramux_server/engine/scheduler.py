@@ -3,13 +3,16 @@
 One step of the engine is `prefetch`, `schedule`, the runner's forward, then `commit` (it worked) or `roll_back` (it
 did not), then `finish` for every sequence that ended.
 
-    tokens of a step:  | one per decode, always | prefill chunks in order of admission, up to max_batch_tokens in all |
+    tokens of a step:  | one per running sequence, always | more of prompts, oldest first, up to max_batch_tokens |
                        | background: of what is left at most max_background_tokens, but one for the first of them |
 
-A sequence starts only when there is a token for it, so at most one is between two chunks of its prompt, and whatever
-runs is in every batch. So a step that fails leaves no running sequence behind, and no slot half loaded. Background
-sequences alone may sit a step out, and take no more of a prompt at a time than `max_background_tokens` even when they
-count as ordinary ones; what they hold was loaded by a step that worked.
+A sequence starts only when there is a token for it, and each that runs has one in every batch. So a step that fails
+leaves no running sequence behind, and no slot half loaded. Background sequences alone may sit a step out, and take no
+more of a prompt at a time than `max_background_tokens` even when they count as ordinary ones; what they hold was loaded
+by a step that worked.
+
+Text that is scored (prompt logprobs, continuations) is read like a prompt, but logits are needed at each of its
+positions, so that a step takes at most `max_scored_tokens` of it, beside one for each sequence.
 """
 
 from __future__ import annotations
@@ -19,10 +22,8 @@ from collections.abc import Callable, Collection
 from collections.abc import Sequence as ReadOnlyList
 
 from loramux_adapters.lora.slots import SlotTable, bucket_of
-from loramux_server.engine.admission import Admission, Admitted, HostView
-from loramux_server.engine.kv_blocks import KVBlocks
-from loramux_server.engine.prefix_keys import extend_keys
-from loramux_server.engine.scheduler_config import SchedulerConfig
+from loramux_server.engine.admission import Admitted, HostView, SchedulerConfig, WaitingQueues
+from loramux_server.engine.kv_blocks import KVBlocks, extend_keys
 from loramux_server.engine.sequence import Batch, ScheduledSequence, Sequence, SequenceStatus
 from loramux_server.errors import RequestError
 
@@ -43,7 +44,7 @@ class Scheduler:
         self.slots = slots
         self._host = host
         self._clock = clock
-        self._admission = Admission(config, blocks, slots, host, clock)
+        self._waiting = WaitingQueues(config, blocks, slots, host, clock)
         self._running: list[Sequence] = []  # in order of admission
         self._step: Batch | None = None  # scheduled, and neither committed nor rolled back yet
 
@@ -55,21 +56,21 @@ class Scheduler:
     @property
     def waiting(self) -> list[Sequence]:
         """Sequences that have not started, in order of arrival."""
-        return [entry.sequence for entry in self._admission]
+        return [entry.sequence for entry in self._waiting]
 
     @property
     def num_waiting(self) -> int:
-        return len(self._admission)
+        return len(self._waiting)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running) or len(self._admission) > 0
+        return bool(self._running) or len(self._waiting) > 0
 
     def check_fits(self, sequence: Sequence) -> None:
         """Raises RequestError if the sequence could not start even on an idle server. Reads constants only."""
         if not sequence.prompt:
             raise RequestError("the prompt has no tokens", param="prompt", code="empty_prompt")
-        if sequence.params.max_tokens < 1:
+        if sequence.params.max_tokens < (0 if sequence.params.scores_text else 1):
             raise RequestError("max_tokens must be at least 1", param="max_tokens")
         if self.blocks.blocks_for(sequence.max_total) > self.blocks.num_blocks:
             raise RequestError(
@@ -78,6 +79,8 @@ class Scheduler:
                 param="max_tokens",
                 code="context_length_exceeded",
             )
+        if not all(sequence.params.continuations):
+            raise RequestError("a continuation has no tokens")
         ranks = {use.version: use.rank for use in sequence.adapters}
         if not self.slots.fits(*ranks.values()):
             rows = sum(bucket_of(rank) for rank in ranks.values())
@@ -92,7 +95,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence for which `check_fits` passed."""
-        self._admission.add(sequence)
+        self._waiting.add(sequence)
 
     def abort(self, ids: Collection[str]) -> list[Sequence]:
         """Ends these sequences, waiting or running, between two steps and returns them; other ids are ignored."""
@@ -100,11 +103,11 @@ class Scheduler:
         aborted = [sequence for sequence in self._running if sequence.id in ids]
         for sequence in aborted:
             self.finish(sequence)
-        return aborted + self._admission.remove(ids)
+        return aborted + self._waiting.remove(ids)
 
     def prefetch(self) -> list[tuple[Sequence, str]]:
         """Asks for adapters that waiting sequences need; returns those whose load failed, finished, with the reason."""
-        return self._admission.prefetch()
+        return self._waiting.prefetch()
 
     def schedule(self) -> Batch:
         """The next step, to be followed by `commit` or `roll_back`.
@@ -113,18 +116,22 @@ class Scheduler:
         """
         assert self._step is None, "the last step was neither committed nor rolled back"
         ordinary = [sequence for sequence in self._running if not sequence.gives_way]
-        rows = [_turn(sequence, 1) for sequence in ordinary if not sequence.in_prefill]
-        tokens = self.config.max_batch_tokens - len(rows)
-        prefilling = [sequence for sequence in ordinary if sequence.in_prefill]
-        left = tokens - sum(sequence.num_uncomputed for sequence in prefilling)
-        admitted = self._admission.admit(self.config.max_num_seqs - len(ordinary), left)
+        tokens = self.config.max_batch_tokens - len(ordinary)  # left beside the one of each
+        scored = self.config.max_scored_tokens
+        assert tokens >= 0, "whoever has started runs in every step"
+        rows: list[ScheduledSequence] = []
+        for sequence in ordinary:
+            rows.append(self._turn(sequence, tokens + 1, scored))
+            tokens -= rows[-1].num_tokens - 1
+            scored -= max(0, rows[-1].num_scored - 1)
+        admitted = self._waiting.admit(self.config.max_num_seqs - len(ordinary), tokens)
         self._running += admitted.sequences
-        for sequence in prefilling + admitted.sequences:
-            assert tokens > 0, "whoever has started runs in every step"
-            most = min(tokens, self.config.max_background_tokens) if sequence.background else tokens
-            rows.append(_turn(sequence, most))
+        for sequence in admitted.sequences:
+            assert tokens > 0, "whoever starts runs at once"
+            rows.append(self._turn(sequence, tokens, scored))
             tokens -= rows[-1].num_tokens
-        rows += self._background(tokens, admitted)
+            scored -= max(0, rows[-1].num_scored - 1)
+        rows += self._background(tokens, scored, admitted)
         now = self._clock()
         for row in rows:
             if row.sequence.scheduled_at is None:
@@ -135,19 +142,19 @@ class Scheduler:
             self._step = batch
         return batch
 
-    def _background(self, tokens: int, admitted: Admitted) -> list[ScheduledSequence]:
-        """Turns of sequences that give way, those among them that start now; `tokens` are left in the step."""
+    def _background(self, tokens: int, scored: int, admitted: Admitted) -> list[ScheduledSequence]:
+        """Turns of sequences that give way, those among them that start now; the step has so many tokens left."""
         waiting = [sequence for sequence in self._running if sequence.gives_way]
         spare = min(tokens, self.config.max_background_tokens)
         rows: list[ScheduledSequence] = []
         for sequence in waiting:
             if spare > 0 or not rows:  # the first has its turn in every step, so that whoever has started ends
-                rows.append(_turn(sequence, max(1, spare)))
+                rows.append(self._turn(sequence, max(1, spare), scored))
                 spare -= rows[-1].num_tokens
-        started = self._admission.admit_background(self.config.max_background_tokens - len(waiting), spare)
+        started = self._waiting.admit_background(self.config.max_background_tokens - len(waiting), spare)
         for sequence in started.sequences:
             assert spare > 0, "whoever starts runs at once"
-            rows.append(_turn(sequence, spare))
+            rows.append(self._turn(sequence, spare, scored))
             spare -= rows[-1].num_tokens
         self._running += started.sequences
         admitted.slot_loads += started.slot_loads
@@ -158,7 +165,7 @@ class Scheduler:
         self._close(batch)
         for row in batch.rows:
             row.sequence.num_computed += row.num_tokens
-            self._publish(row.sequence, row.num_tokens)
+            self._publish(row)
 
     def roll_back(self, batch: Batch) -> list[Sequence]:
         """The step failed: finishes and returns its sequences; what it loaded is not believed to be resident."""
@@ -184,7 +191,7 @@ class Scheduler:
         """Asserts that blocks and slots are held by running sequences and by nobody else."""
         self.blocks.check_integrity()
         self.slots.check_integrity()
-        self._admission.check_integrity()
+        self._waiting.check_integrity()
         assert sum(not sequence.gives_way for sequence in self._running) <= self.config.max_num_seqs
         assert sum(sequence.gives_way for sequence in self._running) <= self.config.max_background_tokens
         size = self.blocks.block_size
@@ -195,17 +202,43 @@ class Scheduler:
         for sequence in self._running:
             assert sequence.status is SequenceStatus.RUNNING
             assert len(sequence.blocks) == self.blocks.blocks_for(sequence.max_total)
-            assert sequence.num_computed < sequence.num_tokens <= sequence.max_total + 1
+            assert sequence.num_computed < sequence.num_tokens + len(sequence.continuation)
+            assert max(sequence.num_computed, sequence.num_tokens - 1) <= sequence.max_total
             assert [(one.slot, one.scale) for one in sequence.slots] == [
                 (self.slots.lookup(use.version), use.scale) for use in sequence.adapters
             ]
         versions = {use.version for sequence in self._running for use in sequence.adapters}
         assert versions == set(self.slots.pinned), "slots are pinned by nobody, or used without a pin"
 
-    def _publish(self, sequence: Sequence, tokens: int) -> None:
-        """Makes the blocks that its last `tokens` tokens completed known to those that come after."""
-        size, end = self.blocks.block_size, sequence.num_computed
-        complete = range((end - tokens) // size, end // size)
+    def _turn(self, sequence: Sequence, tokens: int, scored: int) -> ScheduledSequence:
+        """Its part of a step: its newest token, or as much of what it reads as it may have tokens.
+
+        `scored`: of text that is scored, so many tokens beside one.
+        """
+        if not sequence.in_prefill:
+            return ScheduledSequence(sequence, 1, samples=True)
+        if sequence.background:
+            tokens = min(tokens, self.config.max_background_tokens)
+        unscored = max(0, sequence.logits_from - sequence.num_computed)
+        count = min(sequence.num_uncomputed, tokens, unscored + 1 + scored)
+        ends_prompt = sequence.num_computed + count == len(sequence.prompt)
+        return ScheduledSequence(
+            sequence,
+            count,
+            samples=ends_prompt and sequence.params.max_tokens > 0,
+            num_scored=max(0, count - unscored) if sequence.params.scores_text else 0,
+        )
+
+    def _publish(self, row: ScheduledSequence) -> None:
+        """Makes the blocks that this step completed known to those that come after.
+
+        Not what is behind a prompt with continuations: they are written over one another.
+        """
+        sequence, size = row.sequence, self.blocks.block_size
+        end = sequence.num_computed
+        if sequence.params.continuations:
+            end = min(end, len(sequence.prompt))
+        complete = range(row.first // size, end // size)
         if complete and self.blocks.keeps_content:
             extend_keys(sequence, size, end)
             for index in complete:
@@ -217,11 +250,3 @@ class Scheduler:
         self._step = None
         for load in batch.slot_loads:
             self._host.unpin(load.version)
-
-
-def _turn(sequence: Sequence, tokens: int) -> ScheduledSequence:
-    """Its part of a step: its newest token, or as much of its prompt as it may have tokens."""
-    if not sequence.in_prefill:
-        return ScheduledSequence(sequence, 1, samples=True)
-    rest = sequence.num_uncomputed
-    return ScheduledSequence(sequence, min(rest, tokens), samples=tokens >= rest)

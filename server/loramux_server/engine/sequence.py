@@ -26,19 +26,25 @@ class FinishReason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen. `temperature` 0 is greedy; the others then have no effect.
+    """How the next token is chosen, and what is reported. `temperature` 0 is greedy; the others then have no effect.
 
     Attributes:
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the smallest set of most likely tokens whose probability reaches this; 1.0 keeps all.
         min_p: keep tokens at least this share of the most likely one's probability; 0.0 keeps all.
         seed: of this sequence's own generator; None draws one from the operating system.
-        max_tokens: most tokens in the reply, at least 1.
+        max_tokens: most tokens in the reply, at least 1; or 0 where log probabilities of given text are all that is
+            asked for.
         logprobs: how many alternatives to report beside each chosen token; None reports nothing.
         stop_token_ids: the reply ends, with reason "stop", when one of these is chosen; that one is not delivered.
         forced: these tokens are the reply, whatever the model would choose, to hear how likely they are; as many as
             `max_tokens`. Empty: the model's own choice.
         digests: report a digest of all logits beside each token.
+        prompt_logprobs: how many alternatives to report beside the log probability of each prompt token; None reports
+            nothing. The first token follows nothing, so it has none.
+        prompt_logprobs_from: index of the first prompt token that is reported.
+        continuations: texts of at least one token that might follow the prompt, to hear how likely each of their tokens
+            is. The reply follows the prompt, not them.
     """
 
     temperature: float = 1.0
@@ -51,15 +57,28 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     forced: tuple[int, ...] = ()
     digests: bool = False
+    prompt_logprobs: int | None = None
+    prompt_logprobs_from: int = 1
+    continuations: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def scores_text(self) -> bool:
+        """Whether log probabilities of given text are asked for."""
+        return self.prompt_logprobs is not None or bool(self.continuations)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Log probability of the chosen token (before temperature and filters) and of the most likely ones."""
+    """Log probability of a token (before temperature and filters) and of the most likely ones.
+
+    Attributes:
+        is_greedy: greedy decoding would choose this token.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    is_greedy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +93,9 @@ class TokenOutput:
         first_token_seconds: submit to first token, set on the first token's output.
         cached_tokens: of the prompt, those that did not have to be computed, set on the first token's output.
         digest: of the logits that the token was chosen from, where that was asked for.
+        prompt_logprobs: of the prompt's tokens, where that was asked for; set on the first token's output, or on the
+            last one of a sequence without a reply.
+        continuations: the log probabilities of each of `SamplingParams.continuations`, set on the last output.
     """
 
     token_id: int | None = None
@@ -84,6 +106,8 @@ class TokenOutput:
     first_token_seconds: float | None = None
     cached_tokens: int = 0
     digest: bytes | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    continuations: tuple[tuple[TokenLogprob, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -139,11 +163,15 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)  # of its complete blocks, as far as they were asked for
     num_cached: int = 0  # tokens of the prompt whose keys and values were there before it started
-    num_computed: int = 0  # tokens of prompt + output whose keys and values are in the cache
+    num_computed: int = 0  # tokens of prompt + output (or the continuation) whose keys and values are in the cache
     scheduled_at: float | None = None  # first time in a batch
 
     # filled by the engine's update
     output: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    continuation_logprobs: list[list[TokenLogprob]] = field(default_factory=list)  # none before the prompt is read
+    num_read: int = 0  # continuations that have been read
+    last_output: TokenOutput | None = None  # held back until all continuations are read
     first_token_at: float | None = None
     last_token_at: float | None = None
 
@@ -160,24 +188,83 @@ class Sequence:
     @property
     def max_total(self) -> int:
         """Most tokens that will ever need a place in the cache (the last one chosen is never fed back)."""
-        return len(self.prompt) + self.params.max_tokens - 1
+        return len(self.prompt) + max(self.params.max_tokens, *map(len, self.params.continuations), 1) - 1
+
+    @property
+    def continuation(self) -> tuple[int, ...]:
+        """The one that is being read; none before the prompt is, and none when all are.
+
+        Continuations are read one after the other between the prompt and the second token of the reply, each over the
+        keys and values of the one before.
+        """
+        if self.num_read == len(self.continuation_logprobs):
+            return ()
+        return self.params.continuations[self.num_read]
 
     @property
     def in_prefill(self) -> bool:
-        """True while part of the prompt is not in the cache yet."""
-        return self.num_computed < len(self.prompt)
+        """True while part of the prompt, or of the continuation that is being read, is not in the cache yet."""
+        return self.num_computed < len(self.prompt) or self.num_read < len(self.continuation_logprobs)
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens of its prompt that are not in the cache yet."""
-        return max(0, len(self.prompt) - self.num_computed)
+        """Tokens of these that are not in the cache yet (a continuation's last token never will be)."""
+        return max(0, len(self.prompt) + max(0, len(self.continuation) - 1) - self.num_computed)
+
+    @property
+    def logits_from(self) -> int:
+        """The first position whose logits are needed: the prompt's last, or the first that scores a prompt token."""
+        last = len(self.prompt) - 1
+        if self.params.prompt_logprobs is None:
+            return last
+        return min(last, max(0, self.params.prompt_logprobs_from - 1))
+
+    @property
+    def ends_with_prompt(self) -> bool:
+        """True once the prompt is read, if there is to be no reply."""
+        return not self.params.max_tokens and self.num_computed >= len(self.prompt)
 
     def tokens_from(self, start: int, count: int) -> list[int]:
-        """Token ids at positions [start, start + count) of prompt + output."""
+        """Token ids at positions [start, start + count) of the prompt and what is read or written behind it."""
+        behind = list(self.continuation) or self.output
         if start >= len(self.prompt):
             start -= len(self.prompt)
-            return self.output[start : start + count]
-        return (self.prompt[start : start + count] + self.output[: max(0, start + count - len(self.prompt))])[:count]
+            return behind[start : start + count]
+        return (self.prompt[start : start + count] + behind[: max(0, start + count - len(self.prompt))])[:count]
+
+    def scored_at(self, position: int) -> Iterable[int]:
+        """Tokens whose log probabilities the logits at this position shall tell."""
+        last = len(self.prompt) - 1
+        if position < last:
+            return (self.prompt[position + 1],)
+        if position > last:
+            return self.continuation[position - last : position - last + 1]
+        return () if self.continuation_logprobs else (tokens[0] for tokens in self.params.continuations)
+
+    def add_scores(self, found: list[TokenLogprob]) -> None:
+        """Keeps what a step that was committed has found, in the order of `scored_at`, and turns to what is next."""
+        if self.continuation:
+            self.continuation_logprobs[self.num_read] += found
+        elif self.num_computed < len(self.prompt):
+            self.prompt_logprobs += found
+        else:
+            of_prompt = len(found) - len(self.params.continuations)
+            self.prompt_logprobs += found[:of_prompt]
+            self.continuation_logprobs = [[first] for first in found[of_prompt:]]
+        texts, logprobs = self.params.continuations, self.continuation_logprobs
+        while self.continuation and len(logprobs[self.num_read]) == len(self.continuation):
+            self.num_read += 1
+            if self.continuation:  # it goes on from where it parts from the one before
+                shared = _shared_length(texts[self.num_read - 1], self.continuation)
+                logprobs[self.num_read] = logprobs[self.num_read - 1][:shared] or logprobs[self.num_read]
+        if logprobs:
+            in_cache = len(logprobs[self.num_read]) - 1 if self.continuation else 0
+            self.num_computed = len(self.prompt) + in_cache
+
+
+def _shared_length(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """How many tokens they begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def composed(uses: Iterable[AdapterUse]) -> tuple[AdapterUse, ...]:
@@ -194,8 +281,18 @@ class ScheduledSequence:
     """A sequence's part of one batch: the scheduler says which tokens run, the runner reads it."""
 
     sequence: Sequence
-    num_tokens: int  # tokens fed this step, at positions [num_computed, num_computed + num_tokens)
+    num_tokens: int  # tokens fed this step, at positions [first, first + num_tokens)
     samples: bool  # True if the last of them is the newest token, so that this step chooses the next one
+    num_scored: int = 0  # the logits at so many of the last positions score given text
+    first: int = field(init=False)  # the sequence's `num_computed` before this step
+
+    def __post_init__(self) -> None:
+        self.first = self.sequence.num_computed
+
+    @property
+    def num_logits(self) -> int:
+        """At so many of the last positions logits are needed."""
+        return max(self.num_scored, int(self.samples))
 
 
 @dataclass(slots=True)
@@ -225,10 +322,17 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class SampledToken:
-    """Runner -> engine: the token chosen for one row with `samples`; `error` instead if that row alone failed."""
+class RowResult:
+    """Runner -> engine: what came of one row with logits.
 
-    token_id: int
+    Attributes:
+        token_id: the token chosen for a row with `samples`.
+        error: instead of all else, if that row alone failed.
+        scores: in order of positions, those that `Sequence.scored_at` asks for.
+    """
+
+    token_id: int | None = None
     logprob: TokenLogprob | None = None
     error: str | None = None
     digest: bytes | None = None
+    scores: list[TokenLogprob] = field(default_factory=list)

@@ -44,7 +44,7 @@ Replay = Callable[[], None]
 Capture = Callable[[Callable[[], torch.Tensor]], tuple[Replay, torch.Tensor]]
 # (input ids [1, rows], position ids [1, rows], sampled rows [rows], step, adapters of all rows and of the sampled ones)
 # -> logits [rows, vocabulary]
-Forward = Callable[
+StepForward = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, AttentionStep, LoraRows | None, LoraRows | None], torch.Tensor
 ]
 
@@ -132,7 +132,7 @@ class StepGraphs:
 
     def __init__(
         self,
-        forward: Forward,
+        forward: StepForward,
         cache: KVCache,
         kernels: GraphKernels,
         rows: int,

@@ -98,10 +98,9 @@ class StepMetrics:
             sequence = row.sequence
             if sequence.background:
                 continue
-            before = sequence.num_computed - row.num_tokens
-            if before < len(sequence.prompt):
+            if row.first < len(sequence.prompt):
                 prompt[sequence.adapter] += row.num_tokens
-            if before == sequence.num_cached and sequence.scheduled_at is not None:
+            if row.first == sequence.num_cached and sequence.scheduled_at is not None:
                 prompt[sequence.adapter] += sequence.num_cached
                 self._metrics.prefix_looked_up(sequence.num_cached, len(sequence.prompt))
                 self._metrics.queued(sequence.scheduled_at - sequence.arrived)
@@ -118,3 +117,17 @@ class StepMetrics:
 
     def aborted(self) -> None:
         self._metrics.aborted()
+
+
+class NoMetrics:
+    """`EngineMetrics` for an engine that nobody watches."""
+
+    def step_done(self, batch_size: int, distinct_adapters: int, seconds: float) -> None: ...
+    def queued(self, seconds: float) -> None: ...
+    def first_token(self, seconds: float) -> None: ...
+    def inter_token(self, seconds: float) -> None: ...
+    def tokens(self, adapter: str | None, prompt: int, generated: int) -> None: ...
+    def prefix_looked_up(self, found: int, tokens: int) -> None: ...
+    def slot_loaded(self, seconds: float) -> None: ...
+    def evicted(self, count: int) -> None: ...
+    def aborted(self) -> None: ...

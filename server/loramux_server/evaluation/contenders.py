@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 from loramux_adapters.evaluation.bootstrap import Difference, difference, gap
-from loramux_adapters.evaluation.evaluated import Comparison, Evaluation, Predictor, Role
+from loramux_adapters.evaluation.evaluated import Evaluation, Predictor, Role, ScoreComparison
 from loramux_adapters.evaluation.labels import majority_of, truth_of
 from loramux_adapters.evaluation.scores import NO_LABEL, LabelTask, TokenScore, mean_loss, text_features, text_scores
 from loramux_adapters.evaluation.verdict import judge
@@ -203,11 +203,13 @@ def _predictor(said: _Answers, task: LabelTask | None) -> Predictor:
     )
 
 
-def _comparisons(answers: Sequence[_Answers], task: LabelTask | None) -> list[Comparison]:
+def _comparisons(answers: Sequence[_Answers], task: LabelTask | None) -> list[ScoreComparison]:
     return [comparison for other in answers[1:] for comparison in _against(answers[0], other, task)]
 
 
-def _against(judged: _Answers, other: _Answers, task: LabelTask | None, *, force: bool = False) -> list[Comparison]:
+def _against(
+    judged: _Answers, other: _Answers, task: LabelTask | None, *, force: bool = False
+) -> list[ScoreComparison]:
     """The differences to another, by log probability where both have it. `force`: the other always says the same."""
     found: list[tuple[str, Difference]] = []
     if task is not None:
@@ -219,7 +221,7 @@ def _against(judged: _Answers, other: _Answers, task: LabelTask | None, *, force
             found.append(("accuracy", task.accuracy_difference(first, second)))
     elif judged.tokens and other.tokens:
         found.append(("loss", difference(text_features(judged.tokens), text_features(other.tokens), mean_loss)))
-    return [Comparison(other.name, other.role, score, value) for score, value in found]
+    return [ScoreComparison(other.name, other.role, score, value) for score, value in found]
 
 
 def _gap(

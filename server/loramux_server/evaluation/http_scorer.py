@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import quote
 
 from loramux_adapters.training.data.conversation import Example
+from loramux_server.client.connection import ServerConnection
 from loramux_server.errors import CommandFailed
 from loramux_server.evaluation.contenders import Said
 
 AT_ONCE = 16  # requests
 ALTERNATIVES = 20  # the most that the wire gives beside each token
-TIMEOUT = 600.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +30,11 @@ class Server:
 
     def model(self, name: str) -> dict[str, Any]:
         """What the server says of the base or of an adapter."""
-        return self._call(f"/v1/models/{quote(name, safe='')}", None)
+        return self._call(("v1", "models", name))
 
     def base(self) -> dict[str, Any]:
         """What it says of its base."""
-        models = self._call("/v1/models", None).get("data")
+        models = self._call(("v1", "models")).get("data")
         for model in models if isinstance(models, list) else []:
             if isinstance(model, dict) and model.get("parent") is None and isinstance(model.get("id"), str):
                 return model
@@ -46,34 +42,15 @@ class Server:
 
     def chat(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The first choice of a chat completion."""
-        choices = self._call("/v1/chat/completions", body).get("choices")
+        choices = self._call(("v1", "chat", "completions"), body).get("choices")
         if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
             raise CommandFailed(f"{self.url} sent a chat completion without choices")
         choice: dict[str, Any] = choices[0]
         return choice
 
-    def _call(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
-        if not self.url.startswith(("http://", "https://")):
-            raise CommandFailed(f"{self.url!r} is not a URL such as http://127.0.0.1:8000")
-        headers = {"accept": "application/json", "content-type": "application/json"}
-        if self.key is not None:
-            headers["authorization"] = f"Bearer {self.key}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url.rstrip("/") + path, data=data, headers=headers)
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-                reply = json.loads(response.read())
-        except urllib.error.HTTPError as error:
-            with error:
-                raise CommandFailed(f"the server refused ({error.code}): {_reason(error.read())}") from error
-        except (urllib.error.URLError, OSError) as error:
-            reason = getattr(error, "reason", error)
-            raise CommandFailed(f"no answer from {self.url}: {reason}; start one with `loramux serve`") from error
-        except ValueError as error:
-            raise CommandFailed(f"{self.url} did not answer in JSON; is it a loramux server?") from error
-        if not isinstance(reply, dict):
-            raise CommandFailed(f"{self.url} did not answer with an object; is it a loramux server?")
-        return reply
+    def _call(self, path: Sequence[str], body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        connection = ServerConnection(self.url, self.key, through_proxy=True)
+        return connection.call("GET" if body is None else "POST", path, body=body).body
 
 
 class HttpScorer:
@@ -127,10 +104,3 @@ def _text(choice: Mapping[str, Any]) -> str:
     message = choice.get("message")
     text = str(message.get("content") or "") if isinstance(message, dict) else ""
     return text if choice.get("finish_reason") == "stop" else text + "…"
-
-
-def _reason(raw: bytes) -> str:
-    try:
-        return str(json.loads(raw)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return "no reason given"

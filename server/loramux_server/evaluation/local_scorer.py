@@ -11,25 +11,24 @@ from loramux_adapters.evaluation.scores import TokenScore
 from loramux_adapters.training.data.conversation import Example, Message
 from loramux_adapters.training.data.render import Renderer
 from loramux_server.base.tokenizer import BaseTokenizer
-from loramux_server.engine.local_engine import Adapter, Offline, Reply
+from loramux_server.engine.local_engine import LocalAdapter, LocalEngine, LocalReply
 from loramux_server.evaluation.contenders import Said
 
 ROOM_FOR_REPLY = 64  # tokens of the context that prompts leave free, and most tokens of a reply to a labelled example
 LONGER = 2  # tokens that a reply may have beyond the longest label before it is cut
 
 
-class OfflineScorer:
-    """One adapter of an `Offline`, or its bare base, as `evaluation.Scorer`."""
+class LocalScorer:
+    """One adapter of a `LocalEngine`, or its bare base, as `contenders.Scorer`."""
 
-    def __init__(self, offline: Offline, adapter: Adapter | None) -> None:
+    def __init__(self, engine: LocalEngine, adapter: LocalAdapter | None) -> None:
         """Raises DataError: the base has no fast tokenizer, or no token that ends a reply."""
-        model = offline.base.model
-        vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-        self._offline = offline
+        config = getattr(engine.base.model, "generation_config", None)
+        self._engine = engine
         self._adapter = adapter
-        self._tokenizer = BaseTokenizer(offline.base.tokenizer, getattr(model, "generation_config", None), vocabulary)
+        self._tokenizer = BaseTokenizer(engine.base.tokenizer, config, engine.base.vocabulary)
         self._renderer = Renderer(
-            offline.base.tokenizer, offline.context - ROOM_FOR_REPLY, stop_ids=self._tokenizer.stop_ids
+            engine.base.tokenizer, engine.context - ROOM_FOR_REPLY, stop_ids=self._tokenizer.stop_ids
         )
 
     def ask(self, examples: Sequence[Example], labels: Sequence[str], *, reply: bool) -> Said:
@@ -58,7 +57,7 @@ class OfflineScorer:
                 owners += [(index, True)] * len(labels)
                 longest = max(longest, *map(len, tokens))
         max_tokens = min(ROOM_FOR_REPLY, longest + LONGER) if reply and labels else 0
-        asked = self._offline.ask(rows, self._adapter, max_tokens=max_tokens, stop_ids=self._renderer.end_ids)
+        asked = self._engine.ask(rows, self._adapter, max_tokens=max_tokens, stop_ids=self._renderer.end_ids)
         of_labels: list[list[float]] = [[] for _ in examples]
         answers: list[list[TokenScore]] = [[] for _ in examples]
         for (index, is_label), found in zip(owners, asked.scores, strict=True):
@@ -69,7 +68,7 @@ class OfflineScorer:
         replies = [self._text(asked.replies[prompt]) for prompt in prompts] if max_tokens else None
         return Said(of_labels if labels else None, answers, replies)
 
-    def _text(self, reply: Reply) -> str:
+    def _text(self, reply: LocalReply) -> str:
         return self._tokenizer.decode(reply.tokens) + ("" if reply.ended else "…")
 
     def _answer(self, example: Example, label: str) -> list[int]:

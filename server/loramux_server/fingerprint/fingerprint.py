@@ -1,29 +1,18 @@
 """Fingerprints: what an adapter says to a few prompts, to the last bit, so that any server can tell if it still does.
 
-A fingerprint is made on the serving path. A server of the same numerics id computes with the same kernels on the same
-kind of device, and replies are equal bit for bit there, alone or in company. Elsewhere rounding differs: then the
-fingerprint's own tokens are scored one after the other (teacher-forced), and small differences are allowed.
+A fingerprint is made by the engine that serves. A server of the same numerics id computes with the same kernels on the
+same kind of device, and replies are equal bit for bit there, alone or in company. Elsewhere rounding differs: then the
+fingerprint's own tokens are scored one after the other (teacher-forced), and replay.py says what may differ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
-from loramux_adapters.errors import AdapterRejected
-from loramux_server.engine.local_engine import Adapter, Offline, Reply
+from loramux_server.engine.local_engine import LocalAdapter, LocalEngine, LocalReply
 from loramux_server.fingerprint.file import MAX_PROMPTS, MAX_TOKENS, Fingerprint, Witness
-from loramux_server.fingerprint.replay import FLIP_TOLERANCE, MAX_TOLERANCE, MEAN_TOLERANCE
-
-
-class Outcome(Enum):
-    """What a replay showed."""
-
-    EXACT = "exact"
-    WITHIN_TOLERANCE = "within tolerance"
-    MISMATCH = "mismatch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +25,7 @@ class Flip:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class Agreement:
     """What was said before against what is said now.
 
     Attributes:
@@ -67,34 +56,13 @@ class Comparison:
         return f"log probabilities differ by {self.mean:.4f} on average and {self.max:.4f} at most; {flips}"
 
 
-@dataclass(frozen=True, slots=True)
-class FingerprintResult:
-    """How a replay went.
-
-    Attributes:
-        same_numerics: both sides have the same numerics id, so that only equal bits will do.
-        comparison: empty where nothing was asked, since base or version are others.
-        reason: what is not as it must be; empty unless it is a mismatch.
-    """
-
-    outcome: Outcome
-    same_numerics: bool
-    comparison: Comparison
-    reason: str = ""
-
-    def words(self) -> str:
-        """One line for a report."""
-        parts = [self.comparison.words()] if self.comparison.tokens else []
-        return f"{self.outcome.value}: " + "; ".join([*parts, self.reason] if self.reason else parts)
-
-
 def make(
-    offline: Offline, prompts: Sequence[Sequence[int]], adapter: Adapter, *, max_tokens: int = 16
+    engine: LocalEngine, prompts: Sequence[Sequence[int]], adapter: LocalAdapter, *, max_tokens: int = 16
 ) -> dict[str, Any]:
     """The fingerprint of an adapter, as fingerprint.json holds it.
 
     Args:
-        offline: opened in a process that has trained nothing.
+        engine: opened in a process that has trained nothing.
         prompts: token ids, from 1 to 64 prompts. Their text is stored too, so let it be text that may be shown.
         max_tokens: length of each reply.
     Raises:
@@ -103,83 +71,48 @@ def make(
     if not 1 <= len(prompts) <= MAX_PROMPTS or not 1 <= max_tokens <= MAX_TOKENS:
         raise ValueError(f"a fingerprint has 1 to {MAX_PROMPTS} prompts and replies of 1 to {MAX_TOKENS} tokens")
     return Fingerprint(
-        numerics_id=offline.numerics_id,
-        base_id=offline.base.base_id,
+        numerics_id=engine.numerics_id,
+        base_id=engine.base.base_id,
         version=adapter.version,
-        prompts=witness(offline, prompts, adapter, max_tokens=max_tokens),
+        prompts=witness(engine, prompts, adapter, max_tokens=max_tokens),
     ).as_json()
 
 
-def replay(offline: Offline, fingerprint: Fingerprint, adapter: Adapter) -> FingerprintResult:
-    """Asks the adapter again and compares.
-
-    Raises:
-        AdapterRejected: the fingerprint holds tokens that this base does not have.
-        DataError: a prompt and its reply do not fit into the context.
-    """
-    same = fingerprint.numerics_id == offline.numerics_id
-    if fingerprint.base_id != offline.base.base_id:
-        return FingerprintResult(Outcome.MISMATCH, same, Comparison(), "it was made on another base")
-    if fingerprint.version != adapter.version:
-        return FingerprintResult(Outcome.MISMATCH, same, Comparison(), "it was made for another adapter or version")
-    vocabulary = int(offline.base.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-    if any(token >= vocabulary for said in fingerprint.prompts for token in (*said.ids, *said.tokens)):
-        raise AdapterRejected([f"fingerprint.json holds tokens that a vocabulary of {vocabulary} does not have"])
-    comparison = compare(offline, fingerprint.prompts, adapter)
-    outcome, reason = _judge(same, comparison)
-    return FingerprintResult(outcome, same, comparison, reason)
-
-
 def witness(
-    offline: Offline, prompts: Sequence[Sequence[int]], adapter: Adapter | None, *, max_tokens: int
+    engine: LocalEngine, prompts: Sequence[Sequence[int]], adapter: LocalAdapter | None, *, max_tokens: int
 ) -> tuple[Witness, ...]:
     """What the adapter (or the bare base) says to each prompt, in `max_tokens` tokens."""
-    decode = offline.base.tokenizer.decode
-    replies = offline.generate(prompts, adapter, max_tokens=max_tokens, stop_ids=frozenset())
+    decode = engine.base.tokenizer.decode
+    replies = engine.generate(prompts, adapter, max_tokens=max_tokens, stop_ids=frozenset())
     return tuple(
         Witness(decode(list(ids)), tuple(ids), decode(reply.tokens), tuple(reply.tokens), tuple(reply.logprobs))
         for ids, reply in zip(prompts, replies, strict=True)
     )
 
 
-def compare(offline: Offline, witnesses: Sequence[Witness], adapter: Adapter | None) -> Comparison:
+def compare(engine: LocalEngine, witnesses: Sequence[Witness], adapter: LocalAdapter | None) -> Agreement:
     """What witnesses say against what the adapter (or the bare base) says here, token by token."""
     count = sum(len(said.tokens) for said in witnesses)
     longest = max(len(said.tokens) for said in witnesses)
-    replies = offline.generate([said.ids for said in witnesses], adapter, max_tokens=longest, stop_ids=frozenset())
+    replies = engine.generate([said.ids for said in witnesses], adapter, max_tokens=longest, stop_ids=frozenset())
     if all(_equal(said, reply) for said, reply in zip(witnesses, replies, strict=True)):
-        return Comparison(count, equal=True)
-    found = offline.score([(said.ids, said.tokens) for said in witnesses], adapter)
+        return Agreement(count, equal=True)
+    found = engine.score([(said.ids, said.tokens) for said in witnesses], adapter)
     differences = [
         abs(here - there)
         for said, logprobs in zip(witnesses, found, strict=True)
         for here, there in zip(logprobs, said.logprobs, strict=True)
     ]
-    return Comparison(count, sum(differences) / count, max(differences), _flips(offline, witnesses, found, adapter))
+    return Agreement(count, sum(differences) / count, max(differences), _flips(engine, witnesses, found, adapter))
 
 
-def _equal(said: Witness, reply: Reply) -> bool:
+def _equal(said: Witness, reply: LocalReply) -> bool:
     count = len(said.tokens)
     return tuple(reply.tokens[:count]) == said.tokens and tuple(reply.logprobs[:count]) == said.logprobs
 
 
-def _judge(same: bool, comparison: Comparison) -> tuple[Outcome, str]:
-    if comparison.equal:
-        return Outcome.EXACT, ""
-    if same:
-        return Outcome.MISMATCH, "the numerics id is the same, so they should be equal"
-    for value, limit, what in (
-        (comparison.mean, MEAN_TOLERANCE, "mean difference"),
-        (comparison.max, MAX_TOLERANCE, "largest difference"),
-        (comparison.widest, FLIP_TOLERANCE, "gap of a token that differs"),
-    ):
-        if not value <= limit:  # NaN is no difference that may be
-            return Outcome.MISMATCH, f"the {what} may be {limit}"
-    return Outcome.WITHIN_TOLERANCE, ""
-
-
 def _flips(
-    offline: Offline, witnesses: Sequence[Witness], found: Sequence[Sequence[float]], adapter: Adapter | None
+    engine: LocalEngine, witnesses: Sequence[Witness], found: Sequence[Sequence[float]], adapter: LocalAdapter | None
 ) -> tuple[Flip, ...]:
     """Every flip. Behind one the reply goes on from the expected token, so that each is counted by itself."""
     flips: list[Flip] = []
@@ -187,7 +120,7 @@ def _flips(
     while starts:
         length = max(len(witnesses[index].tokens) - start for index, start in starts.items())
         prompts = [(*witnesses[index].ids, *witnesses[index].tokens[:start]) for index, start in starts.items()]
-        replies = offline.generate(prompts, adapter, max_tokens=length, stop_ids=frozenset())
+        replies = engine.generate(prompts, adapter, max_tokens=length, stop_ids=frozenset())
         going_on: dict[int, int] = {}
         for (index, start), reply in zip(starts.items(), replies, strict=True):
             expected = witnesses[index].tokens

@@ -13,8 +13,8 @@ MEAN_TOLERANCE = 0.1
 MAX_TOLERANCE = 0.4
 FLIP_TOLERANCE = 0.25
 
-
-Outcome = Literal["exact", "within_tolerance", "mismatch", "none"]  # stored with a version and shown; none: no replay
+# How a fingerprint replayed: stored with a version and shown to clients; "none": nobody has replayed one.
+ReplayOutcome = Literal["exact", "within_tolerance", "mismatch", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Scored:
 class Verdict:
     """`reason`: what is not as it must be; empty unless it is a mismatch."""
 
-    outcome: Outcome
+    outcome: ReplayOutcome
     reason: str = ""
 
 

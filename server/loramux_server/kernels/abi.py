@@ -4,8 +4,8 @@ The library describes its structures and functions in words that it takes from i
 only if every line of them is what is declared here, so a library that was built from other sources is never called.
 
 It is no Python extension: a compiler for C++ is all that building it takes, one file serves every version of Python,
-and it can be compiled for another processor and driven without Python. A call through ctypes takes some 0.7 microseconds,
-through an extension 0.1; a compiled step is one call, and a step module by module some 500.
+and it can be compiled for another processor and driven without Python. A call through ctypes takes some 0.7 us, through
+an extension 0.1; a compiled step is one call, and a step module by module some 500.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LoraArena(ctypes.Structure):
     _fields_ = [("a", POINTER), ("bt", POINTER), ("targeted", POINTER), ("inputs", SIZE), ("outputs", SIZE)]
 
 
-class LoraRows(ctypes.Structure):
+class LoraEntries(ctypes.Structure):
     _fields_ = [("first", POINTER), ("offset", POINTER), ("rank", POINTER), ("scale", POINTER), ("count", SIZE)]
 
 
@@ -90,7 +90,7 @@ class DecoderStep(ctypes.Structure):
 
 
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (
-    *(LoraArena, LoraRows, SlotWeights, FilePair),
+    *(LoraArena, LoraEntries, SlotWeights, FilePair),
     *(DecoderLinear, DecoderNorm, DecoderLayer, DecoderModel, DecoderStep),
 )
 

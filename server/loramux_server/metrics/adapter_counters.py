@@ -1,4 +1,4 @@
-"""Counters by adapter whose label values are bounded and whose sums never go back."""
+"""Counters by adapter: the number of label values is bounded, and their sums never decrease."""
 
 from __future__ import annotations
 

@@ -12,9 +12,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from loramux_server.metrics.adapter_counters import AdapterCounters
-from loramux_server.metrics.levels import POOLS, Levels, LevelsCollector
-
-__all__ = ["CONTENT_TYPE", "POOLS", "VERIFICATIONS", "HostCacheMetrics", "Levels", "Metrics"]
+from loramux_server.metrics.gauges import GaugeCollector, GaugeReadings
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -25,7 +23,8 @@ _REQUEST = (0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 45
 _QUEUE = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 _LOAD = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _SEQUENCES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024)
-# What can come of checking an adapter: it names this base, no base, or another one but was forced; it was refused.
+# Outcomes of checking an adapter against the base. It was accepted: it names this base, it names none, or it names
+# another one and was forced. It was refused: for what it holds, or for the base it names.
 VERIFICATIONS = ("verified", "unverified", "forced", "rejected", "base_mismatch")
 _ADAPTERS = (0, 1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256)
 
@@ -40,9 +39,9 @@ class Metrics:
         """`adapter_labels` bounds the adapters that have a label of their own; see `AdapterCounters`."""
         registry = CollectorRegistry()
         self._adapters = AdapterCounters(adapter_labels)
-        self._levels = LevelsCollector()
+        self._gauges = GaugeCollector()
         registry.register(self._adapters)
-        registry.register(self._levels)
+        registry.register(self._gauges)
         self._exposed = _WithoutCreated(registry)
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
@@ -206,13 +205,13 @@ class Metrics:
 
     # composition root
 
-    def read_levels_from(self, source: Callable[[], Levels]) -> None:
+    def read_gauges_from(self, source: Callable[[], GaugeReadings]) -> None:
         """Gauges are read from `source`, once per scrape, on the scraping thread."""
-        self._levels.source = source
+        self._gauges.source = source
 
-    def levels(self) -> Levels:
+    def gauge_readings(self) -> GaugeReadings:
         """How full everything is now."""
-        return self._levels.source()
+        return self._gauges.source()
 
     def families(self) -> Iterable[Metric]:
         """What `render` writes, for another way to write it."""
@@ -237,7 +236,7 @@ class HostCacheMetrics:
 
 
 class _WithoutCreated(Collector):
-    """A registry without the `_created` series, which double the number of series and tell nobody anything."""
+    """A registry without the `_created` series, which would double their number and which nobody reads."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry

@@ -16,8 +16,9 @@ from prometheus_client.registry import Collector
 from loramux_adapters.lora.slots import SMALLEST_RANK, bucket_of
 
 if TYPE_CHECKING:
-    from loramux_server.api.http.ports import RecordPort
-    from loramux_server.metrics.metrics import Levels, Metrics
+    from loramux_adapters.store.store import AdapterRecord
+    from loramux_server.metrics.gauges import GaugeReadings
+    from loramux_server.metrics.metrics import Metrics
 
 _GAUGES = {
     "loramux_requests_running": "vllm:num_requests_running",
@@ -54,10 +55,10 @@ class LoraRequests:
     waiting: Collection[str]
 
     @classmethod
-    def of(cls, levels: Levels, records: Sequence[RecordPort]) -> LoraRequests:
+    def of(cls, gauges: GaugeReadings, records: Sequence[AdapterRecord]) -> LoraRequests:
         widest = max((bucket_of(record.rank) for record in records), default=SMALLEST_RANK)
-        on_device = [record.name for record in records if record.version in levels.device_versions]
-        return cls(levels.slot_rows // widest, on_device, levels.waiting_adapters)
+        on_device = [record.name for record in records if record.version in gauges.device_versions]
+        return cls(gauges.slot_rows // widest, on_device, gauges.waiting_adapters)
 
 
 def render_vllm(metrics: Metrics, model_name: str, adapters: LoraRequests | None, now: float) -> bytes:

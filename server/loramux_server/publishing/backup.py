@@ -24,8 +24,8 @@ from typing import IO, BinaryIO, cast
 
 from loramux_adapters.artifact.tar_reader import TarRefused, tar_files
 from loramux_adapters.errors import AdapterError
-from loramux_adapters.store.copy import AdapterCopy
-from loramux_adapters.store.rows import KeptVersion
+from loramux_adapters.store.records import KeptVersion
+from loramux_adapters.store.snapshot import AdapterCopy
 from loramux_adapters.store.store import AdapterStore
 from loramux_server.errors import CommandFailed
 from loramux_server.publishing.backup_manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse_manifest
@@ -37,7 +37,7 @@ _MAX_PADDING = 2**20
 
 
 @dataclass(slots=True)
-class Outcome:
+class BackupOutcome:
     """What became of the adapters of a backup, by name. `refused` says why."""
 
     done: list[str] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Outcome:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-def write_backup(store: AdapterStore, target: Path) -> Outcome:
+def write_backup(store: AdapterStore, target: Path) -> BackupOutcome:
     """Write all adapters to a new file; versions that are damaged are left out and said to be `refused`.
 
     Raises CommandFailed, StoreUnavailable; then there is no file.
@@ -65,7 +65,7 @@ def write_backup(store: AdapterStore, target: Path) -> Outcome:
         raise CommandFailed(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         part.unlink(missing_ok=True)
-    return Outcome(done=[adapter.name for adapter in manifest.adapters], refused=_damaged(rows))
+    return BackupOutcome(done=[adapter.name for adapter in manifest.adapters], refused=_damaged(rows))
 
 
 def _damaged(rows: Sequence[KeptVersion]) -> dict[str, str]:
@@ -88,14 +88,14 @@ def _write_tar(out: BinaryIO, manifest: Manifest, directory: Path) -> None:
                     tar.addfile(entry, file)
 
 
-def restore_backup(store: AdapterStore, source: Path, *, replace: bool) -> Outcome:
+def restore_backup(store: AdapterStore, source: Path, *, replace: bool) -> BackupOutcome:
     """Enter the adapters of a backup into a store, each one whole or not at all.
 
     A name that the store has stays as it is, unless `replace`: then it becomes what it is in the backup. An adapter
     whose files are not what the manifest says is refused, and the others are restored.
     Raises CommandFailed for a file that is damaged or no backup, StoreUnavailable; then nothing was restored.
     """
-    outcome = Outcome()
+    outcome = BackupOutcome()
     with store.stage() as staging, _unpacked(source, staging.directory) as manifest:
         for adapter in manifest.adapters:
             copy = AdapterCopy(
@@ -137,7 +137,7 @@ def _unpacked(source: Path, target: Path) -> Iterator[Manifest]:
 
 def _unpack(file: IO[bytes], target: Path) -> Manifest:
     with gzip.GzipFile(fileobj=file, mode="rb") as zipped:
-        stream = _Bounded(cast(BinaryIO, zipped), file)
+        stream = _UnpackedStream(cast(BinaryIO, zipped), file)
         members = tar_files(cast(BinaryIO, stream))
         first = next(members, None)
         if first is None or first.name != MANIFEST or first.size > MAX_MANIFEST_BYTES:
@@ -165,7 +165,7 @@ def _unpack(file: IO[bytes], target: Path) -> Manifest:
     return manifest
 
 
-class _Bounded:
+class _UnpackedStream:
     """What comes out of a compressed file, as long as it is in proportion to what went in."""
 
     def __init__(self, zipped: BinaryIO, raw: IO[bytes]) -> None:
@@ -192,7 +192,7 @@ class _Bounded:
         return self._position
 
 
-def describe(outcome: Outcome, verb: str) -> Iterator[str]:
+def describe(outcome: BackupOutcome, verb: str) -> Iterator[str]:
     """Lines that tell an operator what happened; `verb` is what was done with the adapters that went well."""
     yield f"{len(outcome.done)} adapters {verb}"
     if outcome.there_already:

@@ -10,7 +10,7 @@ from typing import Any
 
 from loramux_adapters.artifact.format import CONFIG_FILE, KNOWN_FILES, WEIGHTS_FILE
 from loramux_adapters.artifact.strict_json import is_int, parse_object
-from loramux_adapters.store.rows import KeptVersion, Upload
+from loramux_adapters.store.records import KeptVersion, UploadRow
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 * 2**20
@@ -20,7 +20,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class BackedUpVersion:
-    """A version as one name has it. The other facts are those of `Upload`."""
+    """A version as one name has it. The other facts are those of `UploadRow`."""
 
     digest: str
     rank: int
@@ -80,10 +80,10 @@ class Manifest:
             for name, size in files.items():
                 yield digest, name, size
 
-    def uploads_of(self, adapter: BackedUpAdapter) -> list[Upload]:
+    def uploads_of(self, adapter: BackedUpAdapter) -> list[UploadRow]:
         """The versions of an adapter as the store's index has them, oldest first."""
         return [
-            Upload(
+            UploadRow(
                 name=adapter.name,
                 digest=kept.digest,
                 rank=kept.rank,

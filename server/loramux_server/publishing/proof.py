@@ -16,12 +16,13 @@ from typing import Protocol
 from loramux_adapters.artifact.format import FINGERPRINT_FILE
 from loramux_adapters.artifact.safetensors_header import open_regular
 from loramux_adapters.errors import AdapterRejected
+from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.verify import Checked
 from loramux_server.engine.sequence import NOT_FINITE, AdapterUse, FinishReason, SamplingParams, TokenOutput
 from loramux_server.engine.sequence import Sequence as EngineSequence
 from loramux_server.errors import SequenceFailed, ServerBusy
 from loramux_server.fingerprint.file import MAX_BYTES, Fingerprint, Witness, parse
-from loramux_server.fingerprint.replay import Outcome, Scored, Verdict, foreign, judge
+from loramux_server.fingerprint.replay import ReplayOutcome, Scored, Verdict, foreign, judge
 
 _PROBES = (8, 5, 24)  # tokens of each probe prompt; the later ones are asked only if the ones before showed nothing
 _STRIDE = 7919  # a prime: probe prompts hold tokens from all over the vocabulary
@@ -39,7 +40,7 @@ class ProofObserver(Protocol):
     """Told how proofs end, on the event loop."""
 
     def proved(self, *, acts: bool, fingerprint: str) -> None:
-        """How its fingerprint replayed: an `Outcome`."""
+        """How its fingerprint replayed: a `ReplayOutcome`."""
 
 
 class Prover:
@@ -48,7 +49,7 @@ class Prover:
     def __init__(
         self,
         generate: Generate,
-        holding: Callable[[str, Path], AbstractContextManager[None]],
+        holding: Callable[[HostAdapter], AbstractContextManager[None]],
         forget: Callable[[str], None],
         observer: ProofObserver,
         *,
@@ -60,8 +61,8 @@ class Prover:
     ) -> None:
         """
         Args:
-            holding: makes a version loadable from a directory while it lasts.
-            forget: told of a version that was tried out and refused, so that it need not stay in memory.
+            holding: has the engine find this adapter in host memory while it lasts.
+            forget: told of a version that was tried out and refused, so that it need not stay on the device.
             vocabulary: token ids are below it.
             context: longest prompt and reply together.
             timeout: seconds for one adapter.
@@ -84,11 +85,11 @@ class Prover:
 
     async def prove(
         self, directory: Path, checked: Checked, *, force: bool = False, allow_no_effect: bool = False
-    ) -> Outcome:
-        """How the fingerprint in `directory` replays. Nothing is stored.
+    ) -> ReplayOutcome:
+        """How the fingerprint in `directory` replays. Nothing is stored, and nothing stays in host memory.
 
         Args:
-            checked: what `check_adapter` said of these files.
+            checked: what `check_adapter` found in these files; its adapter is what is tried out.
             force: take an adapter whose fingerprint does not replay.
             allow_no_effect: take one that leaves the base as it is.
         Raises:
@@ -101,9 +102,9 @@ class Prover:
         fingerprint = await asyncio.to_thread(_read_fingerprint, directory)
         if fingerprint is not None:
             self._check_fits(fingerprint)
-        use = AdapterUse(version, checked.rank, (directory / "adapter_model.safetensors").stat().st_size)
+        use = AdapterUse(version, checked.rank, checked.adapter.nbytes)
         try:
-            with self._holding(version, directory):
+            with self._holding(checked.adapter):
                 async with asyncio.timeout(self._timeout):
                     acts = await self._acts(use)
                     verdict = Verdict("none")
@@ -131,7 +132,7 @@ class Prover:
             raise AdapterRejected(reasons)
         return verdict.outcome
 
-    def prove_blocking(self, directory: Path, checked: Checked) -> Outcome:
+    def prove_blocking(self, directory: Path, checked: Checked) -> ReplayOutcome:
         """`prove` for a thread that is not the event loop's; before `start` nothing is tried and it is "none"."""
         if self._loop is None:
             return "none"

@@ -16,11 +16,10 @@ from pathlib import Path
 
 from loramux_adapters.artifact.format import digest_of, read_config
 from loramux_adapters.errors import AdapterError, AdapterNotFound, AdapterRejected
-from loramux_adapters.lora.verify import Checked
 from loramux_adapters.store.store import AdapterStore
 from loramux_server.errors import LoramuxError, ServerBusy
-from loramux_server.publishing.local_source import Look, copy_adapter, is_complete, look_at
-from loramux_server.publishing.preload import is_usable, publish_files
+from loramux_server.publishing.adapter_files import Look, copy_adapter, is_complete, look_at
+from loramux_server.publishing.publisher import Publisher, is_usable
 
 logger = logging.getLogger(__name__)
 
@@ -52,16 +51,16 @@ class DirectoryWatch:
     def __init__(
         self,
         store: AdapterStore,
+        publisher: Publisher,
         directory: Path,
-        check: Callable[[Path], Checked],
         *,
         limit: int,
         failed: Callable[[], None] = lambda: None,
     ) -> None:
         """`limit`: most bytes of an adapter. `failed` is called for each change that could not be published."""
         self._store = store
+        self._publisher = publisher
         self._directory = directory
-        self._check = check
         self._limit = limit
         self._failed = failed
         self._adapters: dict[str, _Adapter] = {}
@@ -118,10 +117,10 @@ class DirectoryWatch:
             return
         else:
             try:
-                published, _ = publish_files(
-                    self._store, name, lambda target: self._copy(name, look, target, is_first), self._check
-                )
-                logger.info("%s from the watched directory: %s, %.12s", name, published.outcome, published.version)
+                stored = self._publisher.publish_files(
+                    name, lambda target: self._copy(name, look, target, is_first)
+                ).stored
+                logger.info("%s from the watched directory: %s, %.12s", name, stored.outcome, stored.version)
             except (_Changed, ServerBusy):
                 return  # its turn comes again
             except _KeptAlready:

@@ -14,45 +14,40 @@ import torch
 from fastapi import FastAPI
 from transformers.utils import logging as transformers_logging
 
+from loramux_adapters.errors import MemoryShort
 from loramux_adapters.lora.host_cache import HostCache
-from loramux_adapters.lora.lora_linear import AdapterSlots, head_path
-from loramux_adapters.lora.slots import SlotTable
-from loramux_adapters.lora.staged import StagedVersions
 from loramux_adapters.memory import resident_bytes as process_bytes
 from loramux_adapters.memory import returning_memory
 from loramux_adapters.store.store import AdapterStore
 from loramux_server.api.app import create_app
-from loramux_server.api.http.deps import Base, Deps, Keys, Limits
+from loramux_server.api.http.dependencies import Dependencies, Keys, Limits, ServedBase
 from loramux_server.base.device import device_of
 from loramux_server.base.loader import BaseModel, load_base_model, resident_bytes
 from loramux_server.base.tokenizer import BaseTokenizer
 from loramux_server.config.environment import cache_dir_of, kernels_of
 from loramux_server.config.serve import ServeConfig, is_loopback
+from loramux_server.engine.admission import SchedulerConfig
+from loramux_server.engine.build import DeviceSide
 from loramux_server.engine.client import EngineClient
-from loramux_server.engine.engine import Engine
 from loramux_server.engine.inbox import Inbox
-from loramux_server.engine.kv_blocks import KVBlocks
-from loramux_server.engine.model_runner import ModelRunner
-from loramux_server.engine.scheduler import Scheduler
-from loramux_server.engine.scheduler_config import SchedulerConfig
-from loramux_server.engine.start_check import Checker, StartCheck
 from loramux_server.errors import ConfigError
 from loramux_server.kernels.attention import probe_kv_shape
-from loramux_server.kernels.choice import Kernels, choose_kernels
-from loramux_server.kernels.kv_cache import BLOCK_SIZE, KVCache, KVShape
+from loramux_server.kernels.choice import choose_kernels
+from loramux_server.kernels.kv_cache import BLOCK_SIZE, KVShape
 from loramux_server.kernels.numerics import numerics_id
-from loramux_server.metrics.metrics import Levels, Metrics
+from loramux_server.metrics.gauges import GaugeReadings
+from loramux_server.metrics.metrics import Metrics
 from loramux_server.publishing.preload import preload
 from loramux_server.publishing.proof import Prover
-from loramux_server.serving.lifecycle import CountedCheck, Lifecycle, pin_bytes
-from loramux_server.serving.sizes import arena_rows, kept_blocks, num_blocks, vocabulary_of
+from loramux_server.serving.adapter_lifecycle import AdapterLifecycle, CountedCheck, pin_bytes
+from loramux_server.serving.sizes import arena_rows, kept_blocks, num_blocks
 from loramux_server.serving.startup import Stages
 from loramux_server.serving.summary import MIB, summary
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
-    """A built server, as `cli_serve` runs it. Its methods are called on the event loop."""
+class BuiltServer:
+    """A built server, as `loramux serve` runs it. Its methods are called on the event loop."""
 
     app: FastAPI
     name: str
@@ -62,7 +57,7 @@ class Server:
     client: EngineClient
     store: AdapterStore
     host_cache: HostCache
-    lifecycle: Lifecycle
+    lifecycle: AdapterLifecycle
 
     @property
     def models(self) -> Sequence[str]:
@@ -88,7 +83,7 @@ class Server:
         self.store.close()
 
 
-def build(config: ServeConfig, stages: Stages) -> Server:
+def build(config: ServeConfig, stages: Stages) -> BuiltServer:
     """Loads the base and puts everything around it. Slow; run it beside the event loop.
 
     Raises:
@@ -119,55 +114,56 @@ def build(config: ServeConfig, stages: Stages) -> Server:
     max_rank = min(config.max_lora_rank, 1 << (rows.bit_length() - 1))
     try:
         with stages.stage("check the base through the engine's own path"):
-            parts = Device.build(config, base, shape, store, metrics, rows)
+            parts = Parts.build(config, base, shape, store, metrics, rows)
         check = CountedCheck(base.info(), max_rank, metrics)
-        context = min(config.max_model_len, base.context_length, parts.cache.num_blocks * BLOCK_SIZE)
+        context = min(config.max_model_len, base.context_length, parts.device.cache.num_blocks * BLOCK_SIZE)
 
         def build_prover(forget: Callable[[str], None]) -> Prover:
             return Prover(
                 parts.client.generate,
-                parts.staged.holding,
+                parts.host_cache.holding,
                 forget,
                 metrics,
                 base_id=base.base_id,
-                numerics_id=numerics_id(base.model, device, parts.kernels),
-                vocabulary=vocabulary_of(base),
+                numerics_id=numerics_id(base.model, device, parts.device.kernels),
+                vocabulary=base.vocabulary,
                 context=context,
                 timeout=config.proof_timeout,
             )
 
-        lifecycle = Lifecycle.build(
-            config, store, parts.host_cache, parts.inbox, check, metrics, build_prover, rows=parts.slots.rows
+        lifecycle = AdapterLifecycle.build(
+            config, store, parts.host_cache, parts.inbox, check, metrics, build_prover, rows=parts.device.slots.rows
         )
     except BaseException:
         store.close()
         raise
-    tokenizer = BaseTokenizer(base.tokenizer, getattr(base.model, "generation_config", None), vocabulary_of(base))
+    tokenizer = BaseTokenizer(base.tokenizer, getattr(base.model, "generation_config", None), base.vocabulary)
     app = create_app(
-        Deps(
+        Dependencies(
             engine=parts.client,
             store=store,
             tokenizer=tokenizer,
             pins=lifecycle.pins,
             check=check,
             prove=lifecycle.prover.prove,
+            publish=lifecycle.publisher.publish,
             metrics=metrics,
-            base=Base(name=name, base_id=base.base_id, context=context, created=int(time.time())),
+            base=ServedBase(name=name, base_id=base.base_id, context=context, created=int(time.time())),
             keys=Keys(config.api_key, config.admin_key, check_host=is_loopback(config.host)),
             limits=Limits(upload_bytes=config.max_upload_mib * MIB, request_seconds=config.request_timeout),
             local=lifecycle.local,
         )
     )
     overhead = _overhead(parts, base)
-    metrics.read_levels_from(_levels(parts, resident_bytes(base.model), overhead))
-    return Server(
+    metrics.read_gauges_from(_gauge_readings(parts, resident_bytes(base.model), overhead))
+    return BuiltServer(
         app=app,
         name=name,
-        summary=summary(config, base, parts, context, overhead),
+        summary=summary(config, base, parts.device, context, overhead),
         stages=stages,
         preload=None
         if config.preload is None
-        else partial(preload, store, config.preload, lifecycle.check, stages.note),
+        else partial(preload, store, lifecycle.publisher, config.preload, stages.note),
         client=parts.client,
         store=store,
         host_cache=parts.host_cache,
@@ -176,95 +172,84 @@ def build(config: ServeConfig, stages: Stages) -> Server:
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
+class Parts:
     """Everything between the store and the API."""
 
-    slots: AdapterSlots
-    cache: KVCache
-    staged: StagedVersions
+    device: DeviceSide
     host_cache: HostCache
     inbox: Inbox
     client: EngineClient
-    checked: StartCheck
-    kernels: Kernels
-    compiled_step: bool
 
     @classmethod
     def build(
         cls, config: ServeConfig, base: BaseModel, shape: KVShape, store: AdapterStore, metrics: Metrics, rows: int
-    ) -> Device:
-        kernels = choose_kernels(base.device, base.kernels.name, shape)
+    ) -> Parts:
+        inbox = Inbox(config.max_waiting)
+        host_cache = HostCache(
+            partial(store.load, convert=base.kernels.convert),
+            config.host_cache_mib * MIB,
+            on_ready=inbox.wake,
+            observer=metrics.host_cache(),
+        )
         try:
-            slots = AdapterSlots(base.model, rows, kernels.add_lora, kernels.copy_slot, head=head_path(base.model))
-            cache = KVCache(shape, num_blocks(config, shape), base.device, tiled=kernels.tiled)
-        except (MemoryError, RuntimeError) as error:
+            device = DeviceSide.build(
+                base,
+                shape,
+                host_cache.get,
+                arena_rows=rows,
+                num_blocks=num_blocks(config, shape),
+                max_num_seqs=config.max_num_seqs,
+            )
+        except MemoryShort as error:
+            host_cache.close()
             raise ConfigError(
                 f"there is no room on {base.device} for --device-memory-mib {config.device_memory_mib}; lower it"
             ) from error
-        inbox = Inbox(config.max_waiting)
-        staged = StagedVersions(partial(store.load, convert=kernels.convert), kernels.convert)
-        host_cache = HostCache(
-            staged.load, config.host_cache_mib * MIB, on_ready=inbox.wake, observer=metrics.host_cache()
-        )
-        runner = ModelRunner(
-            base.model, slots=slots, cache=cache, kernels=kernels, host_adapter=host_cache.get, device=base.device
-        )
-        try:
-            checked = Checker(
-                runner,
-                slots,
-                base.model,
-                vocabulary=vocabulary_of(base),
-                num_blocks=cache.num_blocks,
-                rows=config.max_num_seqs,
-            ).run()
         except BaseException:
             host_cache.close()
             raise
-        if runner.graphs is not None:
-            runner.graphs.exact = checked.batch_invariant
-        scheduler = Scheduler(
-            SchedulerConfig(
-                max_num_seqs=config.max_num_seqs,
-                max_batch_tokens=config.max_batch_tokens,
-                max_background_tokens=config.proof_tokens,
-                max_prefetch_bytes=config.host_cache_mib * MIB - pin_bytes(config),
-            ),
-            KVBlocks(cache.num_blocks, BLOCK_SIZE, max_kept=kept_blocks(config, shape)),
-            SlotTable(slots.rows),
-            host_cache,
+        limits = SchedulerConfig(
+            max_num_seqs=config.max_num_seqs,
+            max_batch_tokens=config.max_batch_tokens,
+            max_background_tokens=config.proof_tokens,
+            max_prefetch_bytes=config.host_cache_mib * MIB - pin_bytes(config),
         )
-        engine = Engine(scheduler, runner, inbox, metrics, watchdog_timeout=config.watchdog_timeout)
-        client = EngineClient(engine, in_host=host_cache.holds)
-        compiled_step = runner.decoder is not None
-        return cls(slots, cache, staged, host_cache, inbox, client, checked, kernels, compiled_step)
+        engine = device.engine(
+            limits,
+            host_cache,
+            inbox,
+            metrics,
+            kept_blocks=kept_blocks(config, shape),
+            watchdog_timeout=config.watchdog_timeout,
+        )
+        return cls(device, host_cache, inbox, EngineClient(engine, in_host=host_cache.holds))
 
     def pools(self, base_bytes: int) -> dict[str, int]:
         """Bytes held, by what they are held for."""
         return {
             "base": base_bytes,
-            "adapter_device": self.slots.held_bytes,
+            "adapter_device": self.device.slots.held_bytes,
             "adapter_host": self.host_cache.stats().nbytes,
-            "kv": self.cache.held_bytes(max(self.client.stats().kv_blocks_peak, self.checked.blocks)),
+            "kv": self.device.cache.held_bytes(max(self.client.stats().kv_blocks_peak, self.device.checked.blocks)),
         }
 
 
-def _overhead(device: Device, base: BaseModel) -> int:
+def _overhead(parts: Parts, base: BaseModel) -> int:
     """Bytes of this process that are in none of the pools: libraries, tokenizer, working memory of a full step.
 
     Measured when the checks have run full batches and before the first request; 0 where the system does not tell.
     """
-    pools = device.pools(resident_bytes(base.model))
+    pools = parts.pools(resident_bytes(base.model))
     ours = sum(pools.values()) if base.device.type == "cpu" else pools["adapter_host"]
     return max(0, process_bytes() - ours)
 
 
-def _levels(device: Device, base_bytes: int, overhead: int) -> Callable[[], Levels]:
+def _gauge_readings(parts: Parts, base_bytes: int, overhead: int) -> Callable[[], GaugeReadings]:
     """What the gauges show, read at each scrape."""
 
-    def read() -> Levels:
-        stats, host = device.client.stats(), device.host_cache.stats()
-        return Levels(
+    def read() -> GaugeReadings:
+        stats, host = parts.client.stats(), parts.host_cache.stats()
+        return GaugeReadings(
             running=stats.running,
             waiting=stats.waiting,
             kv_blocks_used=stats.kv_blocks_used,
@@ -281,7 +266,7 @@ def _levels(device: Device, base_bytes: int, overhead: int) -> Callable[[], Leve
                 ("host", "miss"): host.misses,
             },
             adapters_host=host.entries,
-            pool_bytes=device.pools(base_bytes) | {"overhead": overhead},
+            pool_bytes=parts.pools(base_bytes) | {"overhead": overhead},
             base_bytes=base_bytes,
         )
 

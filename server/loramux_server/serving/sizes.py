@@ -1,4 +1,4 @@
-"""How much fits where: device, rows of adapter memory, KV blocks, vocabulary. Raises ConfigError for too little."""
+"""How much fits where: rows of adapter memory, KV blocks. Raises ConfigError for too little."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from loramux_adapters.lora.lora_linear import row_bytes
 from loramux_adapters.lora.slots import SMALLEST_RANK
 from loramux_server.base.loader import BaseModel
 from loramux_server.config.serve import ServeConfig
-from loramux_server.errors import BaseModelError, ConfigError
+from loramux_server.errors import ConfigError
 from loramux_server.kernels.kv_cache import BLOCK_SIZE, KVShape
 from loramux_server.serving.summary import MIB
 
@@ -37,12 +37,3 @@ def num_blocks(config: ServeConfig, shape: KVShape) -> int:
 def kept_blocks(config: ServeConfig, shape: KVShape) -> int:
     """KV blocks that may be kept for their content while no sequence uses them."""
     return config.prefix_cache_mib * MIB // shape.block_bytes
-
-
-def vocabulary_of(base: BaseModel) -> int:
-    """Ids that have an embedding."""
-    embedding = base.model.get_input_embeddings()  # type: ignore[operator]
-    size = int(embedding.num_embeddings)
-    if size < 1:
-        raise BaseModelError("the base has no token embeddings")
-    return size

@@ -66,14 +66,17 @@ class Stages:
             self._line_is_open = False
 
 
-class Door:
-    """The ASGI application on the port. Before `open` it is alive, not ready, and sends everyone away for a while."""
+class StartupApp:
+    """The ASGI application on the port from the first second: /health is 200, everything else is 503, come back later.
+
+    After `hand_over_to`, every request goes to the real application.
+    """
 
     def __init__(self) -> None:
         self._app: ASGIApp | None = None
 
-    def open(self, app: ASGIApp) -> None:
-        """From now on every request goes to the application. Called on the event loop."""
+    def hand_over_to(self, app: ASGIApp) -> None:
+        """Called on the event loop, when the server is ready."""
         self._app = app
 
     async def __call__(

@@ -12,12 +12,12 @@ from loramux_server.kernels.kv_cache import BLOCK_SIZE
 from loramux_server.kernels.numerics import kernel_paths
 
 if TYPE_CHECKING:
-    from loramux_server.serving.build import Device
+    from loramux_server.engine.build import DeviceSide
 
 MIB = 2**20
 
 
-def summary(config: ServeConfig, base: BaseModel, device: Device, context: int, overhead: int) -> list[str]:
+def summary(config: ServeConfig, base: BaseModel, device: DeviceSide, context: int, overhead: int) -> list[str]:
     """The memory table, the kernels in use and what was checked."""
     nf4, slots = resident_bytes(base.model), device.slots
     adapter_bytes = slots.rows * slots.row_bytes
@@ -55,7 +55,7 @@ def summary(config: ServeConfig, base: BaseModel, device: Device, context: int, 
         *(f"  {what:<24} {size / MIB:>8,.0f} MiB  ({note})" for what, size, note in table),
         f"device   {base.device}{threads}; {kernel_paths(base.model, base.device)}; "
         f"attention {device.kernels.attention}; LoRA {device.kernels.lora} (stacks bf16, sums fp32); "
-        f"{'a step is one compiled call' if device.compiled_step else 'a step is run module by module'}",
+        f"{'a step is one compiled call' if device.runner.decoder is not None else 'a step is run module by module'}",
         f"batch    {invariance}",
         *(f"  {what:<24} {seconds:>8.1f} s" for what, seconds in base.stages),
     ]

@@ -235,7 +235,7 @@ def imports(monkeypatch: pytest.MonkeyPatch, good: dict[str, bytes], tmp_path: P
     warm.mkdir()
     for name, content in good.items():
         (warm / name).write_bytes(content)
-    load_host_adapter(warm, "v") if check_adapter(warm, BASE, 64) else None
+    load_host_adapter(warm) if check_adapter(warm, BASE, 64) else None
     real, real_import = importlib.import_module, builtins.__import__
 
     def spy(name: str, package: str | None = None) -> Any:
@@ -296,7 +296,7 @@ def test_an_adapter_of_anything_is_refused_by_name_or_can_be_loaded(
     except (AdapterRejected, BaseMismatch) as error:
         no_leak(error)
     else:
-        adapter = load_host_adapter(place, "v")
+        adapter = load_host_adapter(place)
         assert adapter.modules.keys() <= LINEARS.keys() and 1 <= checked.rank <= 64
         for path, (a, bt) in adapter.modules.items():
             assert (a.shape[1], bt.shape[1]) == LINEARS[path] and a.shape[0] == bt.shape[0] <= checked.rank

@@ -28,6 +28,8 @@ MODULES = [
         {"target_modules": ["proj"]},
         {"target_modules": r".*layers\.1\..*_proj"},
         {"target_modules": "q_proj"},
+        {"target_modules": r"^(model(?=\.).*\.(q_proj|v_proj))$"},
+        {"target_modules": r"^(?!.*encoder).*(q_proj)", "exclude_modules": r"(?!model\.).*"},
         {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.q_proj", "v_proj"]},
         {"target_modules": ["q_proj"], "exclude_modules": r".*\.0\..*"},
         {"target_modules": ["q_proj"], "layers_to_transform": 1},

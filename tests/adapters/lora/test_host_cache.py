@@ -222,13 +222,127 @@ def test_a_discarded_version_leaves_as_soon_as_nothing_holds_it(cache: HostCache
     assert not cache.holds("a") and cache.stats().nbytes == 0 and cache.stats().evictions == 0
 
 
-def test_a_discarded_version_that_is_asked_for_again_stays(cache: HostCache, disk: Disk) -> None:
+def test_a_discarded_version_that_is_asked_for_again_is_loaded_again_once_nobody_holds_it(
+    cache: HostCache, disk: Disk
+) -> None:
     fill(cache, disk, "a")
     cache.pin("a")
     cache.discard("a")
     assert cache.request("a") is LoadState.READY
     cache.unpin("a")
+    assert not cache.holds("a")
+    fill(cache, disk, "a")
     assert cache.holds("a")
+
+
+def adapter(version: str) -> HostAdapter:
+    return HostAdapter(version=version, rank=8, nbytes=100, modules={})
+
+
+def test_what_an_upload_brings_is_found_without_a_load_and_leaves_with_it(cache: HostCache, disk: Disk) -> None:
+    brought = adapter("a")
+    with cache.holding(brought):
+        assert cache.request("a") is LoadState.READY and cache.get("a") is brought
+        cache.check_integrity()
+    assert not cache.holds("a") and cache.stats().nbytes == 0 and cache.stats().pinned == 0 and not disk.loads
+
+
+def test_an_upload_stays_over_the_budget_while_it_is_tried_out(cache: HostCache, disk: Disk) -> None:
+    cache.keep({"p", "q"})
+    for _ in "pq":
+        disk.let_one_load_end()
+    with cache.holding(adapter("a")):
+        fill(cache, disk, "b")
+        assert cache.holds("a") and not cache.holds("b") and cache.stats().nbytes == 300
+        cache.check_integrity()
+    assert cache.stats().nbytes == 200
+
+
+def test_what_is_published_stays_until_its_room_is_needed_and_is_then_loaded_as_any_version_is(
+    cache: HostCache, disk: Disk
+) -> None:
+    brought = adapter("a")
+    with cache.holding(brought):
+        pass
+    cache.put(brought)
+    assert cache.get("a") is brought
+    fill(cache, disk, "b", "c")
+    assert not cache.holds("a")
+    fill(cache, disk, "a")
+    assert cache.holds("a") and disk.loads == ["b", "c", "a"]
+
+
+def test_what_is_published_beside_kept_versions_that_fill_the_budget_is_not_held(cache: HostCache, disk: Disk) -> None:
+    cache.keep({"p", "q"})
+    for _ in "pq":
+        disk.let_one_load_end()
+    cache.put(adapter("a"))
+    assert not cache.holds("a") and cache.stats().nbytes == 200
+
+
+@pytest.mark.parametrize("first_to_end", [0, 1])
+@pytest.mark.parametrize("published", [0, 1, None])
+def test_of_two_uploads_of_one_version_the_one_that_is_published_decides(
+    cache: HostCache, first_to_end: int, published: int | None
+) -> None:
+    brought = [adapter("a"), adapter("a")]
+    uploads = [cache.holding(one) for one in brought]
+    for upload in uploads:
+        upload.__enter__()
+    for index in (first_to_end, 1 - first_to_end):
+        uploads[index].__exit__(None, None, None)
+        if index == published:
+            cache.put(brought[index])
+        cache.check_integrity()
+    assert cache.holds("a") == (published is not None)
+    assert cache.stats().nbytes == (100 if published is not None else 0)
+
+
+def test_an_upload_of_a_version_that_is_held_already_leaves_it_there(cache: HostCache, disk: Disk) -> None:
+    fill(cache, disk, "a")
+    held = cache.get("a")
+    with cache.holding(adapter("a")):
+        assert cache.get("a") is held
+    assert cache.get("a") is held and cache.stats().nbytes == 100
+
+
+@pytest.mark.parametrize("ends", ["load", "upload"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_upload_of_a_version_that_is_just_loaded_counts_once_and_stays_only_if_it_is_stored(
+    cache: HostCache, disk: Disk, ends: str, fails: bool
+) -> None:
+    if fails:
+        disk.failures["a"] = AdapterCorrupt("damaged")
+    assert cache.request("a") is LoadState.LOADING
+    upload = cache.holding(adapter("a"))
+    upload.__enter__()
+    assert cache.request("a") is LoadState.READY
+    if ends == "load":
+        disk.let_one_load_end()
+        cache.check_integrity()
+        upload.__exit__(None, None, None)
+    else:
+        upload.__exit__(None, None, None)
+        assert cache.holds("a")
+        disk.let_one_load_end()
+    assert cache.holds("a") != fails and cache.stats().nbytes == (0 if fails else 100)
+
+
+def test_a_deletion_while_a_published_version_is_tried_out_again_takes_it_out_at_the_end(cache: HostCache) -> None:
+    cache.put(adapter("a"))
+    with cache.holding(adapter("a")):
+        cache.discard("a")
+        assert cache.request("a") is LoadState.READY
+    assert not cache.holds("a") and cache.stats().nbytes == 0
+
+
+def test_a_sequence_that_outlives_its_upload_keeps_the_version_no_longer_than_it_runs(cache: HostCache) -> None:
+    """Its client left: the engine hears of it only after its current step."""
+    with cache.holding(adapter("a")):
+        cache.pin("a")
+    assert cache.request("a") is LoadState.READY
+    cache.unpin("a")
+    assert not cache.holds("a")
 
 
 def test_pins_on_what_is_held_are_hits_and_others_are_misses(cache: HostCache, disk: Disk) -> None:

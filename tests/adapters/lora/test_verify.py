@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loramux_adapters.artifact.format import WEIGHTS_FILE
+from loramux_adapters.artifact.format import WEIGHTS_FILE, digest_of
 from loramux_adapters.base_info import BaseInfo
 from loramux_adapters.errors import AdapterRejected, BaseMismatch
 from loramux_adapters.lora.verify import MAX_REASONS, check_adapter
+from loramux_adapters.lora.weights import load_host_adapter
 from support.adapter_files import TINY_LINEARS, write_adapter
 
 BASE_ID = "ab" * 32
@@ -41,6 +43,32 @@ def test_an_adapter_that_fits_is_described(tmp_path: Path) -> None:
     assert (checked.rank, checked.target_modules) == (256, ["lm_head", "q_proj"])
     assert (checked.base_id, checked.base_verified) == (None, False)
     assert checked.config.rank == 4
+
+
+def test_what_was_checked_is_returned_as_the_host_cache_keeps_it(tmp_path: Path) -> None:
+    write_adapter(tmp_path, TINY_LINEARS, rank=5)
+    checked = check_adapter(tmp_path, BASE, 256)
+    assert checked.version == checked.adapter.version == digest_of(checked.config, tmp_path)
+    loaded = load_host_adapter(tmp_path)
+    assert checked.adapter.nbytes == loaded.nbytes and checked.adapter.modules.keys() == loaded.modules.keys()
+    for module, parts in loaded.modules.items():
+        assert all(torch.equal(*both) for both in zip(parts, checked.adapter.modules[module], strict=True)), module
+
+
+def test_the_weights_are_opened_once_for_their_header_and_once_for_their_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    plain = os.open
+
+    def watched(path: str | Path, *args: int, **kwargs: int) -> int:
+        opened.append(Path(path).name)
+        return plain(path, *args, **kwargs)
+
+    write_adapter(tmp_path, TINY_LINEARS)
+    monkeypatch.setattr(os, "open", watched)
+    check_adapter(tmp_path, BASE, 256)
+    assert opened.count(WEIGHTS_FILE) == 2
 
 
 @pytest.mark.parametrize("rank", [1, 3, 256])

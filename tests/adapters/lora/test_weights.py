@@ -7,17 +7,29 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loramux_adapters.artifact.format import WEIGHTS_FILE, pair_up, read_config
+from loramux_adapters.artifact.format import WEIGHTS_FILE, digest_of, pair_up, read_config
 from loramux_adapters.artifact.safetensors_header import read_header
 from loramux_adapters.base_info import BaseInfo
 from loramux_adapters.errors import AdapterRejected
+from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.verify import check_adapter
-from loramux_adapters.lora.weights import fold, load_host_adapter, served_modules
+from loramux_adapters.lora.weights import ConvertPairs, convert_by_tensors, fold, load_host_adapter, read_adapter
 from loramux_server.kernels.adapter_kernels import NativeConvertPairs
 from loramux_server.kernels.native import native_library
 from support.adapter_files import TINY_LINEARS, write_adapter
+
+LIBRARY = native_library()
+
+
+def converter(*, compiled: bool) -> ConvertPairs:
+    if not compiled:
+        return convert_by_tensors
+    if LIBRARY is None:
+        pytest.skip("no compiler was there at installation")
+    return NativeConvertPairs(LIBRARY)
 
 
 def tiny_llama(*, tied: bool) -> LlamaForCausalLM:
@@ -76,7 +88,7 @@ def test_the_loaded_weights_give_the_delta_that_peft_gives(tmp_path: Path, tied:
     assert isinstance(tuned, PeftModel)
 
     checked = check_adapter(tmp_path, base, max_rank=256)
-    adapter = load_host_adapter(tmp_path, "v")
+    adapter = checked.adapter
 
     expected = {
         name.removeprefix("base_model.model."): module.get_delta_weight("default")
@@ -94,8 +106,8 @@ def test_the_loaded_weights_give_the_delta_that_peft_gives(tmp_path: Path, tied:
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 def test_weights_arrive_in_bf16_contiguous_and_counted(tmp_path: Path, dtype: str) -> None:
     write_adapter(tmp_path, TINY_LINEARS, dtype=dtype, rank=4, rank_pattern={"q_proj": 6})
-    adapter = load_host_adapter(tmp_path, "some version")
-    assert adapter.version == "some version" and adapter.rank == 6
+    adapter = load_host_adapter(tmp_path)
+    assert adapter.version == digest_of(read_config(tmp_path), tmp_path) and adapter.rank == 6
     for module, (a, bt) in adapter.modules.items():
         in_features, out_features = TINY_LINEARS[module]
         rank = 6 if module.endswith("q_proj") else 4
@@ -110,20 +122,52 @@ def test_the_scale_is_folded_in_fp32_and_rounded_once() -> None:
     assert torch.equal(bt, (b.float() * (1 / 3)).to(torch.bfloat16).t())
 
 
-LIBRARY = native_library()
-
-
 @pytest.mark.skipif(LIBRARY is None, reason="no compiler was there at installation")
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 def test_the_compiled_reader_gives_what_tensors_give(tmp_path: Path, dtype: str) -> None:
-    assert LIBRARY is not None
     write_adapter(tmp_path, TINY_LINEARS, dtype=dtype, rank=5, rank_pattern={"q_proj": 33}, alpha=7, std_b=3e-6)
-    config, pairs = read_config(tmp_path), pair_up(read_header(tmp_path / WEIGHTS_FILE)).pairs
-    compiled, not_finite = served_modules(tmp_path, config, pairs, NativeConvertPairs(LIBRARY))
-    by_tensors, _ = served_modules(tmp_path, config, pairs)
-    assert compiled.keys() == by_tensors.keys() and not not_finite
-    for module, parts in by_tensors.items():
-        assert all(torch.equal(*both) for both in zip(parts, compiled[module], strict=True)), module
+    assert_equal(load_host_adapter(tmp_path), load_host_adapter(tmp_path, converter(compiled=True)))
+
+
+def assert_equal(one: HostAdapter, other: HostAdapter) -> None:
+    """The same to the last bit, and in the same order."""
+    assert (one.version, one.rank, one.nbytes) == (other.version, other.rank, other.nbytes)
+    assert list(one.modules) == list(other.modules)
+    for module, parts in one.modules.items():
+        assert all(torch.equal(*both) for both in zip(parts, other.modules[module], strict=True)), module
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("piece_bytes", [1, 3000, 20_000])
+def test_an_adapter_is_the_same_in_however_small_pieces_it_is_read(
+    tmp_path: Path, compiled: bool, piece_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Modules of every dtype, of odd sizes and in an order other than that of their names."""
+    convert = converter(compiled=compiled)
+    shapes = {"b.q_proj": (7, 11), "a.q_proj": (33, 5), "c.k_proj": (3, 3), "aa.k_proj": (64, 64)}
+    write_adapter(tmp_path, shapes, rank=3, alpha=5)
+    tensors = load_file(tmp_path / WEIGHTS_FILE)
+    for index, name in enumerate(tensors):
+        tensors[name] = tensors[name].to((torch.float32, torch.bfloat16, torch.float16)[index % 3])
+    save_file(tensors, tmp_path / WEIGHTS_FILE)
+    whole = load_host_adapter(tmp_path, convert)
+    monkeypatch.setattr("loramux_adapters.lora.weights._PIECE_BYTES", piece_bytes)
+    in_pieces = load_host_adapter(tmp_path, convert)
+    assert_equal(in_pieces, whole)
+    assert in_pieces.version == digest_of(read_config(tmp_path), tmp_path)
+    for module in shapes:
+        names = (f"base_model.model.{module}.lora_{half}.weight" for half in "AB")
+        expected = fold(*(tensors[name] for name in names), 5 / 3)
+        assert all(torch.equal(*both) for both in zip(expected, in_pieces.modules[module], strict=True)), module
+
+
+def test_weights_that_end_while_they_are_read_are_refused(tmp_path: Path) -> None:
+    write_adapter(tmp_path, TINY_LINEARS)
+    path = tmp_path / WEIGHTS_FILE
+    config, pairs = read_config(tmp_path), pair_up(read_header(path)).pairs
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(AdapterRejected, match="ended while it was read"):
+        read_adapter(tmp_path, config, pairs)
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -132,9 +176,7 @@ def test_every_number_of_a_format_arrives_as_tensors_convert_it(
     tmp_path: Path, dtype: str, width: int, compiled: bool
 ) -> None:
     """All 65,536 patterns of the upper or only 16 bits, among them subnormal numbers, infinities and NaN."""
-    if compiled and LIBRARY is None:
-        pytest.skip("no compiler was there at installation")
-    convert = NativeConvertPairs(LIBRARY) if compiled and LIBRARY else None
+    convert = converter(compiled=compiled)
     bits = torch.arange(1 << 16, dtype=torch.int32)
     kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     numbers = ((bits << 16) | 0x8001 if width == 4 else bits.to(torch.int16)).view(kinds[dtype]).view(256, 256)
@@ -145,16 +187,16 @@ def test_every_number_of_a_format_arrives_as_tensors_convert_it(
     for spec in header.values():
         content[spec.offset : spec.offset + spec.nbytes] = numbers.contiguous().view(torch.uint8).numpy().tobytes()
     path.write_bytes(content)
-    modules, not_finite = served_modules(tmp_path, read_config(tmp_path), pair_up(read_header(path)).pairs, convert)
+    adapter, not_finite = read_adapter(tmp_path, read_config(tmp_path), pair_up(read_header(path)).pairs, convert)
     a, bt = fold(numbers, numbers, 2.0)
-    torch.testing.assert_close(modules["layer"][0], a, rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(modules["layer"][1], bt, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(adapter.modules["layer"][0], a, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(adapter.modules["layer"][1], bt, rtol=0, atol=0, equal_nan=True)
     assert not_finite == ["layer"]
 
 
 def test_loading_needs_no_peft_and_leaves_the_file_free(tmp_path: Path) -> None:
     write_adapter(tmp_path, TINY_LINEARS, targets=["q_proj"], dtype="BF16")
-    adapter = load_host_adapter(tmp_path, "v")
+    adapter = load_host_adapter(tmp_path)
     kept = {module: a.clone() for module, (a, _) in adapter.modules.items()}
     (tmp_path / WEIGHTS_FILE).write_bytes(bytes((tmp_path / WEIGHTS_FILE).stat().st_size))
     assert all(torch.equal(adapter.modules[module][0], a) for module, a in kept.items())
@@ -162,4 +204,4 @@ def test_loading_needs_no_peft_and_leaves_the_file_free(tmp_path: Path) -> None:
 
 def test_files_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterRejected, match="missing"):
-        load_host_adapter(tmp_path, "v")
+        load_host_adapter(tmp_path)

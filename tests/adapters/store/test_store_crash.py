@@ -14,7 +14,7 @@ from loramux_adapters.artifact.format import WEIGHTS_FILE
 from loramux_adapters.store.store import AdapterStore
 from support.adapter_files import TINY_LINEARS, write_adapter
 
-SCRIPT = Path(__file__).parents[3] / "support" / "crash_store.py"
+SCRIPT = Path(__file__).parents[2] / "support" / "crash_store.py"
 State = dict[str, tuple[str, tuple[str, ...], bool, bool]]  # name -> current, kept, pinned, corrupt
 
 

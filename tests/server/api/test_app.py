@@ -8,8 +8,8 @@ import pytest
 from loramux_adapters.errors import AdapterError, StoreUnavailable, TrainingError
 from loramux_server.api.http.errors import _TABLE, answer_to
 from loramux_server.errors import LoramuxError
-from loramux_server.metrics.metrics import Levels
-from support.fakes_api import BASE_NAME, CONTEXT, VERSION, FakeRecord, Server, make_server
+from loramux_server.metrics.gauges import GaugeReadings
+from support.fakes_api import BASE_NAME, CONTEXT, VERSION, Server, make_server, record_of
 from support.raw_call import RawCall
 
 
@@ -37,7 +37,7 @@ async def test_models_are_the_base_and_the_adapters(server: Server) -> None:
 
 @pytest.mark.anyio
 async def test_an_adapter_that_has_the_bases_name_is_not_listed_beside_it(server: Server) -> None:
-    server.store.known[BASE_NAME] = FakeRecord(BASE_NAME, "0" * 64)
+    server.store.known[BASE_NAME] = record_of(BASE_NAME, "0" * 64)
     async with server.client() as client:
         reply = await client.get("/v1/models")
     assert [model["id"] for model in reply.json()["data"]] == [BASE_NAME, "pirate"]
@@ -86,7 +86,7 @@ async def test_health_asks_for_a_restart_and_readiness_for_patience(
 
 @pytest.mark.anyio
 async def test_metrics_can_be_scraped(server: Server) -> None:
-    server.store.known["haiku"] = FakeRecord("haiku", "0" * 64)
+    server.store.known["haiku"] = record_of("haiku", "0" * 64)
     await server.post("/v1/completions", {"model": "pirate", "prompt": "x"})
     async with server.client() as client:
         reply = await client.get("/metrics")
@@ -110,8 +110,8 @@ async def test_metrics_can_be_scraped_while_the_store_cannot_be_read(
 
 @pytest.mark.anyio
 async def test_the_same_measurements_have_vllms_names_too(server: Server) -> None:
-    server.metrics.read_levels_from(
-        lambda: Levels(waiting=2, slot_rows=64, device_versions={VERSION}, waiting_adapters={"haiku"})
+    server.metrics.read_gauges_from(
+        lambda: GaugeReadings(waiting=2, slot_rows=64, device_versions={VERSION}, waiting_adapters={"haiku"})
     )
     await server.post("/v1/completions", {"model": "pirate", "prompt": "x"})
     async with server.client() as client:

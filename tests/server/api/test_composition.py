@@ -15,7 +15,7 @@ from loramux_adapters.errors import AdapterNotFound, StoreUnavailable
 from loramux_server.api.completions.schemas import parse_chat
 from loramux_server.engine.sequence import AdapterUse
 from loramux_server.errors import RequestError
-from support.fakes_api import BASE_NAME, VERSION, FakeRecord, Server, make_server
+from support.fakes_api import BASE_NAME, VERSION, Server, make_server, record_of
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 OTHER = hashlib.sha256(b"other").hexdigest()
@@ -24,7 +24,7 @@ OTHER = hashlib.sha256(b"other").hexdigest()
 @pytest.fixture
 def server(tmp_path: Path) -> Server:
     server = make_server(tmp_path)
-    server.store.known["other"] = FakeRecord("other", OTHER, rank=16)
+    server.store.known["other"] = record_of("other", OTHER, rank=16)
     for name in ("pirate+other", "other+pirate"):
         server.engine.replies[name] = b"Arr"
     server.engine.replies["other"] = b"Well"

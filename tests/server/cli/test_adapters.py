@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import socket
+import sys
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ from typing import Any
 import pytest
 
 from loramux_server.cli import main as cli
-from loramux_server.cli.adapters import ProgressBar
+from loramux_server.cli.screen import transfer_bar
 from loramux_server.client.adapters import AdaptersClient
 from loramux_server.errors import CommandFailed
 
@@ -358,22 +360,29 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_is_drawn_on_a_terminal_and_nowhere_else() -> None:
-    times = iter([0.0, 1.0, 1.01, 2.0])
-    terminal = Terminal()
-    bar = ProgressBar(terminal, lambda: next(times))
-    for done in (1 << 20, 2 << 20, 4 << 20):
-        bar.show(done, 4 << 20)
-    bar.end()
+def test_progress_is_drawn_on_a_terminal_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    terminal, file = Terminal(), io.StringIO()
+    for stream in (terminal, file):
+        with transfer_bar(stream) as show:
+            for done in (1 << 20, 2 << 20, 4 << 20):
+                show(done, 4 << 20)
 
-    drawn = terminal.getvalue().split("\r")[1:]
-    assert len(drawn) == 2  # the one a hundredth of a second after another is left out
-    assert drawn[0].startswith("[########                      ]  25%  1.0 MiB of 4.0 MiB  1.0 MiB/s")
-    assert "100%  4.0 MiB of 4.0 MiB  2.0 MiB/s" in drawn[1]
-    assert terminal.getvalue().endswith("\n")
-
-    file = io.StringIO()
-    silent = ProgressBar(file, lambda: 0.0)
-    silent.show(1, 2)
-    silent.end()
+    assert "100%" in terminal.getvalue() and "4.0/4.0 MiB" in terminal.getvalue()
     assert file.getvalue() == ""
+
+
+def test_a_table_is_drawn_on_a_terminal_and_says_the_same(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.answers["GET /v1/adapters"] = (200, {"data": [SPAM | {"name": "[red]spam"}]})
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "stdout", Terminal())
+
+    assert loramux(server, "list") == 0
+
+    assert isinstance(sys.stdout, Terminal)
+    drawn = re.sub(r"\x1b\[[0-9;]*m", "", sys.stdout.getvalue())
+    assert [line.split() for line in drawn.splitlines() if "spam" in line or "name" in line] == [
+        ["name", "version", "rank", "bytes", "tier"],
+        ["[red]spam", "3f786850e387", "8", "900.0", "KiB", "device"],
+    ]
+    assert "──" in drawn

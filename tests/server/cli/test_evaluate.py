@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from loramux_adapters.errors import BaseMismatch, DataError
 from loramux_server.base.loader import load_base_model
 from loramux_server.cli.evaluate import evaluate_here
-from loramux_server.config.evaluate import EvalConfig, load_eval_config
+from loramux_server.config.evaluate import EvalConfig
+from loramux_server.config.load import load
 from loramux_server.errors import CommandFailed, ConfigError
 from loramux_server.serving.startup import Stages
 from support.adapter_files import write_adapter
@@ -123,8 +124,8 @@ def test_what_is_wrong_is_found_before_the_base_is_loaded(place: Path) -> None:
 
 def test_settings_come_from_flags_variables_and_the_file(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text('[eval]\ndata = "held.jsonl"\nadapter = "spam"\nlimit = 7\n')
-    loaded = load_eval_config(
-        {"adapter": "other"}, {"LORAMUX_LIMIT": "9", "LORAMUX_PORT": "8000"}, str(tmp_path / "c.toml")
+    loaded = load(
+        EvalConfig, {"adapter": "other"}, {"LORAMUX_LIMIT": "9", "LORAMUX_PORT": "8000"}, str(tmp_path / "c.toml")
     )
 
     assert (loaded.data, loaded.adapter, loaded.limit) == (Path("held.jsonl"), "other", 9)
@@ -142,4 +143,4 @@ def test_settings_come_from_flags_variables_and_the_file(tmp_path: Path) -> None
 )
 def test_wrong_settings_are_named(flags: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        load_eval_config(flags, {})
+        load(EvalConfig, flags, {})

@@ -13,9 +13,9 @@ from loramux_adapters.training.recipe import Recipe
 from loramux_adapters.training.run.card import FORMAT
 from loramux_server.base.loader import load_base_model
 from loramux_server.cli.finish import main
-from loramux_server.engine.local_engine import Offline
+from loramux_server.engine.local_engine import LocalEngine
 from loramux_server.fingerprint.file import parse
-from loramux_server.fingerprint.fingerprint import Outcome, replay
+from loramux_server.fingerprint.fingerprint import compare
 from support.adapter_files import write_adapter
 from support.tiny_models import save_tiny_model
 
@@ -81,8 +81,9 @@ def test_without_held_out_data_there_is_a_fingerprint_that_replays_exactly(run_d
     base = load_base_model(
         str(run_dir.parent / "base"), device=CPU, cache_dir=run_dir.parent / "cache", report=lambda line: None
     )
-    offline = Offline.open(base)
-    assert replay(offline, fingerprint, offline.load(run_dir / "adapter")).outcome is Outcome.EXACT
+    engine = LocalEngine.open(base)
+    assert fingerprint.numerics_id == engine.numerics_id
+    assert compare(engine, fingerprint.prompts, engine.load(run_dir / "adapter")).equal
     assert sorted(path.name for path in run_dir.iterdir()) == ["adapter"]
     assert json.loads((run_dir / "adapter" / "card.json").read_text())["scores"] is None
 

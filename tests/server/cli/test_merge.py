@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,20 +14,17 @@ from loramux_adapters.errors import BaseMismatch, CheckpointError
 from loramux_adapters.training.model.merge import Merged
 from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.cli import merge as cli_merge
-from loramux_server.engine.local_engine import Offline
-from loramux_server.errors import CommandFailed, ConfigError
+from loramux_server.cli.frame import call
+from loramux_server.engine.local_engine import LocalEngine
+from loramux_server.errors import ConfigError
 from loramux_server.fingerprint import fingerprint
 from loramux_server.fingerprint.drift import QUESTIONS, drift_prompts
-from loramux_server.publishing.local_adapter import find_adapter
 from support.adapter_files import write_adapter
 from support.tiny_models import save_tiny_model, tiny_tokenizer
 
 
 def run(*argv: str, environ: dict[str, str] | None = None) -> int:
-    parser = argparse.ArgumentParser()
-    cli_merge.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["merge", *argv])
-    return int(args.run(args, environ or {}))
+    return call(cli_merge.app, "loramux merge", argv, environ or {})
 
 
 def load(tmp_path: Path, spec: Path, quantize: str = "nf4") -> BaseModel:
@@ -63,9 +59,9 @@ def test_a_merged_checkpoint_answers_like_the_adapter_and_the_report_says_how_mu
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = adapter(tmp_path, base, base_id=load(tmp_path, base).base_id)
-    offline = Offline.open(load(tmp_path, base), rows=4, tokens=1024, max_rank=8)
+    engine = LocalEngine.open(load(tmp_path, base), rows=4, tokens=1024, max_rank=8)
     prompts = [list(b"one"), list(b"another one")]
-    made = fingerprint.make(offline, prompts, offline.load(found))
+    made = fingerprint.make(engine, prompts, engine.load(found))
     (found / "fingerprint.json").write_text(json.dumps(made))
 
     assert run(*arguments(tmp_path, base, found)) == 0
@@ -112,7 +108,7 @@ def test_a_full_directory_is_refused_before_anything_is_loaded(
 
 
 def drift(quantized: float, bare: float) -> cli_merge.Drift:
-    far = [fingerprint.Comparison(8, mean, mean) for mean in (0.01, quantized, bare)]
+    far = [fingerprint.Agreement(8, mean, mean) for mean in (0.01, quantized, bare)]
     return cli_merge.Drift(1, 8, *far)
 
 
@@ -143,17 +139,6 @@ def test_wrong_settings_are_named(argv: tuple[str, ...], why: str) -> None:
 def test_variables_of_other_commands_do_not_disturb() -> None:
     with pytest.raises(ConfigError, match="--adapter is needed"):
         run("--out", "x", environ={"LORAMUX_PORT": "1", "LORAMUX_EPOCHS": "2", "LORAMUX_URL": "u"})
-
-
-def test_an_adapter_is_found_by_directory_run_or_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained = tmp_path / "trained"
-    directory = write_adapter(trained / "spam" / "adapter", {"q_proj": (8, 8)})
-    monkeypatch.chdir(tmp_path)
-
-    for spec in (str(directory), str(trained / "spam"), "spam"):
-        assert find_adapter(spec, trained) == directory
-    with pytest.raises(CommandFailed, match="no adapter 'ham'.*loramux train"):
-        find_adapter("ham", trained)
 
 
 def test_without_a_fingerprint_general_questions_are_asked(tmp_path: Path) -> None:

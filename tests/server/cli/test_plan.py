@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 
 from loramux_adapters.errors import RecipeError
 from loramux_server.cli import plan as cli_plan
+from loramux_server.cli.frame import call
 from loramux_server.cli.plan import Memory
 from loramux_server.errors import BaseModelError, ConfigError
 from support.tiny_models import save_tiny_model
@@ -18,10 +18,7 @@ MIB = 2**20
 
 
 def run(*argv: str, environ: dict[str, str] | None = None) -> int:
-    parser = argparse.ArgumentParser()
-    cli_plan.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["plan", "--device", "cpu", *argv])
-    return int(args.run(args, environ or {}))
+    return call(cli_plan.app, "loramux plan", ["--device", "cpu", *argv], environ or {})
 
 
 @pytest.fixture

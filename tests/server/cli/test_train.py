@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,15 +17,22 @@ import pytest
 
 from loramux_adapters.errors import AdapterError, CheckpointError, DataError, InvalidAdapterName
 from loramux_adapters.training.recipe import Recipe
-from loramux_adapters.training.run.ports import Plan
 from loramux_adapters.training.run.run_dir import RunDirectory
 from loramux_adapters.training.run.trace import EpochRecord, StepRecord
+from loramux_adapters.training.run.trainer import Plan
+from loramux_server.cli import finish
 from loramux_server.cli import train as cli_train
-from loramux_server.cli.progress import Progress, duration
+from loramux_server.cli.frame import call
+from loramux_server.cli.train import Permissions
 from loramux_server.cli.train_data import read_material
-from loramux_server.client.adapters import AdaptersClient, Reply
-from loramux_server.config.train import TrainConfig, load_train_config
+from loramux_server.cli.train_run import Progress, duration
+from loramux_server.client.adapters import AdaptersClient
+from loramux_server.client.connection import ServerReply
+from loramux_server.config.finish import FinishConfig
+from loramux_server.config.load import load
+from loramux_server.config.train import TrainConfig
 from loramux_server.errors import CommandFailed, ConfigError
+from loramux_server.serving.startup import Stages
 from support.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).parents[3]
@@ -59,10 +66,7 @@ def where(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(argv: list[str], environ: Mapping[str, str] | None = None) -> int:
-    parser = argparse.ArgumentParser()
-    cli_train.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["train", *argv])
-    return int(args.run(args, environ or {}))
+    return call(cli_train.app, "loramux train", argv, environ or {})
 
 
 def arguments(base: Path, *more: str) -> list[str]:
@@ -105,8 +109,8 @@ def test_flag_environment_and_file_go_together_in_this_order(tmp_path: Path) -> 
     file = tmp_path / "c.toml"
     file.write_text('[train]\ndata = "a.jsonl"\nname = "n"\nrank = 4\nalpha = 2\nseed = 1\n')
 
-    found = load_train_config(
-        {"rank": "16"}, {"LORAMUX_RANK": "32", "LORAMUX_ALPHA": "64", "LORAMUX_PORT": "8000"}, str(file)
+    found = load(
+        TrainConfig, {"rank": "16"}, {"LORAMUX_RANK": "32", "LORAMUX_ALPHA": "64", "LORAMUX_PORT": "8000"}, str(file)
     )
 
     assert (found.data, found.name, found.rank, found.alpha, found.seed) == (Path("a.jsonl"), "n", 16, 64.0, 1)
@@ -139,24 +143,40 @@ def test_a_setting_that_cannot_be_is_refused_with_what_can(changes: dict[str, An
     assert said in str(caught.value)
 
 
-def test_a_switch_needs_no_value() -> None:
-    parser = argparse.ArgumentParser()
-    cli_train.add_parser(parser.add_subparsers())
+def test_a_switch_needs_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(cli_train, "train", lambda config, permissions, **others: asked.append(config.rslora) or 0)
 
-    assert vars(parser.parse_args(["train", "--rslora", "--rank", "4"]))["rslora"] is True
-    assert vars(parser.parse_args(["train", "--no-rslora"]))["rslora"] is False
+    for switch in ("--rslora", "--no-rslora"):
+        run(["--data", "d", "--name", "n", switch], {"LORAMUX_RSLORA": "yes"})
+
+    assert asked == [True, False]
+
+
+def test_what_is_permitted_for_one_time_stands_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Permissions] = []
+    monkeypatch.setattr(cli_train, "train", lambda config, permissions, **others: asked.append(permissions) or 0)
+
+    run(["--data", "d", "--name", "n"])
+    run(["--data", "d", "--name", "n", "--overwrite", "--dry-run"])
+    run(["--data", "d", "--name", "n", "--skip-bad", "--allow-overlap"])
+
+    assert asked == [
+        Permissions(),
+        Permissions(overwrite=True, dry_run=True),
+        Permissions(skip_bad=True, allow_overlap=True),
+    ]
 
 
 def test_the_help_explains_what_is_asked_first(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        run(["--help"])
+    assert run(["--help"]) == 0
 
     text = " ".join(capsys.readouterr().out.split())
     for said in (
         "goes on when the same command is given again",
         "--overwrite",
         "--dry-run",
-        "LORAMUX_EVAL_DATA",
+        "--data FILE --name NAME",
         "ham,spam",
     ):
         assert said in text
@@ -199,14 +219,11 @@ def test_a_csv_file_can_be_held_out_against_a_jsonl_file(where: Path) -> None:
 
 def test_what_is_wrong_with_the_data_is_said_before_anything_heavy_is_imported(where: Path) -> None:
     script = (
-        "import argparse, sys\n"
-        "from loramux_server.cli import train as cli_train\n"
+        "import sys\n"
+        "from loramux_server.cli import frame, train\n"
         "from loramux_adapters.errors import DataError\n"
-        "parser = argparse.ArgumentParser()\n"
-        "cli_train.add_parser(parser.add_subparsers())\n"
-        "args = parser.parse_args(['train', '--data', 'nothing.jsonl', '--name', 'spam'])\n"
         "try:\n"
-        "    args.run(args, {})\n"
+        "    frame.call(train.app, 'train', ['--data', 'nothing.jsonl', '--name', 'spam'], {})\n"
         "except DataError as error:\n"
         "    print(error, {'torch', 'transformers', 'peft', 'matplotlib'} & set(sys.modules))\n"
     )
@@ -345,8 +362,7 @@ def test_two_runs_do_not_share_a_directory(where: Path, base: Path) -> None:
         run(arguments(base, "--out", "busy"))
 
 
-def test_the_finishing_process_is_told_all_that_it_needs() -> None:
-    finish = pytest.importorskip("loramux_server.cli.finish")
+def test_the_finishing_process_is_told_all_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = config(
         eval_data=Path("held.csv"), labels="ham,spam", csv_prompt="text", csv_completion="y", threads=2, base="hub/one"
     )
@@ -355,8 +371,15 @@ def test_the_finishing_process_is_told_all_that_it_needs() -> None:
     bare = cli_train.finish_command(config(), RunDirectory(Path("run")), skip_bad=False)
 
     assert command[:3] == ["-m", "loramux_server.cli.finish", "run"]
-    given = vars(finish._parser().parse_args(command[2:]))
-    assert (given["base"], given["eval_data"], given["train_data"]) == (
+    given: dict[str, Any] = {}
+
+    def finished(run_dir: Path, settings: FinishConfig, stages: Stages, *, cache_dir: Path, skip_bad: bool) -> None:
+        given.update(settings.model_dump(), skip_bad=skip_bad, run_dir=run_dir)
+
+    monkeypatch.setattr(finish, "finish", finished)
+    assert finish.main(command[2:], {}) == 0
+    assert (given["run_dir"], given["base"], given["eval_data"], given["train_data"]) == (
+        Path("run"),
         "hub/one",
         Path("held.csv"),
         Path("train.jsonl"),
@@ -373,11 +396,11 @@ class Server:
     def __init__(self, *, full: bool = False) -> None:
         self._full = full
 
-    def push(self, client: AdaptersClient, name: str, directory: Path, **options: Any) -> Reply:
+    def push(self, client: AdaptersClient, name: str, directory: Path, **options: Any) -> ServerReply:
         if self._full:
             raise CommandFailed("the server refused (507): the disk is full")
         self.pushed = [(client.url, client.key, name, sorted(path.name for path in directory.iterdir()))]
-        return Reply(201, {"outcome": "created"})
+        return ServerReply(201, {"outcome": "created"})
 
 
 def test_a_done_adapter_is_uploaded_with_the_admins_key(
@@ -421,9 +444,9 @@ def record(step: int, *, loss: float = 0.5, seconds: float = 2.0) -> StepRecord:
     return StepRecord(step, step / 10, loss, 0.9, 16, 500, 1e-3, 1.0, seconds)
 
 
-def progress(stream: io.StringIO, *, terminal: bool, seconds_between: float) -> Progress:
+def progress(stream: io.StringIO, *, seconds_between: float) -> Progress:
     times = iter(range(10_000))
-    shown = Progress(stream, memory=lambda: 900 << 20, terminal=terminal, clock=lambda: next(times) * seconds_between)
+    shown = Progress(stream, memory=lambda: 900 << 20, clock=lambda: next(times) * seconds_between)
     shown.started(
         Plan(
             steps=20,
@@ -438,10 +461,15 @@ def progress(stream: io.StringIO, *, terminal: bool, seconds_between: float) -> 
     return shown
 
 
-def test_a_terminal_gets_a_bar_that_makes_way_for_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+def plain(stream: io.StringIO) -> str:
+    """What was written, without colours and movements of the cursor."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+
+
+def test_a_terminal_gets_a_bar_below_the_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     stream = Terminal()
-    shown = progress(stream, terminal=True, seconds_between=1.0)
+    shown = progress(stream, seconds_between=1.0)
 
     shown.epoch(EpochRecord(0, 0.0, None, None, 2.5, 0.125, 3.0))
     for step in range(1, 6):
@@ -449,29 +477,32 @@ def test_a_terminal_gets_a_bar_that_makes_way_for_lines(monkeypatch: pytest.Monk
     shown.line("a line")
     shown.end()
 
-    text = stream.getvalue()
+    text = plain(stream)
     assert text.startswith("before training: held-out loss 2.5000, 12.5% of tokens right\n")
-    assert text.count("\r") == 6 and text.endswith("\r\x1b[Ka line\n")
-    assert "[######------------------] 25%  step 5/20  loss 0.500" in text
-    assert "250 tokens/s  900 MiB  0:36 left" in text  # 15 steps of 2 s, two evaluations of 3 s
+    assert "a line\n" in text and text.endswith("\n")
+    assert re.search(
+        r"━  25% step 5/20  loss 0\.500 .*250 tokens/s  900 MiB  0:36 left", text
+    )  # 15 steps, 2 evaluations
+    assert stream.getvalue().endswith("\x1b[?25h")  # the cursor is back
 
 
 @pytest.mark.parametrize("columns", [60, 72, 80, 90, 200])
 def test_the_time_left_is_on_every_terminal_that_is_wide_enough(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     stream = Terminal()
-    shown = progress(stream, terminal=True, seconds_between=1.0)
+    shown = progress(stream, seconds_between=1.0)
     shown.step(record(5))
+    shown.end()
 
-    line = stream.getvalue().removeprefix("\r").removesuffix("\x1b[K")
-    assert len(line) < columns
+    line = plain(stream).splitlines()[-1].rstrip()
+    assert len(line) <= columns
     assert line.endswith("0:30 left") == (columns >= 80)
-    assert line.startswith("[##") == (columns >= 90)
+    assert ("━" in line) == (columns >= 80)
 
 
 def test_a_file_gets_a_line_now_and_then() -> None:
     stream = io.StringIO()
-    shown = progress(stream, terminal=False, seconds_between=10.0)
+    shown = progress(stream, seconds_between=10.0)
 
     for step in range(1, 21):
         shown.step(record(step))

@@ -3,13 +3,12 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from email.message import Message
-from email.parser import BytesParser
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from loramux_server.client.transfer import Upload, extract
+from loramux_server.client.transfer import ArchiveStream, extract, files_to_send
 from loramux_server.errors import CommandFailed
 
 CONFIG = b'{"r": 8}'
@@ -42,32 +41,11 @@ def archive(*members: tuple[str, bytes], kind: bytes = tarfile.REGTYPE, link: st
 GOOD = (("adapter_config.json", CONFIG), ("adapter_model.safetensors", WEIGHTS))
 
 
-def test_a_body_is_as_long_as_it_says_and_a_multipart_parser_reads_it_back(tmp_path: Path) -> None:
-    upload = Upload.of(adapter(tmp_path / "a", card=b"{}", fingerprint=b"[]"))
-    body = b"".join(upload)
-
-    assert len(body) == upload.length
-    message = BytesParser().parsebytes(f"Content-Type: {upload.content_type}\r\n\r\n".encode() + body)
-    parts = message.get_payload()
-    assert isinstance(parts, list)
-    found = {}
-    for part in parts:
-        assert isinstance(part, Message)
-        name = part.get_param("name", header="content-disposition")
-        found[name] = (part.get_filename(), part.get_payload(decode=True))
-    assert found == {
-        "config": ("adapter_config.json", CONFIG),
-        "weights": ("adapter_model.safetensors", WEIGHTS),
-        "card": ("card.json", b"{}"),
-        "fingerprint": ("fingerprint.json", b"[]"),
-    }
-
-
 def test_other_files_of_the_directory_stay_where_they_are(tmp_path: Path) -> None:
     directory = adapter(tmp_path / "a", tokenizer=b"{}")
     (directory / "README.md").write_text("hello")
 
-    assert [path.name for _, path, _ in Upload.of(directory).parts] == [
+    assert [path.name for path in files_to_send(directory).values()] == [
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
@@ -75,23 +53,15 @@ def test_other_files_of_the_directory_stay_where_they_are(tmp_path: Path) -> Non
 
 def test_a_directory_that_is_no_adapter_is_refused_with_what_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(CommandFailed, match="is not a directory"):
-        Upload.of(tmp_path / "missing")
+        files_to_send(tmp_path / "missing")
     with pytest.raises(CommandFailed, match="holds no adapter_config.json"):
-        Upload.of(tmp_path)
+        files_to_send(tmp_path)
     (tmp_path / "adapter_config.json").write_bytes(CONFIG)
     with pytest.raises(CommandFailed, match="holds no adapter_model.safetensors$"):
-        Upload.of(tmp_path)
+        files_to_send(tmp_path)
     (tmp_path / "adapter_model.bin").write_bytes(b"")
     with pytest.raises(CommandFailed, match="is a pickle"):
-        Upload.of(tmp_path)
-
-
-def test_a_file_that_shrinks_while_it_is_sent_is_told(tmp_path: Path) -> None:
-    upload = Upload.of(adapter(tmp_path / "a"))
-    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"short")
-
-    with pytest.raises(CommandFailed, match="became shorter"):
-        b"".join(upload)
+        files_to_send(tmp_path)
 
 
 @pytest.mark.parametrize("folder", ["", "spam/", "./"])
@@ -153,15 +123,23 @@ def test_a_damaged_or_incomplete_archive_is_refused(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_a_connection_that_breaks_is_not_mistaken_for_a_full_disk(tmp_path: Path) -> None:
-    class Broken(io.RawIOBase):
-        def readable(self) -> bool:
-            return True
+class NetworkDown(Exception):
+    """Stands for what httpx raises."""
 
-        def readinto(self, buffer: object) -> int:
-            raise ConnectionResetError
 
-    with pytest.raises(ConnectionResetError):
-        extract(io.BufferedReader(Broken()), tmp_path / "spam")
+def test_pieces_from_the_network_are_read_as_one_stream() -> None:
+    pieces = iter([b"ab", b"", b"cdefg", b"h"])
+    stream = ArchiveStream(pieces)
+
+    assert [stream.read(3) for _ in range(5)] == [b"ab", b"cde", b"fg", b"h", b""]
+
+
+def test_a_connection_that_breaks_is_not_mistaken_for_a_damaged_archive(tmp_path: Path) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield archive(*GOOD).getvalue()[:400_000]
+        raise NetworkDown
+
+    with pytest.raises(NetworkDown):
+        extract(io.BufferedReader(ArchiveStream(pieces())), tmp_path / "spam")
 
     assert os.listdir(tmp_path) == []

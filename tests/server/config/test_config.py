@@ -1,15 +1,15 @@
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from loramux_server.config.commands import OTHER_VARIABLES
-from loramux_server.config.serve import ServeConfig, is_loopback, load_config
-from loramux_server.config.settings import fields_of
-from loramux_server.config.train import load_train_config
+from loramux_server.config.load import OTHER_VARIABLES, TABLES, all_settings, load
+from loramux_server.config.serve import ServeConfig, is_loopback
+from loramux_server.config.settings import settings_of
+from loramux_server.config.train import TrainConfig
 from loramux_server.errors import ConfigError
 
 
@@ -20,7 +20,7 @@ def written(tmp_path: Path, text: str) -> str:
 
 
 def test_without_any_setting_everything_has_its_default() -> None:
-    config = load_config({}, {})
+    config = load(ServeConfig, {}, {})
 
     assert config == ServeConfig()
     assert (config.host, config.port, config.device) == ("127.0.0.1", 8000, "auto")
@@ -31,7 +31,7 @@ def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_defau
     file = written(tmp_path, "[serve]\nport = 1111\nmax_num_seqs = 11\nmax_waiting = 12\n")
     environ = {"LORAMUX_PORT": "2222", "LORAMUX_MAX_NUM_SEQS": "22"}
 
-    config = load_config({"port": "3333"}, environ, file)
+    config = load(ServeConfig, {"port": "3333"}, environ, file)
 
     assert (config.port, config.max_num_seqs, config.max_waiting, config.kv_cache_mib) == (3333, 22, 12, 1536)
 
@@ -39,25 +39,25 @@ def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_defau
 def test_the_config_file_can_be_named_by_flag_or_environment_and_the_flag_wins(tmp_path: Path) -> None:
     file = written(tmp_path, "[serve]\nport = 1111\n")
 
-    assert load_config({}, {"LORAMUX_CONFIG": file}).port == 1111
-    assert load_config({}, {"LORAMUX_CONFIG": "/does/not/exist.toml"}, file).port == 1111
+    assert load(ServeConfig, {}, {"LORAMUX_CONFIG": file}).port == 1111
+    assert load(ServeConfig, {}, {"LORAMUX_CONFIG": "/does/not/exist.toml"}, file).port == 1111
 
 
 def test_every_field_can_be_set_by_flag_environment_and_file(tmp_path: Path) -> None:
     samples = {int: ("64", "64"), float: ("64", "64"), str: ("cuda", '"cuda"'), Path: ("some/dir", '"some/dir"')}
     particular = {"log_level": ("debug", '"debug"'), "host": ("127.0.0.2", '"127.0.0.2"')}
-    for name, field in fields_of(ServeConfig).items():
-        text, in_toml = particular.get(name, samples[field.kind])
-        from_environment = load_config({}, {field.variable: text})
-        from_file = load_config({}, {}, written(tmp_path, f"[serve]\n{name} = {in_toml}\n"))
+    for name, setting in settings_of(ServeConfig).items():
+        text, in_toml = particular.get(name, samples[setting.kind])
+        from_environment = load(ServeConfig, {}, {setting.variable: text})
+        from_file = load(ServeConfig, {}, {}, written(tmp_path, f"[serve]\n{name} = {in_toml}\n"))
 
         assert from_environment == from_file != ServeConfig()
-        if not field.setting.secret:
-            assert load_config({name: text}, {}) == from_environment
+        if not setting.secret:
+            assert load(ServeConfig, {name: text}, {}) == from_environment
 
 
 def test_an_integer_in_the_file_is_fine_where_a_number_is_asked_for(tmp_path: Path) -> None:
-    config = load_config({}, {}, written(tmp_path, "[serve]\nshutdown_timeout = 5\n"))
+    config = load(ServeConfig, {}, {}, written(tmp_path, "[serve]\nshutdown_timeout = 5\n"))
 
     assert isinstance(config.shutdown_timeout, float)
     assert config.shutdown_timeout == 5.0
@@ -82,7 +82,7 @@ def test_an_integer_in_the_file_is_fine_where_a_number_is_asked_for(tmp_path: Pa
 )
 def test_a_wrong_value_is_refused_with_the_flag_and_what_is_allowed(flags: Mapping[str, str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config(flags, {})
+        load(ServeConfig, flags, {})
 
     assert message in str(caught.value)
 
@@ -103,7 +103,7 @@ def test_a_wrong_config_file_is_refused_with_the_key_and_what_was_meant(
     tmp_path: Path, text: str, message: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config({}, {}, written(tmp_path, text))
+        load(ServeConfig, {}, {}, written(tmp_path, text))
 
     assert message in str(caught.value)
 
@@ -112,66 +112,66 @@ def test_a_config_file_that_is_missing_or_not_text_is_refused(tmp_path: Path) ->
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
 
     with pytest.raises(ConfigError, match="cannot read the config file"):
-        load_config({}, {}, str(tmp_path / "missing.toml"))
+        load(ServeConfig, {}, {}, str(tmp_path / "missing.toml"))
     with pytest.raises(ConfigError, match="is not valid TOML"):
-        load_config({}, {}, str(tmp_path / "binary.toml"))
+        load(ServeConfig, {}, {}, str(tmp_path / "binary.toml"))
 
 
 def test_an_unknown_variable_of_our_prefix_is_refused_and_others_are_nobodys_business() -> None:
     with pytest.raises(ConfigError, match="unknown environment variable LORAMUX_PROT; did you mean LORAMUX_PORT?"):
-        load_config({}, {"LORAMUX_PROT": "1"})
+        load(ServeConfig, {}, {"LORAMUX_PROT": "1"})
 
     ignored = {"PATH": "/bin", "PORT": "1"} | {"LORAMUX_URL": "http://127.0.0.1:8000"}
-    assert load_config({}, ignored) == ServeConfig()
+    assert load(ServeConfig, {}, ignored) == ServeConfig()
     assert "LORAMUX_URL" in OTHER_VARIABLES
 
 
 def test_variables_that_kubernetes_sets_for_a_service_of_our_name_are_explained() -> None:
     for variable in ("LORAMUX_PORT", "LORAMUX_PORT_8000_TCP"):
         with pytest.raises(ConfigError, match="enableServiceLinks: false"):
-            load_config({}, {variable: "tcp://10.0.0.1:8000"})
+            load(ServeConfig, {}, {variable: "tcp://10.0.0.1:8000"})
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", "localhost.example.org"])
 def test_a_host_that_others_can_reach_needs_a_key(host: str) -> None:
     with pytest.raises(ConfigError, match="refuses to start without a key"):
-        load_config({"host": host}, {})
+        load(ServeConfig, {"host": host}, {})
 
-    assert load_config({"host": host}, {"LORAMUX_API_KEY": "k-123"}).host == host
+    assert load(ServeConfig, {"host": host}, {"LORAMUX_API_KEY": "k-123"}).host == host
 
 
 def test_an_admin_key_alone_does_not_open_the_server_to_others() -> None:
     with pytest.raises(ConfigError, match="refuses to start without a key"):
-        load_config({"host": "0.0.0.0"}, {"LORAMUX_ADMIN_KEY": "k-123"})
+        load(ServeConfig, {"host": "0.0.0.0"}, {"LORAMUX_ADMIN_KEY": "k-123"})
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "[::1]", "localhost", "LOCALHOST"])
 def test_loopback_is_recognised_in_every_spelling(host: str) -> None:
     assert is_loopback(host)
-    assert load_config({"host": host}, {}).api_key is None
+    assert load(ServeConfig, {"host": host}, {}).api_key is None
 
 
 @pytest.mark.parametrize("key", ["", " ", "two words", "schlüssel", "a\nb"])
 def test_a_key_that_no_header_can_carry_is_refused_without_being_shown(key: str) -> None:
     for variable in ("LORAMUX_API_KEY", "LORAMUX_ADMIN_KEY"):
         with pytest.raises(ConfigError, match=f"{variable} must be printable ASCII") as caught:
-            load_config({}, {variable: key})
+            load(ServeConfig, {}, {variable: key})
 
         assert len(key) < 2 or key not in str(caught.value)
 
 
 def test_keys_are_never_shown(tmp_path: Path) -> None:
-    config = load_config({}, {"LORAMUX_API_KEY": "sesame", "LORAMUX_ADMIN_KEY": "sesame2"})
+    config = load(ServeConfig, {}, {"LORAMUX_API_KEY": "sesame", "LORAMUX_ADMIN_KEY": "sesame2"})
 
     assert "sesame" not in repr(config)
     with pytest.raises(ConfigError) as caught:
-        load_config({}, {}, written(tmp_path, "[serve]\napi_key = 1234567\n"))
+        load(ServeConfig, {}, {}, written(tmp_path, "[serve]\napi_key = 1234567\n"))
     assert "LORAMUX_API_KEY must be text" in str(caught.value)
     assert "1234567" not in str(caught.value)
 
 
 def test_a_config_cannot_be_changed() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(ValidationError):
         ServeConfig().port = 1  # type: ignore[misc]
 
 
@@ -180,20 +180,44 @@ def test_one_file_and_one_environment_serve_all_commands(tmp_path: Path) -> None
         tmp_path, "[serve]\nport = 1111\n[train]\nrank = 4\nrslora = true\n[eval]\nlimit = 3\n[plan]\nseq = 64\n"
     )
     environ = {"LORAMUX_MAX_WAITING": "7", "LORAMUX_EPOCHS": "2", "LORAMUX_ONTO": "16bit", "LORAMUX_LIMIT": "5"}
-    served = load_config({}, environ, file)
+    served = load(ServeConfig, {}, environ, file)
     assert (served.port, served.max_waiting) == (1111, 7)
-    trained = load_train_config({"data": "x.jsonl", "name": "x"}, environ, file)
+    trained = load(TrainConfig, {"data": "x.jsonl", "name": "x"}, environ, file)
     assert (trained.rank, trained.rslora, trained.epochs) == (4, True, 2.0)
     with pytest.raises(ConfigError, match="unknown environment variable LORAMUX_EPOCH; did you mean"):
-        load_train_config({}, {"LORAMUX_EPOCH": "2"})
+        load(TrainConfig, {}, {"LORAMUX_EPOCH": "2"})
 
 
 @pytest.mark.parametrize(("text", "meant"), [("yes", True), ("True", True), ("0", False), ("no", False)])
 def test_a_switch_is_set_in_words_in_the_environment(text: str, meant: bool) -> None:
-    config = load_train_config({"data": "x.jsonl", "name": "x"}, {"LORAMUX_RSLORA": text})
+    config = load(TrainConfig, {"data": "x.jsonl", "name": "x"}, {"LORAMUX_RSLORA": text})
     assert config.rslora is meant
 
 
 def test_a_switch_that_is_neither_on_nor_off_is_refused() -> None:
     with pytest.raises(ConfigError, match="--rslora must be true or false, not 'maybe'"):
-        load_train_config({"data": "x.jsonl", "name": "x"}, {"LORAMUX_RSLORA": "maybe"})
+        load(TrainConfig, {"data": "x.jsonl", "name": "x"}, {"LORAMUX_RSLORA": "maybe"})
+
+
+def test_a_number_is_text_on_the_command_line_alone() -> None:
+    with pytest.raises(ConfigError, match="--port must be a whole number, not '8000'"):
+        ServeConfig(port="8000")
+    with pytest.raises(ConfigError, match="unknown setting prot; did you mean port?"):
+        ServeConfig(prot=1)
+
+
+def test_settings_made_directly_read_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAMUX_PORT", "1")
+
+    assert ServeConfig().port == 8000
+
+
+def test_every_command_has_a_table_of_its_own_and_says_what_each_setting_is() -> None:
+    assert tuple(cls.table for cls in all_settings()) == TABLES
+    for cls in all_settings():
+        assert [setting.name for setting in settings_of(cls).values() if not setting.help or not setting.group] == []
+
+
+def test_a_value_that_toml_knows_and_json_does_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="key port: --port must be a whole number, not 2026-01-01"):
+        load(ServeConfig, {}, {}, written(tmp_path, "[serve]\nport = 2026-01-01\n"))

@@ -9,12 +9,12 @@ import pytest
 
 from loramux_adapters.errors import AdapterCorrupt
 from loramux_adapters.lora.host_cache import HostAdapter, HostCache
-from loramux_server.engine.engine import Engine
+from loramux_server.engine.admission import SchedulerConfig
+from loramux_server.engine.engine import MAX_FAILED_STEPS, Engine
 from loramux_server.engine.scheduler import Scheduler
-from loramux_server.engine.scheduler_config import SchedulerConfig
 from loramux_server.engine.sequence import Batch, FinishReason
-from loramux_server.errors import RequestError, ServerBusy
-from support.fakes_engine import FakeRunner, sequence, solo_reply
+from loramux_server.errors import EngineDead, RequestError, ServerBusy
+from support.fakes_engine import FakeRunner, sequence, solo_reply, solo_scores
 from support.fakes_rig import Rig, eventually
 
 ERROR, LENGTH, STOP, ABORT = FinishReason.ERROR, FinishReason.LENGTH, FinishReason.STOP, FinishReason.ABORT
@@ -244,3 +244,55 @@ def test_the_host_cache_feeds_the_engine_even_with_no_room_to_spare() -> None:
     assert cache.stats().entries == cache.stats().pinned == 0
     cache.check_integrity()
     cache.close()
+
+
+def test_prompt_scores_come_with_the_first_output_and_those_of_continuations_with_the_last(rig: Rig) -> None:
+    one = sequence("one", prompt=6, max_tokens=3, scored_from=2, continuations=[(1, 2), (3, 4)])
+    rig.engine.submit(one)
+    rig.deliveries.final("one")
+    outputs, (prompt, continuations) = rig.deliveries.of("one"), solo_scores(one)
+
+    assert [output.token_id for output in outputs] == solo_reply(one)
+    assert [list(output.prompt_logprobs) for output in outputs] == [prompt, [], []]
+    assert [list(map(list, output.continuations)) for output in outputs] == [[], [], continuations]
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_reply_that_ends_at_once_ends_when_all_continuations_are_read(rig: Rig, stop: bool) -> None:
+    (first,) = solo_reply(sequence("one", max_tokens=1))
+    one = sequence("one", max_tokens=1, stop=[first] if stop else (), continuations=[(1, 2, 3)])
+    rig.engine.submit(one)
+    assert rig.deliveries.reason("one") is (STOP if stop else LENGTH)
+    (output,) = rig.deliveries.of("one")
+    assert output.token_id == (None if stop else first)
+    assert list(map(list, output.continuations)) == solo_scores(one)[1]
+    assert output.first_token_seconds is not None
+
+
+def test_a_sequence_without_a_reply_ends_with_its_scores(rig: Rig) -> None:
+    one = sequence("one", prompt=9, max_tokens=0, scored_from=1, continuations=[(1, 2, 3)])
+    rig.engine.submit(one)
+    assert rig.deliveries.reason("one") is LENGTH
+    (output,) = rig.deliveries.of("one")
+    prompt, continuations = solo_scores(one)
+    assert output.token_id is None and list(output.prompt_logprobs) == prompt
+    assert list(map(list, output.continuations)) == continuations
+
+
+def test_an_engine_without_a_thread_works_off_what_it_has_on_the_callers() -> None:
+    rig = Rig()
+    for name in ("a", "b"):
+        rig.engine.submit(sequence(name, version=name))
+    rig.engine.work_off(rig.deliveries)
+    rig.engine.submit(sequence("c"))
+    rig.engine.work_off(rig.deliveries)
+    assert {name: rig.deliveries.tokens(name) for name in "abc"} == {
+        name: solo_reply(sequence(name, version=None if name == "c" else name)) for name in "abc"
+    }
+    rig.runner.failures = [RuntimeError("device lost")] * MAX_FAILED_STEPS
+    for name in "def":
+        rig.engine.submit(sequence(name))
+        if name != "f":
+            rig.engine.work_off(rig.deliveries)
+    with pytest.raises(EngineDead):
+        rig.engine.work_off(rig.deliveries)

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from loramux_server.engine.admission import SchedulerConfig
 from loramux_server.engine.engine import MAX_FAILED_STEPS
 from loramux_server.engine.inbox import EngineState
-from loramux_server.engine.scheduler_config import SchedulerConfig
-from loramux_server.engine.sequence import Batch, FinishReason, SampledToken
+from loramux_server.engine.sequence import Batch, FinishReason, RowResult
 from loramux_server.errors import EngineDead, ServerDraining
 from support.fakes_engine import sequence, solo_reply
 from support.fakes_rig import Rig, eventually
@@ -60,7 +60,7 @@ def test_a_runner_that_gives_too_few_tokens_fails_the_step() -> None:
     run = rig.runner.run
     answers = iter([lambda batch: [], run])
 
-    def short(batch: Batch) -> list[SampledToken]:
+    def short(batch: Batch) -> list[RowResult]:
         return next(answers, run)(batch)
 
     rig.runner.run = short  # type: ignore[method-assign]

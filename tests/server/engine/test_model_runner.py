@@ -50,7 +50,7 @@ def loaded(base: BaseModel, tmp_path: Path) -> Stepper:
     for index, (slot, kind) in enumerate(zip(SLOTS[1:], kinds, strict=True)):
         assert slot is not None
         directory = write_adapter(tmp_path / f"adapter-{index}", linears, seed=index, std_b=0.2, **kind)
-        stepper.load(slot, load_host_adapter(directory, f"v{index}"))
+        stepper.load(slot, load_host_adapter(directory))
     return stepper
 
 
@@ -97,7 +97,7 @@ def test_a_sum_of_adapters_has_the_bits_of_the_one_adapter_that_computes_it(base
     parts = []
     for index, (rank, targets, _) in enumerate(kinds):
         directory = write_adapter(tmp_path / str(index), linears, rank=rank, targets=targets, seed=index, std_b=0.2)
-        parts.append(load_host_adapter(directory, str(index)))
+        parts.append(load_host_adapter(directory))
     rows: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for part, (_, _, scale) in zip(parts, kinds, strict=True):
         for path, (a, bt) in part.modules.items():
@@ -123,7 +123,7 @@ def test_a_sum_of_adapters_has_the_bits_of_the_one_adapter_that_computes_it(base
 def test_slot_loads_of_a_batch_are_applied_before_its_forward(base: BaseModel, tmp_path: Path) -> None:
     stepper = Stepper(base.model)
     directory = write_adapter(tmp_path / "adapter", dict(base.linears), rank=8, std_b=0.5)
-    stepper.host["v"] = load_host_adapter(directory, "v")
+    stepper.host["v"] = load_host_adapter(directory)
     prompt, slot = prompts()[1], Slot(0, 8)
     plain = stepper.prefill(stepper.sequence("plain", prompt), chunk=99)
     sequence = stepper.sequence("s", prompt, slot)

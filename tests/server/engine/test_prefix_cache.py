@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loramux_server.engine.prefix_keys import extend_keys
+from loramux_server.engine.kv_blocks import extend_keys
 from loramux_server.engine.sequence import AdapterUse, Sequence
 from support.fakes_engine import sequence, solo_reply
 from support.fakes_rig import Rig

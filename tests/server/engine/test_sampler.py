@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from loramux_server.engine.sampler import Sampler, candidates, report_logprob, uniform
-from loramux_server.engine.sequence import SamplingParams, Sequence
+from loramux_server.engine.sequence import RowResult, SamplingParams, ScheduledSequence, Sequence
 from loramux_server.kernels.argmax import argmax_by_tensors
 
 LOGITS = torch.tensor([0.0, 3.0, 1.0, 2.0, -1.0])
@@ -22,11 +22,16 @@ def sequence(params: SamplingParams, drawn: int = 0, name: str = "s") -> Sequenc
     return made
 
 
+def sample(sampler: Sampler, logits: torch.Tensor, sequences: list[Sequence]) -> list[RowResult]:
+    """One token for each sequence from its row of logits."""
+    return sampler.results(logits, [ScheduledSequence(one, 1, samples=True) for one in sequences])
+
+
 def draws(params: SamplingParams, count: int) -> list[int]:
     """The first `count` tokens a sequence would get if its logits never changed."""
     sampler = Sampler(argmax_by_tensors)
     rows = [sequence(params, drawn) for drawn in range(count)]
-    return [token.token_id for token in sampler.sample(LOGITS.expand(count, -1), rows)]
+    return [token.token_id or 0 for token in sample(sampler, LOGITS.expand(count, -1), rows)]
 
 
 def test_temperature_zero_takes_the_most_likely() -> None:
@@ -88,7 +93,7 @@ def test_the_same_seed_gives_the_same_tokens_whatever_else_runs() -> None:
     for drawn in range(30):
         rows = [sequence(SamplingParams(), name=f"other-{i}") for i in range(7)]
         rows[4] = sequence(params, drawn)
-        company.append(sampler.sample(logits, rows)[4].token_id)
+        company.append(sample(sampler, logits, rows)[4].token_id)
     assert company == alone
     assert draws(SamplingParams(seed=12), 30) != alone
 
@@ -96,7 +101,7 @@ def test_the_same_seed_gives_the_same_tokens_whatever_else_runs() -> None:
 def test_without_a_seed_two_sequences_differ() -> None:
     sampler = Sampler(argmax_by_tensors)
     first, second = (
-        [sampler.sample(LOGITS[None], [sequence(SamplingParams(), i, name)])[0].token_id for i in range(40)]
+        [sample(sampler, LOGITS[None], [sequence(SamplingParams(), i, name)])[0].token_id for i in range(40)]
         for name in ("a", "b")
     )
     assert first != second
@@ -114,21 +119,21 @@ def test_a_row_that_is_not_finite_fails_alone(bad: float) -> None:
     logits = LOGITS.repeat(3, 1)
     logits[1, 2] = bad
     rows = [sequence(SamplingParams(temperature=0.0), name=str(i)) for i in range(3)]
-    tokens = Sampler(argmax_by_tensors).sample(logits, rows)
+    tokens = sample(Sampler(argmax_by_tensors), logits, rows)
     assert [token.error is None for token in tokens] == [True, False, True]
     assert tokens[0].token_id == tokens[2].token_id == 1
 
 
 def test_log_probabilities_are_the_models_own_before_temperature() -> None:
     params = SamplingParams(temperature=0.5, seed=1, logprobs=2)
-    token = Sampler(argmax_by_tensors).sample(LOGITS[None].bfloat16(), [sequence(params)])[0]
+    token = sample(Sampler(argmax_by_tensors), LOGITS[None].bfloat16(), [sequence(params)])[0]
     assert token.logprob is not None
     assert token.logprob.logprob == pytest.approx(math.log(PROBABILITIES[token.token_id]), abs=1e-6)
     assert [index for index, _ in token.logprob.top] == [1, 3]
 
 
 def test_asking_for_no_alternatives_still_reports_the_chosen_one() -> None:
-    reported = report_logprob(LOGITS, 3, 0)
+    reported = report_logprob(LOGITS.log_softmax(-1), 3, 0, 1)
     assert reported.top == ()
     assert reported.logprob == pytest.approx(math.log(PROBABILITIES[3]), abs=1e-6)
 
@@ -136,9 +141,9 @@ def test_asking_for_no_alternatives_still_reports_the_chosen_one() -> None:
 def test_forced_tokens_are_the_reply_and_are_scored_beside_the_likeliest() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0]] * 2)
     one = Sequence("forced", [1], SamplingParams(temperature=0.0, logprobs=1, max_tokens=2, forced=(2, 1)))
-    first = Sampler(argmax_by_tensors).sample(logits[:1], [one])[0]
+    first = sample(Sampler(argmax_by_tensors), logits[:1], [one])[0]
     one.output.append(first.token_id)
-    second = Sampler(argmax_by_tensors).sample(logits[:1], [one])[0]
+    second = sample(Sampler(argmax_by_tensors), logits[:1], [one])[0]
     assert [first.token_id, second.token_id] == [2, 1]
     assert first.logprob is not None and second.logprob is not None
     ((best, value),) = first.logprob.top
@@ -150,6 +155,6 @@ def test_a_digest_tells_the_smallest_difference_in_any_logit() -> None:
     logits = torch.zeros(3, 1000)
     logits[:, 5] = 80.0
     logits[1, 7] = -1e-30  # far too unlikely to show in any log probability
-    tokens = Sampler(argmax_by_tensors).sample(logits, [Sequence(str(row), [1], params) for row in range(3)])
+    tokens = sample(Sampler(argmax_by_tensors), logits, [Sequence(str(row), [1], params) for row in range(3)])
     assert tokens[0].digest == tokens[2].digest != tokens[1].digest
-    assert Sampler(argmax_by_tensors).sample(logits[:1], [Sequence("x", [1], SamplingParams())])[0].digest is None
+    assert sample(Sampler(argmax_by_tensors), logits[:1], [Sequence("x", [1], SamplingParams())])[0].digest is None

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from loramux_server.engine.scheduler_config import SchedulerConfig
+from loramux_server.engine.admission import SchedulerConfig
 from loramux_server.engine.sequence import AdapterUse, Sequence, SequenceStatus, SlotLoad, composed
 from loramux_server.errors import RequestError
-from support.fakes_engine import sequence, solo_reply
+from support.fakes_engine import sequence, solo_reply, solo_scores
 from support.fakes_scheduler import Bench, rows_of
 
 
@@ -246,3 +246,49 @@ def test_the_servers_own_work_survives_a_failed_step_that_it_sat_out() -> None:
     bench.run(10)
     assert bench.ended == {"user": "broken", "one": "broken", "two": "done"}
     bench.check_empty()
+
+
+def test_text_that_is_scored_is_read_in_small_pieces_beside_one_token_for_each_sequence() -> None:
+    bench = Bench(SchedulerConfig(max_batch_tokens=20, max_scored_tokens=3))
+    bench.add(
+        sequence("a", prompt=9, scored_from=5, max_tokens=1), sequence("b", prompt=6, scored_from=1, max_tokens=1)
+    )
+    assert rows_of(bench.step()) == [("a", 8, False), ("b", 1, False)]  # positions 0 to 3 of a are not scored
+    assert rows_of(bench.step()) == [("a", 1, True), ("b", 4, False)]
+    assert rows_of(bench.step()) == [("b", 1, True)]
+    bench.check_empty()
+
+
+def test_who_reads_scored_text_leaves_a_token_of_each_step_to_all_that_run() -> None:
+    bench = Bench(SchedulerConfig(max_num_seqs=3, max_batch_tokens=4, max_scored_tokens=1))
+    bench.add(sequence("a", prompt=3, scored_from=1, max_tokens=1), sequence("b", prompt=30, max_tokens=1))
+    assert rows_of(bench.step()) == [("a", 2, False), ("b", 2, False)]
+    bench.add(sequence("c", max_tokens=1))
+    assert rows_of(bench.step()) == [("a", 1, True), ("b", 3, False)]
+
+
+def test_continuations_are_read_between_the_prompt_and_the_second_token_of_the_reply() -> None:
+    bench = Bench(SchedulerConfig(max_scored_tokens=2))
+    one = sequence("one", max_tokens=2, continuations=[(7, 8, 9), (7, 8, 5, 5, 5, 5, 5), (4,)])
+    bench.add(one)
+    # the second begins as the first does, so two of its tokens are scored already and one of them is in the cache
+    steps = [rows_of(bench.step()) for _ in range(5)]
+    assert steps == [
+        [("one", 4, True)],
+        [("one", 2, False)],
+        [("one", 3, False)],
+        [("one", 2, False)],
+        [("one", 1, True)],
+    ]
+    assert (one.output, (one.prompt_logprobs, one.continuation_logprobs)) == (solo_reply(one), solo_scores(one))
+    bench.check_empty()
+
+
+def test_nothing_to_do_and_nothing_to_read_are_refused() -> None:
+    scheduler = Bench().scheduler
+    scheduler.check_fits(sequence("scored", max_tokens=0, scored_from=1))
+    scheduler.check_fits(sequence("scored", max_tokens=0, continuations=[(1,)]))
+    with pytest.raises(RequestError, match="max_tokens must be at least 1"):
+        scheduler.check_fits(sequence("nothing", max_tokens=0))
+    with pytest.raises(RequestError, match="a continuation has no tokens"):
+        scheduler.check_fits(sequence("empty", continuations=[(1,), ()]))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from loramux_adapters.lora.slots import bucket_of
-from loramux_server.engine.scheduler_config import SchedulerConfig
+from loramux_server.engine.admission import SchedulerConfig
 from loramux_server.engine.sequence import AdapterUse, Sequence, composed
-from support.fakes_engine import sequence, solo_reply
+from support.fakes_engine import sequence, solo_reply, solo_scores
 from support.fakes_scheduler import Bench
 
 RANKS = {"a": 1, "b": 8, "c": 6, "d": 12, "e": 16, "f": 32, "g": 8, "h": 9, "i": 24, "j": 3}
@@ -25,6 +26,7 @@ configs = st.builds(
     max_batch_tokens=st.integers(1, 16),
     max_passed_over=st.integers(0, 5),
     max_wait_seconds=st.sampled_from([0.0, 3.0, 1e9]),
+    max_scored_tokens=st.integers(0, 4),
     max_prefetch=st.integers(1, 4),
     max_prefetch_bytes=st.integers(1, 60),  # an adapter takes a byte for each rank
     max_background_tokens=st.integers(1, 4),
@@ -34,8 +36,14 @@ configs = st.builds(
 
 TEXTS = (None, "x", "y")  # what a prompt says: something of its own, or what many others say too
 
-# text, length of the prompt, max_tokens, (version, factor) of each adapter
-Kind = tuple[str | None, int, int, list[tuple[str, float]]]
+
+class Kind(NamedTuple):
+    text: str | None
+    prompt: int  # its length
+    max_tokens: int
+    uses: list[tuple[str, float]]  # (version, factor) of each adapter
+    scored_from: int | None  # the first prompt token that is scored
+    continuations: list[tuple[int, ...]]
 
 
 def fits(uses: list[tuple[str, float]]) -> bool:
@@ -47,22 +55,37 @@ def kinds(draw: st.DrawFn) -> Kind:
     """What an idle server can run: the base, one adapter, or several of them, maybe one of them twice."""
     one = st.tuples(st.sampled_from(sorted(RANKS)), st.sampled_from([1.0, 0.5, -2.0]))
     uses = draw(st.one_of(st.just([]), st.lists(one, min_size=1, max_size=1), st.lists(one, max_size=5).filter(fits)))
-    text = draw(st.sampled_from(TEXTS))
-    return text, draw(st.integers(1, LONGEST_PROMPT)), draw(st.integers(1, MOST_TOKENS)), uses
+    tail = st.lists(st.integers(0, 2), min_size=1, max_size=MOST_TOKENS).map(tuple)
+    scored_from = draw(st.one_of(st.none(), st.integers(1, LONGEST_PROMPT)))
+    continuations = draw(st.one_of(st.just([]), st.lists(tail, max_size=4)))
+    return Kind(
+        text=draw(st.sampled_from(TEXTS)),
+        prompt=draw(st.integers(1, LONGEST_PROMPT)),
+        max_tokens=draw(st.integers(1 if scored_from is None and not continuations else 0, MOST_TOKENS)),
+        uses=uses,
+        scored_from=scored_from,
+        continuations=continuations,
+    )
 
 
 def build(id: str, kind: Kind, *, background: bool = False, arrived: float = 0.0) -> Sequence:
-    text, prompt, max_tokens, pairs = kind
-    uses = [AdapterUse(version, RANKS[version], RANKS[version], scale) for version, scale in pairs]
+    uses = [AdapterUse(version, RANKS[version], RANKS[version], scale) for version, scale in kind.uses]
     return sequence(
         id,
-        text=text,
-        prompt=prompt,
-        max_tokens=max_tokens,
+        text=kind.text,
+        prompt=kind.prompt,
+        max_tokens=kind.max_tokens,
         uses=composed(uses),
         background=background,
         arrived=arrived,
+        scored_from=kind.scored_from,
+        continuations=kind.continuations,
     )
+
+
+def most_steps(kind: Kind) -> int:
+    """That it can take, at a token a step."""
+    return kind.prompt + kind.max_tokens + sum(map(len, kind.continuations))
 
 
 class Loads:
@@ -145,7 +168,10 @@ class Schedules(RuleBasedStateMachine):
         """Once arrivals stop, all end: a step does at least one token of work unless everybody waits for a load."""
         if not self.begun:
             return
-        work = sum(len(one.prompt) + one.params.max_tokens for one in self.sequences.values())
+        work = sum(
+            len(one.prompt) + one.params.max_tokens + sum(map(len, one.params.continuations))
+            for one in self.sequences.values()
+        )
         idle = sum(
             1 + sum(self.loads.latency.get(use.version, 0) for use in one.adapters) for one in self.sequences.values()
         )
@@ -162,6 +188,8 @@ class Schedules(RuleBasedStateMachine):
             assert (outcome == "failed") <= (len(broken) > 0)
             reply = solo_reply(one)
             assert one.output == reply if outcome == "done" else one.output == reply[: len(one.output)]
+            if outcome == "done":
+                assert (one.prompt_logprobs, one.continuation_logprobs) == solo_scores(one)
 
 
 TestSchedules = Schedules.TestCase
@@ -186,7 +214,8 @@ def test_the_servers_own_work_ends_although_a_hot_crowd_keeps_arriving(
     for i, kind in enumerate(own):
         bench.add(build(f"own {i}", kind, background=True))
     others = config.max_num_seqs + config.max_passed_over + 1
-    bound = 10 + (len(own) + config.max_num_seqs + CROWD) * (others * (LONGEST_PROMPT + MOST_TOKENS) + latency + 2)
+    longest = max(map(most_steps, own + hot))
+    bound = 10 + (len(own) + config.max_num_seqs + CROWD) * (others * longest + latency + 2)
     expected = {f"own {i}" for i in range(len(own))}
     for number in range(bound):
         while len(bench.waiting) < CROWD:
@@ -226,7 +255,7 @@ def test_nothing_starves_while_a_hot_crowd_keeps_arriving(
         bench.add(build(f"before {i}", hot[i % len(hot)]))
     for i, kind in enumerate(cold):
         bench.add(build(f"cold {i}", kind))
-    longest = LONGEST_PROMPT + MOST_TOKENS
+    longest = max(map(most_steps, cold + hot))
     others = config.max_num_seqs + config.max_passed_over + 1
     bound = (len(cold) + config.max_num_seqs + CROWD) * (others * longest + latency + 2)
     expected = {f"cold {i}" for i in range(len(cold))}

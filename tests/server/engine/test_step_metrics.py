@@ -12,10 +12,11 @@ def test_a_step_reports_its_size_its_adapters_and_its_tokens_by_adapter() -> Non
     sink = FakeMetrics()
     metrics = StepMetrics(sink)
     base, first, second = sequence("base"), sequence("first", version="v"), sequence("second", version="v")
+    first.num_computed, second.num_computed = 1, 6
+    rows = [ScheduledSequence(base, 4, True), ScheduledSequence(first, 3, False), ScheduledSequence(second, 1, True)]
     for one in (base, first, second):
         one.num_computed, one.scheduled_at = 4, 2.0
     second.num_computed = 7
-    rows = [ScheduledSequence(base, 4, True), ScheduledSequence(first, 3, False), ScheduledSequence(second, 1, True)]
     metrics.token_chosen(base, True, 3.0)
     metrics.token_chosen(second, True, 3.0)
     metrics.step_done(Batch(rows), 0.5, 0)

@@ -61,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
 def fake() -> Iterator[FakeServer]:
     server = FakeServer(("127.0.0.1", 0), Handler)
     server.replies, server.bodies, server.keys = {}, [], []
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield server
     server.shutdown()
@@ -119,7 +119,7 @@ def test_the_base_is_the_model_without_a_parent(fake: FakeServer) -> None:
 
 
 def test_no_server_and_no_url_are_said_in_one_line(fake: FakeServer) -> None:
-    with pytest.raises(CommandFailed, match="no answer from http://127.0.0.1:1"):
+    with pytest.raises(CommandFailed, match="no server answers at http://127.0.0.1:1; start one"):
         Server("http://127.0.0.1:1").base()
     with pytest.raises(CommandFailed, match="is not a URL"):
         Server("127.0.0.1").base()

@@ -1,10 +1,9 @@
-"""Fingerprints: made and replayed on a real tiny model, judged against a fake one, read strictly."""
+"""Fingerprints: made and compared on a real tiny model and on a fake one, read strictly."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,21 +12,20 @@ import pytest
 import torch
 
 from loramux_adapters.errors import AdapterRejected
-from loramux_adapters.lora.slots import Slot
 from loramux_server.base.loader import load_base_model
-from loramux_server.engine.local_engine import Adapter, Offline, Reply
+from loramux_server.engine.local_engine import LocalAdapter, LocalEngine, LocalReply
 from loramux_server.fingerprint import fingerprint
 from loramux_server.fingerprint.file import MAX_BYTES, MAX_PROMPTS, MAX_TOKENS, Fingerprint, Witness, parse
-from loramux_server.fingerprint.fingerprint import FLIP_TOLERANCE, MAX_TOLERANCE, Outcome
+from loramux_server.fingerprint.replay import MAX_TOLERANCE
 from support.adapter_files import write_adapter
 from support.tiny_models import save_tiny_model
 
 PROMPTS = [[1, 2, 3], [40, 41, 42, 43, 44, 45], [7]]
-ADAPTER = Adapter(Path(), "a" * 64, 8, Slot(0, 8), base_verified=True)
+ADAPTER = LocalAdapter(Path(), "a" * 64, 8, base_verified=True)
 
 
 @pytest.fixture(scope="module")
-def offline(tmp_path_factory: pytest.TempPathFactory) -> Offline:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> LocalEngine:
     root = tmp_path_factory.mktemp("fingerprint")
     base = load_base_model(
         str(save_tiny_model(root / "base")),
@@ -35,86 +33,73 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Offline:
         cache_dir=root / "cache",
         report=lambda line: None,
     )
-    return Offline.open(base, rows=4, tokens=1024, max_rank=16)
+    return LocalEngine.open(base, rows=4, tokens=1024, max_rank=16)
 
 
 @pytest.fixture
-def adapter(offline: Offline, tmp_path: Path) -> Any:
-    loaded = offline.load(write_adapter(tmp_path / "adapter", offline.base.linears, std_b=0.2))
+def adapter(engine: LocalEngine, tmp_path: Path) -> Any:
+    loaded = engine.load(write_adapter(tmp_path / "adapter", engine.base.linears, std_b=0.2))
     yield loaded
-    offline.unload(loaded)
+    engine.unload(loaded)
 
 
 def read_back(made: dict[str, Any]) -> Fingerprint:
     return parse(json.dumps(made).encode())
 
 
-def test_a_fingerprint_replays_exactly_where_it_was_made(offline: Offline, adapter: Adapter) -> None:
-    made = fingerprint.make(offline, PROMPTS, adapter, max_tokens=12)
+def test_a_fingerprint_is_answered_exactly_where_it_was_made(engine: LocalEngine, adapter: LocalAdapter) -> None:
+    made = read_back(fingerprint.make(engine, PROMPTS, adapter, max_tokens=12))
 
-    result = fingerprint.replay(offline, read_back(made), adapter)
+    found = fingerprint.compare(engine, made.prompts, adapter)
 
-    assert result.outcome is Outcome.EXACT and result.same_numerics
-    assert result.comparison.tokens == 36
-    assert "bit for bit" in result.words()
+    assert found.equal and found.tokens == 36
+    assert "bit for bit" in found.words()
 
 
-def test_a_fingerprint_says_what_was_asked_and_answered(offline: Offline, adapter: Adapter) -> None:
-    made = read_back(fingerprint.make(offline, PROMPTS, adapter, max_tokens=4))
+def test_a_fingerprint_says_what_was_asked_and_answered(engine: LocalEngine, adapter: LocalAdapter) -> None:
+    made = read_back(fingerprint.make(engine, PROMPTS, adapter, max_tokens=4))
 
-    assert made.base_id == offline.base.base_id and made.version == adapter.version
-    assert made.numerics_id == offline.numerics_id
+    assert made.base_id == engine.base.base_id and made.version == adapter.version
+    assert made.numerics_id == engine.numerics_id
     assert [said.ids for said in made.prompts] == [tuple(prompt) for prompt in PROMPTS]
-    assert made.prompts[0].text == offline.base.tokenizer.decode(PROMPTS[0])
-    [alone] = offline.generate([PROMPTS[1]], adapter, max_tokens=4, stop_ids=frozenset())
+    assert made.prompts[0].text == engine.base.tokenizer.decode(PROMPTS[0])
+    [alone] = engine.generate([PROMPTS[1]], adapter, max_tokens=4, stop_ids=frozenset())
     assert made.prompts[1].tokens == tuple(alone.tokens) and made.prompts[1].logprobs == tuple(alone.logprobs)
 
 
-def test_another_adapter_of_the_same_shape_does_not_replay(offline: Offline, adapter: Adapter, tmp_path: Path) -> None:
-    made = read_back(fingerprint.make(offline, PROMPTS, adapter))
-    other = offline.load(write_adapter(tmp_path / "other", offline.base.linears, std_b=0.2, seed=1))
+def test_another_adapter_of_the_same_shape_answers_otherwise(
+    engine: LocalEngine, adapter: LocalAdapter, tmp_path: Path
+) -> None:
+    made = read_back(fingerprint.make(engine, PROMPTS, adapter))
+    other = engine.load(write_adapter(tmp_path / "other", engine.base.linears, std_b=0.2, seed=1))
 
-    named = fingerprint.replay(offline, made, other)
-    posing = fingerprint.replay(offline, replace(made, numerics_id="elsewhere", version=other.version), other)
+    found = fingerprint.compare(engine, made.prompts, other)
 
-    assert named.outcome is Outcome.MISMATCH and "another adapter" in named.reason
-    assert posing.outcome is Outcome.MISMATCH and posing.comparison.max > MAX_TOLERANCE
-
-
-def test_a_fingerprint_of_another_base_is_not_asked(offline: Offline, adapter: Adapter) -> None:
-    made = replace(read_back(fingerprint.make(offline, PROMPTS, adapter)), base_id="0" * 64)
-
-    result = fingerprint.replay(offline, made, adapter)
-
-    assert result.outcome is Outcome.MISMATCH and "another base" in result.words()
-
-
-def test_tokens_beyond_the_vocabulary_are_refused(offline: Offline, adapter: Adapter) -> None:
-    made = read_back(fingerprint.make(offline, PROMPTS, adapter, max_tokens=1))
-    alien = replace(made, prompts=(replace(made.prompts[0], ids=(1, 320)),))
-
-    with pytest.raises(AdapterRejected, match="vocabulary of 320"):
-        fingerprint.replay(offline, alien, adapter)
+    assert not found.equal and found.max > MAX_TOLERANCE
 
 
 class Said(SimpleNamespace):
-    """An Offline whose model says fixed words: a function from the tokens so far to the logprobs of 4 tokens."""
+    """An LocalEngine whose model says fixed words: a function from the tokens so far to the logprobs of 4 tokens."""
 
     def __init__(self, model: Callable[[Sequence[int]], Sequence[float]], numerics_id: str = "here") -> None:
-        embeddings = SimpleNamespace(num_embeddings=4)
         base = SimpleNamespace(
             base_id="b" * 64,
-            model=SimpleNamespace(get_input_embeddings=lambda: embeddings),
+            vocabulary=4,
             tokenizer=SimpleNamespace(decode=lambda ids: " ".join(map(str, ids))),
         )
         super().__init__(numerics_id=numerics_id, base=base, says=model)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], adapter: Adapter | None, *, max_tokens: int, stop_ids: frozenset[int]
-    ) -> list[Reply]:
+        self,
+        prompts: Sequence[Sequence[int]],
+        adapter: LocalAdapter | None,
+        *,
+        max_tokens: int,
+        stop_ids: frozenset[int],
+    ) -> list[LocalReply]:
         replies = []
         for prompt in prompts:
-            reply = Reply([], [], ended=False)
+            reply = LocalReply([], [], ended=False)
             for _ in range(max_tokens):
                 logprobs = self.says([*prompt, *reply.tokens])
                 reply.tokens.append(max(range(4), key=lambda token: logprobs[token]))
@@ -122,7 +107,9 @@ class Said(SimpleNamespace):
             replies.append(reply)
         return replies
 
-    def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], adapter: Adapter | None) -> list[list[float]]:
+    def score(
+        self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], adapter: LocalAdapter | None
+    ) -> list[list[float]]:
         return [
             [self.says([*ids, *tokens[:place]])[token] for place, token in enumerate(tokens)] for ids, tokens in rows
         ]
@@ -134,29 +121,24 @@ def steady(so_far: Sequence[int]) -> list[float]:
     return [-0.5 if token == following else -1.0 for token in range(4)]
 
 
-def judged(model: Callable[[Sequence[int]], Sequence[float]], *, numerics_id: str = "there") -> Any:
-    """The steady model's fingerprint, replayed by another model."""
-    made = fingerprint.make(cast(Offline, Said(steady)), [[0], [2, 1]], ADAPTER, max_tokens=6)
-    return fingerprint.replay(cast(Offline, Said(model, numerics_id)), read_back(made), ADAPTER)
+def compared(model: Callable[[Sequence[int]], Sequence[float]]) -> fingerprint.Agreement:
+    """What the steady model said against what another says."""
+    said = fingerprint.witness(cast(LocalEngine, Said(steady)), [[0], [2, 1]], ADAPTER, max_tokens=6)
+    return fingerprint.compare(cast(LocalEngine, Said(model)), said, ADAPTER)
 
 
 def shifted(by: float) -> Callable[[Sequence[int]], list[float]]:
     return lambda so_far: [logprob - by for logprob in steady(so_far)]
 
 
-def test_small_differences_are_accepted_from_another_numerics_id_alone() -> None:
-    assert judged(shifted(0.05)).outcome is Outcome.WITHIN_TOLERANCE
-    assert judged(shifted(0.05), numerics_id="here").outcome is Outcome.MISMATCH
-    assert judged(shifted(0.0)).outcome is Outcome.EXACT
-
-
-def test_the_mean_and_the_largest_difference_have_limits() -> None:
+def test_the_mean_and_the_largest_difference_are_measured() -> None:
     def once(by: float) -> Callable[[Sequence[int]], list[float]]:
         return lambda so_far: shifted(by if len(so_far) == 4 else 0)(so_far)
 
-    assert "mean difference" in judged(shifted(0.15)).reason
-    assert judged(once(0.3)).outcome is Outcome.WITHIN_TOLERANCE
-    assert "largest difference" in judged(once(0.45)).reason
+    assert compared(shifted(0.0)).equal
+    assert (compared(shifted(0.05)).mean, compared(shifted(0.05)).max) == (pytest.approx(0.05), pytest.approx(0.05))
+    assert (compared(once(0.3)).mean, compared(once(0.3)).max) == (pytest.approx(0.05), pytest.approx(0.3))
+    assert not compared(shifted(0.05)).equal and not compared(shifted(0.05)).flips
 
 
 def flipping(gap: float, places: Sequence[int]) -> Callable[[Sequence[int]], list[float]]:
@@ -172,32 +154,21 @@ def flipping(gap: float, places: Sequence[int]) -> Callable[[Sequence[int]], lis
 
 
 def test_every_flip_is_counted_by_itself_with_its_gap() -> None:
-    result = judged(flipping(0.1, [3, 5]))
+    found = compared(flipping(0.1, [3, 5]))
 
     # [0] is answered 1 2 3 0 1 2, of which place 2 (the 3 itself) and place 4 (a 1) follow 3 and 5 tokens;
     # [2, 1] is answered 2 3 0 1 2 3, of which place 1 (the 3 itself) and place 3 (a 1) follow 3 and 5 tokens.
-    assert [(flip.prompt, flip.position) for flip in result.comparison.flips] == [(0, 4), (1, 3)]
-    assert result.comparison.widest == pytest.approx(0.1)
-    assert result.outcome is Outcome.WITHIN_TOLERANCE
-    assert "2 of 12 greedy tokens differ, at gaps up to 0.100" in result.words()
-
-
-def test_a_flip_at_a_wide_gap_is_a_mismatch() -> None:
-    result = judged(flipping(FLIP_TOLERANCE + 0.01, [5]))
-
-    assert result.outcome is Outcome.MISMATCH and "gap" in result.reason
-
-
-def test_no_number_at_all_is_a_mismatch() -> None:
-    assert judged(lambda so_far: [float("nan")] * 4).outcome is Outcome.MISMATCH
+    assert [(flip.prompt, flip.position) for flip in found.flips] == [(0, 4), (1, 3)]
+    assert found.widest == pytest.approx(0.1)
+    assert "2 of 12 greedy tokens differ, at gaps up to 0.100" in found.words()
 
 
 def test_only_a_sensible_number_of_prompts_and_tokens_is_made() -> None:
-    offline = cast(Offline, Said(steady))
+    engine = cast(LocalEngine, Said(steady))
     with pytest.raises(ValueError):
-        fingerprint.make(offline, [], ADAPTER)
+        fingerprint.make(engine, [], ADAPTER)
     with pytest.raises(ValueError):
-        fingerprint.make(offline, [[0]], ADAPTER, max_tokens=MAX_TOKENS + 1)
+        fingerprint.make(engine, [[0]], ADAPTER, max_tokens=MAX_TOKENS + 1)
 
 
 GOOD = Fingerprint("here", "b" * 64, "a" * 64, (Witness("0", (0,), "1 2", (1, 2), (-0.5, 0.0)),))

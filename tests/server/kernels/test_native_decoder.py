@@ -54,7 +54,7 @@ def test_a_mixed_batch_has_the_bits_of_the_modules(architecture: str, load: Load
     kinds: list[dict[str, Any]] = [{"rank": 5}, {"rank": 16, "targets": ["q_proj", "down_proj"]}, {"rank": 32}]
     for index, (slot, kind) in enumerate(zip(slots, kinds, strict=True)):
         directory = write_adapter(tmp_path / str(index), dict(base.linears), seed=index, std_b=0.2, **kind)
-        stepper.load(slot, load_host_adapter(directory, str(index)))
+        stepper.load(slot, load_host_adapter(directory))
     both = (ScaledSlot(slots[0], 0.5), ScaledSlot(slots[2], -0.7))
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, 256, (n,), generator=generator).tolist() for n in (40, 7, 1, 33, 12)]

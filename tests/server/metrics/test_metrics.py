@@ -6,7 +6,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from loramux_server.engine.engine import EngineMetrics
-from loramux_server.metrics.metrics import POOLS, Levels, Metrics
+from loramux_server.metrics.gauges import POOLS, GaugeReadings
+from loramux_server.metrics.metrics import Metrics
 
 
 def samples(metrics: Metrics) -> dict[str, float]:
@@ -84,10 +85,12 @@ def test_every_event_is_counted_under_its_name() -> None:
     assert {name: values[name] for name in expected} == pytest.approx(expected)
 
 
-def test_levels_are_asked_for_at_each_scrape() -> None:
+def test_gauges_are_asked_for_at_each_scrape() -> None:
     metrics = Metrics()
-    levels = Levels(3, 4, 5, 7, 20, 2, 6, {"base": 100, "kv": 50}, base_bytes=99, lookups={("host", "miss"): 7})
-    metrics.read_levels_from(lambda: levels)
+    readings = GaugeReadings(
+        3, 4, 5, 7, 20, 2, 6, {"base": 100, "kv": 50}, base_bytes=99, lookups={("host", "miss"): 7}
+    )
+    metrics.read_gauges_from(lambda: readings)
     values = samples(metrics)
     expected = {
         "loramux_requests_running": 3,

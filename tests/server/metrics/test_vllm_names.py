@@ -2,9 +2,10 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from loramux_server.metrics.metrics import Levels, Metrics
+from loramux_server.metrics.gauges import GaugeReadings
+from loramux_server.metrics.metrics import Metrics
 from loramux_server.metrics.vllm_names import LoraRequests, render_vllm
-from support.fakes_api import FakeRecord
+from support.fakes_api import record_of
 
 NOW = 1_700_000_000.5
 V1, V2, OLD = ("1" * 64, "2" * 64, "0" * 64)
@@ -27,7 +28,7 @@ FAMILIES = {
 
 def used() -> Metrics:
     metrics = Metrics()
-    metrics.read_levels_from(lambda: Levels(3, 4, 5, 0, 20))
+    metrics.read_gauges_from(lambda: GaugeReadings(3, 4, 5, 0, 20))
     metrics.prefix_looked_up(16, 40)
     metrics.first_token(0.2)
     metrics.inter_token(0.03)
@@ -91,9 +92,9 @@ def test_asking_again_counts_nothing_twice() -> None:
 
 
 def test_adapters_are_running_while_their_current_version_is_on_the_device() -> None:
-    records = [FakeRecord("pirate", V1, rank=8), FakeRecord("haiku", V2, rank=9), FakeRecord("twin", V1, rank=8)]
-    levels = Levels(slot_rows=100, device_versions={V1, OLD}, waiting_adapters={"haiku", "pirate"})
-    adapters = LoraRequests.of(levels, records)
+    records = [record_of("pirate", V1, rank=8), record_of("haiku", V2, rank=9), record_of("twin", V1, rank=8)]
+    readings = GaugeReadings(slot_rows=100, device_versions={V1, OLD}, waiting_adapters={"haiku", "pirate"})
+    adapters = LoraRequests.of(readings, records)
     assert adapters.most == 6, "rank 9 takes 16 rows"
     text = rendered(Metrics(), adapters)
     lines = [line for line in text.splitlines() if line.startswith("vllm:lora_requests_info")]
@@ -104,5 +105,5 @@ def test_adapters_are_running_while_their_current_version_is_on_the_device() -> 
 
 
 def test_without_adapters_the_smallest_slot_counts() -> None:
-    adapters = LoraRequests.of(Levels(slot_rows=100), [])
+    adapters = LoraRequests.of(GaugeReadings(slot_rows=100), [])
     assert (adapters.most, adapters.running, adapters.waiting) == (12, [], ())

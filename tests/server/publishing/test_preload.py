@@ -14,6 +14,7 @@ from loramux_adapters.store.store import AdapterStore
 from loramux_server.errors import ConfigError
 from loramux_server.publishing.preload import preload
 from support.adapter_files import TINY_LINEARS, write_adapter
+from support.publishing import unproved
 
 OLD, NEW = BaseInfo("aa" * 32, TINY_LINEARS), BaseInfo("bb" * 32, TINY_LINEARS)
 
@@ -46,7 +47,7 @@ def open_store(tmp_path: Path) -> Iterator[Callable[[BaseInfo], AdapterStore]]:
 
 def run(store: AdapterStore, source: Path, base: BaseInfo = OLD) -> list[str]:
     notes: list[str] = []
-    preload(store, source, lambda directory: check_adapter(directory, base, 256), notes.append)
+    preload(store, unproved(store, lambda directory: check_adapter(directory, base, 256)), source, notes.append)
     return notes
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from loramux_adapters.artifact.format import digest_of, read_config
 from loramux_adapters.errors import AdapterRejected
+from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.verify import Checked
 from loramux_server.engine.sequence import NOT_FINITE, FinishReason, Sequence, TokenLogprob, TokenOutput
 from loramux_server.errors import SequenceFailed, ServerBusy
@@ -65,11 +66,11 @@ class Rig:
     def __init__(self, directory: Path, timeout: float = 10.0) -> None:
         self.directory = directory
         self.engine = FakeEngine()
-        self.held: list[str] = []
+        self.held: list[HostAdapter] = []
         self.forgotten: list[str] = []
         self.proofs: list[tuple[bool, str]] = []
         self.version = digest_of(read_config(directory), directory)
-        self.checked = Checked(read_config(directory), self.version, 8, ["q_proj"], None, False)
+        self.checked = Checked(read_config(directory), HostAdapter(self.version, 8, 100, {}), ["q_proj"], None, False)
         self.prover = Prover(
             self.engine.generate,
             self.holding,
@@ -83,13 +84,12 @@ class Rig:
         )
 
     @contextmanager
-    def holding(self, version: str, directory: Path) -> Iterator[None]:
-        assert directory == self.directory
-        self.held.append(version)
+    def holding(self, adapter: HostAdapter) -> Iterator[None]:
+        self.held.append(adapter)
         try:
             yield
         finally:
-            self.held.remove(version)
+            self.held.remove(adapter)
 
     def proved(self, *, acts: bool, fingerprint: str) -> None:
         self.proofs.append((acts, fingerprint))

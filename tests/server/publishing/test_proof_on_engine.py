@@ -13,21 +13,19 @@ from typing import Any
 import pytest
 import torch
 
-from loramux_adapters.artifact.format import digest_of, read_config
 from loramux_adapters.errors import AdapterCorrupt, AdapterRejected
 from loramux_adapters.lora.host_cache import HostAdapter, HostCache
 from loramux_adapters.lora.lora_linear import AdapterSlots, head_path
 from loramux_adapters.lora.slots import SlotTable
-from loramux_adapters.lora.staged import StagedVersions
 from loramux_adapters.lora.verify import Checked, check_adapter
 from loramux_server.base.loader import BaseModel, load_base_model
+from loramux_server.engine.admission import SchedulerConfig
 from loramux_server.engine.client import EngineClient
 from loramux_server.engine.engine import Engine
 from loramux_server.engine.inbox import Inbox
 from loramux_server.engine.kv_blocks import KVBlocks
 from loramux_server.engine.model_runner import ModelRunner
 from loramux_server.engine.scheduler import Scheduler
-from loramux_server.engine.scheduler_config import SchedulerConfig
 from loramux_server.engine.sequence import AdapterUse, SamplingParams, Sequence
 from loramux_server.fingerprint.file import Fingerprint, Witness
 from loramux_server.kernels.attention import probe_kv_shape
@@ -51,8 +49,7 @@ class Rig:
         kernels = choose_kernels(CPU, shape=shape)
         slots = AdapterSlots(base.model, ROWS, kernels.add_lora, kernels.copy_slot, head=head_path(base.model))
         self.inbox = Inbox(64)
-        self.staged = StagedVersions(self.published)
-        self.host = HostCache(self.staged.load, 1 << 30, on_ready=self.inbox.wake)
+        self.host = HostCache(self.published, 1 << 30, on_ready=self.inbox.wake)
         runner = ModelRunner(
             base.model,
             slots=slots,
@@ -77,7 +74,7 @@ class Rig:
     def prover(self, numerics: str = "here") -> Prover:
         return Prover(
             self.client.generate,
-            self.staged.holding,
+            self.host.holding,
             self.forgotten.append,
             self,
             base_id=self.base.base_id,
@@ -92,10 +89,10 @@ class Rig:
 
     async def fingerprint(self, directory: Path) -> Fingerprint:
         """Made by asking for greedy replies, one prompt at a time."""
-        version = digest_of(read_config(directory), directory)
-        use = AdapterUse(version, self.check(directory).rank, 1)
+        adapter = self.check(directory).adapter
+        use = AdapterUse(adapter.version, adapter.rank, adapter.nbytes)
         said = []
-        with self.staged.holding(version, directory):
+        with self.host.holding(adapter):
             for prompt in PROMPTS:
                 params = SamplingParams(temperature=0.0, max_tokens=6, logprobs=0)
                 sequence = Sequence(f"make {len(prompt)}", list(prompt), params, (use,))
@@ -103,7 +100,7 @@ class Rig:
                 logprobs = [output.logprob for output in outputs if output.logprob is not None]
                 tokens = tuple(one.token_id for one in logprobs)
                 said.append(Witness("", prompt, "", tokens, tuple(one.logprob for one in logprobs)))
-        return Fingerprint("here", self.base.base_id, version, tuple(said))
+        return Fingerprint("here", self.base.base_id, adapter.version, tuple(said))
 
 
 def write(directory: Path, fingerprint: Fingerprint) -> None:
@@ -120,6 +117,9 @@ async def running(base: BaseModel) -> AsyncIterator[Rig]:
         await rig.client.drain(10)
         rig.host.close()
         rig.scheduler.check_integrity()
+        rig.host.check_integrity()
+        assert rig.host.stats().entries == 0, "what is only tried out leaves nothing in host memory"
+        assert rig.host.stats().loads == 0, "nothing is read but by the check"
         assert rig.scheduler.blocks.used == 0 and not rig.scheduler.slots.pinned and rig.host.stats().pinned == 0
 
 
@@ -148,6 +148,7 @@ async def test_an_adapter_acts_and_its_fingerprint_replays_to_the_last_bit(base:
         with pytest.raises(AdapterRejected, match="greedy tokens differ"):
             await rig.prover("elsewhere").prove(directory, rig.check(directory))
         assert rig.forgotten == [fingerprint.version] * 2
+        assert rig.host.stats().failures == 0 and not rig.host.holds(fingerprint.version)
 
 
 @pytest.mark.anyio

@@ -17,6 +17,7 @@ from loramux_adapters.store.store import AdapterStore
 from loramux_server.errors import ServerBusy
 from loramux_server.publishing.watch import DirectoryWatch
 from support.adapter_files import TINY_LINEARS, write_adapter
+from support.publishing import unproved
 
 BASE = BaseInfo("aa" * 32, TINY_LINEARS)
 
@@ -33,7 +34,9 @@ class Scene:
         self.start()
 
     def start(self) -> None:
-        self.watch = DirectoryWatch(self.store, self.directory, self.check, limit=2**18, failed=self.fail)
+        self.watch = DirectoryWatch(
+            self.store, unproved(self.store, self.check), self.directory, limit=2**18, failed=self.fail
+        )
 
     def check(self, directory: Path) -> Checked:
         self.checks += 1

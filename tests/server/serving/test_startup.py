@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from loramux_server.errors import BaseModelError, CommandFailed
-from loramux_server.serving.startup import Door, Stages, in_daemon_thread, take_port, url_of
+from loramux_server.serving.startup import Stages, StartupApp, in_daemon_thread, take_port, url_of
 
 
 def ticking() -> Callable[[], float]:
@@ -16,7 +16,7 @@ def ticking() -> Callable[[], float]:
     return lambda: float(next(readings))
 
 
-async def answers(door: Door, path: str) -> tuple[int, bytes]:
+async def answers(app: StartupApp, path: str) -> tuple[int, bytes]:
     sent: list[Any] = []
 
     async def send(message: Any) -> None:
@@ -25,7 +25,7 @@ async def answers(door: Door, path: str) -> tuple[int, bytes]:
     async def receive() -> Any:
         raise AssertionError("nothing to receive")
 
-    await door({"type": "http", "path": path}, receive, send)
+    await app({"type": "http", "path": path}, receive, send)
     return sent[0]["status"], sent[1]["body"]
 
 
@@ -68,14 +68,14 @@ async def test_the_door_is_alive_but_not_ready_until_it_is_opened() -> None:
         await send({"type": "http.response.start", "status": 418, "headers": []})
         await send({"type": "http.response.body", "body": b"tea"})
 
-    door = Door()
-    assert await answers(door, "/health") == (200, b'{"status": "loading"}')
-    status, body = await answers(door, "/v1/models")
+    port = StartupApp()
+    assert await answers(port, "/health") == (200, b'{"status": "loading"}')
+    status, body = await answers(port, "/v1/models")
     assert status == 503
     assert b'"type": "server_error"' in body
 
-    door.open(app)
-    assert await answers(door, "/health") == (418, b"tea")
+    port.hand_over_to(app)
+    assert await answers(port, "/health") == (418, b"tea")
 
 
 def test_a_port_is_taken_at_once_and_only_once() -> None:

@@ -10,8 +10,8 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from loramux_adapters.errors import DataError
+from loramux_adapters.training.data.batches import Row
 from loramux_adapters.training.data.examples import Example, ExampleSet, LineError, Message, Skipped, refusal
-from loramux_adapters.training.data.tokens import Row
 
 MARGIN = 16  # tokens that stay at either end of a user's message when its middle is cut
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loramux_adapters.training.data.tokens import IGNORED, TokenBatch
+from loramux_adapters.training.data.batches import IGNORED, TokenBatch
 from loramux_adapters.training.model.row_layout import PackedRows
 
 

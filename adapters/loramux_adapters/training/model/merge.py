@@ -14,9 +14,8 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import nn
 
-from loramux_adapters.artifact.format import WEIGHTS_FILE, pair_up, read_config, read_header
 from loramux_adapters.errors import CheckpointError, TrainingError
-from loramux_adapters.lora.weights import read_modules
+from loramux_adapters.lora.host_cache import HostAdapter
 
 ONTO = ("nf4", "16bit")
 
@@ -38,16 +37,15 @@ class Merged:
     delta: float
 
 
-def merge_into(model: Any, adapter: Path, *, onto: str) -> Merged:
+def merge_into(model: Any, adapter: HostAdapter, *, onto: str) -> Merged:
     """Adds an adapter to a 16-bit model in place: W + scale * B A, summed in fp32 and rounded once.
 
     Args:
         model: transformers' causal language model with its 16-bit weights; nothing is quantized.
-        adapter: PEFT directory, already checked against this base.
+        adapter: as the check against this base gave it.
         onto: "nf4" takes for W what NF4 makes of the weights, which is what a QLoRA adapter was trained on;
             "16bit" takes the weights as they are.
     Raises:
-        AdapterRejected: the adapter cannot be read.
         TrainingError: a layer is not there, or is not in 16 bit.
     """
     assert onto in ONTO
@@ -59,11 +57,9 @@ def merge_into(model: Any, adapter: Path, *, onto: str) -> Merged:
             if module is not head:
                 module.weight.data = through_nf4(module.weight.data)
                 rounded += 1
-    config = read_config(adapter)
-    pairs = pair_up(read_header(adapter / WEIGHTS_FILE)).pairs
-    untied = head_path in pairs and _untie(model, head)
+    untied = head_path in adapter.modules and _untie(model, head)
     changed = before = 0.0
-    for path, a, bt in read_modules(adapter, config, pairs):
+    for path, (a, bt) in adapter.modules.items():
         if path not in linears or linears[path].weight.dtype != torch.bfloat16:
             raise TrainingError(
                 f"layer {path} of the base is no linear layer in bfloat16, so nothing can be added to it"
@@ -73,7 +69,7 @@ def merge_into(model: Any, adapter: Path, *, onto: str) -> Merged:
         changed += float(delta.square().sum())
         before += float(weight.float().square().sum())
         linears[path].weight.data = (weight.float() + delta.to(weight.device)).to(torch.bfloat16)
-    return Merged(len(pairs), rounded, untied, (changed / before) ** 0.5 if before else 0.0)
+    return Merged(len(adapter.modules), rounded, untied, (changed / before) ** 0.5 if before else 0.0)
 
 
 def through_nf4(weight: torch.Tensor) -> torch.Tensor:

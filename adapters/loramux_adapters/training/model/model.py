@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from loramux_adapters.errors import RecipeError
-from loramux_adapters.training.data.tokens import TokenBatch
+from loramux_adapters.training.data.batches import TokenBatch
 from loramux_adapters.training.model.adapter_directory import write_adapter
 from loramux_adapters.training.model.compact_batch import CompactBatch
 from loramux_adapters.training.model.frozen_base import base_bytes, base_digest, base_elements

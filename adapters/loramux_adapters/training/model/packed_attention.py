@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 
 from loramux_adapters.errors import RecipeError
 from loramux_adapters.training.model.padded_attention import attend_padded
-from loramux_adapters.training.model.row_layout import AttentionParams, PackedRows, hidden
+from loramux_adapters.training.model.row_layout import LayerAttention, PackedRows, hidden
 
 ATTENTION_NAME = "loramux_training"
 
@@ -28,7 +28,7 @@ _HARMLESS = frozenset(
 
 
 def attend_reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: PackedRows, params: AttentionParams
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: PackedRows, params: LayerAttention
 ) -> torch.Tensor:
     """One row at a time, in fp32: the slow reference, and the path of layers with a soft cap.
 
@@ -75,7 +75,7 @@ def attention_forward(
     if loramux_rows is None or unknown or attention_mask is not None:
         needs = ", ".join(unknown) or ("a mask" if loramux_rows is not None else "its own keyword arguments")
         raise RecipeError(f"this base cannot be trained: its attention needs {needs}, which is not supported")
-    params = AttentionParams(
+    params = LayerAttention(
         scaling=float(query.shape[-1] ** -0.5 if scaling is None else scaling),
         softcap=float(softcap or 0.0),
         window=int(sliding_window or 0),

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from loramux_adapters.training.model.row_layout import AttentionParams, PackedRows, RowGroup, hidden
+from loramux_adapters.training.model.row_layout import LayerAttention, PackedRows, RowGroup, hidden
 
 _KEEP = 256  # weights over up to so many keys are kept for the backward pass; longer ones are computed again
 
@@ -60,7 +60,7 @@ class _Plan:
 
 
 def attend_padded(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: PackedRows, params: AttentionParams
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: PackedRows, params: LayerAttention
 ) -> torch.Tensor:
     """q [tokens, heads, dim], k and v [tokens, kv_heads, dim] -> [tokens, heads, dim]; there must be no soft cap."""
     assert not params.softcap

@@ -11,7 +11,7 @@ _GROUP_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionParams:
+class LayerAttention:
     """What a layer asks for: `softcap` 0 and `window` 0 mean none."""
 
     scaling: float

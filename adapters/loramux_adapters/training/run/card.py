@@ -14,7 +14,7 @@ from loramux_adapters.artifact.config import BASE_ID_KEY
 from loramux_adapters.durable_files import write_whole
 from loramux_adapters.errors import TrainingError
 from loramux_adapters.training.recipe import Recipe
-from loramux_adapters.training.run.ports import Outcome
+from loramux_adapters.training.run.trainer import TrainingOutcome
 
 FORMAT = 1
 CARD_FILE, README_FILE = "card.json", "README.md"
@@ -29,7 +29,7 @@ def make_card(
     recipe: Recipe,
     data: Mapping[str, Any],
     held: Mapping[str, Any] | None,
-    outcome: Outcome,
+    outcome: TrainingOutcome,
     device: str,
 ) -> dict[str, Any]:
     """The card of a finished run, as plain data. `scores` stays None until an evaluation fills it in.
@@ -142,7 +142,7 @@ def readme(card: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _before(outcome: Outcome) -> float | None:
+def _before(outcome: TrainingOutcome) -> float | None:
     first = outcome.trace.epochs[0]
     return first.held_loss if first.step == 0 else None
 

@@ -10,24 +10,98 @@ import hashlib
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from loramux_adapters.errors import CheckpointError, DataError, MemoryShort, TrainingError
-from loramux_adapters.training.data.batches import epoch_order, parts
-from loramux_adapters.training.data.tokens import Row, TokenBatch
+from loramux_adapters.memory import PeakMemory
+from loramux_adapters.training.data.batches import Row, TokenBatch, epoch_order, parts
+from loramux_adapters.training.model.model import StepLoss
 from loramux_adapters.training.recipe import Recipe
 from loramux_adapters.training.run.checkpoint import Checkpoint, Checkpoints
-from loramux_adapters.training.run.memory_use import PeakMemory
-from loramux_adapters.training.run.optimizer import make_optimizer, read_state, set_rate, write_state
-from loramux_adapters.training.run.ports import Observer, Outcome, Plan, Trainable
-from loramux_adapters.training.run.schedule import learning_rate, total_steps
+from loramux_adapters.training.run.optimizer import (
+    learning_rate,
+    make_optimizer,
+    read_state,
+    set_rate,
+    total_steps,
+    write_state,
+)
 from loramux_adapters.training.run.trace import EpochRecord, StepRecord, Trace
+
+
+class Trainable(Protocol):
+    """What the loop needs of a model; see `LoraModel`."""
+
+    @property
+    def trainable(self) -> Mapping[str, nn.Parameter]: ...
+
+    def loss(self, batch: TokenBatch, *, grad_scale: float) -> StepLoss: ...
+
+    def evaluate(self, batch: TokenBatch) -> StepLoss: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run is going to do.
+
+    Attributes:
+        steps: of the whole run; `first` of them were done before, in an earlier process.
+        steps_per_epoch: batches of one pass over the data.
+        tokens_per_epoch: of the examples that something is learned from; `learned_per_epoch` of them have a loss.
+        left_out: training examples without a single token to learn, all of them cut away.
+        passed_over: checkpoints that could not be read, in words.
+    """
+
+    steps: int
+    first: int
+    steps_per_epoch: int
+    tokens_per_epoch: int
+    learned_per_epoch: int
+    left_out: int
+    passed_over: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingOutcome:
+    """How a run ended.
+
+    Attributes:
+        finished: False if it was stopped; a checkpoint of `step` is there then, unless `step` is 0.
+        trace: all its records.
+        seconds: of all steps and evaluations, in earlier processes too.
+        peak_bytes: most memory it took.
+    """
+
+    finished: bool
+    step: int
+    plan: Plan
+    trace: Trace
+    seconds: float
+    peak_bytes: int
+
+
+class Observer(Protocol):
+    """Is told what happens, in the thread that trains."""
+
+    def started(self, plan: Plan) -> None: ...
+
+    def step(self, record: StepRecord) -> None: ...
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Held-out examples evaluated so far."""
+
+    def epoch(self, record: EpochRecord) -> None: ...
+
+    def saved(self, checkpoint: Path) -> None: ...
+
 
 LOG_FILE, CHECKPOINTS = "log.jsonl", "checkpoints"
 _PARAMETER = "parameter/"
@@ -83,7 +157,7 @@ class Trainer:
         """Makes `run` return after the step or the part of an evaluation that it is in, with a checkpoint."""
         self._stopping = True
 
-    def run(self) -> Outcome:
+    def run(self) -> TrainingOutcome:
         """Trains from the newest checkpoint, or from the start, to the end or to `stop`.
 
         Raises:
@@ -104,7 +178,7 @@ class Trainer:
                 self._train()
             else:  # stopped within an evaluation, which the next run makes anew
                 self._save()
-        return Outcome(
+        return TrainingOutcome(
             finished=self._step == self._steps and not self._evaluation_is_due(),
             step=self._step,
             plan=plan,

@@ -1,1 +1,1 @@
-"""Adapters over HTTP: upload, download, life cycle."""
+"""Adapters over HTTP: upload, list, download, roll back, pin, delete; and vLLM's two calls."""

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 
-from loramux_server.api.http.offload import offload
+from loramux_server.api.http.worker_threads import run_in_thread
 
 _BLOCK = 256 * 2**10
 _TAR_BLOCK = 512
@@ -17,7 +17,7 @@ _LEVEL = 1  # weights hardly shrink
 async def packed(directory: Path, root: str) -> AsyncGenerator[bytes, None]:
     """The regular files of `directory` in a folder `root`, packed in worker threads."""
     pieces = _pieces(directory, root)
-    while piece := await offload(_next_piece, pieces):
+    while piece := await run_in_thread(_next_piece, pieces):
         yield piece
 
 

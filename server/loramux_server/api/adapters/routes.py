@@ -1,4 +1,4 @@
-"""/v1/adapters: upload, list, show, download, delete."""
+"""/v1/adapters: list, show, upload, download, roll back, pin, delete."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
@@ -14,28 +14,33 @@ from fastapi.responses import JSONResponse
 from loramux_server.api.adapters.download import packed
 from loramux_server.api.adapters.upload import receive_upload
 from loramux_server.api.http.auth import Access, access
-from loramux_server.api.http.deps import Deps
+from loramux_server.api.http.body import read_object
+from loramux_server.api.http.dependencies import Dependencies
 from loramux_server.api.http.model_names import check_adapter_name
-from loramux_server.api.http.offload import entered, offload, offload_or_undo, until_gone
-from loramux_server.api.http.ports import CheckedPort, PublishedPort, RecordPort
-from loramux_server.api.http.stream import Stream
+from loramux_server.api.http.streaming import Stream, until_gone
+from loramux_server.api.http.worker_threads import enter_in_thread, run_in_thread, run_in_thread_or_undo
 from loramux_server.errors import RequestError, ServerBusy
 
+if TYPE_CHECKING:
+    from loramux_adapters.lora.verify import Checked
+    from loramux_adapters.store.store import AdapterRecord, Published
+    from loramux_server.fingerprint.replay import ReplayOutcome
+
+_MAX_BODY = 4096  # of a call to roll back or to pin, in bytes
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
-class Adapters:
-    def __init__(self, deps: Deps) -> None:
+class AdapterRoutes:
+    def __init__(self, deps: Dependencies) -> None:
         self._deps = deps
         self._places = asyncio.Semaphore(deps.limits.uploads)
 
     async def list(self, request: Request) -> Response:
-        records = await offload(self._deps.store.records)
-        return JSONResponse({"object": "list", "data": [record_json(self._deps, record) for record in records]})
+        records = await run_in_thread(self._deps.store.records)
+        return JSONResponse({"object": "list", "data": [self._record_json(record) for record in records]})
 
     async def show(self, request: Request) -> Response:
-        record = await offload(self._deps.store.record, self._name_of(request))
-        return JSONResponse(record_json(self._deps, record))
+        return await self._shown(self._name_of(request))
 
     @access(Access.ADMIN)
     async def put(self, request: Request) -> Response:
@@ -43,7 +48,7 @@ class Adapters:
         name = self._name_of(request)
         flags = _flags(request, ("validate_only", "force", "allow_no_effect"))
         store = self._deps.store
-        async with self.place(), entered(store.stage()) as staging:
+        async with self.place(), enter_in_thread(store.stage()) as staging:
             await receive_upload(request, staging.directory, self._deps.limits)
             # A client that leaves while its files are checked publishes nothing.
             checked, proof = await until_gone(
@@ -52,29 +57,13 @@ class Adapters:
             )
             if flags["validate_only"]:
                 return JSONResponse(_checked_json(name, checked, proof))
-
-            def publish() -> PublishedPort:
-                return store.publish(
-                    name,
-                    staging,
-                    rank=checked.rank,
-                    base_id=checked.base_id,
-                    target_modules=[*checked.target_modules],
-                    proof=proof,
-                    version=checked.version,
-                )
-
-            published = await offload(publish)
-        record = await offload(store.record, name)
-        status = 201 if published.outcome == "created" else 200
-        return JSONResponse(
-            record_json(self._deps, record) | {"outcome": published.outcome, "version": published.version}, status
-        )
+            published = await run_in_thread(self._deps.publish, name, staging, checked, proof)
+        return await self._shown(name, published)
 
     @access(Access.ADMIN)
     async def delete(self, request: Request) -> Response:
         name = self._name_of(request)
-        await offload(self._deps.store.delete, name)
+        await run_in_thread(self._deps.store.delete, name)
         self._deps.metrics.adapter_deleted(name)
         return JSONResponse({"id": name, "object": "adapter", "deleted": True})
 
@@ -82,10 +71,10 @@ class Adapters:
     async def archive(self, request: Request) -> Response:
         """The current version's files as a tar.gz."""
         name, store = self._name_of(request), self._deps.store
-        lease = await offload_or_undo(lambda lease: lease.release(), lambda: store.acquire(name))
+        lease = await run_in_thread_or_undo(lambda lease: lease.release(), lambda: store.acquire(name))
 
         async def release() -> None:
-            await offload(lease.release)
+            await run_in_thread(lease.release)
 
         headers = {
             "content-type": "application/gzip",
@@ -93,13 +82,94 @@ class Adapters:
         }
         return Stream(packed(store.directory(lease.version), name), release, headers)
 
-    async def _checked(self, directory: Path, *, force: bool, allow_no_effect: bool) -> tuple[CheckedPort, str]:
+    @access(Access.ADMIN)
+    async def rollback(self, request: Request) -> Response:
+        """Back to the version before, or to the kept one whose digest begins with `version`, of the query or the body.
+
+        200, also where that version is current already.
+        """
+        name = self._name_of(request)
+        version = (await self._fields(request, ("version",))).get("version")
+        if version is not None and not isinstance(version, str):
+            raise RequestError("'version' must be the beginning of a version's digest", param="version")
+        return await self._shown(name, await run_in_thread(self._deps.store.rollback, name, version))
+
+    @access(Access.ADMIN)
+    async def pin(self, request: Request) -> Response:
+        name = self._name_of(request)
+        await self._fields(request, ())
+        await run_in_thread(self._deps.pins.pin, name)
+        return await self._shown(name)
+
+    @access(Access.ADMIN)
+    async def unpin(self, request: Request) -> Response:
+        name = self._name_of(request)
+        await run_in_thread(self._deps.pins.unpin, name)
+        return await self._shown(name)
+
+    async def _shown(self, name: str, published: Published | None = None) -> Response:
+        """The adapter as it is now, and what `published` says came of the call: 201 for a new adapter, else 200."""
+        shown = self._record_json(await run_in_thread(self._deps.store.record, name))
+        if published is None:
+            return JSONResponse(shown)
+        outcome = {"outcome": published.outcome, "version": published.version}
+        return JSONResponse(shown | outcome, 201 if published.outcome == "created" else 200)
+
+    async def _fields(self, request: Request, names: tuple[str, ...]) -> dict[str, Any]:
+        """The fields of query and JSON body; there need not be a body. Raises RequestError for any other field."""
+        fields: dict[str, Any] = dict(request.query_params)
+        # A web page can make a browser send a POST without a body here, but not one that says it is JSON.
+        has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
+        if has_body or "origin" in request.headers or "sec-fetch-site" in request.headers:
+            stall_seconds = self._deps.limits.stall_seconds
+            fields |= await read_object(request, limit=_MAX_BODY, stall_seconds=stall_seconds)
+        for name in fields:
+            if name not in names:
+                raise RequestError(f"unknown parameter {ascii(name[:64])}", param=name[:64], code="unknown_parameter")
+        return fields
+
+    async def _checked(self, directory: Path, *, force: bool, allow_no_effect: bool) -> tuple[Checked, ReplayOutcome]:
         """What the check found, and how the fingerprint replays."""
-        checked = await offload(self._deps.check, directory, force=force)
+        checked = await run_in_thread(self._deps.check, directory, force=force)
         return checked, await self._deps.prove(directory, checked, force=force, allow_no_effect=allow_no_effect)
 
     def _name_of(self, request: Request) -> str:
         return check_adapter_name(request.path_params["name"], self._deps.base.name)
+
+    def _record_json(self, record: AdapterRecord) -> dict[str, Any]:
+        """An adapter as clients see it."""
+        return {
+            "id": record.name,
+            "object": "adapter",
+            "name": record.name,
+            "version": record.version,
+            "rank": record.rank,
+            "target_modules": [*record.target_modules],
+            "bytes": record.nbytes,
+            "tier": self._deps.engine.residency(record.version),
+            "pinned": record.pinned,
+            "corrupt": record.corrupt,
+            "base": self._deps.base.name,
+            "base_verified": record.base_verified,
+            "fingerprint": record.fingerprint,
+            "requests": record.references,
+            "created": record.created,
+            "updated": record.updated,
+            "versions": [
+                {
+                    "version": kept.version,
+                    "created": kept.created,
+                    "bytes": kept.nbytes,
+                    "rank": kept.rank,
+                    "verified": kept.base_verified,
+                    "fingerprint": kept.fingerprint,
+                    "corrupt": kept.corrupt,
+                    "current": kept.version == record.version,
+                    "tier": self._deps.engine.residency(kept.version),
+                }
+                for kept in record.versions
+            ],
+        }
 
     @asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
@@ -116,43 +186,7 @@ class Adapters:
             self._places.release()
 
 
-def record_json(deps: Deps, record: RecordPort) -> dict[str, Any]:
-    """An adapter as clients see it."""
-    return {
-        "id": record.name,
-        "object": "adapter",
-        "name": record.name,
-        "version": record.version,
-        "rank": record.rank,
-        "target_modules": [*record.target_modules],
-        "bytes": record.nbytes,
-        "tier": deps.engine.residency(record.version),
-        "pinned": record.pinned,
-        "corrupt": record.corrupt,
-        "base": deps.base.name,
-        "base_verified": record.base_verified,
-        "fingerprint": record.fingerprint,
-        "requests": record.references,
-        "created": record.created,
-        "updated": record.updated,
-        "versions": [
-            {
-                "version": kept.version,
-                "created": kept.created,
-                "bytes": kept.nbytes,
-                "rank": kept.rank,
-                "verified": kept.base_verified,
-                "fingerprint": kept.fingerprint,
-                "corrupt": kept.corrupt,
-                "current": kept.version == record.version,
-                "tier": deps.engine.residency(kept.version),
-            }
-            for kept in record.versions
-        ],
-    }
-
-
-def _checked_json(name: str, checked: CheckedPort, proof: str) -> dict[str, Any]:
+def _checked_json(name: str, checked: Checked, proof: ReplayOutcome) -> dict[str, Any]:
     return {
         "object": "adapter.validation",
         "name": name,

@@ -13,8 +13,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from loramux_adapters.artifact.archive import unpack
 from loramux_adapters.errors import AdapterTooLarge
 from loramux_server.api.http.body import blocks
-from loramux_server.api.http.deps import Limits
-from loramux_server.api.http.offload import offload
+from loramux_server.api.http.dependencies import Limits
+from loramux_server.api.http.worker_threads import run_in_thread
 from loramux_server.errors import RequestError
 
 FILES = {
@@ -25,9 +25,9 @@ FILES = {
 }
 ARCHIVE = "archive"
 _ARCHIVE_FILE = "archive:upload"  # no member of an archive can have this name
-_BLOCK = 256 * 2**10  # of a body at a time: each costs a worker thread a turn
+_BLOCK = 256 * 2**10  # bytes of the body that go to a worker thread at a time
 _SMALL_PART = 4 * 2**20
-_OVERHEAD = 3 * _SMALL_PART + 2**20  # of a body beside its weights: the small parts, boundaries and headers
+_OVERHEAD = 3 * _SMALL_PART + 2**20  # bytes of a body beside its weights: the small parts, boundaries and headers
 _MAX_HEADERS = 8
 _MAX_HEADER_LINE = 1024
 _MAX_BOUNDARY = 70  # RFC 2046
@@ -51,13 +51,13 @@ async def receive_upload(request: Request, directory: Path, limits: Limits) -> N
             stall_seconds=limits.stall_seconds,
             size=_BLOCK,
         ):
-            await offload(writer.feed, block)
+            await run_in_thread(writer.feed, block)
         parts = writer.finish()
     finally:
         writer.close()
     if ARCHIVE in parts:
-        await offload(unpack, directory / _ARCHIVE_FILE, directory, limits.upload_bytes)
-        await offload((directory / _ARCHIVE_FILE).unlink)
+        await run_in_thread(unpack, directory / _ARCHIVE_FILE, directory, limits.upload_bytes)
+        await run_in_thread((directory / _ARCHIVE_FILE).unlink)
 
 
 def _boundary_of(request: Request) -> bytes:

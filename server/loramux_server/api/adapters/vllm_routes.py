@@ -1,34 +1,37 @@
 """POST /v1/load_lora_adapter and /v1/unload_lora_adapter: vLLM's calls, for the tools that make them.
 
-There only if a directory is configured to load from. Texts, statuses and the shape of errors are vLLM's, not ours.
+The routes exist only if a directory is configured to load from. Texts, statuses and the shape of errors are vLLM's,
+not ours.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from loramux_adapters.errors import AdapterError, AdapterNotFound, InvalidAdapterName
-from loramux_server.api.adapters.routes import Adapters
+from loramux_server.api.adapters.routes import AdapterRoutes
 from loramux_server.api.http.auth import Access, access
 from loramux_server.api.http.body import read_object
-from loramux_server.api.http.deps import Deps
+from loramux_server.api.http.dependencies import Dependencies
 from loramux_server.api.http.errors import answer_to
 from loramux_server.api.http.model_names import check_adapter_name
-from loramux_server.api.http.offload import offload
-from loramux_server.api.http.ports import LocalPort
+from loramux_server.api.http.worker_threads import run_in_thread
 from loramux_server.errors import LoramuxError, RequestError, ServerBusy
+
+if TYPE_CHECKING:
+    from loramux_server.publishing.lora_path import LoraPathRoot
 
 logger = logging.getLogger(__name__)
 
 _MAX_BODY = 64 * 2**10
 
 
-class VllmAdapters:
-    def __init__(self, deps: Deps, local: LocalPort, adapters: Adapters) -> None:
+class VllmRoutes:
+    def __init__(self, deps: Dependencies, local: LoraPathRoot, adapters: AdapterRoutes) -> None:
         self._deps = deps
         self._local = local
         self._adapters = adapters
@@ -46,7 +49,7 @@ class VllmAdapters:
                     f"The lora adapter '{name}' has already been loaded. To replace it, set 'load_inplace' to true."
                 )
             async with self._adapters.place():
-                await offload(self._local.load, name, path)
+                await run_in_thread(self._local.load, name, path)
         except ServerBusy:
             raise  # a status that clients know how to retry
         except (LoramuxError, AdapterError) as error:
@@ -60,7 +63,7 @@ class VllmAdapters:
             name = _text(body, "lora_name")
             if not name:
                 raise RequestError("'lora_name' needs to be provided to unload a LoRA adapter.")
-            await offload(self._deps.store.delete, name)
+            await run_in_thread(self._deps.store.delete, name)
         except (LoramuxError, AdapterError) as error:
             return _failure(error)
         self._deps.metrics.adapter_deleted(name)
@@ -68,7 +71,7 @@ class VllmAdapters:
 
     async def _is_loaded(self, name: str) -> bool:
         try:
-            await offload(self._deps.store.record, name)
+            await run_in_thread(self._deps.store.record, name)
         except AdapterNotFound:
             return False
         return True

@@ -1,14 +1,18 @@
-"""Bodies of the generation requests: strict, bounded, and every refusal names its parameter."""
+"""Bodies of the generation requests: strict, bounded, and every refusal names its parameter.
+
+A field of `GenerationRequest`, `ChatRequest` or `CompletionRequest` is an option that works. The tables of neutral
+values are OpenAI's options that do not: each is taken at the value that asks for nothing, and refused by name at any
+other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 from pydantic_core import from_json
 
-from loramux_server.api.completions.unsupported import CHAT, COMPLETION, MESSAGE, STREAM_OPTIONS, without_neutral
 from loramux_server.errors import RequestError
 
 MAX_MESSAGES = 2048
@@ -19,10 +23,12 @@ MAX_STOP_LENGTH = 256
 MAX_MODEL_LENGTH = 512
 MAX_ADAPTERS = 8  # of one request
 MAX_SCALE = 100.0
+MAX_LABEL = 512
 INT32_MAX = 2**31 - 1
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
 Prompt = list[str] | list[list[int]]
+Neutral = Callable[[object], bool]  # whether a value (never null) asks for nothing
 
 
 def _parse_prompt(value: object) -> Prompt:
@@ -147,25 +153,106 @@ class ChatRequest(GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: Annotated[Any, BeforeValidator(_parse_prompt)]  # a Prompt
+    prompt: Annotated[Prompt, PlainValidator(_parse_prompt)]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
     @property
     def alternatives(self) -> int | None:
         return self.logprobs
 
-    @property
-    def prompts(self) -> Prompt:
-        prompt: Prompt = self.prompt
-        return prompt
+
+def _equals(*values: object) -> Neutral:
+    """One of these values; JSON's true is not 1 here."""
+    return lambda given: any(given == value and isinstance(given, bool) == isinstance(value, bool) for value in values)
+
+
+def _empty(given: object) -> bool:
+    return given in ([], {})
+
+
+def _label(given: object) -> bool:
+    """A caller's own label. It has no effect on a reply; nothing is done with it."""
+    return isinstance(given, str) and len(given) <= MAX_LABEL
+
+
+def _labels(given: object) -> bool:
+    return isinstance(given, dict) and len(given) <= 16 and all(map(_label, given.values()))
+
+
+def _never(given: object) -> bool:
+    return False
+
+
+_GENERATION_NEUTRAL: dict[str, Neutral] = {
+    "n": _equals(1),
+    "frequency_penalty": _equals(0),
+    "presence_penalty": _equals(0),
+    "repetition_penalty": _equals(1),
+    "logit_bias": _empty,
+    "user": _label,
+    "metadata": _labels,
+    "min_tokens": _equals(0),
+}
+
+_CHAT_NEUTRAL: Mapping[str, Neutral] = _GENERATION_NEUTRAL | {
+    "response_format": _equals({"type": "text"}),
+    "tools": _empty,
+    "tool_choice": _equals("none"),
+    "parallel_tool_calls": _equals(True),
+    "functions": _empty,
+    "function_call": _equals("none"),
+    "modalities": _equals(["text"]),
+    "audio": _never,
+    "prediction": _never,
+    "reasoning_effort": _never,
+    "verbosity": _never,
+    "moderation": _never,
+    "web_search_options": _never,
+    "store": _equals(False),
+    "service_tier": _equals("auto", "default"),
+    "safety_identifier": _label,
+    "prompt_cache_key": _label,
+    "prompt_cache_retention": _never,
+    "prompt_cache_options": _never,
+    "chat_template": _never,
+    "chat_template_kwargs": _never,
+}
+_COMPLETION_NEUTRAL: Mapping[str, Neutral] = _GENERATION_NEUTRAL | {
+    "best_of": _equals(1),
+    "echo": _equals(False),
+    "suffix": _equals(""),
+}
+_STREAM_NEUTRAL: Mapping[str, Neutral] = {"include_obfuscation": _equals(False)}
+# What clients send back when they repeat an assistant's message from an earlier reply.
+_MESSAGE_NEUTRAL: Mapping[str, Neutral] = {
+    "name": _never,
+    "refusal": _never,
+    "audio": _never,
+    "annotations": _empty,
+    "tool_calls": _empty,
+    "function_call": _never,
+    "reasoning_content": _never,
+}
+
+
+def _without_neutral(fields: Mapping[str, Any], table: Mapping[str, Neutral], prefix: str = "") -> dict[str, Any]:
+    """The fields that are not in `table`. Raises RequestError for one that is, at any value but null or its neutral."""
+    rest = {}
+    for name, value in fields.items():
+        neutral = table.get(name)
+        if neutral is None:
+            rest[name] = value
+        elif value is not None and not neutral(value):
+            raise RequestError(f"'{prefix}{name}' is not supported yet", param=f"{prefix}{name}", code="unsupported")
+    return rest
 
 
 def parse_chat(raw: bytes) -> ChatRequest:
     """Raises RequestError."""
-    fields = without_neutral(_object(raw), CHAT)
+    fields = _without_neutral(_object(raw), _CHAT_NEUTRAL)
     if isinstance(fields.get("messages"), list):
         fields["messages"] = [
-            without_neutral(message, MESSAGE, f"messages.{index}.") if isinstance(message, dict) else message
+            _without_neutral(message, _MESSAGE_NEUTRAL, f"messages.{index}.") if isinstance(message, dict) else message
             for index, message in enumerate(fields["messages"][: MAX_MESSAGES + 1])
         ]
     return _validated(ChatRequest, fields).check()
@@ -173,7 +260,7 @@ def parse_chat(raw: bytes) -> ChatRequest:
 
 def parse_completion(raw: bytes) -> CompletionRequest:
     """Raises RequestError."""
-    return _validated(CompletionRequest, without_neutral(_object(raw), COMPLETION)).check()
+    return _validated(CompletionRequest, _without_neutral(_object(raw), _COMPLETION_NEUTRAL)).check()
 
 
 def _object(raw: bytes) -> dict[str, Any]:
@@ -184,7 +271,7 @@ def _object(raw: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RequestError("the request body must be a JSON object")
     if isinstance(value.get("stream_options"), dict):
-        value["stream_options"] = without_neutral(value["stream_options"], STREAM_OPTIONS, "stream_options.")
+        value["stream_options"] = _without_neutral(value["stream_options"], _STREAM_NEUTRAL, "stream_options.")
     return value
 
 

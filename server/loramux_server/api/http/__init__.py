@@ -1,1 +1,1 @@
-"""What every route needs: who may call, bounds of bodies, errors as replies, work off the event loop."""
+"""What every route needs: its dependencies, who may call, bounded bodies, errors as replies, worker threads."""

@@ -1,4 +1,4 @@
-"""Who may call what. One dependency of the whole app decides for every route; a route that says nothing needs a key."""
+"""Who may call what. One dependency of the whole app decides for every route; a route without a mark needs a key."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from fastapi import Request
 
-from loramux_server.api.http.deps import Keys
+from loramux_server.api.http.dependencies import Keys
 from loramux_server.api.http.errors import NotAllowed, NotAuthenticated
 
 _LOCAL_HOST = re.compile(rb"(?:localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(?::[0-9]{1,5})?", re.IGNORECASE)
@@ -37,9 +37,12 @@ def access(level: Access) -> Callable[[Endpoint], Endpoint]:
     return mark
 
 
-class Gate:
-    """The dependency. It looks at the endpoint that the router chose and at raw headers, never at a URL: those are
-    partly made of the Host header, which the caller writes."""
+class Authorizer:
+    """Refuses callers without the key that a route asks for.
+
+    It looks at the endpoint that the router chose and at raw headers, never at the request's URL, which is partly made
+    of the Host header, and that the caller writes.
+    """
 
     def __init__(self, keys: Keys) -> None:
         self._check_host = keys.check_host

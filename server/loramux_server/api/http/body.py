@@ -1,4 +1,4 @@
-"""Request bodies as they arrive: bounded while they stream, and not for ever."""
+"""Request bodies as they arrive, bounded in bytes and in time."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def blocks(
     """The body in blocks of about `size` bytes.
 
     `too_large` is raised as soon as more than `limit` bytes are announced or have come; BodyStalled when one block
-    takes longer than `stall_seconds`, so that a body which drips holds nothing for ever.
+    takes longer than `stall_seconds`, so that no client keeps a place for ever by sending slowly.
     """
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced[:20]) > limit:

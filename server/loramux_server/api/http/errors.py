@@ -1,13 +1,13 @@
 """Errors of the HTTP surface, and the one table exception -> status, type and code.
 
 LoramuxError
-└── Refusal                 the request is turned away before anything is done with it
-    ├── NotAuthenticated    no key, or a wrong one
-    ├── NotAllowed          the key is right but does not reach this far; or the Host is not this machine
-    ├── BodyTooLarge        a JSON body over its limit
-    ├── HeadersTooLarge     the header over its limit
-    ├── BodyStalled         the client does not send what it announced
-    └── RequestTimedOut     the reply took longer than the operator allows
+├── Refusal                 the request is turned away before anything is done with it
+│   ├── NotAuthenticated    no key, or a wrong one
+│   ├── NotAllowed          the key is right but does not allow this; or the Host is not this machine
+│   ├── BodyTooLarge        a JSON body over its limit
+│   ├── HeadersTooLarge     the header over its limit
+│   └── BodyStalled         the client does not send what it announced
+└── RequestTimedOut         the reply took longer than the operator allows
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ _FIXED_MESSAGE: dict[type[Exception], str] = {
 
 
 def answer_to(error: Exception) -> Answer:
-    """Status, body and headers for an error. One that is not ours tells the client nothing of itself."""
+    """Status, body and headers for an error. The client is told nothing about one that is not ours."""
     if isinstance(error, LoramuxError | AdapterError):
         for kind, status, type_, code in _TABLE:
             if isinstance(error, kind):

@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from loramux_adapters.errors import DataError
+from loramux_adapters.training.data.batches import Row
 from loramux_adapters.training.data.examples import Example, ExampleSet, LineError, Message
 from loramux_adapters.training.data.render import Renderer
-from loramux_adapters.training.data.tokens import Row
 from loramux_server.base.tokenizer import BaseTokenizer
 from support.tiny_models import tiny_tokenizer
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loramux_adapters.training.data.tokens import Row, TokenBatch
+from loramux_adapters.training.data.batches import Row, TokenBatch
 from loramux_adapters.training.model.compact_batch import CompactBatch
 
 

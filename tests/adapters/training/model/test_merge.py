@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from loramux_adapters.errors import CheckpointError, TrainingError
+from loramux_adapters.lora.weights import load_host_adapter
 from loramux_adapters.training.model.merge import merge_into, whole_directory, write_checkpoint
 from loramux_server.base.loader import load_base_model
 from support.adapter_files import write_adapter
@@ -43,7 +44,7 @@ def test_onto_16_bit_is_the_merge_that_peft_makes(tmp_path: Path) -> None:
     expected = weights_of(oracle.merge_and_unload())
     before = weights_of(model)
 
-    merged = merge_into(model, adapter, onto="16bit")
+    merged = merge_into(model, load_host_adapter(adapter), onto="16bit")
 
     after = weights_of(model)
     assert merged.layers == 4 and merged.rounded == 0 and not merged.head_untied
@@ -59,7 +60,7 @@ def test_onto_nf4_starts_from_the_bits_that_the_server_holds(tmp_path: Path) -> 
     model = load(directory)
     adapter = write_adapter(tmp_path / "adapter", linears_of(model), targets=["q_proj"], std_b=0.0)
 
-    merged = merge_into(model, adapter, onto="nf4")
+    merged = merge_into(model, load_host_adapter(adapter), onto="nf4")
 
     served = load_base_model(str(directory), device=CPU, cache_dir=tmp_path, report=lambda line: None, training=True)
     after = weights_of(model)
@@ -78,7 +79,7 @@ def test_a_changed_head_is_parted_from_the_embeddings_it_was_tied_to(tmp_path: P
     embeddings = model.get_input_embeddings().weight.detach().clone()
     adapter = write_adapter(tmp_path / "adapter", linears_of(model), targets=["lm_head"], std_b=0.2)
 
-    merged = merge_into(model, adapter, onto="nf4")
+    merged = merge_into(model, load_host_adapter(adapter), onto="nf4")
     write_checkpoint(model, tiny_tokenizer(), tmp_path / "out")
 
     assert merged.head_untied
@@ -92,7 +93,7 @@ def test_an_unchanged_head_stays_tied(tmp_path: Path) -> None:
     model = load(save_tiny_model(tmp_path / "base", tie_word_embeddings=True))
     adapter = write_adapter(tmp_path / "adapter", linears_of(model), targets=["q_proj"])
 
-    assert not merge_into(model, adapter, onto="16bit").head_untied
+    assert not merge_into(model, load_host_adapter(adapter), onto="16bit").head_untied
     write_checkpoint(model, tiny_tokenizer(), tmp_path / "out")
 
     again = load(tmp_path / "out")
@@ -102,7 +103,7 @@ def test_an_unchanged_head_stays_tied(tmp_path: Path) -> None:
 def test_what_was_written_is_what_transformers_and_the_server_load(tmp_path: Path) -> None:
     model = load(save_tiny_model(tmp_path / "base"))
     adapter = write_adapter(tmp_path / "adapter", linears_of(model), std_b=0.2)
-    merge_into(model, adapter, onto="nf4")
+    merge_into(model, load_host_adapter(adapter), onto="nf4")
     write_checkpoint(model, tiny_tokenizer(), tmp_path / "out")
 
     again, served = (
@@ -124,7 +125,7 @@ def test_a_quantized_model_is_not_merged_into(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", base.linears)
 
     with pytest.raises(TrainingError, match="bfloat16"):
-        merge_into(base.model, adapter, onto="16bit")
+        merge_into(base.model, load_host_adapter(adapter), onto="16bit")
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from loramux_adapters.errors import RecipeError
 from loramux_adapters.lora.verify import check_adapter
-from loramux_adapters.training.data.tokens import IGNORED, Row, TokenBatch
+from loramux_adapters.training.data.batches import IGNORED, Row, TokenBatch
 from loramux_adapters.training.model.frozen_base import base_digest
 from loramux_adapters.training.model.model import LoraModel, StepLoss
 from loramux_adapters.training.recipe import Recipe

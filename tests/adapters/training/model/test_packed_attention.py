@@ -8,7 +8,7 @@ import torch
 from loramux_adapters.errors import RecipeError
 from loramux_adapters.training.model.packed_attention import attend_reference, attention_forward
 from loramux_adapters.training.model.padded_attention import attend_padded
-from loramux_adapters.training.model.row_layout import AttentionParams, PackedRows
+from loramux_adapters.training.model.row_layout import LayerAttention, PackedRows
 
 HEADS, KV_HEADS, DIM = 6, 2, 16
 SCALING = 0.3
@@ -33,7 +33,7 @@ def test_the_fast_path_gives_the_reference_and_its_gradients(
     direction = torch.randn(qkv[0].shape).to(dtype)
     found = []
     for attend in (attend_padded, attend_reference):
-        out = attend(*qkv, PackedRows(shared, lengths), AttentionParams(SCALING, window=window))
+        out = attend(*qkv, PackedRows(shared, lengths), LayerAttention(SCALING, window=window))
         found.append([out.detach(), *torch.autograd.grad(out, qkv, direction)])
     for fast, slow in zip(*found, strict=True):
         assert fast.dtype == dtype
@@ -45,11 +45,11 @@ def test_a_row_gets_what_it_gets_alone(attend: object) -> None:
     assert callable(attend)
     lengths = (6, 11, 4)
     q, k, v = tokens(sum(lengths))
-    together = attend(q, k, v, PackedRows(0, lengths), AttentionParams(SCALING))
+    together = attend(q, k, v, PackedRows(0, lengths), LayerAttention(SCALING))
     start = 0
     for length in lengths:
         own = slice(start, start + length)
-        alone = attend(q[own], k[own], v[own], PackedRows(0, (length,)), AttentionParams(SCALING))
+        alone = attend(q[own], k[own], v[own], PackedRows(0, (length,)), LayerAttention(SCALING))
         assert torch.allclose(together[own], alone, atol=1e-6)
         start += length
 
@@ -57,16 +57,16 @@ def test_a_row_gets_what_it_gets_alone(attend: object) -> None:
 def test_a_shared_beginning_gives_what_it_gives_in_each_row() -> None:
     shared, lengths = 4, (3, 5)
     q, k, v = tokens(shared + sum(lengths))
-    together = attend_padded(q, k, v, PackedRows(shared, lengths), AttentionParams(SCALING))
+    together = attend_padded(q, k, v, PackedRows(shared, lengths), LayerAttention(SCALING))
     for start, length in ((4, 3), (7, 5)):
         row = [*range(shared), *range(start, start + length)]
-        alone = attend_reference(q[row], k[row], v[row], PackedRows(0, (len(row),)), AttentionParams(SCALING))
+        alone = attend_reference(q[row], k[row], v[row], PackedRows(0, (len(row),)), LayerAttention(SCALING))
         assert torch.allclose(together[row], alone, atol=1e-6)
 
 
 def test_no_gradient_reaches_another_row_or_a_later_token() -> None:
     q, k, v = tokens(12)
-    out = attend_padded(q, k, v, PackedRows(0, (5, 7)), AttentionParams(SCALING))
+    out = attend_padded(q, k, v, PackedRows(0, (5, 7)), LayerAttention(SCALING))
     for gradient in torch.autograd.grad(out[2].sum(), (q, k, v)):
         assert gradient[:3].abs().sum() > 0
         assert gradient[3:].abs().sum() == 0
@@ -79,7 +79,7 @@ def test_long_rows_whose_weights_are_computed_again_give_the_gradients_of_kept_o
     for kept in (0, 1000):
         monkeypatch.setattr("loramux_adapters.training.model.padded_attention._KEEP", kept)
         q, k, v = tokens(20)
-        out = attend_padded(q, k, v, PackedRows(2, (10, 8)), AttentionParams(SCALING))
+        out = attend_padded(q, k, v, PackedRows(2, (10, 8)), LayerAttention(SCALING))
         found.append(torch.autograd.grad(out.square().sum(), (q, k, v)))
     for again, held in zip(*found, strict=True):
         assert torch.equal(again, held)
@@ -103,7 +103,7 @@ def test_through_transformers_interface_soft_cap_and_window_reach_the_attention(
     assert plain.shape == (1, 6, HEADS, DIM)
     q, k, v = tokens(6)
     for options in ({"softcap": 0.5}, {"sliding_window": 2}):
-        params = AttentionParams(SCALING, float(options.get("softcap", 0)), int(options.get("sliding_window", 0)))
+        params = LayerAttention(SCALING, float(options.get("softcap", 0)), int(options.get("sliding_window", 0)))
         out = forward(**options)
         assert torch.allclose(out[0], attend_reference(q, k, v, PackedRows(0, (2, 4)), params), atol=1e-6)
         assert not torch.allclose(out, plain, atol=1e-3)

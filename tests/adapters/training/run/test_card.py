@@ -10,8 +10,8 @@ from loramux_adapters.artifact.config import BASE_ID_KEY
 from loramux_adapters.errors import TrainingError
 from loramux_adapters.training.recipe import Recipe
 from loramux_adapters.training.run.card import add_scores, make_card, read_card, versions, write_card
-from loramux_adapters.training.run.ports import Outcome, Plan
 from loramux_adapters.training.run.trace import EpochRecord, StepRecord, Trace
+from loramux_adapters.training.run.trainer import Plan, TrainingOutcome
 
 DATA = {"sha256": "d" * 64, "rows": 4837, "skipped": 2, "truncated": 3, "tokens": 90000, "learned_tokens": 9000}
 
@@ -32,7 +32,7 @@ def card(tmp_path: Path, *, held: bool = True, **recipe: Any) -> dict[str, Any]:
         left_out=0,
         passed_over=(),
     )
-    outcome = Outcome(finished=True, step=2, plan=plan, trace=trace, seconds=7.0, peak_bytes=500 << 20)
+    outcome = TrainingOutcome(finished=True, step=2, plan=plan, trace=trace, seconds=7.0, peak_bytes=500 << 20)
     return make_card(
         name="spam",
         base_name="tiny",

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from loramux_adapters.errors import CheckpointError, DataError, MemoryShort, TrainingError
-from loramux_adapters.training.data.tokens import Row
+from loramux_adapters.training.data.batches import Row
 from loramux_adapters.training.recipe import Recipe
 from loramux_adapters.training.run.trace import StepRecord
 from loramux_adapters.training.run.trainer import Trainer, step_seed

@@ -15,11 +15,12 @@ from loramux_adapters.base_info import BaseInfo
 from loramux_adapters.lora.verify import Checked, check_adapter
 from loramux_adapters.store.store import AdapterStore
 from loramux_server.api.app import create_app
-from loramux_server.api.http.deps import Keys
+from loramux_server.api.http.dependencies import Keys
 from loramux_server.errors import ConfigError
-from loramux_server.publishing.local_adapters import LocalAdapters
+from loramux_server.publishing.lora_path import LoraPathRoot
 from support.adapter_files import TINY_LINEARS, write_adapter
 from support.fakes_api import Server, make_server
+from support.publishing import unproved
 
 BASE = BaseInfo("aa" * 32, TINY_LINEARS)
 
@@ -47,7 +48,7 @@ def root(tmp_path: Path) -> Path:
 def server(tmp_path: Path, root: Path, store: AdapterStore) -> Server:
     (tmp_path / "fake").mkdir()
     fake = make_server(tmp_path / "fake")
-    deps = replace(fake.deps, store=store, local=LocalAdapters(store, root, check, limit=2**20))
+    deps = replace(fake.deps, store=store, local=LoraPathRoot(unproved(store, check), root, limit=2**20))
     fake.app = create_app(deps)
     return fake
 
@@ -190,14 +191,10 @@ async def test_without_a_root_there_is_no_such_route(tmp_path: Path) -> None:
         assert reply.status_code == 404 and reply.json()["error"]["code"] == "not_found"
 
 
-class NoAdapters:
-    def load(self, name: str, path: str) -> None:
-        raise AssertionError("nobody may get here")
-
-
 @pytest.mark.anyio
-async def test_the_calls_need_the_admin_key(tmp_path: Path) -> None:
-    server = make_server(tmp_path, keys=Keys("api", "admin"), local=NoAdapters())
+async def test_the_calls_need_the_admin_key(tmp_path: Path, root: Path, store: AdapterStore) -> None:
+    local = LoraPathRoot(unproved(store, check), root, limit=2**20)
+    server = make_server(tmp_path, keys=Keys("api", "admin"), local=local)
     async with server.client() as client:
         for key, status in ((None, 401), ("api", 403)):
             headers = {"authorization": f"Bearer {key}"} if key else {}
@@ -209,4 +206,4 @@ async def test_the_calls_need_the_admin_key(tmp_path: Path) -> None:
 
 def test_a_root_that_is_no_directory_is_a_wrong_setting(tmp_path: Path, store: AdapterStore) -> None:
     with pytest.raises(ConfigError, match="--lora-path-root"):
-        LocalAdapters(store, tmp_path / "missing", check, limit=1)
+        LoraPathRoot(unproved(store, check), tmp_path / "missing", limit=1)

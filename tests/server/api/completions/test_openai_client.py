@@ -9,7 +9,7 @@ import httpx2
 import openai
 import pytest
 
-from loramux_server.api.http.deps import Keys
+from loramux_server.api.http.dependencies import Keys
 from loramux_server.errors import ServerBusy
 from support.fakes_api import BASE_NAME, Server, make_server
 

@@ -171,7 +171,7 @@ def test_a_wrong_stop_is_refused(value: object) -> None:
     [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]]), (" ", [" "])],
 )
 def test_a_prompt_has_four_forms(value: object, expected: object) -> None:
-    assert completion(prompt=value).prompts == expected
+    assert completion(prompt=value).prompt == expected
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_a_prompt_that_is_empty_or_of_no_such_form_is_refused(value: object) -> 
 
 
 def test_the_number_of_prompts_is_bounded() -> None:
-    assert len(completion(prompt=["a"] * 64).prompts) == 64
+    assert len(completion(prompt=["a"] * 64).prompt) == 64
     with pytest.raises(RequestError, match="at most 64"):
         completion(prompt=["a"] * 65)
 

@@ -7,8 +7,8 @@ import pytest
 from fastapi.routing import APIRoute
 from starlette.requests import Request
 
-from loramux_server.api.http.auth import Access, Gate, access
-from loramux_server.api.http.deps import Keys
+from loramux_server.api.http.auth import Access, Authorizer, access
+from loramux_server.api.http.dependencies import Keys
 from loramux_server.api.http.errors import NotAllowed, NotAuthenticated
 from support.fakes_api import make_server
 from support.raw_call import RawCall
@@ -34,7 +34,7 @@ async def public() -> None:
 async def outcome(keys: Keys, target: Any, *headers: tuple[bytes, bytes]) -> str:
     request = Request({"type": "http", "endpoint": target, "headers": list(headers), "path": "/health"})
     try:
-        await Gate(keys).authorize(request)
+        await Authorizer(keys).authorize(request)
     except NotAuthenticated:
         return "401"
     except NotAllowed:

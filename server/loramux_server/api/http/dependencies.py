@@ -1,0 +1,237 @@
+"""What the routes are built from: the parts of the server, the base as clients see it, keys and limits.
+
+The serving command passes in the real parts. A part is a protocol here only where tests put another one in its place,
+and each protocol says why they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from loramux_server.metrics.metrics import Metrics
+
+if TYPE_CHECKING:
+    from loramux_adapters.lora.verify import Checked
+    from loramux_adapters.store.store import AdapterRecord, Lease, Published, Staging
+    from loramux_server.engine.sequence import Sequence as EngineSequence
+    from loramux_server.engine.sequence import TokenOutput
+    from loramux_server.fingerprint.replay import ReplayOutcome
+    from loramux_server.publishing.lora_path import LoraPathRoot
+    from loramux_server.publishing.pins import Pins
+
+Message = dict[str, str]  # {"role": ..., "content": ...}
+
+
+class EngineLike(Protocol):
+    """The engine as the event loop sees it; the server's is `EngineClient`.
+
+    Tests replace it: theirs needs no model, and stalls, fails or crashes at the token they choose.
+    """
+
+    def generate(self, sequence: EngineSequence) -> AsyncGenerator[TokenOutput, None]:
+        """Outputs of one sequence; the last has a finish reason. Closing the iterator aborts the sequence.
+
+        Raises, when first advanced: ServerBusy, ServerDraining, EngineDead, RequestError.
+        """
+        ...
+
+    def abort(self, sequence_id: str) -> None:
+        """Take a sequence out within one step; nothing happens if it is unknown or over. Never blocks."""
+        ...
+
+    def residency(self, version: str) -> str:
+        """The fastest memory that holds this version: "device", "host" or "disk"."""
+        ...
+
+    @property
+    def alive(self) -> bool: ...
+
+    @property
+    def ready(self) -> bool: ...
+
+
+class StoreLike(Protocol):
+    """The adapter store; the server's is `AdapterStore`. Any thread may call any method, and may wait for the disk.
+
+    Tests replace it: theirs takes any bytes for an adapter, fails on demand, and counts the leases that are open.
+
+    Raises: AdapterNotFound, InvalidAdapterName, AdapterCorrupt, BaseMismatch, RollbackImpossible, StoreUnavailable.
+    """
+
+    def acquire(self, name: str, version_prefix: str | None = None) -> Lease: ...
+
+    def records(self) -> Sequence[AdapterRecord]: ...
+
+    def record(self, name: str) -> AdapterRecord: ...
+
+    def delete(self, name: str) -> None: ...
+
+    def rollback(self, name: str, version_prefix: str | None = None) -> Published: ...
+
+    def directory(self, version: str) -> Path:
+        """Where a version's files are, for reading while it is leased."""
+        ...
+
+    def stage(self) -> AbstractContextManager[Staging]: ...
+
+
+class AdapterCheck(Protocol):
+    """Checks the files of an upload against the base, in a worker thread; `force` accepts another base id.
+
+    Tests replace it: theirs needs no base and no valid adapter, and takes as long as they want.
+
+    Raises: AdapterRejected, BaseMismatch.
+    """
+
+    def __call__(self, directory: Path, *, force: bool) -> Checked: ...
+
+
+class AdapterProof(Protocol):
+    """Tries a checked upload out on the engine, and says how its fingerprint replays; the server's is `Prover.prove`.
+
+    Tests replace it: the real one needs an engine with a model.
+
+    Raises: AdapterRejected (no effect, or a fingerprint that does not replay), ServerBusy, EngineDead, SequenceFailed.
+    """
+
+    async def __call__(
+        self, directory: Path, checked: Checked, *, force: bool, allow_no_effect: bool
+    ) -> ReplayOutcome: ...
+
+
+class AdapterPublish(Protocol):
+    """Makes an upload the current version of a name, in a worker thread; the server's is `Publisher.publish`.
+
+    Tests replace it: theirs publishes to the store that they put in place of the real one.
+
+    Raises: InvalidAdapterName, AdapterRejected, StoreUnavailable.
+    """
+
+    def __call__(self, name: str, staging: Staging, checked: Checked, proof: ReplayOutcome) -> Published: ...
+
+
+class TokenizerLike(Protocol):
+    """The base's tokenizer; the server's is `BaseTokenizer`. Any number of threads may call its methods at once.
+
+    Tests replace it: with one token for each byte they can tell every count and every offset of a reply.
+    """
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids in [0, vocab_size) have an embedding."""
+        ...
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that never show in a reply's text."""
+        ...
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end a reply."""
+        ...
+
+    @property
+    def longest_token(self) -> int:
+        """Most characters that one token can stand for."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """A prompt's ids, with the special tokens that the base expects around it."""
+        ...
+
+    def encode_chat(self, messages: list[Message]) -> list[int]:
+        """The base's own chat template over the messages, ready for the assistant's turn.
+
+        Raises RequestError if the base has no template, or its template refuses these messages.
+        """
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of these ids, without clean-up of spaces."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that this id stands for; part of a character for some."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ServedBase:
+    """The base model, as clients see it.
+
+    Attributes:
+        name: the served model name.
+        base_id: digest of the base, hex.
+        context: longest prompt and reply together, in tokens.
+        created: unix seconds, shown in the model list.
+    """
+
+    name: str
+    base_id: str
+    context: int
+    created: int
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Who may call. Without `api_key` generation is open; without any key, adapter management is open too. See `auth`.
+
+    Attributes:
+        api_key: for everything but adapter management, and for that too if there is no `admin_key`.
+        admin_key: for everything.
+        check_host: where a route is open, take only requests whose Host is this machine (against DNS rebinding).
+    """
+
+    api_key: str | None = field(default=None, repr=False)
+    admin_key: str | None = field(default=None, repr=False)
+    check_host: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds on what one client can make the server hold or do. Bytes and seconds.
+
+    Attributes:
+        body_bytes: a JSON body.
+        upload_bytes: the files of an adapter, before and after they are unpacked.
+        header_bytes: all header names and values of a request.
+        stall_seconds: longest that a body may take for its next 64 KiB.
+        uploads: uploads at the same time; others wait up to `upload_wait_seconds` for a place.
+        request_seconds: longest from arrival to the last token; None is no limit.
+    """
+
+    body_bytes: int = 2 * 2**20
+    upload_bytes: int = 1024 * 2**20
+    header_bytes: int = 32 * 2**10
+    stall_seconds: float = 30.0
+    uploads: int = 4
+    upload_wait_seconds: float = 10.0
+    request_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Dependencies:
+    """Given to every group of routes.
+
+    Attributes:
+        check, prove, publish: the three stations of an upload, in this order.
+        local: loads adapters from this machine's disk for vLLM's calls; without it those routes do not exist.
+    """
+
+    engine: EngineLike
+    store: StoreLike
+    pins: Pins
+    tokenizer: TokenizerLike
+    check: AdapterCheck
+    prove: AdapterProof
+    publish: AdapterPublish
+    metrics: Metrics
+    base: ServedBase
+    keys: Keys = field(default_factory=Keys)
+    limits: Limits = field(default_factory=Limits)
+    local: LoraPathRoot | None = None

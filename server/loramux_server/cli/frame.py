@@ -1,0 +1,153 @@
+"""What every command has in common: help for people and for pipes, errors as one line, exit codes.
+
+Exit codes: 0 done, 1 it could not be done (the reason is on stderr), 2 the command line or the configuration is wrong,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer.core import MarkupMode, TyperCommand, TyperGroup, TyperOption
+from typer.exceptions import TyperException
+from typer.main import get_command
+
+from loramux_adapters.errors import AdapterError
+from loramux_server.errors import ConfigError, LoramuxError
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+PLAIN_COLUMNS = 100  # of help that goes to a pipe
+
+
+def run(app: typer.Typer, name: str, argv: Sequence[str] | None, environ: Mapping[str, str] | None) -> int:
+    """Runs a command and returns its exit code. Arguments default to the process's own."""
+    try:
+        code = call(app, name, sys.argv[1:] if argv is None else argv, os.environ if environ is None else environ)
+        sys.stdout.flush()  # here, where a reader that has gone is dealt with
+        return code
+    except TyperException as error:
+        context = getattr(error, "ctx", None)
+        print(f"{context.command_path if context else name}: error: {_in_words(error)}", file=sys.stderr)
+        return 2
+    except ConfigError as error:
+        return _fail(error, 2)
+    except (LoramuxError, AdapterError) as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output, a pager say, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def call(app: typer.Typer, name: str, argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Runs a command and returns its exit code; what goes wrong is raised. Commands find `environ` as `ctx.obj`."""
+    try:
+        with get_command(app).make_context(name, list(argv), obj=MappingProxyType(environ)) as context:
+            return int(context.command.invoke(context) or 0)
+    except typer.Exit as done:
+        return done.exit_code
+
+
+def configure_logging(level: str) -> None:
+    """Our own messages from this level on, other libraries' from warnings on, all to stderr."""
+    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, stream=sys.stderr, force=True)
+    for name in ("loramux_server", "loramux_adapters"):
+        logging.getLogger(name).setLevel(level.upper())
+    logging.getLogger("uvicorn").setLevel("DEBUG" if level == "debug" else "WARNING")
+    # at import it warns that a package is missing which would fetch native code from a hub; that is how it should be
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel("ERROR")  # it warns that it cannot fetch native code from a hub: good
+    logging.captureWarnings(True)
+
+
+def _in_words(error: TyperException) -> str:
+    """What is wrong with a command line, with the closest flag if an unknown one was given."""
+    close = getattr(error, "possibilities", None)
+    return f"{error.message}; did you mean {close[0]}?" if close else error.format_message()
+
+
+def _fail(message: object, code: int) -> int:
+    print(f"loramux: {message}", file=sys.stderr)
+    return code
+
+
+class _Help(TyperCommand if TYPE_CHECKING else object):  # type: ignore[misc]
+    """Help in colours and frames on a terminal, in plain lines elsewhere; by topic in both."""
+
+    rich_markup_mode: MarkupMode
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)
+        for param in params:
+            if isinstance(param, TyperOption) and param.is_flag:
+                param.metavar = ""  # instead of <bool>
+        return params
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        self.rich_markup_mode = "markdown" if sys.stdout.isatty() else None
+        super().format_help(ctx, formatter)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        topics: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                standard = "Arguments" if param.param_type_name == "argument" else "Options"
+                topics.setdefault(getattr(param, "rich_help_panel", None) or standard, []).append(record)
+        for topic, records in topics.items():
+            with formatter.section(topic):
+                formatter.write_dl(records)
+        if isinstance(self, TyperGroup):
+            self.format_commands(ctx, formatter)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Paragraphs are filled; indented ones, which are examples, stay as they are."""
+        for paragraph in (self.epilog or "").split("\n\n"):
+            formatter.write_paragraph()
+            if paragraph.startswith("    "):
+                formatter.write(paragraph + "\n")
+            else:
+                formatter.write_text(paragraph)
+
+
+class Command(_Help, TyperCommand):
+    """One command."""
+
+
+class Commands(_Help, TyperGroup):
+    """Commands, some of which are imported only when they are called (see `later`)."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        if isinstance(command, _Later) and command.callback is not None:
+            command = command.callback()
+        return name, command, rest
+
+
+class _Later(Command):
+    """Stands for a command that is not imported yet; its callback gives the command itself."""
+
+
+def new_app(help: str = "", **options: Any) -> typer.Typer:
+    """A place for commands, with this help of its own if it holds several."""
+    context_settings = {"max_content_width": PLAIN_COLUMNS}
+    return typer.Typer(
+        cls=Commands, help=help or None, add_completion=False, context_settings=context_settings, **options
+    )
+
+
+def later(app: typer.Typer, name: str, help: str, module: str, holds: str = "app") -> None:
+    """Adds a command that is listed with this help; the module that holds it is imported when it is called."""
+
+    def stub() -> Any:
+        return get_command(getattr(import_module(module), holds))
+
+    app.command(name, cls=_Later, help=help)(stub)

@@ -1,0 +1,84 @@
+"""A command's settings as its options: made from the fields of its `Settings`, so that none is written twice."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loramux_server.cli.frame import Command, new_app
+from loramux_server.config.load import CONFIG_VARIABLE, load
+from loramux_server.config.settings import Setting, Settings, settings_of
+
+METAVARS = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
+RULE = (
+    "Every setting is a flag (--cache-dir), an environment variable (LORAMUX_CACHE_DIR) and a key (cache_dir) of the "
+    "[{table}] table of the config file; the first of these that has a value wins."
+)
+
+
+def settings_app(
+    cls: type[Settings], run: Callable[..., int], *, usage: str = "[OPTIONS]", epilog: str = ""
+) -> typer.Typer:
+    """One command, `run(config, ctx, **others)`, that takes every setting of a class as an option.
+
+    Its docstring is the help; its own parameters become arguments and options beside the settings.
+    """
+    settings = {setting.name: setting for setting in settings_of(cls).values() if not setting.secret}
+    others = list(inspect.signature(run, eval_str=True).parameters.values())[2:]
+
+    def act(ctx: typer.Context, config: str | None, **options: Any) -> int:
+        own = {other.name: options[other.name] for other in others}
+        given = {name: options[name] for name in settings if options[name] is not None}
+        given |= {name: False for name in settings if options.get(f"no_{name}")}
+        return run(load(cls, given, ctx.obj, config), ctx, **own)
+
+    parameters = [
+        inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
+        *(other.replace(kind=inspect.Parameter.KEYWORD_ONLY) for other in others),
+        _option(
+            "config", str, "--config", metavar="FILE", help=f"TOML file with a [{cls.table}] table ({CONFIG_VARIABLE})"
+        ),
+        *(option for setting in settings.values() for option in _options(setting)),
+    ]
+    act.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    app = new_app()
+    rule = RULE.format(table=cls.table)
+    app.command(cls=Command, help=inspect.getdoc(run), epilog=f"{epilog}\n\n{rule}".strip(), options_metavar=usage)(act)
+    return app
+
+
+def once(flag: str, help: str) -> Any:
+    """A switch that stands on the command line only, since it holds for this one time."""
+    return typer.Option(flag, help=help, rich_help_panel="For this time only")
+
+
+def _options(setting: Setting) -> Iterator[inspect.Parameter]:
+    """A setting's option. What is given is text, which the settings read; a switch has a second, hidden one."""
+    shown = {"help": _help(setting), "rich_help_panel": setting.group}
+    if setting.kind is bool:
+        yield _option(setting.name, bool, setting.flag, **shown)
+        yield _option(f"no_{setting.name}", bool, f"--no-{setting.flag[2:]}", hidden=True)
+    else:
+        yield _option(
+            setting.name, str, setting.flag, metavar="|".join(setting.choices) or METAVARS[setting.kind], **shown
+        )
+
+
+def _option(name: str, kind: Any, flag: str, **shown: Any) -> inspect.Parameter:
+    annotation = Annotated[kind | None, typer.Option(flag, **shown)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _help(setting: Setting) -> str:
+    """The field's line, and its default."""
+    if setting.kind is bool:
+        default = f"default: {'yes' if setting.default else 'no'}; --no-{setting.flag[2:]} turns it off"
+    elif setting.default is None:
+        default = {"none": "", "needed": "needed"}.get(setting.unset, f"default: {setting.unset}")
+    else:
+        default = f"default: {setting.default:g}" if setting.kind is float else f"default: {setting.default}"
+    return f"{setting.help} ({default})" if default else setting.help

@@ -1,0 +1,207 @@
+"""The life of the serving process, from the port to the last byte of the last reply.
+
+The event loop runs in the main thread from the first second. The base is loaded in a thread beside it; what
+`serving.build` returns is then started, put behind the port, and on SIGTERM or SIGINT drained and stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shlex
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn, Protocol
+
+import uvicorn
+
+from loramux_server.config.environment import bound_spinning
+from loramux_server.config.serve import ServeConfig
+from loramux_server.serving.startup import ASGIApp, Stages, StartupApp, in_daemon_thread, take_port, url_of
+
+_SWITCH_SECONDS = 0.0005  # of the interpreter lock: the engine wants it some times a step, for microseconds each
+FLUSH_SECONDS = 5  # for the last bytes of replies, once the engine has drained
+KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections, so that they close first
+MAX_HEADER_BYTES = 64 * 1024
+MODELS_SHOWN = 6
+
+
+class Built(Protocol):
+    """What `loramux_server.serving.build.build(config, stages)` returns. Its methods are called on the event loop.
+
+    Attributes:
+        app: the whole HTTP API.
+        models: names a client can ask for: the base first, then the adapters.
+        summary: lines to print at start, such as the memory table and the kernel path.
+    """
+
+    @property
+    def app(self) -> ASGIApp: ...
+
+    @property
+    def models(self) -> Sequence[str]: ...
+
+    @property
+    def summary(self) -> Sequence[str]: ...
+
+    async def start(self) -> None:
+        """Starts the engine and returns when it is warm: after this, /ready is 200."""
+
+    async def drain(self, timeout: float) -> None:
+        """Makes /ready 503, refuses new work, and returns when running replies are done or, after `timeout` s, cut."""
+
+    async def stop(self) -> None:
+        """Ends threads and closes the store. Called once, when no connection is left, also after a failed start."""
+
+
+def serve(config: ServeConfig) -> int:
+    """Serves until a signal; returns the exit code.
+
+    Raises:
+        CommandFailed: the port cannot be had (found before anything is loaded).
+        LoramuxError, AdapterError: the base or the store cannot be used.
+    """
+    bound_spinning()
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    with take_port(config.host, config.port) as listener:
+        return asyncio.run(_serve(config, listener))
+
+
+async def _serve(config: ServeConfig, listener: socket.socket) -> int:
+    began = time.monotonic()
+    url = url_of(listener)
+    startup_app = StartupApp()
+    server = _Server(_uvicorn_config(config, startup_app))
+    stop = _stop_on_signals()
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    built: Built | None = None
+    try:
+        _show(f"loramux loads {config.base}; {url}/health answers already")
+        stages = Stages(_write)
+        built = await _load(config, stages, stop)
+        await _start(built, stop)
+        startup_app.hand_over_to(built.app)
+        for line in [*built.summary, *_ready(url, built.models, config, time.monotonic() - began)]:
+            _show(line)
+        await _first_of(serving, stop)
+        _show(
+            f"draining: running replies have {config.shutdown_timeout:g} s, new ones are refused; again to stop at once"
+        )
+        await built.drain(config.shutdown_timeout)
+    except BaseException:
+        server.force_exit = True
+        raise
+    finally:
+        server.should_exit = True
+        await serving
+        if built is not None:
+            await built.stop()
+    _show("stopped")
+    return 0
+
+
+async def _load(config: ServeConfig, stages: Stages, stop: asyncio.Event) -> Built:
+    """Builds everything in a thread; a signal meanwhile ends the process, since there is nothing yet to finish."""
+    loading = asyncio.ensure_future(asyncio.wrap_future(in_daemon_thread(lambda: _build(config, stages))))
+    await _first_of(loading, stop)
+    if not loading.done():
+        _leave("stopped while loading", 0)
+    return loading.result()
+
+
+async def _start(built: Built, stop: asyncio.Event) -> None:
+    """A signal meanwhile ends the process: nobody has been served yet, and the store takes a kill at any moment."""
+    starting = asyncio.ensure_future(built.start())
+    await _first_of(starting, stop)
+    if not starting.done():
+        _leave("stopped while starting", 0)
+    starting.result()
+
+
+async def _first_of(work: asyncio.Future[Any], stop: asyncio.Event) -> None:
+    """Returns when the work is done or the event is set, whichever comes first; the work goes on."""
+    stopping = asyncio.ensure_future(stop.wait())
+    await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+
+
+def _build(config: ServeConfig, stages: Stages) -> Built:
+    with stages.stage("import libraries"):
+        from loramux_server.serving.build import build
+    return build(config, stages)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: a signal must drain the engine while the port still answers."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _uvicorn_config(config: ServeConfig, app: ASGIApp) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=config.log_level == "debug",
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=FLUSH_SECONDS,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+    )
+
+
+def _stop_on_signals() -> asyncio.Event:
+    """An event that the first SIGTERM or SIGINT sets; the second ends the process."""
+    stop = asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            _leave("stopped at once", 1)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    return stop
+
+
+def _ready(url: str, models: Sequence[str], config: ServeConfig, seconds: float) -> list[str]:
+    """The last lines of a start: where the server is, what it serves, and a command to paste."""
+    shown = ", ".join(models[:MODELS_SHOWN]) + (
+        f" and {len(models) - MODELS_SHOWN} more" if len(models) > MODELS_SHOWN else ""
+    )
+    body = {
+        "model": models[min(1, len(models) - 1)],
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    }
+    key = ' -H "authorization: Bearer $LORAMUX_API_KEY"' if config.api_key else ""
+    return [
+        "",
+        f"loramux is ready on {url} after {seconds:.1f} s (Ctrl-C stops it)",
+        f"models: {shown}",
+        f"curl {url}/v1/chat/completions -H 'content-type: application/json'{key} -d {shlex.quote(json.dumps(body))}",
+    ]
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    """Ends the process here and now, whatever its other threads do."""
+    _show(message)
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _show(line: str) -> None:
+    print(line, flush=True)

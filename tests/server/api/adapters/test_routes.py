@@ -1,0 +1,290 @@
+from __future__ import annotations
+
+import asyncio
+import io
+import tarfile
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from loramux_adapters.errors import AdapterRejected, BaseMismatch, StoreUnavailable
+from loramux_adapters.lora.verify import Checked
+from loramux_server.api.app import create_app
+from loramux_server.api.http.dependencies import Dependencies
+from loramux_server.errors import ServerBusy
+from support.fakes_api import BASE_NAME, VERSION, FakeCheck, FakeProve, Server, make_server
+from support.raw_call import RawCall
+
+FILES = {"config": b"{}", "weights": b"w" * 1000}
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Server:
+    return make_server(tmp_path)
+
+
+async def put(server: Server, name: str = "new", query: str = "", **files: bytes) -> httpx.Response:
+    async with server.client() as client:
+        return await client.put(f"/v1/adapters/{name}{query}", files=FILES | files)
+
+
+@pytest.mark.anyio
+async def test_an_upload_is_201_then_200_for_the_same_bytes_and_for_a_new_version(server: Server) -> None:
+    replies = [await put(server), await put(server), await put(server, weights=b"other")]
+    assert [reply.status_code for reply in replies] == [201, 200, 200]
+    assert [reply.json()["outcome"] for reply in replies] == ["created", "unchanged", "updated"]
+    assert replies[0].json()["version"] != replies[2].json()["version"] == server.store.known["new"].version
+
+
+@pytest.mark.anyio
+async def test_an_adapter_is_shown_with_everything_there_is_to_know(server: Server) -> None:
+    async with server.client() as client:
+        listed = (await client.get("/v1/adapters")).json()
+        shown = (await client.get("/v1/adapters/pirate")).json()
+    assert listed == {"object": "list", "data": [shown]}
+    assert shown == {
+        "id": "pirate",
+        "object": "adapter",
+        "name": "pirate",
+        "version": VERSION,
+        "rank": 8,
+        "target_modules": ["q_proj"],
+        "bytes": 1000,
+        "tier": "device",
+        "pinned": False,
+        "corrupt": False,
+        "base": BASE_NAME,
+        "base_verified": True,
+        "fingerprint": "none",
+        "requests": 0,
+        "created": 1_700_000_000,
+        "updated": 1_700_000_000,
+        "versions": [
+            {
+                "version": VERSION,
+                "created": 1_700_000_000,
+                "bytes": 1000,
+                "rank": 8,
+                "verified": True,
+                "fingerprint": "none",
+                "corrupt": False,
+                "current": True,
+                "tier": "device",
+            }
+        ],
+    }
+
+
+@pytest.mark.anyio
+async def test_a_mere_check_stores_nothing(server: Server) -> None:
+    reply = await put(server, query="?validate_only=true")
+    assert reply.status_code == 200
+    assert reply.json() == {
+        "object": "adapter.validation",
+        "name": "new",
+        "valid": True,
+        "rank": 4,
+        "target_modules": ["q_proj", "v_proj"],
+        "base_verified": False,
+        "fingerprint": "none",
+    }
+    assert "new" not in server.store.known
+    assert server.check.seen == [["adapter_config.json", "adapter_model.safetensors"]]
+
+
+@pytest.mark.anyio
+async def test_force_reaches_the_check(server: Server) -> None:
+    await put(server, query="?force=true&validate_only=0")
+    await put(server, query="?force=false")
+    assert server.check.forced == [True, False]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("query", ["?force=yes", "?force=", "?validate_only=True", "?dry_run=true", "?force=true&x=1"])
+async def test_a_wrong_query_is_400(server: Server, query: str) -> None:
+    assert (await put(server, query=query)).status_code == 400
+    assert "new" not in server.store.known
+
+
+@pytest.mark.anyio
+async def test_a_refused_adapter_is_422_with_every_reason(server: Server) -> None:
+    server.check.failure = AdapterRejected(["use_dora is not served", "lora_A of q_proj is not finite"])
+    reply = await put(server)
+    assert reply.status_code == 422
+    error = reply.json()["error"]
+    assert error["reasons"] == ["use_dora is not served", "lora_A of q_proj is not finite"]
+    assert error["code"] == "adapter_rejected"
+    assert list(server.store.root.iterdir()) == []
+
+
+@pytest.mark.anyio
+async def test_an_adapter_of_another_base_is_409_with_both_ids(server: Server) -> None:
+    server.check.failure = BaseMismatch("a" * 64, "b" * 64)
+    reply = await put(server)
+    assert reply.status_code == 409
+    assert (reply.json()["error"]["adapter_base_id"], reply.json()["error"]["served_base_id"]) == ("a" * 64, "b" * 64)
+
+
+@pytest.mark.anyio
+async def test_a_store_that_cannot_write_is_503(server: Server) -> None:
+    server.store.failure = StoreUnavailable("/srv/adapters: disk full")
+    reply = await put(server)
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "10")
+    assert "/srv" not in reply.text
+
+
+ILLEGAL = [
+    ".hidden", "-x", "_x", "a b", "x" * 64, "a:b", "a@b", "caf%C3%A9", "%00", "a%00", "a%0d%0aX-Evil:1", "%2e%2e",
+    "a%5cb", "%EF%BC%8E%EF%BC%8E", "a%3f", "%F0%9F%98%80", BASE_NAME,
+]  # fmt: skip
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("name", ILLEGAL)
+@pytest.mark.parametrize("method", ["PUT", "GET", "DELETE"])
+async def test_an_illegal_name_is_400(server: Server, name: str, method: str) -> None:
+    async with server.client() as client:
+        reply = await client.request(method, f"http://localhost/v1/adapters/{name}")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_adapter_name")
+    assert "x-evil" not in reply.headers
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("name", ["..%2fx", "%2fetc%2fpasswd", "a%2fb", ""])
+async def test_a_name_with_a_slash_is_no_adapter_path_at_all(server: Server, name: str) -> None:
+    async with server.client() as client:
+        reply = await client.put(f"http://localhost/v1/adapters/{name}", files=FILES)
+    assert reply.status_code in (404, 405)
+
+
+@pytest.mark.anyio
+async def test_an_unknown_adapter_is_404(server: Server) -> None:
+    async with server.client() as client:
+        for method, path in (("GET", "nobody"), ("DELETE", "nobody"), ("GET", "nobody/archive")):
+            reply = await client.request(method, f"/v1/adapters/{path}")
+            assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
+
+
+@pytest.mark.anyio
+async def test_a_deleted_adapter_is_gone_and_its_metrics_label_is_free(tmp_path: Path) -> None:
+    server = make_server(tmp_path)
+    async with server.client() as client:
+        reply = await client.delete("/v1/adapters/pirate")
+        assert (reply.status_code, reply.json()) == (200, {"id": "pirate", "object": "adapter", "deleted": True})
+        assert (await client.get("/v1/adapters/pirate")).status_code == 404
+    assert (await server.post("/v1/completions", {"model": "pirate", "prompt": "x"})).status_code == 404
+
+
+@pytest.mark.anyio
+async def test_an_adapter_can_be_fetched_as_an_archive_and_uploaded_again(server: Server) -> None:
+    stored = server.store.directory(VERSION)
+    stored.mkdir()
+    files = {"adapter_config.json": b'{"r": 8}', "adapter_model.safetensors": bytes(range(256)) * 3000}
+    for name, content in files.items():
+        (stored / name).write_bytes(content)
+    async with server.client() as client:
+        reply = await client.get("/v1/adapters/pirate/archive")
+        assert (reply.status_code, reply.headers["content-type"]) == (200, "application/gzip")
+        with tarfile.open(fileobj=io.BytesIO(reply.content), mode="r:gz") as archive:
+            assert {m.name: archive.extractfile(m).read() for m in archive} == {  # type: ignore[union-attr]
+                f"pirate/{name}": content for name, content in files.items()
+            }
+        assert (await client.put("/v1/adapters/copy", files={"archive": reply.content})).status_code == 201
+    assert server.store.files["copy"] == files
+    assert server.store.leased == 0
+
+
+class SlowCheck(FakeCheck):
+    """Waits until the test lets it go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered = threading.Event()
+        self.proceed = threading.Event()
+
+    def __call__(self, directory: Path, *, force: bool) -> Checked:
+        self.entered.set()
+        assert self.proceed.wait(5)
+        return super().__call__(directory, force=force)
+
+
+def with_check(server: Server, check: FakeCheck, **limits: Any) -> Server:
+    deps: Dependencies = replace(server.deps, check=check, limits=replace(server.deps.limits, **limits))
+    server.deps, server.check, server.app = deps, check, create_app(deps)
+    return server
+
+
+@pytest.mark.anyio
+async def test_uploads_at_the_same_time_are_bounded(server: Server) -> None:
+    check = SlowCheck()
+    with_check(server, check, uploads=1, upload_wait_seconds=0.05)
+    first = asyncio.create_task(put(server, "one"))
+    await asyncio.to_thread(check.entered.wait, 5)
+    refused = await put(server, "two")
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    check.proceed.set()
+    assert (await first).status_code == 201
+    assert (await put(server, "two")).status_code == 201
+
+
+@pytest.mark.anyio
+async def test_generation_goes_on_while_an_upload_is_checked(server: Server) -> None:
+    check = SlowCheck()
+    with_check(server, check)
+    upload = asyncio.create_task(put(server))
+    await asyncio.to_thread(check.entered.wait, 5)
+    assert (await server.post("/v1/completions", {"model": "pirate", "prompt": "x"})).status_code == 200
+    check.proceed.set()
+    assert (await upload).status_code == 201
+
+
+@pytest.mark.anyio
+async def test_a_client_that_leaves_during_the_check_publishes_nothing(server: Server) -> None:
+    check = SlowCheck()
+    with_check(server, check)
+    request = httpx.Request("PUT", "http://localhost", files=FILES)
+    headers = [(b"content-type", request.headers["content-type"].encode())]
+    call = RawCall(server.app, "PUT", "/v1/adapters/new", request.read(), headers=headers)
+    await asyncio.to_thread(check.entered.wait, 5)
+    leaving = asyncio.create_task(call.disconnect())
+    await asyncio.sleep(0.01)
+    check.proceed.set()
+    await leaving
+    assert "new" not in server.store.known
+    assert list(server.store.root.iterdir()) == []
+
+
+@pytest.mark.anyio
+async def test_an_upload_is_tried_out_and_the_outcome_is_stored_and_shown(server: Server) -> None:
+    prove = server.deps.prove
+    assert isinstance(prove, FakeProve)
+    prove.outcome = "within_tolerance"
+    async with server.client() as client:
+        reply = await client.put("/v1/adapters/new?validate_only=true", files=FILES)
+        assert reply.json()["fingerprint"] == "within_tolerance" and "new" not in server.store.known
+        reply = await client.put("/v1/adapters/new?allow_no_effect=true", files=FILES)
+        assert reply.status_code == 201
+        shown = (await client.get("/v1/adapters/new")).json()
+    assert shown["fingerprint"] == shown["versions"][0]["fingerprint"] == "within_tolerance"
+    assert prove.seen == [{"force": False, "allow_no_effect": False}, {"force": False, "allow_no_effect": True}]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("failure", "status", "code"),
+    [(AdapterRejected(["it has no effect"]), 422, "adapter_rejected"), (ServerBusy("no time"), 503, "server_busy")],
+)
+async def test_an_upload_that_fails_its_proof_is_not_stored(
+    server: Server, failure: Exception, status: int, code: str
+) -> None:
+    prove = server.deps.prove
+    assert isinstance(prove, FakeProve)
+    prove.failure = failure
+    async with server.client() as client:
+        reply = await client.put("/v1/adapters/new", files=FILES)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
+    assert "new" not in server.store.known

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from starlette.requests import ClientDisconnect
+
+from loramux_server.api.http.streaming import until_gone
+
+
+@pytest.mark.anyio
+async def test_work_that_is_done_first_gives_its_result() -> None:
+    async def receive() -> dict[str, Any]:
+        await asyncio.Event().wait()
+        return {}
+
+    async def work() -> int:
+        return 5
+
+    assert await until_gone(receive, work()) == 5
+
+
+@pytest.mark.anyio
+async def test_work_is_cancelled_when_the_client_leaves() -> None:
+    messages = [{"type": "http.request"}, {"type": "http.disconnect"}]
+    cancelled = False
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop(0)
+
+    async def work() -> None:
+        nonlocal cancelled
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled = True
+            raise
+
+    with pytest.raises(ClientDisconnect):
+        await until_gone(receive, work())
+    assert cancelled
