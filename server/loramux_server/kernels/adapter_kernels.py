@@ -21,8 +21,6 @@ from loramux_server.kernels.abi import FilePair, Isa, LoraArena, LoraEntries, Sl
 from loramux_server.kernels.native import NativeLibrary
 
 _KINDS = {"F32": 0, "F16": 1, "BF16": 2}  # as csrc/adapter_copy.cpp numbers them
-
-
 _SLOT_WEIGHTS, _FILE_PAIR = np.dtype(SlotWeights), np.dtype(FilePair)  # arrays of them are made at once
 
 

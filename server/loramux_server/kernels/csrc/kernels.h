@@ -81,7 +81,7 @@ struct DecoderStep {
     uint16_t* const* k_cache;   // by layer
     uint16_t* const* v_cache;
     const LoraEntries* lora;       // adapters of the rows, or null
-    const LoraEntries* head_lora;  // adapters of the sampled rows, or null
+    const LoraEntries* head_lora;  // of the sampled rows, or null
     uint16_t* scratch;          // loramux_decoder_scratch(rows) numbers
     uint16_t* logits;           // [samples, vocabulary]
     int64_t rows, samples, table_width, threads;

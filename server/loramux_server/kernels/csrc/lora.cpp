@@ -53,8 +53,8 @@ struct Batch : LoraArena, LoraEntries {
             const Entry* begin = scratch.entries.data();
             const Entry* end = begin + scratch.entries.size();
             for (const Entry* e = begin; e < end; ++e)
-                row_portable(y + t * outputs, x + t * inputs, e->a, e->bt, inputs, outputs, e->rank, e->scale, e == begin, e + 1 == end,
-                             scratch.sums.data());
+                row_portable(y + t * outputs, x + t * inputs, e->a, e->bt, inputs, outputs, e->rank, e->scale,
+                             e == begin, e + 1 == end, scratch.sums.data());
         }
     }
 
