@@ -50,7 +50,7 @@ class DeviceSide:
         num_blocks: int,
         max_num_seqs: int,
     ) -> DeviceSide:
-        """Takes the memory, chooses the kernels and runs the checks. The model is the runner's own from now on.
+        """Takes the memory and runs the checks. The model is the runner's own from now on.
 
         Args:
             shape: of the base's keys and values, from `probe_kv_shape`.
