@@ -23,11 +23,12 @@ from loramux_adapters.memory import mapping
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PIECE_BYTES = 4 * 2**20
 
+
 Modules = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 class PlacedPair(NamedTuple):
-    """Where a module's numbers lie among bytes: A [rank, inputs] and B [outputs, rank], each of its dtype."""
+    """Where a module's numbers lie among some bytes: A [rank, inputs] and B [outputs, rank], each of its dtype."""
 
     a_offset: int
     a_dtype: str
@@ -39,7 +40,7 @@ class PlacedPair(NamedTuple):
 
 
 # (to [numbers] bf16, content [bytes] uint8, pairs, scales) -> which pairs are finite. Writes the pairs one behind the
-# other: A, then (B * scale)^T [rank, outputs]; products with the scale in fp32, rounded once, as `fold` does.
+# other, each as `fold` gives it.
 ConvertPairs = Callable[[torch.Tensor, npt.NDArray[np.uint8], Sequence[PlacedPair], Sequence[float]], list[bool]]
 
 
@@ -64,14 +65,15 @@ def read_adapter(
 
     The weights are read once, a piece of the file at a time, which is digested and converted. So beside the adapter
     itself this takes the memory of `_PIECE_BYTES`, or of the largest pair if that is more.
-    All modules lie in one block of memory, so that an eviction leaves no holes behind. `convert`: a kernel for the
-    conversion; without one tensors do it, module by module, with the same bits.
+    All modules lie in one block of memory, so that an eviction leaves no holes behind.
+    `convert`: a kernel for it; None does it by tensors, with the same bits.
     Raises `AdapterRejected` if the file cannot be read.
     """
     values = sum(pair.rank * (pair.a.shape[1] + pair.b.shape[0]) for pair in pairs.values())
     block = mapping(values * torch.bfloat16.itemsize).view(torch.bfloat16)
     pieces = list(_pieces(sorted(pairs.items())))  # in the order that the digest takes
     content = np.empty(max((piece[-1].end for piece in pieces), default=0), dtype=np.uint8)
+    convert = convert or convert_by_tensors
     digest = VersionDigest()
     modules: Modules = {}
     is_finite: dict[str, bool] = {}
@@ -92,10 +94,7 @@ def read_adapter(
                     part = content.data[at : at + spec.nbytes]
                     _read_exactly(file.fileno(), part, spec.offset)
                     digest.update(part)
-            if convert is None:
-                finite = _convert_by_tensors(modules, content, piece, scales)
-            else:
-                finite = convert(block[start:free], content, [place.numbers() for place in piece], scales)
+            finite = convert(block[start:free], content, [place.placed for place in piece], scales)
             is_finite.update(zip((place.module for place in piece), finite, strict=True))
     adapter = HostAdapter(
         version=digest.hexdigest(),
@@ -116,7 +115,8 @@ class _Place:
     b: int
     end: int
 
-    def numbers(self) -> PlacedPair:
+    @property
+    def placed(self) -> PlacedPair:
         a, b = self.pair.a, self.pair.b
         return PlacedPair(self.a, a.dtype, self.b, b.dtype, self.pair.rank, a.shape[1], b.shape[0])
 
@@ -151,21 +151,23 @@ def _read_exactly(file: int, part: memoryview, offset: int) -> None:
         done += count
 
 
-def _convert_by_tensors(
-    to: Modules, content: npt.NDArray[np.uint8], piece: Sequence[_Place], scales: Sequence[float]
+def convert_by_tensors(
+    to: torch.Tensor, content: npt.NDArray[np.uint8], pairs: Sequence[PlacedPair], scales: Sequence[float]
 ) -> list[bool]:
-    """Fills the modules of a piece; returns which of them are finite. The slow reference, and the path without
-    compiled code.
-    """
-    finite = []
-    for place, scale in zip(piece, scales, strict=True):
+    """The slow reference, and the path without a kernel."""
+    finite, free = [], 0
+    for pair, scale in zip(pairs, scales, strict=True):
         a, b = (
-            torch.from_numpy(content[at : at + spec.nbytes]).view(_DTYPES[spec.dtype]).view(spec.shape)
-            for spec, at in ((place.pair.a, place.a), (place.pair.b, place.b))
+            torch.from_numpy(content[at : at + _DTYPES[dtype].itemsize * pair.rank * size]).view(_DTYPES[dtype])
+            for at, dtype, size in (
+                (pair.a_offset, pair.a_dtype, pair.inputs),
+                (pair.b_offset, pair.b_dtype, pair.outputs),
+            )
         )
-        parts = to[place.module]
-        for part, values in zip(parts, fold(a, b, scale), strict=True):
-            part.copy_(values)
+        parts = fold(a.view(pair.rank, pair.inputs), b.view(pair.outputs, pair.rank), scale)
+        for part in parts:
+            to[free : free + part.numel()] = part.flatten()
+            free += part.numel()
         finite.append(all(bool(part.isfinite().all()) for part in parts))
     return finite
 

@@ -30,7 +30,7 @@ class DeviceSide:
 
     Attributes:
         checked: what the checks at start found.
-        kernels: in use; the set that the base was laid out for.
+        kernels: those in use.
     """
 
     slots: AdapterSlots

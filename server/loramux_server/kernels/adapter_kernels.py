@@ -17,12 +17,10 @@ from loramux_adapters.lora import ops
 from loramux_adapters.lora.slot_copy import Filling
 from loramux_adapters.lora.slots import Slot
 from loramux_adapters.lora.weights import PlacedPair
-from loramux_server.kernels.abi import FilePair, Isa, LoraArena, LoraRows, SlotWeights
+from loramux_server.kernels.abi import FilePair, Isa, LoraArena, LoraEntries, SlotWeights
 from loramux_server.kernels.native import NativeLibrary
 
 _KINDS = {"F32": 0, "F16": 1, "BF16": 2}  # as csrc/adapter_copy.cpp numbers them
-
-
 _SLOT_WEIGHTS, _FILE_PAIR = np.dtype(SlotWeights), np.dtype(FilePair)  # arrays of them are made at once
 
 
@@ -32,9 +30,11 @@ def arena_of(arena: ops.Arena) -> LoraArena:
     return LoraArena(*places, arena.a.shape[1], arena.bt.shape[1])
 
 
-def rows_of(rows: ops.LoraRows) -> LoraRows:
+def rows_of(rows: ops.LoraRows) -> LoraEntries:
     """A step's rows as compiled code sees them, as long as `rows` lives."""
-    return LoraRows(*(array.ctypes.data for array in (rows.first, rows.offset, rows.rank, rows.scale)), rows.num_rows)
+    return LoraEntries(
+        *(array.ctypes.data for array in (rows.first, rows.offset, rows.rank, rows.scale)), rows.num_rows
+    )
 
 
 class _Addresses:
@@ -42,7 +42,7 @@ class _Addresses:
 
     def __init__(self) -> None:
         self._arenas: WeakKeyDictionary[ops.Arena, LoraArena] = WeakKeyDictionary()
-        self._rows: WeakKeyDictionary[ops.LoraRows, LoraRows] = WeakKeyDictionary()
+        self._rows: WeakKeyDictionary[ops.LoraRows, LoraEntries] = WeakKeyDictionary()
 
     def __len__(self) -> int:
         return len(self._arenas) + len(self._rows)

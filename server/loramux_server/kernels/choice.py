@@ -21,7 +21,7 @@ from torch import nn
 
 from loramux_adapters.lora.ops import AddLora, add_lora_loop, add_lora_segments
 from loramux_adapters.lora.slot_copy import CopySlot, copy_slot
-from loramux_adapters.lora.weights import ConvertPairs
+from loramux_adapters.lora.weights import ConvertPairs, convert_by_tensors
 from loramux_server.errors import ConfigError
 from loramux_server.kernels.abi import Isa
 from loramux_server.kernels.adapter_kernels import NativeAddLora, NativeConvertPairs, NativeCopySlot
@@ -60,7 +60,7 @@ class Kernels:
         tiled: which layout of the cache `attend` reads.
         argmax: the greedy token of each row of logits.
         copy_slot: an adapter from host memory to a slot.
-        convert: an adapter's numbers from a file; None: by tensors, as they are read.
+        convert: an adapter's numbers, as they lie in a file, to those that are computed with.
         compile_step: (model, cache) -> its whole step in one call; None where there is no such kernel at all.
         graphs: what steps are captured with; None where they are not.
     """
@@ -75,7 +75,7 @@ class Kernels:
     tiled: bool = False
     argmax: Argmax = argmax_by_tensors
     copy_slot: CopySlot = copy_slot
-    convert: ConvertPairs | None = None
+    convert: ConvertPairs = convert_by_tensors
     compile_step: Callable[[Any, KVCache], NativeDecoder | None] | None = None
     graphs: GraphKernels | None = None
 
@@ -202,10 +202,10 @@ def _cuda(device: torch.device, shape: KVShape | None) -> Kernels:
     )
 
 
-def _convert() -> ConvertPairs | None:
+def _convert() -> ConvertPairs:
     """An adapter is read into host memory, whatever the device: by compiled code where there is some."""
     library = native_library()
-    return None if library is None else NativeConvertPairs(library)
+    return convert_by_tensors if library is None else NativeConvertPairs(library)
 
 
 _SETS: dict[str, Callable[[torch.device, KVShape | None], Kernels]] = {

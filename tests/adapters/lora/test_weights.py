@@ -16,10 +16,20 @@ from loramux_adapters.base_info import BaseInfo
 from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.verify import check_adapter
-from loramux_adapters.lora.weights import fold, load_host_adapter, read_adapter
+from loramux_adapters.lora.weights import ConvertPairs, convert_by_tensors, fold, load_host_adapter, read_adapter
 from loramux_server.kernels.adapter_kernels import NativeConvertPairs
 from loramux_server.kernels.native import native_library
 from support.adapter_files import TINY_LINEARS, write_adapter
+
+LIBRARY = native_library()
+
+
+def converter(*, compiled: bool) -> ConvertPairs:
+    if not compiled:
+        return convert_by_tensors
+    if LIBRARY is None:
+        pytest.skip("no compiler was there at installation")
+    return NativeConvertPairs(LIBRARY)
 
 
 def tiny_llama(*, tied: bool) -> LlamaForCausalLM:
@@ -112,15 +122,11 @@ def test_the_scale_is_folded_in_fp32_and_rounded_once() -> None:
     assert torch.equal(bt, (b.float() * (1 / 3)).to(torch.bfloat16).t())
 
 
-LIBRARY = native_library()
-
-
 @pytest.mark.skipif(LIBRARY is None, reason="no compiler was there at installation")
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 def test_the_compiled_reader_gives_what_tensors_give(tmp_path: Path, dtype: str) -> None:
-    assert LIBRARY is not None
     write_adapter(tmp_path, TINY_LINEARS, dtype=dtype, rank=5, rank_pattern={"q_proj": 33}, alpha=7, std_b=3e-6)
-    assert_equal(load_host_adapter(tmp_path), load_host_adapter(tmp_path, NativeConvertPairs(LIBRARY)))
+    assert_equal(load_host_adapter(tmp_path), load_host_adapter(tmp_path, converter(compiled=True)))
 
 
 def assert_equal(one: HostAdapter, other: HostAdapter) -> None:
@@ -137,19 +143,16 @@ def test_an_adapter_is_the_same_in_however_small_pieces_it_is_read(
     tmp_path: Path, compiled: bool, piece_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Modules of every dtype, of odd sizes and in an order other than that of their names."""
-    if compiled and native_library() is None:
-        pytest.skip("no compiler was there at installation")
-    if not compiled:
-        monkeypatch.setattr("loramux_adapters.lora.weights.native_library", lambda: None)
+    convert = converter(compiled=compiled)
     shapes = {"b.q_proj": (7, 11), "a.q_proj": (33, 5), "c.k_proj": (3, 3), "aa.k_proj": (64, 64)}
     write_adapter(tmp_path, shapes, rank=3, alpha=5)
     tensors = load_file(tmp_path / WEIGHTS_FILE)
     for index, name in enumerate(tensors):
         tensors[name] = tensors[name].to((torch.float32, torch.bfloat16, torch.float16)[index % 3])
     save_file(tensors, tmp_path / WEIGHTS_FILE)
-    whole = load_host_adapter(tmp_path)
+    whole = load_host_adapter(tmp_path, convert)
     monkeypatch.setattr("loramux_adapters.lora.weights._PIECE_BYTES", piece_bytes)
-    in_pieces = load_host_adapter(tmp_path)
+    in_pieces = load_host_adapter(tmp_path, convert)
     assert_equal(in_pieces, whole)
     assert in_pieces.version == digest_of(read_config(tmp_path), tmp_path)
     for module in shapes:
@@ -173,9 +176,7 @@ def test_every_number_of_a_format_arrives_as_tensors_convert_it(
     tmp_path: Path, dtype: str, width: int, compiled: bool
 ) -> None:
     """All 65,536 patterns of the upper or only 16 bits, among them subnormal numbers, infinities and NaN."""
-    if compiled and LIBRARY is None:
-        pytest.skip("no compiler was there at installation")
-    convert = NativeConvertPairs(LIBRARY) if compiled and LIBRARY else None
+    convert = converter(compiled=compiled)
     bits = torch.arange(1 << 16, dtype=torch.int32)
     kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     numbers = ((bits << 16) | 0x8001 if width == 4 else bits.to(torch.int16)).view(kinds[dtype]).view(256, 256)

@@ -60,7 +60,7 @@ class Engines:
     def __init__(self, root: Path, config: SchedulerConfig = BUSY, *, kept: int = 64) -> None:
         base, host = load(root), LoadedAdapters()
         for version in (*RANKS, "broken"):
-            host.add(load_host_adapter(root / version, version))
+            host.add(replace(load_host_adapter(root / version), version=version))
         device = DeviceSide.build(
             base, probe_kv_shape(base.model, CPU), host.get, arena_rows=32, num_blocks=128, max_num_seqs=8
         )
@@ -100,7 +100,7 @@ def scored(prompt: list[int], adapters: tuple[AdapterUse, ...] = (), name: str =
 def test_each_prompt_token_has_the_bits_of_a_token_at_a_time(root: Path) -> None:
     prompt, slot = tokens(70, 1), Slot(0, 8)
     stepper = Stepper(load(root).model)
-    stepper.load(slot, load_host_adapter(root / "small", "small"))
+    stepper.load(slot, load_host_adapter(root / "small"))
     fed, expected = stepper.sequence("solo", prompt, slot), []
     for token in prompt[1:]:
         logprobs = stepper.logits([(fed, 1)])[0].float().log_softmax(-1)

@@ -42,17 +42,17 @@ def test_whatever_differs_is_named(line: str, other: str, named: str) -> None:
 def test_a_library_of_other_structures_is_refused_and_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class LoraRows(ctypes.Structure):
-        _fields_ = [*abi.LoraRows._fields_, ("more", abi.SIZE)]
+    class LoraEntries(ctypes.Structure):
+        _fields_ = [*abi.LoraEntries._fields_, ("more", abi.SIZE)]
 
-    structures = tuple(LoraRows if each is abi.LoraRows else each for each in abi.STRUCTURES)
+    structures = tuple(LoraEntries if each is abi.LoraEntries else each for each in abi.STRUCTURES)
     monkeypatch.setattr(abi, "STRUCTURES", structures)
-    with pytest.raises(LibraryUnusable, match=r"other sources than this code \(struct LoraRows\): install it anew"):
+    with pytest.raises(LibraryUnusable, match=r"other sources than this code \(struct LoraEntries\): install it anew"):
         NativeLibrary(LIBRARY)
     native._found.cache_clear()
     try:
         assert native.native_library() is None
-        assert "struct LoraRows" in native.why_unusable() and "struct LoraRows" in caplog.text
+        assert "struct LoraEntries" in native.why_unusable() and "struct LoraEntries" in caplog.text
     finally:
         native._found.cache_clear()
 

@@ -8,14 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from loramux_adapters.artifact.format import WEIGHTS_FILE, pair_up, read_config
-from loramux_adapters.artifact.safetensors_header import read_header
 from loramux_adapters.lora.ops import LoraRows
 from loramux_adapters.lora.slots import ScaledSlot, Slot
-from loramux_adapters.lora.weights import load_host_adapter, read_adapter
+from loramux_adapters.lora.weights import load_host_adapter
 from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.config.environment import kernels_of
-from loramux_server.config.load import load as load_settings
+from loramux_server.config.load import load
 from loramux_server.config.serve import ServeConfig
 from loramux_server.errors import ConfigError
 from loramux_server.kernels import native
@@ -35,11 +33,11 @@ Load = Callable[[str], BaseModel]
 
 
 @pytest.fixture
-def load(tmp_path: Path) -> Load:
+def load_for(tmp_path: Path) -> Load:
     """The same base, laid out for a set of kernels."""
     directory = save_tiny_model(tmp_path / "base", "llama")
 
-    def load(name: str) -> BaseModel:
+    def load_for(name: str) -> BaseModel:
         return load_base_model(
             str(directory),
             device=CPU,
@@ -48,7 +46,7 @@ def load(tmp_path: Path) -> Load:
             kernels=choose_kernels(CPU, name),
         )
 
-    return load
+    return load_for
 
 
 def test_sets_that_run_here_are_found() -> None:
@@ -59,11 +57,11 @@ def test_sets_that_run_here_are_found() -> None:
 
 
 @pytest.mark.parametrize("name", HERE)
-def test_each_set_gives_the_logits_of_the_reference(name: str, load: Load, tmp_path: Path) -> None:
+def test_each_set_gives_the_logits_of_the_reference(name: str, load_for: Load, tmp_path: Path) -> None:
     """A mixed batch with adapters on every layer: a prompt in chunks, then decodes."""
 
     def run(name: str) -> torch.Tensor:
-        base = load(name)
+        base = load_for(name)
         stepper = Stepper(base.model, rows=64, kernels=name)
         assert stepper.kernels.name == name
         for index, slot in enumerate((Slot(0, 8), Slot(16, 16))):
@@ -87,9 +85,8 @@ def test_each_set_gives_the_logits_of_the_reference(name: str, load: Load, tmp_p
 def test_each_set_reads_copies_and_chooses_as_the_reference_does(name: str, tmp_path: Path) -> None:
     ours, reference = choose_kernels(CPU, name, SHAPE), choose_kernels(CPU, "reference", SHAPE)
     directory = write_adapter(tmp_path, {"layer": (64, 48)}, rank=6, dtype="F16", std_b=0.2)
-    config, pairs = read_config(directory), pair_up(read_header(directory / WEIGHTS_FILE)).pairs
     (a, bt), (a_reference, bt_reference) = (
-        read_adapter(directory, config, pairs, kernels.convert)[0].modules["layer"] for kernels in (ours, reference)
+        load_host_adapter(directory, kernels.convert).modules["layer"] for kernels in (ours, reference)
     )
     assert torch.equal(a, a_reference) and torch.equal(bt, bt_reference)
     logits = torch.randn(5, 320).bfloat16()
@@ -101,10 +98,10 @@ def test_each_set_reads_copies_and_chooses_as_the_reference_does(name: str, tmp_
     ]
 
 
-def test_what_a_set_runs_on_is_named_in_the_numerics_id(load: Load) -> None:
+def test_what_a_set_runs_on_is_named_in_the_numerics_id(load_for: Load) -> None:
     names = {}
     for name in HERE:
-        base = load(name)
+        base = load_for(name)
         names[name] = numerics_id(base.model, CPU, choose_kernels(CPU, name, SHAPE))
     assert len(set(names.values())) == len(HERE)
     assert "; NF4 dequantize; compiled none; attention reference; LoRA reference; cpu " in names["reference"]
@@ -146,7 +143,7 @@ def test_a_set_that_does_not_run_here_is_refused_with_the_reason(monkeypatch: py
 def test_the_environment_asks_for_a_set_by_name() -> None:
     assert kernels_of({}) is None and kernels_of({"LORAMUX_KERNELS": ""}) is None
     assert kernels_of({"LORAMUX_KERNELS": "tensor"}) == "tensor"
-    load_settings(ServeConfig, {}, {"LORAMUX_KERNELS": "tensor"})  # not an unknown variable
+    load(ServeConfig, {}, {"LORAMUX_KERNELS": "tensor"})  # no setting of `serve`, and no unknown variable either
 
 
 def test_rows_and_arenas_are_seen_again_as_long_as_they_live() -> None:

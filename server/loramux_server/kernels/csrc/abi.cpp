@@ -38,8 +38,8 @@ std::string describe_structs() {
     std::string text;
     using A = LoraArena;
     text += STRUCT(LoraArena) + FIELD(A, a) + FIELD(A, bt) + FIELD(A, targeted) + FIELD(A, inputs) + FIELD(A, outputs);
-    using R = LoraRows;
-    text += "\n" STRUCT(LoraRows) + FIELD(R, first) + FIELD(R, offset) + FIELD(R, rank) + FIELD(R, scale) +
+    using R = LoraEntries;
+    text += "\n" STRUCT(LoraEntries) + FIELD(R, first) + FIELD(R, offset) + FIELD(R, rank) + FIELD(R, scale) +
             FIELD(R, count);
     using W = SlotWeights;
     text += "\n" STRUCT(SlotWeights) + FIELD(W, a) + FIELD(W, bt) + FIELD(W, rank);

@@ -24,7 +24,7 @@ struct Run {
 
     // While the product keeps the cores busy, memory brings what is read next: the weights of the adapters, those of the
     // product that follows, and a part of the keys and values of layer `cached`.
-    void linear(uint16_t* y, const uint16_t* x, const DecoderLinear& layer, int64_t rows, const LoraRows* lora,
+    void linear(uint16_t* y, const uint16_t* x, const DecoderLinear& layer, int64_t rows, const LoraEntries* lora,
                 const DecoderLinear* next, int64_t cached = -1, int64_t part = 0) const {
         Span spans[3][kRoom];
         Reads reads[3];
@@ -68,7 +68,7 @@ struct Run {
         return count;
     }
 
-    void add_lora(uint16_t* y, const uint16_t* x, const LoraArena& arena, const LoraRows* lora) const {
+    void add_lora(uint16_t* y, const uint16_t* x, const LoraArena& arena, const LoraEntries* lora) const {
         if (lora && arena.a) loramux_add_lora(y, x, &arena, lora, kAvx512Bf16, threads);
     }
 
@@ -108,7 +108,7 @@ struct Run {
         for (int64_t t = 0; t < rows; ++t)
             std::memcpy(x + t * hidden, model.embedding + step.tokens[t] * hidden, hidden * sizeof(uint16_t));
         int64_t going = rows;
-        const LoraRows* lora = step.lora;
+        const LoraEntries* lora = step.lora;
         for (int64_t index = 0; index < model.num_layers; ++index) {
             const DecoderLayer& layer = model.layers[index];
             norm(n, x, layer.before_attention, rows, hidden);

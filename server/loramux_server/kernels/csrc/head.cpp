@@ -60,8 +60,8 @@ LORAMUX_AVX512BF16 void transpose(int32_t* packed, const uint16_t* w, int64_t in
 
 // sum += one pair of inputs, or one number, of R rows of x by two vectors of weights.
 template <int R>
-LORAMUX_AVX512BF16 inline void accumulate(__m512 (&sum)[R][kVectors], const uint16_t* x, int64_t numbers, const int32_t* packed,
-                             int64_t in) {
+LORAMUX_AVX512BF16 inline void accumulate(__m512 (&sum)[R][kVectors], const uint16_t* x, int64_t numbers,
+                                          const int32_t* packed, int64_t in) {
     __m512bh w[kVectors];
     for (int k = 0; k < kVectors; ++k)
         w[k] = (__m512bh)_mm512_loadu_si512(packed + k * ((in + 1) / 2) * kColumns);
@@ -71,11 +71,11 @@ LORAMUX_AVX512BF16 inline void accumulate(__m512 (&sum)[R][kVectors], const uint
     }
 }
 
-// R rows by two vectors of columns, of which `count` are stored; for every kRun pairs `lines` cache lines from `ahead` on
-// are prefetched.
+// R rows by two vectors of columns, of which `count` are stored; for every kRun pairs `lines` cache lines from `ahead`
+// on are prefetched.
 template <int R>
-LORAMUX_AVX512BF16 void multiply(uint16_t* y, const uint16_t* x, const int32_t* packed, int64_t in, int64_t out, int64_t count,
-                        const char* ahead, int64_t lines) {
+LORAMUX_AVX512BF16 void multiply(uint16_t* y, const uint16_t* x, const int32_t* packed, int64_t in, int64_t out,
+                                 int64_t count, const char* ahead, int64_t lines) {
     const int64_t pairs = (in + 1) / 2;
     __m512 sum[R][kVectors];
     for (auto& row : sum)

@@ -25,7 +25,7 @@ struct LoraArena {            // one layer's adapters
     int64_t inputs, outputs;
 };
 
-struct LoraRows {           // of one step
+struct LoraEntries {        // of one step's rows
     const int32_t* first;   // [count + 1]: a row's entries are [first[t], first[t + 1])
     const int32_t* offset;  // [entries]: an entry's first arena row
     const int32_t* rank;    // [entries]: its arena rows
@@ -80,8 +80,8 @@ struct DecoderStep {
     const uint16_t *cos, *sin;  // [positions, head_dim]
     uint16_t* const* k_cache;   // by layer
     uint16_t* const* v_cache;
-    const LoraRows* lora;       // adapters of the rows, or null
-    const LoraRows* head_lora;  // adapters of the sampled rows, or null
+    const LoraEntries* lora;       // adapters of the rows, or null
+    const LoraEntries* head_lora;  // of the sampled rows, or null
     uint16_t* scratch;          // loramux_decoder_scratch(rows) numbers
     uint16_t* logits;           // [samples, vocabulary]
     int64_t rows, samples, table_width, threads;
@@ -92,9 +92,9 @@ extern "C" {
 void loramux_nf4_linear(uint16_t* y, const uint16_t* x, const uint8_t* codes, const float* scales,
                         const uint16_t* levels, int64_t rows, int64_t in, int64_t out, const Reads* reads,
                         int64_t num_reads, int32_t threads);
-void loramux_add_lora(uint16_t* y, const uint16_t* x, const LoraArena* arena, const LoraRows* rows, int32_t isa,
+void loramux_add_lora(uint16_t* y, const uint16_t* x, const LoraArena* arena, const LoraEntries* rows, int32_t isa,
                       int32_t threads);
-int64_t loramux_lora_spans(const LoraArena* arena, const LoraRows* rows, Span* spans, int64_t room);
+int64_t loramux_lora_spans(const LoraArena* arena, const LoraEntries* rows, Span* spans, int64_t room);
 void loramux_attention(uint16_t* out, const uint16_t* q, int64_t q_row, int64_t q_head, const uint16_t* k,
                        int64_t k_row, int64_t k_head, const uint16_t* v, int64_t v_row, int64_t v_head,
                        uint16_t* k_cache, uint16_t* v_cache, const int32_t* tables, int64_t table_width,

@@ -19,7 +19,7 @@ struct Scratch {
     std::vector<float> sums;
 };
 
-struct Batch : LoraArena, LoraRows {
+struct Batch : LoraArena, LoraEntries {
     bool counts(int32_t e) const { return targeted[offset[e] / kRankGroup] != 0; }
 
     // Ranks of rows [start, stop): what they take, in proportion.
@@ -53,8 +53,8 @@ struct Batch : LoraArena, LoraRows {
             const Entry* begin = scratch.entries.data();
             const Entry* end = begin + scratch.entries.size();
             for (const Entry* e = begin; e < end; ++e)
-                row_portable(y + t * outputs, x + t * inputs, e->a, e->bt, inputs, outputs, e->rank, e->scale, e == begin, e + 1 == end,
-                             scratch.sums.data());
+                row_portable(y + t * outputs, x + t * inputs, e->a, e->bt, inputs, outputs, e->rank, e->scale,
+                             e == begin, e + 1 == end, scratch.sums.data());
         }
     }
 
@@ -90,7 +90,7 @@ struct Batch : LoraArena, LoraRows {
 extern "C" {
 
 // y [rows, out] bf16, changed in place; x [rows, in] bf16.
-void loramux_add_lora(uint16_t* y, const uint16_t* x, const LoraArena* arena, const LoraRows* step, int32_t isa,
+void loramux_add_lora(uint16_t* y, const uint16_t* x, const LoraArena* arena, const LoraEntries* step, int32_t isa,
                       int32_t threads) {
     const Batch batch{*arena, *step};
     const int64_t rows = batch.count;
@@ -114,7 +114,7 @@ void loramux_add_lora(uint16_t* y, const uint16_t* x, const LoraArena* arena, co
 }
 
 // Where the weights lie that loramux_add_lora reads for such a step: their number, `room` at most.
-int64_t loramux_lora_spans(const LoraArena* arena, const LoraRows* step, Span* spans, int64_t room) {
+int64_t loramux_lora_spans(const LoraArena* arena, const LoraEntries* step, Span* spans, int64_t room) {
     const Batch batch{*arena, *step};
     int64_t count = 0;
     for (int32_t e = 0, last = -1; e < batch.first[batch.count] && count + 2 <= room; ++e) {

@@ -69,7 +69,8 @@ LORAMUX_AVX512BF16 void shrink(float* h, const uint16_t* x, const Entry& entry, 
 
 // y [R, out] += h [all ranks, R].T @ the entries' bt, one below the other
 template <int R>
-LORAMUX_AVX512BF16 void expand(uint16_t* y, const float* h, const std::vector<Entry>& entries, int64_t out, RunPrefetch prefetch) {
+LORAMUX_AVX512BF16 void expand(uint16_t* y, const float* h, const std::vector<Entry>& entries, int64_t out,
+                               RunPrefetch prefetch) {
     constexpr int U = R > 2 ? 2 : 4;  // vectors of 32 columns at a time
     for (int64_t o = 0; o < out; o += 32 * U) {
         __m512 evens[R][U], odds[R][U];
@@ -106,7 +107,7 @@ LORAMUX_AVX512BF16 void expand(uint16_t* y, const float* h, const std::vector<En
 // R rows that use the same adapters; `next`, if any, is the first adapter that is used after them.
 template <int R>
 LORAMUX_AVX512BF16 void rows_avx512bf16(uint16_t* y, const uint16_t* x, const std::vector<Entry>& entries, int64_t in,
-                                  int64_t out, bool cached, const Entry* next, std::vector<float>& h) {
+                                         int64_t out, bool cached, const Entry* next, std::vector<float>& h) {
     int64_t ranks = 0;
     for (const Entry& entry : entries) ranks += entry.rank;
     h.resize(ranks * R);

@@ -22,8 +22,8 @@ constexpr int kTiles = 2, kRows = 8;  // that share a pair of x; that share a lo
 
 // R rows by two tiles of outputs, so that a pair of x serves both.
 template <int R>
-LORAMUX_AVX512BF16 void multiply_tiles(uint16_t* y, const uint16_t* x, const uint8_t* codes, const float* scales, __m512i levels,
-                        int64_t in, int64_t out, SharePrefetch& prefetch) {
+LORAMUX_AVX512BF16 void multiply_tiles(uint16_t* y, const uint16_t* x, const uint8_t* codes, const float* scales,
+                                       __m512i levels, int64_t in, int64_t out, SharePrefetch& prefetch) {
     __m512 sum[R][kTiles];
     for (auto& row : sum)
         for (auto& s : row) s = _mm512_setzero_ps();
@@ -59,12 +59,13 @@ LORAMUX_AVX512BF16 void multiply_tiles(uint16_t* y, const uint16_t* x, const uin
 }
 
 LORAMUX_AVX512BF16 void multiply_outputs(uint16_t* y, const uint16_t* x, const uint8_t* codes, const float* scales,
-                          const uint16_t* levels, int64_t rows, int64_t in, int64_t out, int64_t start, int64_t stop,
-                          SharePrefetch& prefetch) {
+                                         const uint16_t* levels, int64_t rows, int64_t in, int64_t out, int64_t start,
+                                         int64_t stop, SharePrefetch& prefetch) {
     const __m512i table = _mm512_loadu_si512(levels);
     for (int64_t o = start; o < stop; o += kTiles * kOutputs)
         for_row_groups<kRows>(rows, [&](auto size, int64_t first, int64_t) {
-            multiply_tiles<size.value>(y + first * out + o, x + first * in, codes + o * in / 2, scales + o, table, in, out, prefetch);
+            multiply_tiles<size.value>(y + first * out + o, x + first * in, codes + o * in / 2, scales + o, table, in,
+                                       out, prefetch);
         });
 }
 
@@ -75,8 +76,8 @@ LORAMUX_AVX512BF16 void multiply_outputs(uint16_t* y, const uint16_t* x, const u
 extern "C" {
 
 // y [rows, out], x [rows, in] bf16; codes [out / 16, in / 4, 32]; scales [in / 64, out] fp32; levels [32] bf16: the 16
-// values of a code, twice; reads [num_reads]: memory to prefetch meanwhile. `out` is a multiple of 32, `in` of 64. Only where
-// loramux_best_isa() is kAvx512Bf16.
+// values of a code, twice; reads [num_reads]: memory to prefetch meanwhile. `out` is a multiple of 32, `in` of 64. Only
+// where loramux_best_isa() is kAvx512Bf16.
 void loramux_nf4_linear(uint16_t* y, const uint16_t* x, const uint8_t* codes, const float* scales,
                         const uint16_t* levels, int64_t rows, int64_t in, int64_t out, const Reads* reads,
                         int64_t num_reads, int32_t threads) {

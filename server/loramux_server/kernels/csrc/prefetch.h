@@ -38,9 +38,9 @@ class RunPrefetch {
     int64_t lines_;  // at each step
 };
 
-// What later loops read: with many rows a loop keeps a core busy and leaves memory idle. The pieces of every loop go to the
-// threads in the same order (threads.h), so a piece prefetches its own share of each later loop's memory: the core that
-// prefetches is the one that reads.
+// What later loops read: with many rows a loop keeps a core busy and leaves memory idle. The pieces of every loop go to
+// the threads in the same order (threads.h), so a piece prefetches its own share of each later loop's memory: the core
+// that prefetches is the one that reads.
 class SharePrefetch {
   public:
     // What one piece of the loop prefetches, over so many steps.

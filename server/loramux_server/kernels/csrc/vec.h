@@ -40,7 +40,9 @@ LORAMUX_AVX512BF16 inline __mmask32 mask32(int64_t left) {
     return left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1u;
 }
 
-LORAMUX_AVX512BF16 inline __m512i load32(const uint16_t* p, __mmask32 mask) { return _mm512_maskz_loadu_epi16(mask, p); }
+LORAMUX_AVX512BF16 inline __m512i load32(const uint16_t* p, __mmask32 mask) {
+    return _mm512_maskz_loadu_epi16(mask, p);
+}
 
 // The even and the odd ones of 32 bf16 numbers, as fp32.
 LORAMUX_AVX512BF16 inline __m512 even(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
