@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from loramux_server.config.load import all_settings
+from loramux_server.config.load import OTHER_VARIABLES, all_settings
 from loramux_server.config.settings import settings_of
 
 ROOT = Path(__file__).resolve().parent
@@ -68,6 +68,7 @@ def test_every_flag_named_alone_exists(page: Path) -> None:
 @by_page
 def test_every_environment_variable_exists(page: Path) -> None:
     known = {setting.variable for settings in all_settings() for setting in settings_of(settings).values()}
+    known |= set(OTHER_VARIABLES)
     known |= set(_VARIABLE.findall("\n".join(help_of(command) for command in all_commands())))
     assert set(_VARIABLE.findall(page.read_text(encoding="utf-8"))) - known == set()
 
