@@ -40,9 +40,8 @@ from loramux_server.metrics.metrics import Metrics
 from loramux_server.publishing.preload import preload
 from loramux_server.publishing.proof import Prover
 from loramux_server.serving.adapter_lifecycle import AdapterLifecycle, CountedCheck, pin_bytes
-from loramux_server.serving.sizes import arena_rows, kept_blocks, num_blocks
+from loramux_server.serving.memory_plan import MIB, arena_rows, kept_blocks, num_blocks, summary
 from loramux_server.serving.startup import Stages
-from loramux_server.serving.summary import MIB, summary
 
 
 @dataclass(frozen=True, slots=True)
