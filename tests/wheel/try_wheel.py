@@ -29,7 +29,9 @@ QUESTION = {"messages": [{"role": "user", "content": "What is the capital of Fra
 def make_wheel(directory: Path) -> Path:
     """The wheel of this checkout. Exits where it holds no compiled library."""
     command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(directory), str(ROOT)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    built = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if built.returncode:
+        sys.exit(f"{built.stdout}\nno wheel could be made")
     (wheel,) = directory.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     libraries = [name for name in names if name.endswith(".so")]
