@@ -31,7 +31,7 @@ check: $(STAMP) ## formatting, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: $(STAMP) ## every test that needs no GPU; TEST_ARGS="tests/test_config.py -k port" runs some
+test: $(STAMP) ## every test that needs no GPU; TEST_ARGS="tests/server/config -k loopback" runs some
 	@$(BIN)/pytest $(if $(TEST_ARGS),$(TEST_ARGS),--cov)
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device

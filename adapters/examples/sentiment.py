@@ -1,4 +1,6 @@
-"""Makes train.jsonl and held.jsonl for the sentiment of four kinds of text: `python sentiment.py --out DIR`.
+"""Makes train.jsonl and held.jsonl for the sentiment of four kinds of text.
+
+    python adapters/examples/sentiment.py --out DIR
 
 The texts are those that VADER was measured on; 20 people rated each from -4 to 4. The sign of the mean is the label.
 Texts rated nearer to zero than --threshold are left out: there even the raters did not agree on the sign.

@@ -323,7 +323,12 @@ def usage_of(prompt: int, completion: int) -> dict[str, Any]:
 
 
 def make_server(
-    root: Path, *, keys: Keys | None = None, context: int = CONTEXT, local: LoraPathRoot | None = None, **limits: Any
+    root: Path,
+    *,
+    keys: Keys | None = None,
+    context: int = CONTEXT,
+    lora_path_root: LoraPathRoot | None = None,
+    **limits: Any,
 ) -> Server:
     engine, store, check, tokenizer = FakeEngine(), FakeStore(root), FakeCheck(), FakeTokenizer()
     store.known["pirate"] = record_of("pirate", VERSION)
@@ -339,6 +344,6 @@ def make_server(
         base=ServedBase(BASE_NAME, base_id="ba5e" * 16, context=context, created=1_700_000_000),
         keys=keys or Keys(),
         limits=replace(Limits(), **limits),
-        local=local,
+        lora_path_root=lora_path_root,
     )
     return Server(engine, store, check, tokenizer, deps.metrics, deps, create_app(deps))

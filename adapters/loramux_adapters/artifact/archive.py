@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, cast
 
+from loramux_adapters.artifact.config import CONFIG_FILE
 from loramux_adapters.artifact.tar_reader import TarRefused, tar_files
 from loramux_adapters.errors import AdapterRejected, AdapterTooLarge
 
-CONFIG = "adapter_config.json"
 MAX_MEMBERS = 1000
 MAX_NAME = 1024
 MAX_PART_BYTES = 255  # of one component of a path, what file systems take
@@ -71,11 +71,11 @@ def _topmost_folder(archive: Path, limit: int) -> PurePosixPath:
             if member.path in seen:
                 raise AdapterRejected(["the archive holds two files of one name"])
             seen.add(member.path)
-    folders = sorted((path.parent for path in seen if path.name == CONFIG), key=lambda folder: len(folder.parts))
+    folders = sorted((path.parent for path in seen if path.name == CONFIG_FILE), key=lambda folder: len(folder.parts))
     if not folders:
-        raise AdapterRejected([f"the archive holds no {CONFIG}"])
+        raise AdapterRejected([f"the archive holds no {CONFIG_FILE}"])
     if len(folders) > 1 and len(folders[0].parts) == len(folders[1].parts):
-        raise AdapterRejected([f"the archive holds more than one {CONFIG} at its top"])
+        raise AdapterRejected([f"the archive holds more than one {CONFIG_FILE} at its top"])
     return folders[0]
 
 

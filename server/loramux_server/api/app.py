@@ -57,8 +57,8 @@ def create_app(deps: Dependencies) -> FastAPI:
         ("GET", "/metrics", operations.metrics),
         ("GET", "/metrics/vllm", operations.metrics_vllm),
     ]
-    if deps.local is not None:
-        vllm = VllmRoutes(deps, deps.local, adapters)
+    if deps.lora_path_root is not None:
+        vllm = VllmRoutes(deps, deps.lora_path_root, adapters)
         routes += [("POST", "/v1/load_lora_adapter", vllm.load), ("POST", "/v1/unload_lora_adapter", vllm.unload)]
     for method, path, endpoint in routes:
         app.add_api_route(path, endpoint, methods=[method], response_model=None)

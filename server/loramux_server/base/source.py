@@ -122,7 +122,10 @@ def _convert_gguf(gguf: Path, target: Path, report: Report) -> None:
 def _fetch_from_hub(spec: str, report: Report) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils.tqdm import enable_progress_bars
 
+    if sys.stderr.isatty():
+        enable_progress_bars()  # who turned transformers' bars off turned these off too; a download deserves one
     report(f"looking for {spec} in the local hub cache, else on the hub")
     try:
         return Path(snapshot_download(spec, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_LEFT_OUT))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from loramux_server.config.environment import KEY_VARIABLES, key_of
 URL_VARIABLE = "LORAMUX_URL"
 DEFAULT_URL = "http://127.0.0.1:8000"
 COLUMNS = ("name", "version", "rank", "bytes", "tier")
+UNTOLD = ("id", "object")  # by `show`: the name once more, and that it is an adapter
 SHORT_VERSION = 12  # digits of a digest, enough to tell versions apart
 
 Url = Annotated[
@@ -95,8 +97,7 @@ def show(ctx: typer.Context, name: Name, json_: Json = False, url: Url = None) -
     if json_:
         print(json.dumps(adapter, indent=2))
     else:
-        texts = [value if isinstance(value, str) else json.dumps(value) for value in adapter.values()]
-        print_table((), list(zip(adapter, texts, strict=True)))
+        print_table((), [row for field in adapter if field not in UNTOLD for row in _rows(field, adapter[field])])
 
 
 @app.command(cls=frame.Command)
@@ -148,6 +149,23 @@ frame.later(app, "restore", "Enter the adapters of a backup into a store.", "lor
 
 def _client(ctx: typer.Context, url: str | None) -> AdaptersClient:
     return AdaptersClient(url or ctx.obj.get(URL_VARIABLE) or DEFAULT_URL, key_of(ctx.obj))
+
+
+def _rows(field: str, value: Any) -> list[tuple[str, str]]:
+    """A field of one adapter in words; of several versions, each has a line."""
+    if field == "versions":
+        return [("" if at else field, _version_in_words(version)) for at, version in enumerate(value)]
+    if field in ("created", "updated"):
+        return [(field, datetime.fromtimestamp(value).astimezone().isoformat(" "))]
+    if field == "bytes":
+        return [(field, _size(value))]
+    return [(field, value if isinstance(value, str) else json.dumps(value))]
+
+
+def _version_in_words(version: dict[str, Any]) -> str:
+    marks = [mark for mark in ("current", "corrupt") if version.get(mark)]
+    digest, rank, size, tier = (_cell(column, version.get(column)) for column in ("version", "rank", "bytes", "tier"))
+    return ", ".join([digest, f"rank {rank}", size, tier, *marks])
 
 
 def _cell(column: str, value: Any) -> str:

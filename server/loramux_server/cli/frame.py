@@ -62,8 +62,6 @@ def configure_logging(level: str) -> None:
     for name in ("loramux_server", "loramux_adapters"):
         logging.getLogger(name).setLevel(level.upper())
     logging.getLogger("uvicorn").setLevel("DEBUG" if level == "debug" else "WARNING")
-    # at import it warns that a package is missing which would fetch native code from a hub; that is how it should be
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     logging.getLogger("bitsandbytes").setLevel("ERROR")  # it warns that it cannot fetch native code from a hub: good
     logging.captureWarnings(True)
 

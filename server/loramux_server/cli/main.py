@@ -17,7 +17,7 @@ COMMANDS = {
     "adapters": "Manage the adapters of a running server, back up its store.",
     "train": "Train an adapter on a file of examples.",
     "eval": "Say what an adapter is worth on held-out examples.",
-    "plan": "Say what a training will take of memory, before it is started.",
+    "plan": "Say how much memory a training will take, before it is started.",
     "merge": "Write base and adapter as one ordinary checkpoint.",
 }
 MODULES = {"eval": "evaluate"}  # of commands that are not called like theirs

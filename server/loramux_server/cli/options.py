@@ -40,7 +40,11 @@ def settings_app(
         inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
         *(other.replace(kind=inspect.Parameter.KEYWORD_ONLY) for other in others),
         _option(
-            "config", str, "--config", metavar="FILE", help=f"TOML file with a [{cls.table}] table ({CONFIG_VARIABLE})"
+            "config",
+            str,
+            "--config",
+            metavar="FILE",
+            help=f"TOML file with the [{cls.table}] table ({CONFIG_VARIABLE})",
         ),
         *(option for setting in settings.values() for option in _options(setting)),
     ]

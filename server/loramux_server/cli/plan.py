@@ -1,4 +1,4 @@
-"""`loramux plan`: what a training will take of memory, before it is started, by QLoRA and by LoRA."""
+"""`loramux plan`: how much memory a training will take, by QLoRA and by LoRA, before it is started."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Memory:
 
 
 def plan(config: PlanConfig, ctx: typer.Context) -> int:
-    """Say what a training will take of memory, by QLoRA and by LoRA; only the base's config is read."""
+    """Say how much memory a training will take, by QLoRA and by LoRA; only the base's config is read."""
+    configure_logging("info")  # before bitsandbytes, which logs what it misses when it is imported
     import torch
 
     from loramux_adapters.training.run.plan import kv_bytes, plan_memory
 
-    configure_logging("info")
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
         raise ConfigError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
@@ -140,7 +140,7 @@ def _verdict(config: PlanConfig, qlora: MemoryPlan, lora: MemoryPlan, memory: Me
         parts *= 2
     least = replace(recipe, accumulation=recipe.batch_size, gradient_checkpointing=True)
     if again(least).total <= room:
-        return [*lines, f"--accumulation {recipe.batch_size} with --gradient-checkpointing yes makes it fit"]
+        return [*lines, f"--accumulation {recipe.batch_size} with --gradient-checkpointing makes it fit"]
     return [*lines, "lower --seq or --rank, or take a smaller base"]
 
 

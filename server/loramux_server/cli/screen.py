@@ -62,9 +62,17 @@ def transfer_bar(stream: TextIO) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TransferSpeedColumn
 
     columns = (BarColumn(), TaskProgressColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
-    with Progress(*columns, console=Console(file=stream)) as progress:
-        task = progress.add_task("upload", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    progress = Progress(*columns, console=Console(file=stream))
+    task = progress.add_task("upload", total=None)
+
+    def show(done: int, total: int) -> None:
+        progress.update(task, completed=done, total=total)
+        progress.start()  # if it is not yet: where nothing is sent, no bar is drawn
+
+    try:
+        yield show
+    finally:
+        progress.stop()
 
 
 class LineBar:

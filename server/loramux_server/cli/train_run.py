@@ -55,8 +55,7 @@ def run_training(
     Raises:
         AdapterError, LoramuxError: it cannot be done; what was saved stays.
     """
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     device = device_of(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)

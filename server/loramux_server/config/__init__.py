@@ -1,1 +1,1 @@
-"""What can be set: flags, environment variables and files, as frozen dataclasses."""
+"""What can be set: flags, environment variables and files, one frozen model for each command."""

@@ -37,7 +37,7 @@ class ServeConfig(RunsBase):
     )
     preload: Path | None = setting(
         None,
-        "directory whose subdirectories are adapters to publish at start, but for names that can be served already",
+        "directory whose subdirectories are adapters to publish at start, except for names that can be served already",
         group="Adapters",
     )
     watch_dir: Path | None = setting(
@@ -51,7 +51,7 @@ class ServeConfig(RunsBase):
     )
     lora_path_root: Path | None = setting(
         None,
-        "directory below which vLLM's load_lora_adapter may load; without it there is no such call",
+        "directory below which vLLM's load_lora_adapter may load",
         group="Adapters",
         unset="no such call",
     )
@@ -126,7 +126,7 @@ class ServeConfig(RunsBase):
         "info", "least severe messages to log; debug adds one line per HTTP request", group="Operation"
     )
     watchdog_timeout: float = setting(
-        60.0, "a step that takes longer turns /health red, in seconds", group="Operation", between=(1, 86400)
+        60.0, "a step that takes longer makes /health answer 503, in seconds", group="Operation", between=(1, 86400)
     )
     metrics_adapter_labels: int = setting(
         100,

@@ -28,8 +28,8 @@ class ModelRunner:
     """Runs batches on the base model. Owner of model, slots, cache and sampler: the engine thread.
 
     transformers' own model code runs unchanged, on packed tokens [1, rows] with explicit positions; attention and the
-    cache behind it are ours (attention.py), and so is every linear layer's delta (LoRALinear). Where the model
-    allows it the same step runs in one call of compiled code instead (native_decoder.py), with the same bits.
+    cache behind it are ours (kernels/attention.py), and so is every linear layer's delta (LoRALinear). Where the model
+    allows it the same step runs in one call of compiled code instead (kernels/native_decoder.py), with the same bits.
 
     Attributes:
         decoder: the compiled step; None where transformers' code runs, which is also its reference.

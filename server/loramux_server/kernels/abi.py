@@ -14,7 +14,7 @@ import ctypes
 from enum import IntEnum
 from typing import Any
 
-VERSION = 1  # kAbiVersion in kernels.h; goes up where a meaning changes and no form does
+VERSION = 1  # kAbiVersion in csrc/kernels.h; goes up where a meaning changes and no form does
 
 POINTER, SIZE, INT, FLOAT, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_double
 _KINDS = {None: "v", POINTER: "p", SIZE: "l", INT: "i", FLOAT: "f", DOUBLE: "d"}
@@ -96,7 +96,7 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
 
 _TENSORS = [POINTER, *[POINTER, SIZE, SIZE] * 3]  # out; q, k, v with two strides each
 
-# name -> (what it returns, what it takes); kernels.h names the parameters
+# name -> (what it returns, what it takes); csrc/kernels.h names the parameters
 FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "loramux_best_isa": (INT, []),
     "loramux_run_pieces": (None, [POINTER, POINTER, SIZE, INT]),

@@ -1,8 +1,8 @@
 """LoRA deltas as grouped products of the library: the path of CUDA devices, tested on the CPU.
 
-Semantics are those of ops.py. However many adapters a step uses, there are two products for each rank and each place in
-a row's sum: an arena seen as [slots of that rank, rank, width] has one group of rows for each slot, most of them empty.
-Intermediates are rounded to bf16 where `add_lora_segments` rounds them.
+Semantics are those of lora/ops.py. However many adapters a step uses, there are two products for each rank and each
+place in a row's sum: an arena seen as [slots of that rank, rank, width] has one group of rows for each slot, most of
+them empty. Intermediates are rounded to bf16 where `add_lora_segments` rounds them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Keys and values of all running sequences, in blocks of a fixed number of tokens. Owner: the engine thread.
 
-Which block belongs to whom is decided in plain Python (kv_blocks.py); here are only the tensors. Two layouts, one
-meaning: `dense` is what library kernels read, `tiled` is what the compiled CPU kernel reads without shuffling.
+Which block belongs to whom is decided in plain Python (engine/kv_blocks.py); here are only the tensors. Two layouts,
+one meaning: `dense` is what library kernels read, `tiled` is what the compiled CPU kernel reads without shuffling.
 """
 
 from __future__ import annotations

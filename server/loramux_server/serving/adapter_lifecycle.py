@@ -17,7 +17,6 @@ from loramux_adapters.lora.verify import Checked, check_adapter
 from loramux_adapters.store.store import AdapterStore
 from loramux_server.config.serve import ServeConfig
 from loramux_server.engine.inbox import Inbox
-from loramux_server.errors import ConfigError
 from loramux_server.metrics.metrics import Metrics
 from loramux_server.publishing.lora_path import LoraPathRoot
 from loramux_server.publishing.pins import Pins
@@ -57,12 +56,17 @@ class CountedCheck:
 
 @dataclass(frozen=True, slots=True)
 class AdapterLifecycle:
-    """`work` is repeated from `start` to `stop`. `local`: what vLLM's calls may load; None: they do not exist."""
+    """What is built of it.
+
+    Attributes:
+        lora_path_root: what vLLM's calls may load; None: there are no such calls.
+        work: repeated from `start` to `stop`.
+    """
 
     pins: Pins
     prover: Prover
     publisher: Publisher
-    local: LoraPathRoot | None
+    lora_path_root: LoraPathRoot | None
     work: Sequence[RepeatedTask] = field(default_factory=list)
 
     @classmethod
@@ -101,13 +105,11 @@ class AdapterLifecycle:
         work = [RepeatedTask("the look at the adapter store", REFRESH_SECONDS, look)]
         limit = config.max_upload_mib * MIB
         if config.watch_dir is not None:
-            if not config.watch_dir.is_dir():
-                raise ConfigError(f"--watch-dir: {config.watch_dir} is not a directory")
             watch = DirectoryWatch(store, publisher, config.watch_dir, limit=limit, failed=metrics.watch_failed)
             work.append(RepeatedTask("the look at --watch-dir", config.watch_seconds, watch.poll))
         root = config.lora_path_root
-        local = None if root is None else LoraPathRoot(publisher, root, limit=limit)
-        return cls(pins, prover, publisher, local, work)
+        lora_path_root = None if root is None else LoraPathRoot(publisher, root, limit=limit)
+        return cls(pins, prover, publisher, lora_path_root, work)
 
     def start(self) -> None:
         """On the event loop, when the engine takes sequences."""

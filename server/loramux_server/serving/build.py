@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -89,8 +88,7 @@ def build(config: ServeConfig, stages: Stages) -> BuiltServer:
         BaseModelError, ConfigError: the base, or the memory given to it, cannot serve.
         AdapterError: the store or an adapter to preload cannot be used.
     """
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     device = device_of(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -150,7 +148,7 @@ def build(config: ServeConfig, stages: Stages) -> BuiltServer:
             base=ServedBase(name=name, base_id=base.base_id, context=context, created=int(time.time())),
             keys=Keys(config.api_key, config.admin_key, check_host=is_loopback(config.host)),
             limits=Limits(upload_bytes=config.max_upload_mib * MIB, request_seconds=config.request_timeout),
-            local=lifecycle.local,
+            lora_path_root=lifecycle.lora_path_root,
         )
     )
     overhead = _overhead(parts, base)

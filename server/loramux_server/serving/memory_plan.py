@@ -84,9 +84,12 @@ def summary(config: ServeConfig, base: BaseModel, device: DeviceSide, context: i
         "",
         f"base id  {base.base_id}",
         *(f"  {what:<24} {size / MIB:>8,.0f} MiB  ({note})" for what, size, note in table),
-        f"device   {base.device}{threads}; {kernel_paths(base.model, base.device)}; "
-        f"attention {device.kernels.attention}; LoRA {device.kernels.lora} (stacks bf16, sums fp32); "
+        f"device   {base.device}{threads}; "
         f"{'a step is one compiled call' if device.runner.decoder is not None else 'a step is run module by module'}",
+        *(f"  {path}" for path in kernel_paths(base.model, base.device).split("; ")),
+        f"  attention {device.kernels.attention}",
+        f"  LoRA {device.kernels.lora} (stacks bf16, sums fp32)",
         f"batch    {invariance}",
+        f"loading  the base, in {sum(seconds for _, seconds in base.stages):.1f} s",
         *(f"  {what:<24} {seconds:>8.1f} s" for what, seconds in base.stages),
     ]

@@ -22,6 +22,7 @@ import uvicorn
 
 from loramux_server.config.environment import bound_spinning
 from loramux_server.config.serve import ServeConfig
+from loramux_server.errors import ConfigError
 from loramux_server.serving.startup import ASGIApp, Stages, StartupApp, in_daemon_thread, take_port, url_of
 
 _SWITCH_SECONDS = 0.0005  # of the interpreter lock: the engine wants it some times a step, for microseconds each
@@ -63,13 +64,26 @@ def serve(config: ServeConfig) -> int:
     """Serves until a signal; returns the exit code.
 
     Raises:
-        CommandFailed: the port cannot be had (found before anything is loaded).
+        ConfigError: a directory that adapters come from is not there.
+        CommandFailed: the port cannot be had; like the first, this is found before anything is loaded.
         LoramuxError, AdapterError: the base or the store cannot be used.
     """
+    _require_directories(config)
     bound_spinning()
     sys.setswitchinterval(_SWITCH_SECONDS)
     with take_port(config.host, config.port) as listener:
         return asyncio.run(_serve(config, listener))
+
+
+def _require_directories(config: ServeConfig) -> None:
+    sources = {
+        "--preload": config.preload,
+        "--watch-dir": config.watch_dir,
+        "--lora-path-root": config.lora_path_root,
+    }
+    for flag, directory in sources.items():
+        if directory is not None and not directory.is_dir():
+            raise ConfigError(f"{flag}: {directory} is not a directory")
 
 
 async def _serve(config: ServeConfig, listener: socket.socket) -> int:

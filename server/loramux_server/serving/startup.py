@@ -94,7 +94,7 @@ class StartupApp:
 async def _answer_while_loading(path: str, send: Callable[[Message], Awaitable[None]]) -> None:
     alive = path == "/health"
     error = {
-        "message": "The server is loading its base model.",
+        "message": "The server is still starting.",
         "type": "server_error",
         "param": None,
         "code": "loading",

@@ -11,6 +11,7 @@ import tarfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -227,12 +228,23 @@ def test_list_and_show_can_print_json(server: FakeServer, capsys: pytest.Capture
 
 
 def test_show_prints_one_line_per_field(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
-    server.answers["GET /v1/adapters/spam"] = (200, SPAM)
+    current = {"version": VERSION, "rank": 8, "bytes": 921_600, "tier": "device", "current": True, "corrupt": False}
+    before = {"version": "b" * 64, "rank": 4, "bytes": 512, "tier": "disk", "current": False, "corrupt": True}
+    known = {"id": "spam", "object": "adapter", **SPAM, "created": 0, "versions": [current, before]}
+    server.answers["GET /v1/adapters/spam"] = (200, known)
 
     assert loramux(server, "show", "spam") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "name            spam"
+    assert lines[1].split() == ["version", VERSION]
     assert 'target_modules  ["q_proj", "v_proj"]' in lines
+    assert "bytes           900.0 KiB" in lines
+    created = next(line.split(maxsplit=1)[1] for line in lines if line.startswith("created"))
+    assert datetime.fromisoformat(created).timestamp() == 0
+    assert lines[-2:] == [
+        "versions        3f786850e387, rank 8, 900.0 KiB, device, current",
+        "                bbbbbbbbbbbb, rank 4, 512 B, disk, corrupt",
+    ]
 
 
 def test_rm_unregisters(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -370,6 +382,9 @@ def test_progress_is_drawn_on_a_terminal_and_nowhere_else(monkeypatch: pytest.Mo
 
     assert "100%" in terminal.getvalue() and "4.0/4.0 MiB" in terminal.getvalue()
     assert file.getvalue() == ""
+    with transfer_bar(unused := Terminal()):
+        pass
+    assert not unused.getvalue().strip()
 
 
 def test_a_table_is_drawn_on_a_terminal_and_says_the_same(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:

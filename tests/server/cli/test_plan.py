@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from loramux_server.cli import plan as cli_plan
 from loramux_server.cli.frame import call
 from loramux_server.cli.plan import Memory
 from loramux_server.errors import BaseModelError, ConfigError
+from support.real_server import clean_environment
 from support.tiny_models import save_tiny_model
 
 MIB = 2**20
@@ -52,8 +55,18 @@ def test_what_does_not_fit_is_said_with_what_helps(
 
     assert "--accumulation" not in said(1000)
     assert re.search(r"does NOT fit.*--accumulation \d+ makes it fit", said(8), re.DOTALL)
-    assert "--accumulation 16 with --gradient-checkpointing yes makes it fit" in said(1.9)
+    assert "--accumulation 16 with --gradient-checkpointing makes it fit" in said(1.9)
+    advice = ("--accumulation", "16", "--gradient-checkpointing")
+    assert run("--base", base, "--batch", "16", "--seq", "256", *advice) == 0
+    assert "QLoRA needs 2 MiB and fits" in capsys.readouterr().out
     assert "lower --seq or --rank" in said(0.1)
+
+
+def test_nothing_is_said_beside_the_plan(base: str) -> None:
+    """In a process of its own, where the libraries are imported for the first time."""
+    command = [sys.executable, "-m", "loramux_server", "plan", "--device", "cpu", "--base", base]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=clean_environment())
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_wrong_settings_are_named(base: str) -> None:

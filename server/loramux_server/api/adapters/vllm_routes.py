@@ -31,9 +31,9 @@ _MAX_BODY = 64 * 2**10
 
 
 class VllmRoutes:
-    def __init__(self, deps: Dependencies, local: LoraPathRoot, adapters: AdapterRoutes) -> None:
+    def __init__(self, deps: Dependencies, root: LoraPathRoot, adapters: AdapterRoutes) -> None:
         self._deps = deps
-        self._local = local
+        self._root = root
         self._adapters = adapters
 
     @access(Access.ADMIN)
@@ -49,7 +49,7 @@ class VllmRoutes:
                     f"The lora adapter '{name}' has already been loaded. To replace it, set 'load_inplace' to true."
                 )
             async with self._adapters.place():
-                await run_in_thread(self._local.load, name, path)
+                await run_in_thread(self._root.load, name, path)
         except ServerBusy:
             raise  # a status that clients know how to retry
         except (LoramuxError, AdapterError) as error:

@@ -1,6 +1,6 @@
 """What the routes are built from: the parts of the server, the base as clients see it, keys and limits.
 
-The serving command passes in the real parts. A part is a protocol here only where tests put another one in its place,
+`serving.build` passes in the real parts. A part is a protocol here only where tests put another one in its place,
 and each protocol says why they do.
 """
 
@@ -220,7 +220,7 @@ class Dependencies:
 
     Attributes:
         check, prove, publish: the three stations of an upload, in this order.
-        local: loads adapters from this machine's disk for vLLM's calls; without it those routes do not exist.
+        lora_path_root: loads adapters from this machine's disk for vLLM's calls; without it those routes do not exist.
     """
 
     engine: EngineLike
@@ -234,4 +234,4 @@ class Dependencies:
     base: ServedBase
     keys: Keys = field(default_factory=Keys)
     limits: Limits = field(default_factory=Limits)
-    local: LoraPathRoot | None = None
+    lora_path_root: LoraPathRoot | None = None

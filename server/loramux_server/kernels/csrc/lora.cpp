@@ -1,6 +1,7 @@
 // LoRA deltas of a heterogeneous batch.
 //
-// Semantics, for each row t of x, over its entries e in [first[t], first[t + 1]) with targeted[offset[e] / granule] != 0:
+// Semantics, for each row t of x, over its entries e in [first[t], first[t + 1]) whose layer the adapter targets, that is
+// with targeted[offset[e] / kRankGroup] != 0:
 //   h[e, r] = scale[e] * sum_i x[t, i] * a[offset[e] + r, i]               bf16 products, fp32 sums
 //   y[t, :] = bf16(y[t, :] + sum_e sum_r h[e, r] * bt[offset[e] + r, :])   fp32 sums, one rounding
 // Every row is computed alone, its entries in the order given, so its bits do not depend on the batch around it.

@@ -48,7 +48,7 @@ def root(tmp_path: Path) -> Path:
 def server(tmp_path: Path, root: Path, store: AdapterStore) -> Server:
     (tmp_path / "fake").mkdir()
     fake = make_server(tmp_path / "fake")
-    deps = replace(fake.deps, store=store, local=LoraPathRoot(unproved(store, check), root, limit=2**20))
+    deps = replace(fake.deps, store=store, lora_path_root=LoraPathRoot(unproved(store, check), root, limit=2**20))
     fake.app = create_app(deps)
     return fake
 
@@ -193,8 +193,8 @@ async def test_without_a_root_there_is_no_such_route(tmp_path: Path) -> None:
 
 @pytest.mark.anyio
 async def test_the_calls_need_the_admin_key(tmp_path: Path, root: Path, store: AdapterStore) -> None:
-    local = LoraPathRoot(unproved(store, check), root, limit=2**20)
-    server = make_server(tmp_path, keys=Keys("api", "admin"), local=local)
+    lora_path_root = LoraPathRoot(unproved(store, check), root, limit=2**20)
+    server = make_server(tmp_path, keys=Keys("api", "admin"), lora_path_root=lora_path_root)
     async with server.client() as client:
         for key, status in ((None, 401), ("api", 403)):
             headers = {"authorization": f"Bearer {key}"} if key else {}
