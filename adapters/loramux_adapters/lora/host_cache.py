@@ -299,6 +299,7 @@ class HostCache:
         if self._closed:
             raise RuntimeError("the host cache is closed")
         self._failures.pop(version, None)
+        self._unreported.discard(version)
         self._loading.add(version)
         self._queue.put(version)
 

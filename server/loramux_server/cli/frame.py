@@ -148,7 +148,7 @@ class _Later(Command):
 
 def new_app(help: str = "", **options: Any) -> typer.Typer:
     """A place for commands, with this help of its own if it holds several."""
-    context_settings = {"max_content_width": PLAIN_COLUMNS}
+    context_settings = {"max_content_width": PLAIN_COLUMNS, "help_option_names": ["-h", "--help"]}
     return typer.Typer(
         cls=Commands, help=help or None, add_completion=False, context_settings=context_settings, **options
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +33,6 @@ def settings_app(
     def act(ctx: typer.Context, config: str | None, **options: Any) -> int:
         own = {other.name: options[other.name] for other in others}
         given = {name: options[name] for name in settings if options[name] is not None}
-        given |= {name: False for name in settings if options.get(f"no_{name}")}
         return run(load(cls, given, ctx.obj, config), ctx, **own)
 
     parameters = [
@@ -46,7 +45,7 @@ def settings_app(
             metavar="FILE",
             help=f"TOML file with the [{cls.table}] table ({CONFIG_VARIABLE})",
         ),
-        *(option for setting in settings.values() for option in _options(setting)),
+        *(_setting_option(setting) for setting in settings.values()),
     ]
     act.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     app = new_app()
@@ -60,16 +59,13 @@ def once(flag: str, help: str) -> Any:
     return typer.Option(flag, help=help, rich_help_panel="For this time only")
 
 
-def _options(setting: Setting) -> Iterator[inspect.Parameter]:
-    """A setting's option. What is given is text, which the settings read; a switch has a second, hidden one."""
+def _setting_option(setting: Setting) -> inspect.Parameter:
+    """A setting's option. What is given is text, which the settings read; of a switch's two flags the last counts."""
     shown = {"help": _help(setting), "rich_help_panel": setting.group}
     if setting.kind is bool:
-        yield _option(setting.name, bool, setting.flag, **shown)
-        yield _option(f"no_{setting.name}", bool, f"--no-{setting.flag[2:]}", hidden=True)
-    else:
-        yield _option(
-            setting.name, str, setting.flag, metavar="|".join(setting.choices) or METAVARS[setting.kind], **shown
-        )
+        return _option(setting.name, bool, f"{setting.flag}/--no-{setting.flag[2:]}", **shown)
+    metavar = "|".join(setting.choices) or METAVARS[setting.kind]
+    return _option(setting.name, str, setting.flag, metavar=metavar, **shown)
 
 
 def _option(name: str, kind: Any, flag: str, **shown: Any) -> inspect.Parameter:
@@ -80,7 +76,7 @@ def _option(name: str, kind: Any, flag: str, **shown: Any) -> inspect.Parameter:
 def _help(setting: Setting) -> str:
     """The field's line, and its default."""
     if setting.kind is bool:
-        default = f"default: {'yes' if setting.default else 'no'}; --no-{setting.flag[2:]} turns it off"
+        default = f"default: {'yes' if setting.default else 'no'}"
     elif setting.default is None:
         default = {"none": "", "needed": "needed"}.get(setting.unset, f"default: {setting.unset}")
     else:

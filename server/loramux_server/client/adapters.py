@@ -33,7 +33,7 @@ class AdaptersClient:
     def all(self) -> list[dict[str, Any]]:
         """Every registered adapter."""
         data = self._connection.call("GET", _path()).body.get("data")
-        if not isinstance(data, list):
+        if not isinstance(data, list) or not all(isinstance(adapter, dict) for adapter in data):
             raise CommandFailed(f"{self.url} did not answer with a list of adapters; is it a loramux server?")
         return data
 

@@ -146,14 +146,17 @@ class ServerConnection:
 def _http_url(text: str) -> httpx.URL | None:
     try:
         url = httpx.URL(text)
-    except httpx.InvalidURL:
+        url.raw_host.decode("ascii").encode("idna")  # as the resolver does, which raises for some that httpx takes
+        return url if url.scheme in ("http", "https") and url.host and (url.port or 0) <= 65535 else None
+    except (httpx.InvalidURL, UnicodeError):
         return None
-    return url if url.scheme in ("http", "https") and url.host and (url.port or 0) <= 65535 else None
 
 
 def _quoted(path: Sequence[str]) -> str:
-    """Dots alone would lead to another path: `quote` leaves them as they are."""
-    return "/".join(quote(name, safe="") if name.strip(".") else name.replace(".", "%2E") for name in path)
+    """Dots alone would lead to another path: `quote` leaves them as they are. A name may be any bytes of a shell's."""
+    return "/".join(
+        quote(name, safe="", errors="surrogateescape") if name.strip(".") else name.replace(".", "%2E") for name in path
+    )
 
 
 def _watched(client: httpx.Client, form: httpx.Request, progress: Progress) -> httpx.Request:
@@ -218,7 +221,7 @@ def _read(response: httpx.Response) -> bytes:
 def _parse(text: bytes) -> dict[str, Any] | None:
     try:
         body = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return body if isinstance(body, dict) else None
 

@@ -58,7 +58,7 @@ def from_file(cls: type[Settings], path: Path, tables: Collection[str]) -> InitS
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from error
-    except ValueError as error:  # TOML syntax, or not UTF-8
+    except (ValueError, RecursionError) as error:  # TOML syntax, not UTF-8, or nested too deeply to be read
         raise ConfigError(f"the config file {path} is not valid TOML: {error}") from error
     table, known = cls.table, settings_of(cls)
     for key, value in document.items():
@@ -97,7 +97,8 @@ def _from_text(cls: type[Settings], name: str, text: str) -> object:
 def _from_toml(cls: type[Settings], name: str, value: object) -> object:
     """The value that a TOML value means, read as JSON is: a path is text there, and 30 is as good as 30.0."""
     try:
-        return _adapter(cls, name).validate_json(json.dumps(value, default=str), strict=True)
+        in_json = json.dumps(value, default=lambda moment: {})  # a date or a time, which no setting is, nor a table
+        return _adapter(cls, name).validate_json(in_json, strict=True)
     except ValidationError as error:
         raise ConfigError(settings_of(cls)[name].refusal(error.errors()[0], value)) from error
 

@@ -71,7 +71,7 @@ class HttpScorer:
             return Said(None, None, None)
         with ThreadPoolExecutor(AT_ONCE) as pool:
             choices = list(pool.map(lambda example: self._server.chat(self._body(example, labels)), examples))
-        scores = [_label_scores(choice, labels) for choice in choices]
+        scores = [label_scores(choice, labels) for choice in choices]
         known = [row for row in scores if row is not None]
         return Said(known if len(known) == len(scores) else None, None, [_text(choice) for choice in choices])
 
@@ -86,13 +86,16 @@ class HttpScorer:
         }
 
 
-def _label_scores(choice: Mapping[str, Any], labels: Sequence[str]) -> list[float] | None:
+def label_scores(choice: Mapping[str, Any], labels: Sequence[str]) -> list[float] | None:
+    """Log probability of each label by the first token of a reply; None where no likely token begins one."""
     logprobs = choice.get("logprobs")
     content = logprobs.get("content") if isinstance(logprobs, dict) else None
     first = content[0] if isinstance(content, list) and content else {}
     alternatives = first.get("top_logprobs") if isinstance(first, dict) else None
     scores = [float("-inf")] * len(labels)
     for each in alternatives if isinstance(alternatives, list) else []:
+        if not isinstance(each, dict) or not isinstance(each.get("logprob"), int | float):
+            continue  # from a server that is not ours
         text = str(each.get("token", "")).strip()
         begun = [index for index, label in enumerate(labels) if text and label.startswith(text)]
         if len(begun) == 1:

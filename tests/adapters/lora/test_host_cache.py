@@ -351,3 +351,17 @@ def test_pins_on_what_is_held_are_hits_and_others_are_misses(cache: HostCache, d
     cache.pin("a")
     cache.pin("a")
     assert (cache.stats().hits, cache.stats().misses) == (2, 1)
+
+
+def test_a_kept_version_is_loaded_again_and_its_last_failure_forgotten(cache: HostCache, disk: Disk) -> None:
+    disk.failures["a"] = AdapterCorrupt("a", "0" * 64)
+    cache.pin("a")
+    fill(cache, disk, "a")
+
+    cache.keep({"a"})
+    cache.check_integrity()
+    assert cache.request("a") is LoadState.LOADING
+    disk.let_one_load_end()
+
+    assert cache.request("a") is LoadState.READY
+    cache.unpin("a")

@@ -9,11 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 
 from loramux_adapters.errors import StoreUnavailable
 from loramux_server.cli import adapters as cli_adapters
+from loramux_server.cli import frame
 from loramux_server.cli import main as cli
+from loramux_server.cli.options import settings_app
 from loramux_server.config.load import all_settings
+from loramux_server.config.plan import PlanConfig
 from loramux_server.config.serve import ServeConfig
 from loramux_server.config.settings import Settings, settings_of
 from loramux_server.errors import BaseModelError, ConfigError
@@ -58,6 +62,12 @@ def test_every_level_explains_itself(argv: list[str], mentioned: list[str], caps
     text = help_text(argv, capsys)
 
     assert [word for word in mentioned if word not in text] == []
+
+
+def test_help_has_a_short_flag_at_every_level(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in ([], ["serve"], ["train"], ["adapters"], ["adapters", "push"], ["version"]):
+        assert cli.main([*argv, "-h"], {}) == 0
+        assert capsys.readouterr().out == help_text(argv, capsys)
 
 
 @pytest.mark.parametrize("settings", all_settings(), ids=lambda settings: settings.table)
@@ -132,6 +142,21 @@ def test_serve_gets_the_config_that_flags_environment_and_file_make(
 
     assert code == 0
     assert served == [ServeConfig(port=0, max_waiting=5, threads=2)]
+
+
+def test_of_a_switch_given_both_ways_the_last_counts() -> None:
+    seen: list[bool] = []
+
+    def show(config: PlanConfig, ctx: typer.Context) -> int:
+        seen.append(config.gradient_checkpointing)
+        return 0
+
+    on, off = "--gradient-checkpointing", "--no-gradient-checkpointing"
+    app = settings_app(PlanConfig, show)
+    for argv in ([on], [off], [on, off], [off, on], [on, off, on]):
+        frame.call(app, "plan", argv, {})
+
+    assert seen == [True, False, False, True, True]
 
 
 def failing(error: BaseException) -> Callable[[ServeConfig], int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from urllib.parse import unquote
 
 import pytest
 
+from loramux_server.client.adapters import AdaptersClient
 from loramux_server.client.connection import MAX_REPLY_BYTES, ServerConnection, ServerReply
 from loramux_server.errors import CommandFailed
 
@@ -182,6 +184,32 @@ def test_what_speaks_no_http_or_no_tls_is_told(server: FakeServer) -> None:
 def test_a_host_that_nobody_knows_is_told() -> None:
     with pytest.raises(CommandFailed, match=f"^{ELSEWHERE}: the host is not known$"):
         ServerConnection(ELSEWHERE).call("GET", ["a"])
+
+
+@pytest.mark.parametrize("host", ["a..b", "..", "xn--", "a" * 64])
+def test_a_host_that_cannot_be_one_is_told(host: str) -> None:
+    with pytest.raises(CommandFailed, match="is not a URL such as"):
+        ServerConnection(f"http://{host}").call("GET", ("v1", "models"))
+
+
+def test_a_reply_nested_too_deeply_is_no_json(server: FakeServer) -> None:
+    server.reply = b"[" * 100_000 + b"]" * 100_000
+
+    with pytest.raises(CommandFailed, match="did not answer in JSON"):
+        ServerConnection(server.url).call("GET", ("v1", "models"))
+
+
+def test_a_list_of_anything_but_adapters_is_told(server: FakeServer) -> None:
+    server.reply = b'{"data": [1]}'
+
+    with pytest.raises(CommandFailed, match="did not answer with a list of adapters"):
+        AdaptersClient(server.url).all()
+
+
+def test_a_name_of_any_bytes_is_sent_as_they_are(server: FakeServer) -> None:
+    ServerConnection(server.url).call("GET", (os.fsdecode(b"a\xff"),))
+
+    assert server.asked[0][0] == "GET /a%FF"
 
 
 def test_a_reply_longer_than_any_of_ours_is_not_read_to_its_end(server: FakeServer) -> None:

@@ -221,3 +221,14 @@ def test_every_command_has_a_table_of_its_own_and_says_what_each_setting_is() ->
 def test_a_value_that_toml_knows_and_json_does_not_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="key port: --port must be a whole number, not 2026-01-01"):
         load(ServeConfig, {}, {}, written(tmp_path, "[serve]\nport = 2026-01-01\n"))
+
+
+def test_a_date_is_no_text(tmp_path: Path) -> None:
+    for name in ("base", "adapter_dir"):
+        with pytest.raises(ConfigError, match="must be .*, not 2020-01-01"):
+            load(ServeConfig, {}, {}, written(tmp_path, f"[serve]\n{name} = 2020-01-01\n"))
+
+
+def test_a_file_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not valid TOML"):
+        load(ServeConfig, {}, {}, written(tmp_path, "[serve]\nbase = " + "[" * 5000 + "]" * 5000 + "\n"))

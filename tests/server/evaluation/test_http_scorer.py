@@ -12,7 +12,7 @@ import pytest
 
 from loramux_adapters.training.data.conversation import Example, Message
 from loramux_server.errors import CommandFailed
-from loramux_server.evaluation.http_scorer import HttpScorer, Server
+from loramux_server.evaluation.http_scorer import HttpScorer, Server, label_scores
 
 LABELS = ("ham", "spam")
 
@@ -97,6 +97,13 @@ def test_where_no_likely_token_begins_a_label_there_are_no_label_scores(fake: Fa
 
     assert said.labels is None
     assert said.replies == ["spam", "It…"]
+
+
+@pytest.mark.parametrize("alternative", [1, {"token": "ham"}, {"token": "ham", "logprob": None}])
+def test_alternatives_that_are_none_tell_nothing_of_the_labels(alternative: object) -> None:
+    choice = {"logprobs": {"content": [{"top_logprobs": [alternative]}]}}
+
+    assert label_scores(choice, LABELS) is None
 
 
 def test_requests_are_greedy_name_the_adapter_and_carry_the_key(fake: FakeServer) -> None:
