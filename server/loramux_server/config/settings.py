@@ -92,10 +92,14 @@ class Setting:
     def variable(self) -> str:
         return ENV_PREFIX + self.name.upper()
 
-    def refusal(self, error: ErrorDetails, value: object) -> str:
-        """What is wrong with a value, in words that name the flag, or the variable of a secret."""
+    def refusal(self, error: str, value: object) -> str:
+        """What is wrong with a value, in words that name the flag, or the variable of a secret.
+
+        Args:
+            error: pydantic's type of it.
+        """
         label = self.variable if self.secret else self.flag
-        if error["type"] in _OUTSIDE and self.between:
+        if error in _OUTSIDE and self.between:
             return f"{label} must be from {self.between[0]} to {self.between[1]}, not {value}"
         shown = "" if self.secret else f", not {value!r}" if isinstance(value, str) else f", not {value}"
         if self.choices:
@@ -137,7 +141,7 @@ def in_words(cls: type[Settings], error: ErrorDetails) -> str:
     known = settings_of(cls)
     if name not in known:
         return f"unknown setting {name}{suggest(name, known)}"
-    return known[name].refusal(error, error["input"])
+    return known[name].refusal(error["type"], error["input"])
 
 
 def suggest(word: object, known: Iterable[str]) -> str:

@@ -88,10 +88,13 @@ def _adapter(cls: type[Settings], name: str) -> TypeAdapter[Any]:
 
 def _from_text(cls: type[Settings], name: str, text: str) -> object:
     """The value that a flag's or a variable's text means. Raises ConfigError."""
+    setting = settings_of(cls)[name]
     try:
+        if setting.kind is int and "." in text:  # pydantic would take "8000.0", which a file may not say either
+            raise ConfigError(setting.refusal("int_parsing", text))
         return _adapter(cls, name).validate_strings(text)
     except ValidationError as error:
-        raise ConfigError(settings_of(cls)[name].refusal(error.errors()[0], text)) from error
+        raise ConfigError(setting.refusal(error.errors()[0]["type"], text)) from error
 
 
 def _from_toml(cls: type[Settings], name: str, value: object) -> object:
@@ -100,7 +103,7 @@ def _from_toml(cls: type[Settings], name: str, value: object) -> object:
         in_json = json.dumps(value, default=lambda moment: {})  # a date or a time, which no setting is, nor a table
         return _adapter(cls, name).validate_json(in_json, strict=True)
     except ValidationError as error:
-        raise ConfigError(settings_of(cls)[name].refusal(error.errors()[0], value)) from error
+        raise ConfigError(settings_of(cls)[name].refusal(error.errors()[0]["type"], value)) from error
 
 
 def _by_kubernetes(text: str) -> str:

@@ -69,6 +69,7 @@ def test_an_integer_in_the_file_is_fine_where_a_number_is_asked_for(tmp_path: Pa
         ({"port": "70000"}, "--port must be from 0 to 65535, not 70000"),
         ({"port": "-1"}, "--port must be from 0 to 65535, not -1"),
         ({"port": "http"}, "--port must be a whole number, not 'http'"),
+        ({"port": "8000.0"}, "--port must be a whole number, not '8000.0'"),
         ({"max_num_seqs": "0"}, "--max-num-seqs must be from 1 to 4096"),
         ({"shutdown_timeout": "nan"}, "--shutdown-timeout must be from 0 to 86400, not nan"),
         ({"shutdown_timeout": "inf"}, "--shutdown-timeout must be from 0 to 86400, not inf"),
