@@ -2,6 +2,9 @@
 
 The format: 8 bytes of little-endian header length, a JSON object {name: {"dtype", "shape", "data_offsets"}},
 then the data.
+
+Why by hand: the library opens a file or raises one sentence, with no bound on the number of tensors or dimensions. Here
+every reason is found at once, in bounded time and memory, before the library maps the file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""JSON from strangers: one object, no tricks. Knows nothing of adapters."""
+"""JSON from strangers: one object, no tricks. Knows nothing of adapters.
+
+Why by hand: the standard library takes NaN, repeated keys, lone surrogates and any depth. It still does the parsing; this
+module refuses what it lets through.
+"""
 
 from __future__ import annotations
 
