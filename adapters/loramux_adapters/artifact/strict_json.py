@@ -1,7 +1,7 @@
 """JSON from strangers: one object, no tricks. Knows nothing of adapters.
 
-Why by hand: the standard library takes NaN, repeated keys, lone surrogates and any depth. It still does the parsing; this
-module refuses what it lets through.
+Why by hand: the standard library takes NaN, repeated keys, lone surrogates and any depth. It does the parsing; what it
+lets through is refused here.
 """
 
 from __future__ import annotations
