@@ -12,6 +12,7 @@ import torch
 from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
 
 from loramux_adapters.base_info import BaseInfo
 from loramux_server.base.identity import cached_base_id
@@ -109,6 +110,7 @@ def load_base_model(
     Raises:
         BaseModelError: it cannot be found, read or served correctly.
     """
+    transformers_logging.disable_progress_bar()  # `report` tells what is slow; bars would break its lines
     kernels = kernels or choose_kernels(device)
     stages: list[tuple[str, float]] = []
     source = _timed(stages, "find the base", lambda: resolve_base(spec, cache_dir, report))

@@ -53,14 +53,12 @@ def evaluate_here(config: EvalConfig, stages: Stages, *, cache_dir: Path, skip_b
     others = {name: find_adapter(name, DEFAULT_OUT) for name in (config.compare, config.reference) if name is not None}
     with stages.stage("import libraries"):
         import torch
-        from transformers.utils import logging as transformers_logging
 
         from loramux_adapters.evaluation.evaluated import Role
         from loramux_adapters.evaluation.labels import labels_of
         from loramux_server.base.device import device_of
         from loramux_server.cli import evaluate_run
         from loramux_server.evaluation.contenders import evaluate
-    transformers_logging.disable_progress_bar()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     held, train, notes = evaluate_run.read_held(

@@ -55,7 +55,6 @@ def finish(
     """
     with stages.stage("import libraries"):
         import torch
-        from transformers.utils import logging as transformers_logging
 
         from loramux_adapters.evaluation.evaluated import Role
         from loramux_adapters.evaluation.labels import labels_of
@@ -64,7 +63,6 @@ def finish(
         from loramux_server.base.device import device_of
         from loramux_server.cli import evaluate_run
         from loramux_server.evaluation.contenders import evaluate
-    transformers_logging.disable_progress_bar()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     directory = run_dir / "adapter"

@@ -68,11 +68,10 @@ def merge(config: MergeConfig, ctx: typer.Context) -> int:
     stages = Stages(write)
     with stages.stage("import libraries"):
         import torch
-        from transformers.utils import logging as transformers_logging
+        import transformers  # noqa: F401 - what loads the base needs it, and its seconds belong to this stage
 
         from loramux_adapters.training.model.merge import whole_directory
         from loramux_server.base.device import device_of
-    transformers_logging.disable_progress_bar()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     work = _Merge(config, adapter, device_of(config.device), cache_dir_of(config.cache_dir, ctx.obj), stages)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from loramux_adapters.errors import MemoryShort
 from loramux_adapters.memory import resident_bytes
@@ -55,7 +54,6 @@ def run_training(
     Raises:
         AdapterError, LoramuxError: it cannot be done; what was saved stays.
     """
-    transformers_logging.disable_progress_bar()
     device = device_of(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)

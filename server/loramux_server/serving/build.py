@@ -11,7 +11,6 @@ from functools import partial
 
 import torch
 from fastapi import FastAPI
-from transformers.utils import logging as transformers_logging
 
 from loramux_adapters.errors import MemoryShort
 from loramux_adapters.lora.host_cache import HostCache
@@ -88,7 +87,6 @@ def build(config: ServeConfig, stages: Stages) -> BuiltServer:
         BaseModelError, ConfigError: the base, or the memory given to it, cannot serve.
         AdapterError: the store or an adapter to preload cannot be used.
     """
-    transformers_logging.disable_progress_bar()
     device = device_of(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
