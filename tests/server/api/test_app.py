@@ -60,7 +60,9 @@ async def test_a_model_is_shown_under_each_of_its_spellings(server: Server, mode
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("model", ["nobody", "pirate@00000000", "../../etc/passwd", "a/b", "%00"])
+@pytest.mark.parametrize(
+    "model", ["nobody", "pirate@00000000", "../../etc/passwd", "a/b", "a/b@00000000", "%00", "%0a"]
+)
 async def test_an_unknown_model_is_404(server: Server, model: str) -> None:
     async with server.client() as client:
         reply = await client.get(f"http://localhost/v1/models/{model}")

@@ -121,7 +121,7 @@ def test_flag_environment_and_file_go_together_in_this_order(tmp_path: Path) -> 
         ({"data": None}, "--data is needed"),
         ({"name": None}, "--name is needed"),
         ({"name": "a:b"}, "--name 'a:b'"),
-        ({"name": "x" * 64}, "1 to 63 characters"),
+        ({"name": "x" * 256}, "1 to 255 characters"),
         ({"rank": 0}, "--rank must be from 1 to 1024, not 0"),
         ({"alpha": 0.0}, "--alpha must be positive"),
         ({"learning_rate": 3.0}, "--learning-rate must be between 0 and 1"),

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
+from loramux_adapters.names import check_name, file_name_of
 from loramux_server.api.adapters.download import packed
 from loramux_server.api.adapters.upload import receive_upload
 from loramux_server.api.http.auth import Access, access
 from loramux_server.api.http.body import read_object
 from loramux_server.api.http.dependencies import Dependencies
-from loramux_server.api.http.model_names import check_adapter_name
 from loramux_server.api.http.streaming import Stream, until_gone
 from loramux_server.api.http.worker_threads import enter_in_thread, run_in_thread, run_in_thread_or_undo
 from loramux_server.errors import RequestError, ServerBusy
@@ -78,9 +78,9 @@ class AdapterRoutes:
 
         headers = {
             "content-type": "application/gzip",
-            "content-disposition": f'attachment; filename="{name}.tar.gz"',
+            "content-disposition": f'attachment; filename="{file_name_of(name)}.tar.gz"',
         }
-        return Stream(packed(store.directory(lease.version), name), release, headers)
+        return Stream(packed(store.directory(lease.version), file_name_of(name)), release, headers)
 
     @access(Access.ADMIN)
     async def rollback(self, request: Request) -> Response:
@@ -134,7 +134,7 @@ class AdapterRoutes:
         return checked, await self._deps.prove(directory, checked, force=force, allow_no_effect=allow_no_effect)
 
     def _name_of(self, request: Request) -> str:
-        return check_adapter_name(request.path_params["name"], self._deps.base.name)
+        return check_name(request.path_params["name"], (self._deps.base.name,))
 
     def _record_json(self, record: AdapterRecord) -> dict[str, Any]:
         """An adapter as clients see it."""
