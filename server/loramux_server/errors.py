@@ -3,6 +3,7 @@
 LoramuxError
 ├── ConfigError               a flag, environment variable or config file entry is wrong (before anything starts)
 ├── CommandFailed             a command line's work cannot be done (port in use, no server answers, it refuses)
+│   └── TryLater              a server is busy, or away for the moment
 ├── BaseModelError            the base cannot be loaded, or cannot be served correctly
 ├── RequestError              the client's request cannot be served as it stands; carries `param` and `code`
 ├── ServerBusy                the inbox is full; try again later
@@ -24,6 +25,22 @@ class ConfigError(LoramuxError):
 
 class CommandFailed(LoramuxError):
     """What a command was asked to do cannot be done; the message says why in one line."""
+
+
+class TryLater(CommandFailed):
+    """What was asked of a server may succeed later.
+
+    Attributes:
+        reached: the server has answered, or taken a connection.
+        after: seconds that it asks to wait; None if it names none.
+        broke: the connection ended in the middle.
+    """
+
+    def __init__(self, message: str, *, reached: bool = True, after: float | None = None, broke: bool = False) -> None:
+        self.reached = reached
+        self.after = after
+        self.broke = broke
+        super().__init__(message)
 
 
 class BaseModelError(LoramuxError):

@@ -68,7 +68,8 @@ class ServeConfig(RunsBase):
     )
     proof_timeout: float = setting(
         60.0,
-        "longest an upload may be tried out, in seconds; then it is refused for now",
+        "longest the trial of an upload may stand still, in seconds; then it is refused for now, and so is one that "
+        "takes 30 times as long in all",
         group="Adapters",
         between=(1, 86400),
     )

@@ -319,7 +319,16 @@ async def test_an_upload_is_tried_out_and_the_outcome_is_stored_and_shown(server
         assert reply.status_code == 201
         shown = (await client.get("/v1/adapters/new")).json()
     assert shown["fingerprint"] == shown["versions"][0]["fingerprint"] == "within_tolerance"
-    assert prove.seen == [{"force": False, "allow_no_effect": False}, {"force": False, "allow_no_effect": True}]
+    assert prove.seen == [set(), {"allow_no_effect", "keep"}]
+
+
+@pytest.mark.anyio
+async def test_the_replay_can_be_skipped(server: Server) -> None:
+    prove = server.deps.prove
+    assert isinstance(prove, FakeProve)
+    prove.outcome = "skipped"
+    assert (await put(server, query="?skip_replay=true")).json()["fingerprint"] == "skipped"
+    assert prove.seen == [{"skip_replay", "keep"}]
 
 
 @pytest.mark.anyio
