@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from difflib import SequenceMatcher
 
 _ALIKE = 0.75  # two words as a whole
-_PARTS_ALIKE = 0.6  # each part of `max-num-seqs`, where both words have as many
+_PARTS_ALIKE = 0.7  # each part of `max-num-seqs`, where both words have as many
 _MOST = 3
 
 # What other tools, or other people, call it. Told where the word on the right is known.

@@ -29,7 +29,9 @@ def shortened(value: object, limit: int = MAX_SHOWN) -> str:
 
 def masked(url: str) -> str:
     """A URL, or what somebody took for one, without the user and the password in it."""
-    scheme, separator, rest = url.rpartition("://") if "://" in url else ("", "", url)
+    scheme, separator, rest = url.partition("://")
+    if not separator or "@" in scheme:
+        scheme, separator, rest = "", "", url
     _, at, host = rest.rpartition("@")
     return f"{scheme}{separator}***@{host}" if at else url
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from loramux_server.base.cache_directory import partial_directory
 from loramux_server.errors import BaseModelError
+from loramux_server.plain_text import shortened
 
 Report = Callable[[str], None]
 
@@ -40,6 +41,21 @@ class BaseSource:
     from_gguf: bool = False
 
 
+def check_named(spec: str) -> None:
+    """Raises BaseModelError for what names no base, as far as a look at this machine's files tells."""
+    path = Path(spec).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise BaseModelError(f"there is no GGUF file {spec}")
+    elif path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BaseModelError(f"{spec} holds no config.json, so it is not a model checkpoint")
+    elif spec != EMBEDDED_NAME and (spec.startswith((".", "/", "~")) or spec.count("/") != 1):
+        raise BaseModelError(
+            f"base {shortened(repr(spec))} is neither a directory, nor a .gguf file, nor a hub id (owner/name), nor {EMBEDDED_NAME!r}"
+        )
+
+
 def resolve_base(spec: str, cache_dir: Path, report: Report) -> BaseSource:
     """Finds the checkpoint that `spec` names; fetches and converts it where that is needed.
 
@@ -52,22 +68,15 @@ def resolve_base(spec: str, cache_dir: Path, report: Report) -> BaseSource:
             with tempfile.TemporaryDirectory(prefix="loramux-") as scratch:
                 _convert_gguf(_fetch_embedded(Path(scratch), report), target, report)
         return BaseSource(target, EMBEDDED_NAME, from_gguf=True)
+    check_named(spec)
     path = Path(spec).expanduser()
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise BaseModelError(f"there is no GGUF file {spec}")
         target = cache_dir / f"{path.stem}-{_sha256_file(path)[:12]}"
         if not (target / "config.json").is_file():
             _convert_gguf(path, target, report)
         return BaseSource(target, path.stem, from_gguf=True)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise BaseModelError(f"{spec} holds no config.json, so it is not a model checkpoint")
         return BaseSource(path, path.resolve().name)
-    if spec.startswith((".", "/", "~")) or spec.count("/") != 1:
-        raise BaseModelError(
-            f"base {spec!r} is neither a directory, nor a .gguf file, nor a hub id (owner/name), nor {EMBEDDED_NAME!r}"
-        )
     return BaseSource(_fetch_from_hub(spec, report), spec)
 
 

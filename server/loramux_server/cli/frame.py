@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 it could not be done (the reason is on stderr), 2 the comm
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -28,6 +29,7 @@ from loramux_server.plain_text import for_reader, printable, shortened
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 PLAIN_COLUMNS = 100  # of help that goes to a pipe
 MAX_WORD = 400  # characters of a word in an error, such as a path
+MAX_LINE = 2500  # and of a line of one
 _LONG_WORD = re.compile(rf"\S{{{MAX_WORD},}}")
 
 
@@ -48,6 +50,10 @@ def run(app: typer.Typer, name: str, argv: Sequence[str] | None, environ: Mappin
     except BrokenPipeError:  # the reader of our output, a pager say, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}", 2)
 
 
 def call(app: typer.Typer, name: str, argv: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -113,6 +119,7 @@ def _in_words(error: TyperException) -> str:
 def _fail(message: object, code: int) -> int:
     """Tells why not. However long a word of it is, what is wrong with it can be read."""
     text = _LONG_WORD.sub(lambda word: shortened(word[0], MAX_WORD // 2), f"loramux: {message}")
+    text = "\n".join(shortened(line, MAX_LINE) for line in text.split("\n"))
     print(for_reader(text, sys.stderr), file=sys.stderr)
     return code
 

@@ -102,14 +102,54 @@ def test_help_on_a_terminal_is_drawn_and_says_the_same(
 
 
 def test_wrong_command_lines_are_usage_errors_that_say_what_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
-    assert usage_error([], capsys) == "loramux: error: Missing command.\n"
-    assert "No such command 'sevre'. Did you mean 'serve'" in usage_error(["sevre"], capsys)
+    assert usage_error([], capsys) == "loramux: missing command; see `loramux --help`\n"
+    assert usage_error(["sevre"], capsys) == "loramux: there is no command sevre; did you mean serve?\n"
     unknown = usage_error(["serve", "--prot", "1"], capsys)
-    assert unknown == "loramux serve: error: unknown argument --prot; did you mean --port?\n"
+    assert unknown == "loramux: unknown argument --prot; did you mean --port?\n"
     assert "unknown argument --jsn; did you mean --json?" in usage_error(["adapters", "list", "--jsn"], capsys)
-    assert "unknown argument --api-key" in usage_error(["serve", "--api-key", "k"], capsys)
-    assert "loramux adapters: error: Missing command." in usage_error(["adapters"], capsys)
-    assert "Missing argument 'DIR'" in usage_error(["adapters", "push"], capsys)
+    keys = "loramux: unknown argument --api-key; did you mean LORAMUX_API_KEY?\n"
+    assert usage_error(["serve", "--api-key", "k"], capsys) == usage_error(["serve", "--api-key=k"], capsys) == keys
+    assert usage_error(["adapters"], capsys) == "loramux: missing command; see `loramux adapters --help`\n"
+    missing = "loramux: missing argument 'DIR'; see `loramux adapters push --help`\n"
+    assert usage_error(["adapters", "push"], capsys) == missing
+    assert usage_error(["serve", "--port", "x"], capsys) == "loramux: --port must be a whole number, not 'x'\n"
+
+
+@pytest.mark.parametrize("argv", [["serve", "--port"], ["adapters", "rm"], ["adapters"], ["serve", "--base"], []])
+def test_a_word_of_any_length_leaves_an_error_that_can_be_read(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for word in ("9" * 5000, "x/" * 2500, "--" + "y" * 5000, "a b" * 2000):
+        assert 40 < len(usage_error([*argv, word], capsys)) < 700
+
+
+def test_a_path_that_is_too_long_for_the_system_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "--preload", "9" * 5000], {}) == 2
+    assert len(capsys.readouterr().err) < 500
+
+
+def test_what_a_terminal_would_obey_is_shown_as_an_escape(capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("\x1b[31mred", "\x1b]0;title\x07", "\u202eesrever", "\x9b31m", "a\nloramux: b", "\udcff"):
+        for argv in (["serve", "--base", word], ["adapters", word], ["serve", f"--{word}"], ["adapters", "push", word]):
+            cli.main(argv, {})
+            out, err = capsys.readouterr()
+            assert out == "" and err.count("\n") == 1 and err.removesuffix("\n").isprintable()
+
+
+@pytest.mark.parametrize("columns", [60, 100])
+def test_errors_are_broken_at_words_on_a_terminal_and_nowhere_else(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    argv = ["serve", "--served-model-name", "a b"]
+    whole = usage_error(argv, capsys)
+    assert len(whole) > 100
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    cli.main(argv, {})
+    assert isinstance(sys.stderr, Terminal)
+    lines = sys.stderr.getvalue().splitlines()
+    assert len(lines) > 1 and max(map(len, lines)) <= columns
+    assert " ".join(line.strip() for line in lines) == whole.strip()
 
 
 def test_a_flag_may_not_be_shortened(capsys: pytest.CaptureFixture[str]) -> None:
