@@ -52,7 +52,8 @@ def check_named(spec: str) -> None:
             raise BaseModelError(f"{spec} holds no config.json, so it is not a model checkpoint")
     elif spec != EMBEDDED_NAME and (spec.startswith((".", "/", "~")) or spec.count("/") != 1):
         raise BaseModelError(
-            f"base {shortened(repr(spec))} is neither a directory, nor a .gguf file, nor a hub id (owner/name), nor {EMBEDDED_NAME!r}"
+            f"base {shortened(repr(spec))} is neither a directory, nor a .gguf file, nor a hub id (owner/name), nor "
+            f"{EMBEDDED_NAME!r}"
         )
 
 

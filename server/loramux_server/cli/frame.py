@@ -53,7 +53,7 @@ def run(app: typer.Typer, name: str, argv: Sequence[str] | None, environ: Mappin
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        return _fail(f"{error.filename}: {error.strerror}", 2)
+        return _fail(f"{shortened(str(error.filename))}: {error.strerror}", 2)
 
 
 def call(app: typer.Typer, name: str, argv: Sequence[str], environ: Mapping[str, str]) -> int:
