@@ -23,7 +23,7 @@ def printable(text: str, *, lines: bool = False) -> str:
 
 def shortened(value: object, limit: int = MAX_SHOWN) -> str:
     """A value as a message shows it: of a long one the beginning, and how long it is."""
-    text = value if isinstance(value, str) else repr(value)
+    text = str(value)
     return printable(text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)")
 
 

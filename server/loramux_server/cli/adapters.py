@@ -18,6 +18,7 @@ from loramux_server.cli.screen import TransferBar, print_table
 from loramux_server.client.adapters import AdaptersClient
 from loramux_server.client.retry import DEFAULT_SECONDS, Patience
 from loramux_server.config.environment import KEY_VARIABLES, key_of
+from loramux_server.errors import ConfigError
 
 URL_VARIABLE = "LORAMUX_URL"
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -74,8 +75,6 @@ def push(
         typer.Option(
             "--wait",
             metavar="SECONDS",
-            min=0,
-            max=MAX_WAIT,
             help="longest to go on trying while the server is busy or starts again (default: 300)",
             show_default=False,
         ),
@@ -83,6 +82,8 @@ def push(
     url: Url = None,
 ) -> None:
     """Upload a PEFT directory; requests can name it at once."""
+    if not 0 <= wait <= MAX_WAIT:
+        raise ConfigError(f"--wait must be from 0 to {MAX_WAIT:.0f}, not {wait:g}")
     name = name if name is not None else _name_of(directory)
     bar = TransferBar(sys.stderr)
     try:

@@ -16,6 +16,7 @@ from loramux_server.config.environment import bound_spinning, cache_dir_of, key_
 from loramux_server.config.evaluate import EvalConfig
 from loramux_server.config.train import DEFAULT_OUT
 from loramux_server.errors import CommandFailed
+from loramux_server.plain_text import masked
 from loramux_server.serving.startup import Stages
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def evaluate_server(config: EvalConfig, key: str | None, *, skip_bad: bool = Fal
         quantize="nf4",
         from_gguf=False,
         numerics_id="",
-        notes=(*notes, f"Asked over HTTP: {config.url}. Labels are scored by the first token of each."),
+        notes=(*notes, f"Asked over HTTP: {masked(config.url)}. Labels are scored by the first token of each."),
     )
     with example_bar(sys.stderr) as progress:
         return evaluate(held, contenders, subject, labels=labels, train=train, progress=progress)

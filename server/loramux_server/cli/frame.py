@@ -24,10 +24,11 @@ from typer.main import get_command
 from loramux_adapters.errors import AdapterError, InvalidAdapterName
 from loramux_server.did_you_mean import suggest
 from loramux_server.errors import ConfigError, LoramuxError
-from loramux_server.plain_text import for_reader, printable, shortened
+from loramux_server.plain_text import columns_of, for_reader, printable, shortened
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 PLAIN_COLUMNS = 100  # of help that goes to a pipe
+FRAME_COLUMNS = 80  # least, for help in frames: they cut what does not fit
 MAX_WORD = 400  # characters of a word in an error, such as a path
 MAX_LINE = 2500  # and of a line of one
 _LONG_WORD = re.compile(rf"\S{{{MAX_WORD},}}")
@@ -46,6 +47,8 @@ def run(app: typer.Typer, name: str, argv: Sequence[str] | None, environ: Mappin
     except (LoramuxError, AdapterError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # below the ^C that the terminal shows
         return _fail("interrupted", 130)
     except BrokenPipeError:  # the reader of our output, a pager say, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -125,7 +128,7 @@ def _fail(message: object, code: int) -> int:
 
 
 class _Help(TyperCommand if TYPE_CHECKING else object):  # type: ignore[misc]
-    """Help in colours and frames on a terminal, in plain lines elsewhere; by topic in both."""
+    """Help in colours and frames on a terminal that has room for them, else in plain lines; by topic in both."""
 
     rich_markup_mode: MarkupMode
 
@@ -137,7 +140,7 @@ class _Help(TyperCommand if TYPE_CHECKING else object):  # type: ignore[misc]
         return params
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        self.rich_markup_mode = "markdown" if sys.stdout.isatty() else None
+        self.rich_markup_mode = "markdown" if (columns_of(sys.stdout) or 0) >= FRAME_COLUMNS else None
         super().format_help(ctx, formatter)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 BAR_SECONDS = 0.2  # least time between two drawings
+_NO_BREAK = "\xa0"  # a space at which no line is broken
 LINE_SECONDS = 30.0  # between two lines where there is no terminal
 
 
@@ -30,8 +31,9 @@ def print_table(
     if stacks and width is not None and _width([columns, *rows]) > width:
         for name, *cells in rows:
             print(name)
-            told = (f"{label} {cell}" for label, cell in zip(columns[1:], cells, strict=True) if cell not in ("", "-"))
-            print(wrapped(f"  {', '.join(told)}", width))
+            told = [f"{label} {cell}" for label, cell in zip(columns[1:], cells, strict=True) if cell not in ("", "-")]
+            whole = ", ".join(each.replace(" ", _NO_BREAK) for each in told)
+            print(wrapped(f"  {whole}", width).replace(_NO_BREAK, " "))
         return
     if width is None:
         lines = [columns, *rows] if columns else rows

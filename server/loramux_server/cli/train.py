@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loramux_server.base.source import EMBEDDED_NAME
-from loramux_server.cli.frame import configure_logging, show, write
+from loramux_server.cli.frame import configure_logging, show, show_command, write
 from loramux_server.cli.options import once, settings_app
 from loramux_server.config.environment import bound_spinning, cache_dir_of, key_of
 from loramux_server.config.finish import FinishConfig
 from loramux_server.config.settings import settings_of
 from loramux_server.config.train import TrainConfig
 from loramux_server.errors import CommandFailed
+from loramux_server.plain_text import masked
 from loramux_server.serving.startup import Stages
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def _finish(config: TrainConfig, run: RunDirectory, *, skip_bad: bool) -> int:
     show("evaluating the adapter and making its fingerprint on the serving path, in a fresh process")
     code = subprocess.run([sys.executable, *command], check=False).returncode
     if code:
-        show(f"that failed, but the adapter is saved; try it again with: python {shlex.join(command)}")
+        show("that failed, but the adapter is saved; try it again with:")
+        show_command(f"python {shlex.join(command)}")
     return 1 if code else 0
 
 
@@ -101,14 +103,15 @@ def finish_command(config: TrainConfig, run: RunDirectory, *, skip_bad: bool) ->
 def _upload(name: str, url: str, run: RunDirectory, key: str | None) -> bool:
     """Makes a running server serve the adapter; says so, or how to try it again."""
     from loramux_server.client.adapters import AdaptersClient
+    from loramux_server.client.retry import Patience
 
     try:
-        reply = AdaptersClient(url, key).push(name, run.adapter)
+        reply = AdaptersClient(url, key).push(name, run.adapter, patience=Patience(tell=show))
     except CommandFailed as error:
         show(f"the adapter is saved but not uploaded: {error}")
         return False
     outcome = reply.body.get("outcome", "created" if reply.status == 201 else "updated")
-    show(f"uploaded to {url}: {name} {outcome}")
+    show(f"uploaded to {masked(url)}: {name} {outcome}")
     return True
 
 
@@ -124,7 +127,7 @@ def _show_end(config: TrainConfig, run: RunDirectory, *, uploaded: bool) -> None
         show("It was trained on the 16-bit base, to compare with; a server holds the NF4 base and refuses it.")
     elif not uploaded:
         show(f"serve it  loramux serve{base}    and in another terminal:")
-        show(f"          {push}")
+        show_command(f"          {push}")
 
 
 app = settings_app(

@@ -58,7 +58,7 @@ class AdaptersClient:
 
     def all(self) -> list[dict[str, Any]]:
         """Every registered adapter."""
-        data = self._connection.call("GET", _ALL).body.get("data")
+        data = self._call("GET", _ALL).body.get("data")
         if not isinstance(data, list) or not all(isinstance(adapter, dict) for adapter in data):
             raise CommandFailed(f"{masked(self.url)} did not answer with a list of adapters; is it a loramux server?")
         for adapter in data:
@@ -66,25 +66,25 @@ class AdaptersClient:
         return data
 
     def show(self, name: str) -> dict[str, Any]:
-        adapter = self._connection.call("GET", _path(name)).body
+        adapter = self._call("GET", _path(name)).body
         self._require_ours(adapter)
         return adapter
 
     def remove(self, name: str) -> None:
         """Unregisters the adapter; requests that run on it finish."""
-        self._connection.call("DELETE", _path(name))
+        self._call("DELETE", _path(name))
 
     def rollback(self, name: str, version: str | None = None) -> dict[str, Any]:
         """Points the adapter at the version before, or at the kept one whose digest starts with `version`."""
         params = {"version": version} if version is not None else None
-        return self._connection.call("POST", _path(name, "rollback"), params=params).body
+        return self._call("POST", _path(name, "rollback"), params).body
 
     def pin(self, name: str) -> None:
         """Keeps the adapter in memory."""
-        self._connection.call("POST", _path(name, "pin"))
+        self._call("POST", _path(name, "pin"))
 
     def unpin(self, name: str) -> None:
-        self._connection.call("DELETE", _path(name, "pin"))
+        self._call("DELETE", _path(name, "pin"))
 
     def push(
         self,
@@ -131,6 +131,9 @@ class AdaptersClient:
         odd = _oddity(adapter) or next(filter(None, map(_oddity, adapter.get("versions") or ())), None)
         if odd is not None:
             raise CommandFailed(f"{masked(self.url)} tells of an adapter with {odd}; is it a loramux server?")
+
+    def _call(self, method: str, path: tuple[str, ...], params: dict[str, str] | None = None) -> ServerReply:
+        return self._connection.call(method, path, params=params)
 
     @property
     def _connection(self) -> ServerConnection:

@@ -11,6 +11,7 @@ from loramux_adapters.training.data.conversation import Example
 from loramux_server.client.connection import ServerConnection
 from loramux_server.errors import CommandFailed
 from loramux_server.evaluation.contenders import Said
+from loramux_server.plain_text import masked
 
 AT_ONCE = 16  # requests
 ALTERNATIVES = 20  # the most that the wire gives beside each token
@@ -38,13 +39,13 @@ class Server:
         for model in models if isinstance(models, list) else []:
             if isinstance(model, dict) and model.get("parent") is None and isinstance(model.get("id"), str):
                 return model
-        raise CommandFailed(f"{self.url} lists no base model; is it a loramux server?")
+        raise CommandFailed(f"{masked(self.url)} lists no base model; is it a loramux server?")
 
     def chat(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The first choice of a chat completion."""
         choices = self._call(("v1", "chat", "completions"), body).get("choices")
         if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-            raise CommandFailed(f"{self.url} sent a chat completion without choices")
+            raise CommandFailed(f"{masked(self.url)} sent a chat completion without choices")
         choice: dict[str, Any] = choices[0]
         return choice
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import signal
 import socket
+import subprocess
 import sys
 import tarfile
 import threading
@@ -386,6 +389,26 @@ def test_push_waits_for_a_busy_server_and_says_why(
     first = "the server refused (503): too many uploads at the same time; trying again in 7 s, for at most 300 s"
     assert err.splitlines()[0] == first and len(err.splitlines()) == 2
     assert len(server.asked) == 3 and all(b"weights" * 1000 in body for _, _, body in server.asked)
+
+
+def test_ctrl_c_ends_a_push_that_waits_at_once(server: FakeServer, adapter: Path) -> None:
+    server.answers["PUT /v1/adapters/spam"] = (503, {"error": {"message": "busy"}})
+    server.headers = {"retry-after": "60"}
+    script = "import sys; from loramux_server.cli.main import main; sys.exit(main())"
+    pushing = subprocess.Popen(
+        [sys.executable, "-c", script, "adapters", "push", str(adapter), "--url", server.url],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert pushing.stderr is not None
+    try:
+        assert "trying again in 60 s" in pushing.stderr.readline()
+        pushing.send_signal(signal.SIGINT)
+        _, said = pushing.communicate(timeout=10)
+        assert (pushing.returncode, said) == (130, "loramux: interrupted\n")
+    finally:
+        pushing.kill()
 
 
 def test_push_does_not_wait_where_it_shall_not(

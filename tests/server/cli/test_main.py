@@ -260,5 +260,27 @@ def test_the_command_line_is_parsed_without_importing_anything_heavy() -> None:
     assert done.stdout == "set()\n"
 
 
+WRONG = [
+    ["adapters", "push", "no-such-directory"], ["adapters", "push", ".", "--name", "bad name"],
+    ["adapters", "show", "a:b"], ["adapters", "list", "--jsn"], ["adapters", "backup"],
+    ["adapters", "restore", "a", "b"],
+    ["serve", "--port", "x"], ["serve", "--prot", "1"], ["serve", "--base", "no-such-base"], ["sevre"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("argv", WRONG, ids=" ".join)
+def test_what_is_wrong_is_told_before_libraries_are_imported(argv: list[str]) -> None:
+    heavy = "{'torch', 'transformers', 'fastapi', 'httpx'}"
+    script = f"import sys; from loramux_server.cli.main import main; c = main(); print(c, {heavy} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *argv],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "server"), str(ROOT / "adapters")])},
+    )
+    assert done.stdout in ("1 set()\n", "2 set()\n") and done.stderr.startswith("loramux: ")
+
+
 def test_adapters_talks_to_where_serve_listens_by_default() -> None:
     assert cli_adapters.DEFAULT_URL == f"http://{ServeConfig().host}:{ServeConfig().port}"
