@@ -72,6 +72,7 @@ class Prover:
         self,
         generate: Generate,
         holding: Callable[[HostAdapter], AbstractContextManager[None]],
+        is_resident: Callable[[str], bool],
         forget: Callable[[str], None],
         observer: ProofObserver,
         *,
@@ -84,14 +85,15 @@ class Prover:
         """
         Args:
             holding: has the engine find this adapter in host memory while it lasts.
-            forget: told of a version that was tried out and will not be published, so that it need not stay on the
-                device.
+            is_resident: whether a version is on the device now.
+            forget: told of a version that is there for its trial alone and will not be published.
             vocabulary: token ids are below it.
             context: longest prompt and reply together.
             timeout: seconds in which a trial must get on; many times as long, it may take.
         """
         self._generate = generate
         self._holding = holding
+        self._is_resident = is_resident
         self._forget = forget
         self._observer = observer
         self._base_id = base_id
@@ -133,6 +135,7 @@ class Prover:
         fingerprint = await asyncio.to_thread(_read_fingerprint, directory)
         if fingerprint is not None:
             self._check_fits(fingerprint)
+        was_there = self._is_resident(checked.version)  # then some name has it already
         try:
             with self._holding(checked.adapter):
                 acts, verdict = await self._tried(checked, None if skip_replay else fingerprint)
@@ -140,11 +143,11 @@ class Prover:
                 verdict = Verdict("skipped")
             self._judge(acts, verdict, force=force, allow_no_effect=allow_no_effect)
         except BaseException:
-            keep = False
-            raise
-        finally:
-            if not keep:
+            if not was_there:
                 self._forget(checked.version)
+            raise
+        if not keep and not was_there:
+            self._forget(checked.version)
         return verdict.outcome
 
     async def _tried(self, checked: Checked, fingerprint: Fingerprint | None) -> tuple[bool, Verdict]:

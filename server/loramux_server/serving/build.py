@@ -122,6 +122,7 @@ def build(config: ServeConfig, stages: Stages) -> BuiltServer:
             return Prover(
                 parts.client.generate,
                 parts.host_cache.holding,
+                lambda version: parts.client.residency(version) == "device",
                 forget,
                 metrics,
                 base_id=base.base_id,

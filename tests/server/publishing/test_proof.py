@@ -73,6 +73,7 @@ class Rig:
         self.directory = directory
         self.engine = FakeEngine()
         self.held: list[HostAdapter] = []
+        self.resident: set[str] = set()
         self.forgotten: list[str] = []
         self.proofs: list[tuple[bool, str]] = []
         self.version = digest_of(read_config(directory), directory)
@@ -80,6 +81,7 @@ class Rig:
         self.prover = Prover(
             self.engine.generate,
             self.holding,
+            self.resident.__contains__,
             self.forgotten.append,
             self,
             base_id=BASE_ID,
@@ -281,6 +283,9 @@ async def test_what_is_not_to_be_published_does_not_stay_on_the_device(rig: Rig)
     assert rig.forgotten == []
     await rig.prover.prove(rig.directory, rig.checked, keep=False)
     assert rig.forgotten == [rig.version]
+    rig.resident.add(rig.version)
+    await rig.prover.prove(rig.directory, rig.checked, keep=False)
+    assert rig.forgotten == [rig.version], "some name has it"
 
 
 @pytest.mark.anyio

@@ -75,6 +75,7 @@ class Rig:
         return Prover(
             self.client.generate,
             self.host.holding,
+            lambda version: self.client.residency(version) == "device",
             self.forgotten.append,
             self,
             base_id=self.base.base_id,
