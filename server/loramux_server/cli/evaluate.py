@@ -16,7 +16,7 @@ from loramux_server.config.environment import bound_spinning, cache_dir_of, key_
 from loramux_server.config.evaluate import EvalConfig
 from loramux_server.config.train import DEFAULT_OUT
 from loramux_server.errors import CommandFailed
-from loramux_server.plain_text import masked
+from loramux_server.plain_text import masked, printable
 from loramux_server.serving.startup import Stages
 
 if TYPE_CHECKING:
@@ -120,8 +120,8 @@ def evaluate_server(config: EvalConfig, key: str | None, *, skip_bad: bool = Fal
         for name, role in named
     ]
     subject = Subject(
-        base=str(base["id"]),
-        base_id=str(base.get("root") or ""),
+        base=printable(str(base["id"])),
+        base_id=printable(str(base.get("root") or "")),
         quantize="nf4",
         from_gguf=False,
         numerics_id="",

@@ -37,8 +37,8 @@ class ServeConfig(RunsBase):
     )
     preload: Path | None = setting(
         None,
-        "directory whose subdirectories (NAME, or ORG/NAME) are adapters to publish at start, except for names that can "
-        "be served already",
+        "directory whose subdirectories (NAME, or ORG/NAME) are adapters to publish at start, except for names that "
+        "can be served already",
         group="Adapters",
     )
     watch_dir: Path | None = setting(

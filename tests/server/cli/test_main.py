@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import subprocess
@@ -258,6 +259,21 @@ def test_the_command_line_is_parsed_without_importing_anything_heavy() -> None:
     )
 
     assert done.stdout == "set()\n"
+
+
+def test_what_clients_sent_stays_one_line_of_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    frame.configure_logging("info")
+    try:
+        logging.getLogger("loramux_server.test").warning("refused: %s", "\x1b[2Jx\n2026-01-01 INFO forged")
+        try:
+            raise ValueError("\x1b[2J")
+        except ValueError:
+            logging.getLogger("loramux_server.test").exception("failed")
+    finally:
+        logging.basicConfig(level=logging.WARNING, handlers=[], force=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith("refused: \\x1b[2Jx\\n2026-01-01 INFO forged")
+    assert lines[-1] == "ValueError: \\x1b[2J" and all(line.isprintable() for line in lines)
 
 
 WRONG = [

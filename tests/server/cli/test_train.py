@@ -115,6 +115,10 @@ def test_flag_environment_and_file_go_together_in_this_order(tmp_path: Path) -> 
     assert (found.data, found.name, found.rank, found.alpha, found.seed) == (Path("a.jsonl"), "n", 16, 64.0, 1)
 
 
+def test_a_name_with_a_slash_is_one_directory_below_the_runs() -> None:
+    assert load(TrainConfig, {"data": "a.jsonl", "name": "org/spam"}, {}).run_dir == Path("adapters-trained/org--spam")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
