@@ -3,7 +3,8 @@
 LoramuxError
 ├── ConfigError               a flag, environment variable or config file entry is wrong (before anything starts)
 ├── CommandFailed             a command line's work cannot be done (port in use, no server answers, it refuses)
-│   └── TryLater              a server is busy, or away for the moment
+│   ├── ServerRefused         a server answered with a status that is no success
+│   └── ConnectionLost        no server could be reached, or the connection to it broke
 ├── BaseModelError            the base cannot be loaded, or cannot be served correctly
 ├── RequestError              the client's request cannot be served as it stands; carries `param` and `code`
 ├── ServerBusy                the inbox is full; try again later
@@ -27,19 +28,20 @@ class CommandFailed(LoramuxError):
     """What a command was asked to do cannot be done; the message says why in one line."""
 
 
-class TryLater(CommandFailed):
-    """What was asked of a server may succeed later.
+class ServerRefused(CommandFailed):
+    """A server answered with a status that is no success. `after`: seconds that it asks to wait, if it does."""
 
-    Attributes:
-        reached: the server has answered, or taken a connection.
-        after: seconds that it asks to wait; None if it names none.
-        broke: the connection ended in the middle.
-    """
-
-    def __init__(self, message: str, *, reached: bool = True, after: float | None = None, broke: bool = False) -> None:
-        self.reached = reached
+    def __init__(self, status: int, message: str, *, after: float | None = None) -> None:
+        self.status = status
         self.after = after
-        self.broke = broke
+        super().__init__(message)
+
+
+class ConnectionLost(CommandFailed):
+    """No server could be `reached`, or it was, and then the connection broke."""
+
+    def __init__(self, message: str, *, reached: bool) -> None:
+        self.reached = reached
         super().__init__(message)
 
 

@@ -19,7 +19,6 @@ FLAGS = {each.table: [setting.flag for setting in settings_of(each).values()] fo
         ("serve", "--preloads", "--preload"),
         ("serve", "--model", "--base"),
         ("serve", "--post", "--port or --host"),
-        ("train", "--lr", "--learning-rate"),
         ("train", "--epoch", "--epochs"),
         ("train", "--csv-label", "--csv-labels"),
         ("train", "--eval-dta", "--eval-data"),

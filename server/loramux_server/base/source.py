@@ -41,7 +41,7 @@ class BaseSource:
     from_gguf: bool = False
 
 
-def check_named(spec: str) -> None:
+def check_base(spec: str) -> None:
     """Raises BaseModelError for what names no base, as far as a look at this machine's files tells."""
     path = Path(spec).expanduser()
     if path.suffix == ".gguf":
@@ -69,7 +69,7 @@ def resolve_base(spec: str, cache_dir: Path, report: Report) -> BaseSource:
             with tempfile.TemporaryDirectory(prefix="loramux-") as scratch:
                 _convert_gguf(_fetch_embedded(Path(scratch), report), target, report)
         return BaseSource(target, EMBEDDED_NAME, from_gguf=True)
-    check_named(spec)
+    check_base(spec)
     path = Path(spec).expanduser()
     if path.suffix == ".gguf":
         target = cache_dir / f"{path.stem}-{_sha256_file(path)[:12]}"

@@ -99,9 +99,11 @@ def push(
         bar.end()
     if validate_only:
         frame.show(f"{name} can be served; nothing was stored")
-        return
-    outcome = reply.body.get("outcome", "created" if reply.status == 201 else "updated")
-    frame.show(f"{name} {outcome}, version {_short(reply.body.get('version'))}")
+    else:
+        outcome = reply.body.get("outcome", "created" if reply.status == 201 else "updated")
+        frame.show(f"{name} {outcome}, version {_short(reply.body.get('version'))}")
+    for remark in _remarks(reply.body):
+        frame.show(f"  {remark}")
 
 
 @app.command(cls=frame.Command)
@@ -195,6 +197,13 @@ def _name_of(directory: Path) -> str:
     if not is_name(name):
         raise InvalidAdapterName(f"{NAME_FORM}; the directory's is not, so give one with --name")
     return name
+
+
+def _remarks(adapter: dict[str, Any]) -> list[str]:
+    """What whoever uploads an adapter should know of it."""
+    notes = adapter.get("notes")
+    remarks = ["its fingerprint was not replayed"] if adapter.get("fingerprint") == "skipped" else []
+    return remarks + [str(note) for note in (notes if isinstance(notes, list) else ())]
 
 
 def _listed(adapter: dict[str, Any]) -> list[str]:

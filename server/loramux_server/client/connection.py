@@ -17,14 +17,13 @@ from urllib.request import getproxies, proxy_bypass
 import httpcore
 import httpx
 
-from loramux_server.errors import CommandFailed, TryLater
+from loramux_server.errors import CommandFailed, ConnectionLost, ServerRefused
 from loramux_server.plain_text import masked, shortened
 
 MAX_REPLY_BYTES = 64 << 20  # a list of many thousand adapters
 MAX_MESSAGE = 2000  # characters of what a server says about a refusal, for each of its reasons
 MAX_REASONS = 50
 CONNECT_SECONDS = 30.0
-BUSY = (429, 502, 503)  # 502: a proxy whose server is being started again
 HEADERS = {b"accept": b"application/json, application/gzip", b"accept-encoding": b"identity"}
 Progress = Callable[[int, int], None]
 
@@ -146,14 +145,14 @@ class ServerConnection:
             match _system_error(error):
                 case ConnectionRefusedError():
                     told = f"no server answers at {where}; start one with `loramux serve`, or give --url"
-                    raise TryLater(told, reached=False) from error
+                    raise ConnectionLost(told, reached=False) from error
                 case socket.gaierror():
                     raise CommandFailed(f"{where}: the host is not known") from error
                 case ssl.SSLError() as cause:
                     raise CommandFailed(f"{where}: TLS failed: {cause.reason or cause}") from error
                 case _:
                     told = f"the connection to {where} broke: {str(error) or type(error).__name__}"
-                    raise TryLater(told, reached=not isinstance(error, httpx.ConnectError), broke=True) from error
+                    raise ConnectionLost(told, reached=not isinstance(error, httpx.ConnectError)) from error
 
 
 def _http_url(text: str) -> httpx.URL | None:
@@ -244,7 +243,7 @@ def _parse(text: bytes) -> dict[str, Any] | None:
     return body if isinstance(body, dict) else None
 
 
-def _refusal(response: httpx.Response) -> CommandFailed:
+def _refusal(response: httpx.Response) -> ServerRefused:
     """What a reply that is no success means: the server's message, then its reasons, one a line."""
     status = response.status_code
     error = (_parse(_read(response)) or {}).get("error")
@@ -258,10 +257,8 @@ def _refusal(response: httpx.Response) -> CommandFailed:
         told = f"the server refused ({status}): " + "\n".join(lines) + hint
     else:
         told = f"the server answered with status {status}"
-    if status not in BUSY:
-        return CommandFailed(told)
     after = response.headers.get("retry-after", "")
-    return TryLater(told, after=max(1.0, float(after)) if re.fullmatch("[0-9]{1,6}", after) else None)
+    return ServerRefused(status, told, after=max(1.0, float(after)) if re.fullmatch("[0-9]{1,6}", after) else None)
 
 
 def _said(text: object) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from typing import TypeVar
 
-from loramux_server.errors import TryLater
+from loramux_server.errors import CommandFailed, ConnectionLost, ServerRefused
 
 T = TypeVar("T")
 DEFAULT_SECONDS = 300.0
+BUSY = (429, 502, 503)  # 502: of a proxy whose server is being started again
 MAX_PAUSE = 30.0  # seconds, where the server names none
 MAX_BREAKS = 3  # connections in a row that broke: a server that refuses at once may look like that
 
@@ -39,12 +41,20 @@ class Patience:
         while True:
             try:
                 return work()
-            except TryLater as error:
+            except ConnectionLost as error:
                 was_reached |= error.reached
-                breaks = breaks + 1 if error.broke else 0
-                wait, pause = (pause, min(2 * pause, MAX_PAUSE)) if error.after is None else (error.after, 1.0)
-                left = ends - self.clock()
-                if not was_reached or breaks > MAX_BREAKS or not wait <= left:
-                    raise
-                self.tell(f"{error}; trying again in {wait:.0f} s, for at most {left:.0f} s")
-                self.sleep(wait)
+                breaks = breaks + 1 if error.reached else 0
+                self._wait(error, pause, ends if was_reached and breaks <= MAX_BREAKS else -inf)
+                pause = min(2 * pause, MAX_PAUSE)
+            except ServerRefused as error:
+                was_reached, breaks = True, 0
+                self._wait(error, error.after or pause, ends if error.status in BUSY else -inf)
+                pause = min(2 * pause, MAX_PAUSE)
+
+    def _wait(self, error: CommandFailed, seconds: float, ends: float) -> None:
+        """Says why, and waits. Raises the error instead where that would last beyond `ends`."""
+        left = ends - self.clock()
+        if not seconds <= left:
+            raise error
+        self.tell(f"{error}; trying again in {seconds:.0f} s, for at most {left:.0f} s")
+        self.sleep(seconds)

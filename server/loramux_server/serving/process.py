@@ -20,7 +20,7 @@ from typing import Any, NoReturn, Protocol
 
 import uvicorn
 
-from loramux_server.base.source import check_named
+from loramux_server.base.source import check_base
 from loramux_server.config.environment import bound_spinning
 from loramux_server.config.serve import ServeConfig
 from loramux_server.errors import ConfigError
@@ -79,7 +79,7 @@ def serve(config: ServeConfig) -> int:
         LoramuxError, AdapterError: the base or the store cannot be used.
     """
     _require_directories(config)
-    check_named(config.base)
+    check_base(config.base)
     bound_spinning()
     sys.setswitchinterval(_SWITCH_SECONDS)
     with take_port(config.host, config.port) as listener:

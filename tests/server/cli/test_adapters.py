@@ -421,9 +421,17 @@ def test_push_does_not_wait_where_it_shall_not(
     assert "--wait" in capsys.readouterr().err
 
 
-def test_push_can_skip_the_replay(server: FakeServer, adapter: Path) -> None:
-    server.answers["PUT /v1/adapters/spam?skip_replay=true"] = (201, {"version": VERSION})
+def test_push_can_skip_the_replay_and_tells_what_is_out_of_the_ordinary(
+    server: FakeServer, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = {"version": VERSION, "fingerprint": "skipped", "notes": ["a\x1bb"]}
+    server.answers["PUT /v1/adapters/spam?skip_replay=true"] = (201, part)
     assert loramux(server, "push", str(adapter), "--skip-replay") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "spam created, version 3f786850e387",
+        "  its fingerprint was not replayed",
+        "  a\\x1bb",
+    ]
 
 
 def test_push_of_a_directory_whose_name_is_none_asks_for_one(
