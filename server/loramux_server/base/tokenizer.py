@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -37,23 +37,36 @@ class BaseTokenizer:
         self.longest_token = max((len(token) for token in self._backend.get_vocab()), default=1)
         self._added = {token_id: str(token) for token_id, token in tokenizer.added_tokens_decoder.items()}
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
         """A prompt's ids, with the special tokens that the base expects around it."""
         return self._ids(text, special=True)
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """The base's own chat template over the messages, ready for the assistant's turn.
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        template_kwargs: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """The base's own chat template over the messages, or `chat_template` in its place.
 
         The template runs in transformers' immutable sandbox.
         Raises:
             RequestError: the base has no template, or its template refuses these messages.
         """
-        if not self._tokenizer.chat_template:
+        if not (chat_template or self._tokenizer.chat_template):
             raise RequestError(
                 "this base has no chat template, so it cannot chat; use /v1/completions", param="messages"
             )
         try:
-            text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            text = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **(template_kwargs or {}),
+            )
         except TemplateError as error:
             raise RequestError(f"the base's chat template refuses these messages: {error}", param="messages") from error
         return self._ids(text, special=False)
