@@ -132,7 +132,12 @@ def build(config: ServeConfig, stages: Stages) -> BuiltServer:
     except BaseException:
         store.close()
         raise
-    tokenizer = BaseTokenizer(base.tokenizer, getattr(base.model, "generation_config", None), base.vocabulary)
+    tokenizer = BaseTokenizer(
+        base.tokenizer,
+        getattr(base.model, "generation_config", None),
+        base.vocabulary,
+        special_in_messages=config.special_tokens_in_messages,
+    )
     app = create_app(
         Dependencies(
             engine=parts.client,
@@ -147,6 +152,7 @@ def build(config: ServeConfig, stages: Stages) -> BuiltServer:
             keys=Keys(config.api_key, config.admin_key, check_host=is_loopback(config.host)),
             limits=Limits(upload_bytes=config.max_upload_mib * MIB, request_seconds=config.request_timeout),
             lora_path_root=lifecycle.lora_path_root,
+            special_in_prompts=config.special_tokens_in_prompts,
         )
     )
     overhead = _overhead(parts, base)

@@ -158,7 +158,7 @@ class Preparation:
     def _encoded(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
             self._check_characters(len(prompt), "prompt")
-            return self._deps.tokenizer.encode(prompt)
+            return self._deps.tokenizer.encode(prompt, special=self._deps.special_in_prompts)
         vocab_size = self._deps.tokenizer.vocab_size
         if min(prompt) < 0 or max(prompt) >= vocab_size:
             raise RequestError(
