@@ -30,12 +30,14 @@ class SpecialTokens:
 
     Attributes:
         marks: text of a protected token -> its mark.
+        description: the tokenizer as tokenizer.json would hold it.
     """
 
     def __init__(self, backend: Tokenizer, end_ids: Iterable[int]) -> None:
         """`end_ids` end a reply."""
         self._real = _unbounded(backend)
-        spec = json.loads(self._real.to_str())
+        self.description = self._real.to_str()
+        spec = json.loads(self.description)
         added = {int(token["id"]): token for token in spec["added_tokens"]}
         nonce = "".join(chr(_SECRET + secrets.randbelow(_PLANE)) for _ in range(8))
         ends = frozenset(end_ids)
@@ -45,7 +47,6 @@ class SpecialTokens:
             for place, (number, token) in enumerate(sorted(added.items()))
             if token["special"] or number in ends or _is_marker(str(token["content"]), texts)
         }
-        self.ids = {number for number, token in added.items() if token["content"] in self.marks}
         self._texts = {mark: text for text, mark in self.marks.items()}
         self._mark = re.compile(f"{nonce}.")
         self._own = re.compile("|".join(map(re.escape, sorted(self.marks, key=len, reverse=True))) or r"(?!)")

@@ -12,7 +12,11 @@ from loramux_server.errors import BaseModelError, RequestError
 
 
 class BaseTokenizer:
-    """Wraps transformers' tokenizer; encodes and decodes through its Rust backend, which keeps no state."""
+    """Wraps transformers' tokenizer; encodes and decodes through its Rust backend, which keeps no state.
+
+    Attributes:
+        encoder: what turns text into ids.
+    """
 
     def __init__(
         self, tokenizer: Any, generation_config: Any, vocab_size: int, *, special_in_messages: bool = False
@@ -30,10 +34,10 @@ class BaseTokenizer:
         own_end = getattr(tokenizer, "eos_token_id", None)
         self.stop_ids = frozenset(int(token) for token in [*ends, own_end] if token is not None)
         try:
-            self._encoder = TextEncoder(tokenizer, self.stop_ids, special_in_messages=special_in_messages)
+            self.encoder = TextEncoder(tokenizer, self.stop_ids, special_in_messages=special_in_messages)
         except TokenizerMissing as error:
             raise BaseModelError(str(error)) from error
-        self._backend = self._encoder.tokens.tokenizer
+        self._backend = self.encoder.tokens.tokenizer
         self.vocab_size = vocab_size
         self.special_ids = frozenset(int(token) for token in tokenizer.all_special_ids)
         decoder = json.loads(self._backend.to_str())["decoder"]
@@ -46,7 +50,7 @@ class BaseTokenizer:
 
         `special`: text that reads like a special token becomes one; otherwise no text does.
         """
-        return self._encoder.encode(text, special=special)
+        return self.encoder.encode(text, special=special)
 
     def encode_chat(
         self,
@@ -63,7 +67,7 @@ class BaseTokenizer:
             RequestError: there is no template, or it refuses these messages.
         """
         try:
-            template = self._encoder.template(chat_template)
+            template = self.encoder.template(chat_template)
             if template is None:
                 raise RequestError(
                     "this base has no chat template, so it cannot chat; use /v1/completions", param="messages"

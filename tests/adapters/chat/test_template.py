@@ -17,7 +17,8 @@ SAID = [{"role": "user", "content": "Grüße & <b>bold</b> 'x'"}, {"role": "assi
 
 def grown(start: str, step: str, behind: str = "") -> str:
     """Sixty times `step`, each from what the one before made."""
-    return f"{{% set ns = namespace(s={start}) %}}{{% for i in range(60) %}}{{% set ns.s = {step} %}}{{% endfor %}}{behind}"
+    loop = f"{{% for i in range(60) %}}{{% set ns.s = {step} %}}{{% endfor %}}"
+    return f"{{% set ns = namespace(s={start}) %}}{loop}{behind}"
 
 
 def rendered(source: str, messages: list[dict[str, Any]] | None = None, **arguments: Any) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
+from loramux_adapters.artifact.format import CHAT_TEMPLATE_FILE
 from loramux_server.api.adapters.download import packed
 from loramux_server.api.adapters.upload import receive_upload
 from loramux_server.api.http.auth import Access, access
@@ -109,7 +110,9 @@ class AdapterRoutes:
 
     async def _shown(self, name: str, published: Published | None = None) -> Response:
         """The adapter as it is now, and what `published` says came of the call: 201 for a new adapter, else 200."""
-        shown = self._record_json(await run_in_thread(self._deps.store.record, name))
+        record = await run_in_thread(self._deps.store.record, name)
+        own = await run_in_thread((self._deps.store.directory(record.version) / CHAT_TEMPLATE_FILE).exists)
+        shown = self._record_json(record) | {"chat_template": "adapter" if own else "base"}
         if published is None:
             return JSONResponse(shown)
         outcome = {"outcome": published.outcome, "version": published.version}
@@ -195,6 +198,7 @@ def _checked_json(name: str, checked: Checked, proof: ReplayOutcome) -> dict[str
         "target_modules": [*checked.target_modules],
         "base_verified": checked.base_verified,
         "fingerprint": proof,
+        "chat_template": "base" if checked.chat_template is None else "adapter",
     }
 
 
