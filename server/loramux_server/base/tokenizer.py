@@ -29,10 +29,7 @@ class BaseTokenizer:
         Raises:
             BaseModelError: the base has no fast tokenizer.
         """
-        ends = getattr(generation_config, "eos_token_id", None)
-        ends = ends if isinstance(ends, list) else [ends]
-        own_end = getattr(tokenizer, "eos_token_id", None)
-        self.stop_ids = frozenset(int(token) for token in [*ends, own_end] if token is not None)
+        self.stop_ids = stop_ids_of(tokenizer, generation_config)
         try:
             self.encoder = TextEncoder(tokenizer, self.stop_ids, special_in_messages=special_in_messages)
         except TokenizerMissing as error:
@@ -96,6 +93,14 @@ class BaseTokenizer:
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes([int(token[3:5], 16)])
         return token.replace("\u2581", " ").encode()
+
+
+def stop_ids_of(tokenizer: Any, generation_config: Any) -> frozenset[int]:
+    """Ids that end a reply: the tokenizer's end token, and those that `generation_config` names."""
+    ends = getattr(generation_config, "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [ends]
+    own_end = getattr(tokenizer, "eos_token_id", None)
+    return frozenset(int(token) for token in [*ends, own_end] if token is not None)
 
 
 def _byte_alphabet() -> dict[str, int]:

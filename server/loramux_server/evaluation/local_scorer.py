@@ -31,6 +31,7 @@ class LocalScorer:
             engine.base.tokenizer,
             engine.context - ROOM_FOR_REPLY,
             stop_ids=self._tokenizer.stop_ids,
+            encoder=self._tokenizer.encoder,
             chat_template=None if adapter is None else adapter.chat_template,
         )
 

@@ -47,19 +47,26 @@ class Renderer:
     """
 
     def __init__(
-        self, tokenizer: Any, max_length: int, *, stop_ids: Iterable[int] = (), chat_template: str | None = None
+        self,
+        tokenizer: Any,
+        max_length: int,
+        *,
+        stop_ids: Iterable[int] = (),
+        chat_template: str | None = None,
+        encoder: TextEncoder | None = None,
     ) -> None:
         """
         Args:
             stop_ids: further tokens that the server ends a reply at, beside the tokenizer's own end token.
             chat_template: what an adapter brings in place of the base's.
+            encoder: of this tokenizer and these tokens, where there is one already.
         Raises:
             DataError: the base has no fast tokenizer, or no token that ends a reply.
             TemplateFailed: the template is none.
         """
         stop_ids = [*stop_ids]
         try:
-            self._encoder = TextEncoder(tokenizer, stop_ids)
+            self._encoder = encoder or TextEncoder(tokenizer, stop_ids)
         except TokenizerMissing as error:
             raise DataError(f"{error}; use a base that has one") from error
         self.max_length = max_length
