@@ -35,8 +35,8 @@ class SpecialTokens:
 
     def __init__(self, backend: Tokenizer, end_ids: Iterable[int]) -> None:
         """`end_ids` end a reply."""
-        self._real = _unbounded(backend)
-        self.description = self._real.to_str()
+        self.description = backend.to_str()
+        self._real = _unbounded(self.description)
         spec = json.loads(self.description)
         added = {int(token["id"]): token for token in spec["added_tokens"]}
         nonce = "".join(chr(_SECRET + secrets.randbelow(_PLANE)) for _ in range(8))
@@ -50,7 +50,7 @@ class SpecialTokens:
         self._texts = {mark: text for text, mark in self.marks.items()}
         self._mark = re.compile(f"{nonce}.")
         self._own = re.compile("|".join(map(re.escape, sorted(self.marks, key=len, reverse=True))) or r"(?!)")
-        self._guarded = Tokenizer.from_str(json.dumps(_renamed(spec, self.marks, self._survives)))
+        self._guarded = _unbounded(json.dumps(_renamed(spec, self.marks, self._survives)))
         self._number_of: dict[int, int] = {}  # id there -> id here, where they differ
         for number, token in added.items():
             name = self.marks.get(str(token["content"]), str(token["content"]))
@@ -106,9 +106,9 @@ def fast_tokenizer(tokenizer: Any) -> Tokenizer | None:
     return getattr(tokenizer, "backend_tokenizer", None)
 
 
-def _unbounded(backend: Tokenizer) -> Tokenizer:
-    """A copy, so that the caller's stays as it is; checkpoints saved after training often carry both."""
-    copy = Tokenizer.from_str(backend.to_str())
+def _unbounded(description: str) -> Tokenizer:
+    """Without truncation and padding, which checkpoints saved after training often carry."""
+    copy = Tokenizer.from_str(description)
     copy.no_truncation()
     copy.no_padding()
     return copy

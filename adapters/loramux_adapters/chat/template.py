@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from jinja2 import Template
+from jinja2 import Template, nodes
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
 from loramux_adapters.chat.own_text import ROLES, Counted, OwnText
@@ -15,7 +15,8 @@ from loramux_adapters.chat.sandbox import Refused, Sandbox
 from loramux_adapters.chat.special_tokens import SpecialTokens
 from loramux_adapters.errors import TemplateFailed, TemplateRefuses
 
-MAX_SOURCE = 256 * 2**10  # characters
+MAX_SOURCE = 64 * 2**10  # characters; the longest that is known has 20,000
+MAX_NODES = 6000  # of its syntax tree, which Python compiles in one go; the largest that is known has 1,400
 GIVEN = frozenset(("messages", "add_generation_prompt"))  # names that no argument may have
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field, as in transformers
 _FILE = "<template>"  # as jinja calls what it compiles
@@ -37,6 +38,8 @@ class CompiledTemplate:
         self._tokens = tokens
         try:
             tree: Any = self._environment.parse(source)
+            if sum(1 for _ in tree.find_all(nodes.Node)) > MAX_NODES:
+                raise TemplateFailed("it is too large a program for a chat template")
             if tokens is not None:
                 tree = OwnText(tokens.marks, tokens.marked).visit(tree)
             self._template: Template = self._environment.from_string(Counted().visit(tree))

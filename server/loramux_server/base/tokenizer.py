@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,8 +36,9 @@ class BaseTokenizer:
         self._backend = self.encoder.tokens.tokenizer
         self.vocab_size = vocab_size
         self.special_ids = frozenset(int(token) for token in tokenizer.all_special_ids)
-        decoder = json.loads(self._backend.to_str())["decoder"]
-        self._byte_of = _byte_alphabet() if "ByteLevel" in json.dumps(decoder) else None
+        decoder = self._backend.decoder
+        described = b"" if decoder is None else decoder.__getstate__()
+        self._byte_of = _byte_alphabet() if b"ByteLevel" in described else None
         self.longest_token = max((len(token) for token in self._backend.get_vocab()), default=1)
         self._added = {token_id: str(token) for token_id, token in tokenizer.added_tokens_decoder.items()}
 

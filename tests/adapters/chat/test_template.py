@@ -143,6 +143,8 @@ def test_a_failure_names_its_line_and_a_refusal_says_what_the_template_says() ->
         rendered("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(TemplateFailed, match="more than"):
         CompiledTemplate("x" * (MAX_SOURCE + 1))
+    with pytest.raises(TemplateFailed, match="too large a program"):
+        CompiledTemplate("{{ a }}" * 9000)
 
 
 def test_what_has_been_thought_is_found_under_the_names_that_templates_know() -> None:
