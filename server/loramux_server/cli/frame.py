@@ -68,9 +68,9 @@ def call(app: typer.Typer, name: str, argv: Sequence[str], environ: Mapping[str,
         return done.exit_code
 
 
-def configure_logging(level: str) -> None:
-    """Our own messages from this level on, other libraries' from warnings on, all to stderr."""
-    handler = logging.StreamHandler(sys.stderr)
+def configure_logging(level: str, handler: logging.Handler | None = None) -> None:
+    """Our own messages from this level on, other libraries' from warnings on, all to `handler`, or else to stderr."""
+    handler = handler or logging.StreamHandler(sys.stderr)
     handler.setFormatter(_LogLine(LOG_FORMAT))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for name in ("loramux_server", "loramux_adapters"):
