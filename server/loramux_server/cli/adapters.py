@@ -59,6 +59,8 @@ def push(
     name = name or directory.resolve().name
     with transfer_bar(sys.stderr) as show:
         reply = _client(ctx, url).push(name, directory, validate_only=validate_only, progress=show)
+    for note in reply.body.get("notes") or ():
+        print(f"note: {note}")
     if validate_only:
         print(f"{name} can be served; nothing was stored")
         return

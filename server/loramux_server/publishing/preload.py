@@ -43,4 +43,6 @@ def _publish(publisher: Publisher, source: Path) -> str:
 
     done = publisher.publish_files(source.name, fill)
     replayed = "" if done.proof == "none" else f"; its fingerprint replays: {done.proof}"
-    return f"published {source.name} (rank {done.checked.rank}, {', '.join(done.checked.target_modules)}){replayed}"
+    noted = "".join(f"; note: {note}" for note in done.checked.notes)
+    targets = ", ".join(done.checked.target_modules)
+    return f"published {source.name} (rank {done.checked.rank}, {targets}){replayed}{noted}"

@@ -117,10 +117,10 @@ class DirectoryWatch:
             return
         else:
             try:
-                stored = self._publisher.publish_files(
-                    name, lambda target: self._copy(name, look, target, is_first)
-                ).stored
-                logger.info("%s from the watched directory: %s, %.12s", name, stored.outcome, stored.version)
+                done = self._publisher.publish_files(name, lambda target: self._copy(name, look, target, is_first))
+                logger.info("%s from the watched directory: %s, %.12s", name, done.stored.outcome, done.stored.version)
+                for note in done.checked.notes:
+                    logger.info("%s from the watched directory: %s", name, note)
             except (_Changed, ServerBusy):
                 return  # its turn comes again
             except _KeptAlready:

@@ -22,6 +22,7 @@ from loramux_server.api.http.worker_threads import enter_in_thread, run_in_threa
 from loramux_server.errors import RequestError, ServerBusy
 
 if TYPE_CHECKING:
+    from loramux_adapters.artifact.coverage import LayerCount
     from loramux_adapters.lora.verify import Checked
     from loramux_adapters.store.store import AdapterRecord, Published
     from loramux_server.fingerprint.replay import ReplayOutcome
@@ -145,6 +146,7 @@ class AdapterRoutes:
             "version": record.version,
             "rank": record.rank,
             "target_modules": [*record.target_modules],
+            "layers": _layers_json(record.layers),
             "bytes": record.nbytes,
             "tier": self._deps.engine.residency(record.version),
             "pinned": record.pinned,
@@ -152,6 +154,7 @@ class AdapterRoutes:
             "base": self._deps.base.name,
             "base_verified": record.base_verified,
             "fingerprint": record.fingerprint,
+            "notes": record.notes,
             "requests": record.references,
             "created": record.created,
             "updated": record.updated,
@@ -161,8 +164,10 @@ class AdapterRoutes:
                     "created": kept.created,
                     "bytes": kept.nbytes,
                     "rank": kept.rank,
+                    "layers": _layers_json(kept.layers),
                     "verified": kept.base_verified,
                     "fingerprint": kept.fingerprint,
+                    "notes": kept.notes,
                     "corrupt": kept.corrupt,
                     "current": kept.version == record.version,
                     "tier": self._deps.engine.residency(kept.version),
@@ -193,9 +198,15 @@ def _checked_json(name: str, checked: Checked, proof: ReplayOutcome) -> dict[str
         "valid": True,
         "rank": checked.rank,
         "target_modules": [*checked.target_modules],
+        "layers": _layers_json(checked.layers),
         "base_verified": checked.base_verified,
         "fingerprint": proof,
+        "notes": checked.notes,
     }
+
+
+def _layers_json(layers: LayerCount | None) -> dict[str, int] | None:
+    return None if layers is None else {"adapted": layers.adapted, "of": layers.of}
 
 
 def _flags(request: Request, names: tuple[str, ...]) -> dict[str, bool]:

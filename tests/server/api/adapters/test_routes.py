@@ -11,12 +11,13 @@ from typing import Any
 import httpx
 import pytest
 
+from loramux_adapters.artifact.coverage import LayerCount
 from loramux_adapters.errors import AdapterRejected, BaseMismatch, StoreUnavailable
 from loramux_adapters.lora.verify import Checked
 from loramux_server.api.app import create_app
 from loramux_server.api.http.dependencies import Dependencies
 from loramux_server.errors import ServerBusy
-from support.fakes_api import BASE_NAME, VERSION, FakeCheck, FakeProve, Server, make_server
+from support.fakes_api import BASE_NAME, VERSION, FakeCheck, FakeProve, Server, make_server, record_of
 from support.raw_call import RawCall
 
 FILES = {"config": b"{}", "weights": b"w" * 1000}
@@ -42,6 +43,7 @@ async def test_an_upload_is_201_then_200_for_the_same_bytes_and_for_a_new_versio
 
 @pytest.mark.anyio
 async def test_an_adapter_is_shown_with_everything_there_is_to_know(server: Server) -> None:
+    server.store.known["pirate"] = record_of("pirate", VERSION, layers=LayerCount(14, 28), notes=["a word"])
     async with server.client() as client:
         listed = (await client.get("/v1/adapters")).json()
         shown = (await client.get("/v1/adapters/pirate")).json()
@@ -53,6 +55,7 @@ async def test_an_adapter_is_shown_with_everything_there_is_to_know(server: Serv
         "version": VERSION,
         "rank": 8,
         "target_modules": ["q_proj"],
+        "layers": {"adapted": 14, "of": 28},
         "bytes": 1000,
         "tier": "device",
         "pinned": False,
@@ -60,6 +63,7 @@ async def test_an_adapter_is_shown_with_everything_there_is_to_know(server: Serv
         "base": BASE_NAME,
         "base_verified": True,
         "fingerprint": "none",
+        "notes": ["a word"],
         "requests": 0,
         "created": 1_700_000_000,
         "updated": 1_700_000_000,
@@ -69,8 +73,10 @@ async def test_an_adapter_is_shown_with_everything_there_is_to_know(server: Serv
                 "created": 1_700_000_000,
                 "bytes": 1000,
                 "rank": 8,
+                "layers": {"adapted": 14, "of": 28},
                 "verified": True,
                 "fingerprint": "none",
+                "notes": ["a word"],
                 "corrupt": False,
                 "current": True,
                 "tier": "device",
@@ -89,8 +95,10 @@ async def test_a_mere_check_stores_nothing(server: Server) -> None:
         "valid": True,
         "rank": 4,
         "target_modules": ["q_proj", "v_proj"],
+        "layers": None,
         "base_verified": False,
         "fingerprint": "none",
+        "notes": [],
     }
     assert "new" not in server.store.known
     assert server.check.seen == [["adapter_config.json", "adapter_model.safetensors"]]
