@@ -20,7 +20,8 @@ from loramux_adapters.artifact.config import (
     rank_of,
     scale_of,
 )
-from loramux_adapters.artifact.safetensors_header import TensorSpec, open_regular, read_header
+from loramux_adapters.artifact.own_files import open_regular
+from loramux_adapters.artifact.safetensors_header import TensorSpec, read_header
 from loramux_adapters.artifact.strict_json import quoted
 from loramux_adapters.artifact.tensor_names import Kind, other_tool, role_of
 from loramux_adapters.errors import AdapterRejected
@@ -30,6 +31,8 @@ __all__ = [
     "CONFIG_FILE",
     "FINGERPRINT_FILE",
     "KNOWN_FILES",
+    "MLX_WEIGHTS_FILE",
+    "SOURCE_FILES",
     "WEIGHTS_FILE",
     "AdapterConfig",
     "Layout",
@@ -49,6 +52,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "card.json"
 FINGERPRINT_FILE = "fingerprint.json"
 KNOWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, FINGERPRINT_FILE)
+MLX_WEIGHTS_FILE = "adapters.safetensors"
+SOURCE_FILES = (*KNOWN_FILES, MLX_WEIGHTS_FILE)  # what is taken of a directory that somebody else wrote
 
 _DIGEST_DOMAIN = b"loramux adapter 1\n"
 _CHUNK_BYTES = 2**20

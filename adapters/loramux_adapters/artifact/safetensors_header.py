@@ -10,14 +10,13 @@ every reason is found at once, in bounded time and memory, before the library ma
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from io import BufferedReader
 from pathlib import Path
 from types import MappingProxyType
 
+from loramux_adapters.artifact.own_files import open_regular
 from loramux_adapters.artifact.strict_json import StrictJSONError, is_int, parse_object, quoted
 from loramux_adapters.errors import AdapterRejected
 
@@ -47,20 +46,6 @@ class TensorSpec:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-
-
-def open_regular(path: Path) -> BufferedReader:
-    """Open a file for reading, and only a file: a link, a pipe or a directory raises `AdapterRejected`."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise AdapterRejected([f"{path.name} is missing"]) from error
-    except OSError as error:
-        raise AdapterRejected([f"{path.name} cannot be read as a file"]) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise AdapterRejected([f"{path.name} is not a regular file"])
-    return os.fdopen(descriptor, "rb")
 
 
 def read_header(path: Path) -> Mapping[str, TensorSpec]:

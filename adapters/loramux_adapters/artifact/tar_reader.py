@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _BLOCK = 512
 _COPY = 64 * 2**10
 _FILE, _DIRECTORY = (b"0", b"\0", b"7"), b"5"
+_LINKS = (b"1", b"2")
 _PAX, _PAX_GLOBAL, _GNU_NAME = b"x", b"g", b"L"
 _GZIP = b"\x1f\x8b"
 # Every header is a block, and a file may have some before its own: pax, a GNU long name.
@@ -70,7 +71,8 @@ def tar_files(archive: BinaryIO, *, max_entries: int) -> Iterator[TarFile]:
                 name = None
             continue
         if kind not in _FILE and kind != _DIRECTORY:
-            raise TarRefused("it holds a link or another special file")
+            hint = "; with -h, tar packs what links lead to" if kind in _LINKS else ""
+            raise TarRefused(f"it holds a link or another special file{hint}")
         entries += 1
         if entries > max_entries:
             break

@@ -20,7 +20,7 @@ from loramux_adapters.artifact.format import (
     read_config,
     read_header,
 )
-from loramux_adapters.artifact.safetensors_header import open_regular
+from loramux_adapters.artifact.own_files import open_regular
 from loramux_adapters.artifact.strict_json import StrictJSONError, parse_object, quoted
 from loramux_adapters.base_info import BaseInfo
 from loramux_adapters.errors import AdapterRejected, BaseMismatch

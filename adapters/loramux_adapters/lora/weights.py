@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from loramux_adapters.artifact.config import AdapterConfig, scale_of
 from loramux_adapters.artifact.format import WEIGHTS_FILE, Pair, VersionDigest, pair_up, read_config, read_header
-from loramux_adapters.artifact.safetensors_header import open_regular
+from loramux_adapters.artifact.own_files import open_regular
 from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.memory import mapping

@@ -9,7 +9,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loramux_server.client.transfer import ArchiveStream, check_target, extract, files_to_send
+from loramux_server.client.transfer import ArchiveStream, check_target, extract, files_to_send, open_to_send
 from loramux_server.errors import CommandFailed
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class AdaptersClient:
         params = {"validate_only": "true"} if validate_only else None
         paths = files_to_send(directory)
         with ExitStack() as opened:
-            files = {part: (path.name, opened.enter_context(path.open("rb"))) for part, path in paths.items()}
+            files = {part: (path.name, opened.enter_context(open_to_send(path))) for part, path in paths.items()}
             connection = self._connection
             with connection.stream("PUT", _path(name), params=params, files=files, progress=progress) as response:
                 return connection.read(response)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path, PurePosixPath
 
+from loramux_adapters.artifact.own_files import LinkInTheWay
 from loramux_adapters.errors import AdapterNotFound, AdapterRejected
 from loramux_server.errors import ConfigError, RequestError
-from loramux_server.publishing.adapter_files import LinkInTheWay, copy_adapter, is_complete, look_at
+from loramux_server.publishing.adapter_files import copy_adapter, is_complete, look_at
 from loramux_server.publishing.publisher import Publisher
 
 _MAX_PATH = 1024
@@ -38,7 +39,7 @@ class LoraPathRoot:
                 look = copy_adapter(self._root, parts, target, limit=self._limit)
                 is_same = look_at(self._root, parts) == look
             except LinkInTheWay as error:
-                raise RequestError("'lora_path' leads over a symbolic link", param="lora_path") from error
+                raise RequestError(f"'lora_path': {error}", param="lora_path") from error
             except OSError as error:
                 raise AdapterRejected([f"the adapter cannot be read: {error.strerror}"]) from error
             if not is_complete(look):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from loramux_adapters.artifact.format import CONFIG_FILE, KNOWN_FILES
+from loramux_adapters.artifact.format import CONFIG_FILE
 from loramux_adapters.errors import AdapterError
 from loramux_adapters.store.store import AdapterStore
 from loramux_server.errors import ConfigError, LoramuxError
+from loramux_server.publishing.adapter_files import copy_adapter
 from loramux_server.publishing.publisher import Publisher, is_usable
 
 
@@ -37,9 +37,7 @@ def _publish(publisher: Publisher, source: Path) -> str:
     """Returns what was done, in one line."""
 
     def fill(target: Path) -> None:
-        for name in KNOWN_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, target / name)
+        copy_adapter(source.parent, [source.name], target, limit=None)
 
     done = publisher.publish_files(source.name, fill)
     replayed = "" if done.proof == "none" else f"; its fingerprint replays: {done.proof}"

@@ -123,8 +123,8 @@ def test_every_bad_tensor_is_named(tmp_path: Path) -> None:
 
 
 def test_only_a_regular_file_is_opened(tmp_path: Path) -> None:
-    real = write(tmp_path / "w", {"a": entry()})
-    (tmp_path / "link").symlink_to(real)
+    write(tmp_path / "w", {"a": entry()})
+    (tmp_path / "link").symlink_to("/etc/passwd")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     for name in ("link", "pipe", "folder", "absent"):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from loramux_server.client.transfer import ArchiveStream, extract, files_to_send
+from loramux_server.client.transfer import ArchiveStream, extract, files_to_send, open_to_send
 from loramux_server.errors import CommandFailed
+from support.adapter_files import as_hub_snapshot
 
 CONFIG = b'{"r": 8}'
 WEIGHTS = os.urandom(600_000)
@@ -62,6 +63,23 @@ def test_a_directory_that_is_no_adapter_is_refused_with_what_it_lacks(tmp_path: 
     (tmp_path / "adapter_model.bin").write_bytes(b"")
     with pytest.raises(CommandFailed, match="is a pickle"):
         files_to_send(tmp_path)
+
+
+def test_the_weights_of_mlx_lm_are_sent_as_the_weights(tmp_path: Path) -> None:
+    directory = adapter(tmp_path / "a")
+    (directory / "adapter_model.safetensors").rename(directory / "adapters.safetensors")
+    assert files_to_send(directory)["weights"].name == "adapters.safetensors"
+
+
+def test_links_of_the_hubs_cache_are_sent_and_links_that_lead_out_are_not(tmp_path: Path) -> None:
+    snapshot = as_hub_snapshot(adapter(tmp_path / "a"), tmp_path / "models--org--a")
+    for path in files_to_send(snapshot).values():
+        with open_to_send(path) as file:
+            assert file.read() in (CONFIG, WEIGHTS)
+    (tmp_path / "secret").write_bytes(WEIGHTS)
+    (snapshot / "card.json").symlink_to("../../../secret")
+    with pytest.raises(CommandFailed, match="'card.json' is a symbolic link to '../../../secret', which leads out"):
+        open_to_send(files_to_send(snapshot)["card"])
 
 
 @pytest.mark.parametrize("folder", ["", "spam/", "./"])
