@@ -17,6 +17,7 @@ from loramux_adapters.errors import AdapterRejected
 
 CONFIG_FILE = "adapter_config.json"
 BASE_ID_KEY = "loramux_base_id"
+CONVERTED_KEY = "loramux_converted_from"  # what a converted adapter was, in words
 MAX_CONFIG_BYTES = 2**20
 MAX_ALPHA = 1e6
 MAX_RANK = 65_536
@@ -29,7 +30,7 @@ _SHOWN = 8  # names in a message
 _READ = frozenset(
     "peft_type task_type r lora_alpha use_rslora rank_pattern alpha_pattern bias init_lora_weights target_modules "
     "exclude_modules layers_to_transform layers_pattern modules_to_save base_model_name_or_path".split()
-) | {BASE_ID_KEY}
+) | {BASE_ID_KEY, CONVERTED_KEY}
 # Fields that matter in training only, or say nothing about the weights. Their values are never looked at.
 _INFORMATIONAL = frozenset(
     "auto_mapping revision peft_version inference_mode lora_dropout loftq_config eva_config corda_config "
@@ -123,6 +124,9 @@ class _ConfigReader:
     def read(self) -> AdapterConfig:
         self._check_kind()
         self._check_unread()
+        converted_from = self._text(CONVERTED_KEY)
+        if converted_from:
+            self._notes.append(f"converted from {quoted(converted_from, 160)[1:-1]}")
         config = AdapterConfig(
             rank=self._rank("r", self._fields.get("r")),
             alpha=self._alpha("lora_alpha", self._fields.get("lora_alpha")),

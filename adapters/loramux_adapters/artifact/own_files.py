@@ -1,8 +1,9 @@
 """The files of an adapter's directory, opened without leaving what belongs to it.
 
-A symbolic link is followed as long as it stays inside the adapter's own root. That is the directory itself; or, for a
+A symbolic link is followed as long as it stays inside the adapter's own root: the directory itself; or, for a
 directory of the cache of Hugging Face's hub (`models--<org>--<name>/snapshots/<revision>`), the directory of that one
-model, since the files there are links to `../../blobs/<hash>`. So no adapter can have another one's files read, or a secret's.
+model, since the files there are links to `../../blobs/<hash>`. So no adapter can have another one's files read, or a
+secret's.
 
 The way is walked step by step, links spelled out by hand and each directory opened from the one before: nothing is
 looked at by one name and opened by another, so whoever changes a link meanwhile gains nothing.

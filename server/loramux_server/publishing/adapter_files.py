@@ -1,5 +1,7 @@
 """The files of an adapter in a directory of this machine: what they look like now, and a copy to check and publish.
 
+The copy is a PEFT directory, also where the files are mlx-lm's.
+
 Links are followed as `artifact/own_files.py` says: inside the adapter's own root, and no further.
 """
 
@@ -11,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loramux_adapters.artifact.format import CONFIG_FILE, MLX_WEIGHTS_FILE, SOURCE_FILES, WEIGHTS_FILE
+from loramux_adapters.artifact.mlx_layout import convert_mlx
 from loramux_adapters.artifact.own_files import OwnDirectory, own_directory
 from loramux_adapters.errors import AdapterTooLarge
 
@@ -36,8 +39,8 @@ def is_complete(look: Look) -> bool:
 def copy_adapter(root: Path, parts: Sequence[str], target: Path, *, limit: int | None) -> Look:
     """Copy the adapter's files into `target`; returns what it looked like before, () if there is none.
 
-    To be sure that it was not changed meanwhile, look at it again. Raises LinkInTheWay, AdapterTooLarge (`limit` is
-    in bytes, of all files together), OSError.
+    To be sure that it was not changed meanwhile, look at it again. Raises AdapterTooLarge (`limit` is in bytes, of all
+    files together), AdapterRejected for a link that leads out and for what cannot be converted, OSError.
     """
     with own_directory(root, parts) as directory:
         if directory is None:
@@ -52,7 +55,8 @@ def copy_adapter(root: Path, parts: Sequence[str], target: Path, *, limit: int |
                     shutil.copyfileobj(_FileAsItWas(descriptor, size), copy, 2**20)
             finally:
                 os.close(descriptor)
-        return look
+    convert_mlx(target)
+    return look
 
 
 class _FileAsItWas:
