@@ -32,6 +32,7 @@ REQUIRED = ("config", "weights")
 CHUNK_BYTES = 256 * 1024
 MAX_PADDING_BYTES = 1 << 20  # tar fills its last block with zeros
 MAX_EXTRACTED_BYTES = 16 << 30
+MAX_ENTRIES = 1000
 
 
 def files_to_send(directory: Path) -> dict[str, Path]:
@@ -124,7 +125,9 @@ def _unpack(archive: IO[bytes], staging: Path, max_bytes: int) -> list[str]:
     names: list[str] = []
     unzipped = gzip.GzipFile(fileobj=archive)
     with tarfile.open(fileobj=unzipped, mode="r|") as tar:
-        for member in tar:
+        for count, member in enumerate(tar):
+            if count == MAX_ENTRIES:
+                raise CommandFailed(f"the archive that the server sent holds more than {MAX_ENTRIES} entries")
             if member.isdir():
                 continue
             name = Path(member.name).name

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import tarfile
@@ -127,6 +128,15 @@ def test_an_archive_that_grows_too_large_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CommandFailed, match="larger than an adapter can be"):
         extract(archive(*GOOD), tmp_path / "spam", max_bytes=len(WEIGHTS))
 
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_archive_of_too_many_entries_is_refused_of_any_kind(tmp_path: Path) -> None:
+    directory = tarfile.TarInfo("d")
+    directory.type = tarfile.DIRTYPE
+    many = io.BytesIO(gzip.compress(directory.tobuf() * 100_000))
+    with pytest.raises(CommandFailed, match="more than 1000 entries"):
+        extract(many, tmp_path / "spam")
     assert os.listdir(tmp_path) == []
 
 
