@@ -35,7 +35,7 @@ _READ = frozenset(
 _INFORMATIONAL = frozenset(
     "auto_mapping revision peft_version inference_mode lora_dropout loftq_config eva_config corda_config "
     "lora_ga_config runtime_config ephemeral_gpu_offload megatron_core qalora_group_size ensure_weight_tying "
-    "merge_weights".split()
+    "merge_weights _name_or_path transformers_version".split()
 )
 # Options of PEFT, of whichever release, that are off while they are empty, and not served otherwise.
 _OFF_WHILE_EMPTY = frozenset(

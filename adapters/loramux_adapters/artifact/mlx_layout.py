@@ -101,9 +101,9 @@ def _rank_and_scale(settings: Mapping[str, Any]) -> tuple[int, float]:
         reasons.append("scale in lora_parameters is not a number above 0 (mlx-lm knows no alpha)")
     if reasons:
         raise AdapterRejected(reasons)
-    # Releases up to 0.17 multiplied by scale * alpha / rank; 0.19 and later, which say num_layers and not lora_layers,
-    # by scale alone, even if there is an alpha.
-    if alpha is not None and alpha != rank and "lora_layers" in settings:
+    # Old releases, which say lora_layers, multiplied by scale * alpha / rank, and the last of them by scale alone. Those
+    # since 0.19 say num_layers, and multiply by scale alone, even where there is an alpha.
+    if alpha is not None and alpha != rank and "num_layers" not in settings:
         raise AdapterRejected(
             [
                 f"lora_parameters has scale {scale!r} and alpha {quoted(str(alpha), 24)}, and old releases of mlx-lm "

@@ -132,6 +132,7 @@ def test_alpha_gives_the_scale_back(scale: float, rank: int) -> None:
     ("parameters", "more", "factor"),
     [
         ({"rank": 4, "scale": 10.0, "alpha": 16}, {"num_layers": 16}, 10.0),  # 0.19 to 0.21: alpha is there, and unused
+        ({"rank": 4, "scale": 10.0, "alpha": 16}, {"num_layers": 16, "lora_layers": 16}, 10.0),  # one key is unused too
         ({"rank": 4, "scale": 10.0, "alpha": 4}, {"lora_layers": 16}, 10.0),  # no difference
         ({"rank": 4, "scale": 10.0, "alpha": 16}, {"lora_layers": 16}, None),
     ],
