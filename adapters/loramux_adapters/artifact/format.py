@@ -32,6 +32,7 @@ __all__ = [
     "FINGERPRINT_FILE",
     "KNOWN_FILES",
     "MLX_WEIGHTS_FILE",
+    "PICKLES",
     "SOURCE_FILES",
     "WEIGHTS_FILE",
     "AdapterConfig",
@@ -42,6 +43,7 @@ __all__ = [
     "digest_of",
     "pair_up",
     "parse_config",
+    "pickle_reason",
     "rank_of",
     "read_config",
     "read_header",
@@ -53,6 +55,7 @@ CARD_FILE = "card.json"
 FINGERPRINT_FILE = "fingerprint.json"
 KNOWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, FINGERPRINT_FILE)
 MLX_WEIGHTS_FILE = "adapters.safetensors"
+PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 SOURCE_FILES = (*KNOWN_FILES, MLX_WEIGHTS_FILE)  # what is taken of a directory that somebody else wrote
 
 _DIGEST_DOMAIN = b"loramux adapter 1\n"
@@ -93,6 +96,14 @@ def read_config(directory: Path) -> AdapterConfig:
     """Read and check adapter_config.json of a PEFT directory; raises `AdapterRejected`."""
     with open_regular(directory / CONFIG_FILE) as file:
         return parse_config(file.read(MAX_CONFIG_BYTES + 1))
+
+
+def pickle_reason(name: str) -> str:
+    """Why weights in a file of this name are refused, and what to do."""
+    return (
+        f"{name} is a pickle, which is never read; where you trust it, convert it: "
+        f"import torch, safetensors.torch as st; st.save_file(torch.load({name!r}, weights_only=True), {WEIGHTS_FILE!r})"
+    )
 
 
 def pair_up(specs: Mapping[str, TensorSpec]) -> Layout:

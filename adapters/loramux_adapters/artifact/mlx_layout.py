@@ -32,6 +32,7 @@ from loramux_adapters.errors import AdapterRejected
 _HALVES = {".lora_a": "lora_A", ".lora_b": "lora_B"}
 _PIECE_BYTES = 32 * 2**20
 _MAX_TENSOR_BYTES = 512 * 2**20  # far more than any layer's: a larger one would be read many times
+_MAX_DIGITS = 6  # of a layer's number
 _PART = ".converting"  # no file of an upload has this name
 
 
@@ -97,12 +98,12 @@ def _rank_and_scale(settings: Mapping[str, Any]) -> tuple[int, float]:
     reasons = []
     if not is_int(rank) or not 1 <= rank <= MAX_RANK:
         reasons.append(f"rank in lora_parameters is not an integer from 1 to {MAX_RANK}")
-    if not is_number(scale) or not 0 < scale * MAX_RANK < math.inf:
-        reasons.append("scale in lora_parameters is not a number above 0 (mlx-lm knows no alpha)")
+    if not is_number(scale) or not 0 < scale <= MAX_ALPHA:
+        reasons.append(f"scale in lora_parameters is not a number above 0 and up to {MAX_ALPHA:.0f}")
     if reasons:
         raise AdapterRejected(reasons)
-    # Old releases, which say lora_layers, multiplied by scale * alpha / rank, and the last of them by scale alone. Those
-    # since 0.19 say num_layers, and multiply by scale alone, even where there is an alpha.
+    # Old releases, which say lora_layers, multiplied by scale * alpha / rank, and the last of them by scale alone. From
+    # 0.19 on they say num_layers and multiply by scale alone, also where there is an alpha.
     if alpha is not None and alpha != rank and "num_layers" not in settings:
         raise AdapterRejected(
             [
@@ -160,23 +161,26 @@ def _layers(modules: set[str], settings: Mapping[str, Any]) -> set[int]:
         )
     keys = settings["lora_parameters"].get("keys")
     if isinstance(keys, list):
-        strange = [module for module in sorted(modules) if not {module, _name_in_layer(module)} & {*map(str, keys)}]
-        if strange:
-            raise AdapterRejected(
-                [f"module {quoted(strange[0])} has weights and is not among the keys of lora_parameters"]
-            )
+        known = {key for key in keys if isinstance(key, str)}
+        strange = next((module for module in sorted(modules) if not {module, _name_in_layer(module)} & known), None)
+        if strange is not None:
+            raise AdapterRejected([f"module {quoted(strange)} has weights and is none of the keys of lora_parameters"])
     return layers
 
 
 def _layer_of(module: str) -> int | None:
-    return next((int(part) for part in module.split(".") if part.isascii() and part.isdigit()), None)
+    return next((int(part) for part in module.split(".") if _is_layer(part)), None)
 
 
 def _name_in_layer(module: str) -> str:
     """The rest of the path after the layer's number; the whole path where there is none."""
     parts = module.split(".")
-    at = next((at for at, part in enumerate(parts) if part.isascii() and part.isdigit()), -1)
+    at = next((at for at, part in enumerate(parts) if _is_layer(part)), -1)
     return ".".join(parts[at + 1 :])
+
+
+def _is_layer(part: str) -> bool:
+    return part.isascii() and part.isdigit() and len(part) <= _MAX_DIGITS
 
 
 def _write_transposed(source: Path, tensors: Mapping[str, TensorSpec], target: Path) -> None:
@@ -203,6 +207,8 @@ def _transposed(file: BinaryIO, spec: TensorSpec) -> Iterator[bytes]:
     """A matrix's numbers column by column, some columns at a time: nobody has compared its size with a base's yet."""
     import numpy as np  # who only reads PEFT's own layout is spared it
 
+    if not spec.nbytes:
+        return
     (rows, columns), dtype = spec.shape, np.dtype(f"u{ITEM_BYTES[spec.dtype]}")
     wide = max(1, _PIECE_BYTES // max(1, rows * dtype.itemsize))
     tall = max(1, _PIECE_BYTES // max(1, columns * dtype.itemsize))

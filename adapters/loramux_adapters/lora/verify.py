@@ -12,11 +12,13 @@ from loramux_adapters.artifact.coverage import LayerCount, coverage_of
 from loramux_adapters.artifact.format import (
     CARD_FILE,
     FINGERPRINT_FILE,
+    PICKLES,
     WEIGHTS_FILE,
     AdapterConfig,
     Layout,
     Pair,
     pair_up,
+    pickle_reason,
     read_config,
     read_header,
 )
@@ -43,11 +45,6 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.json",
     "chat_template.jinja",
-)
-_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
-_CONVERT = (
-    "where you trust it, convert it: import torch, safetensors.torch as st; "
-    "st.save_file(torch.load({pickle!r}, weights_only=True), {weights!r})"
 )
 
 
@@ -151,11 +148,7 @@ def _instead_of_weights(directory: Path) -> list[str]:
     if (directory / WEIGHTS_FILE).exists():
         return []
     return [
-        *(
-            f"{name} is a pickle, which is never read; {_CONVERT.format(pickle=name, weights=WEIGHTS_FILE)}"
-            for name in _PICKLES
-            if (directory / name).exists()
-        ),
+        *(pickle_reason(name) for name in PICKLES if (directory / name).exists()),
         *(
             f"{quoted(path.name)} is a GGUF file: send the PEFT directory that it was converted from"
             for path in sorted(directory.glob("*.gguf"))
@@ -174,7 +167,7 @@ def _file_reasons(directory: Path) -> list[str]:
 def _file_notes(directory: Path) -> list[str]:
     return [
         f"{name} is left out: pickles are never read, and {WEIGHTS_FILE} is there"
-        for name in _PICKLES
+        for name in PICKLES
         if (directory / name).exists()
     ]
 

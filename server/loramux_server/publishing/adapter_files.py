@@ -12,7 +12,14 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from loramux_adapters.artifact.format import CONFIG_FILE, MLX_WEIGHTS_FILE, SOURCE_FILES, WEIGHTS_FILE
+from loramux_adapters.artifact.format import (
+    CONFIG_FILE,
+    MLX_WEIGHTS_FILE,
+    PICKLES,
+    SOURCE_FILES,
+    WEIGHTS_FILE,
+    pickle_reason,
+)
 from loramux_adapters.artifact.mlx_layout import convert_mlx
 from loramux_adapters.artifact.own_files import OwnDirectory, own_directory
 from loramux_adapters.errors import AdapterTooLarge
@@ -34,6 +41,17 @@ def is_complete(look: Look) -> bool:
     """Whether the files are there without which there is no adapter."""
     names = {name for name, *_ in look}
     return CONFIG_FILE in names and bool({WEIGHTS_FILE, MLX_WEIGHTS_FILE} & names)
+
+
+def unread_weights(root: Path, parts: Sequence[str]) -> str | None:
+    """Why waiting for an adapter's weights is in vain: they are there, as a pickle. None if they may still come.
+
+    Raises LinkInTheWay, OSError.
+    """
+    with own_directory(root, parts) as directory:
+        if directory is None or directory.look(CONFIG_FILE) is None:
+            return None
+        return next((pickle_reason(name) for name in PICKLES if directory.look(name) is not None), None)
 
 
 def copy_adapter(root: Path, parts: Sequence[str], target: Path, *, limit: int | None) -> Look:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from loramux_adapters.artifact.format import CONFIG_FILE
-from loramux_adapters.errors import AdapterError
+from loramux_adapters.errors import AdapterError, AdapterRejected
 from loramux_adapters.store.store import AdapterStore
 from loramux_server.errors import ConfigError, LoramuxError
-from loramux_server.publishing.adapter_files import copy_adapter
+from loramux_server.publishing.adapter_files import copy_adapter, is_complete, unread_weights
 from loramux_server.publishing.publisher import Publisher, is_usable
 
 
@@ -37,7 +37,10 @@ def _publish(publisher: Publisher, source: Path) -> str:
     """Returns what was done, in one line."""
 
     def fill(target: Path) -> None:
-        copy_adapter(source.parent, [source.name], target, limit=None)
+        look = copy_adapter(source.parent, [source.name], target, limit=None)
+        unread = None if is_complete(look) else unread_weights(source.parent, [source.name])
+        if unread is not None:
+            raise AdapterRejected([unread])
 
     done = publisher.publish_files(source.name, fill)
     replayed = "" if done.proof == "none" else f"; its fingerprint replays: {done.proof}"

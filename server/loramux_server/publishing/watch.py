@@ -18,7 +18,7 @@ from loramux_adapters.artifact.format import digest_of, read_config
 from loramux_adapters.errors import AdapterError, AdapterNotFound, AdapterRejected
 from loramux_adapters.store.store import AdapterStore
 from loramux_server.errors import LoramuxError, ServerBusy
-from loramux_server.publishing.adapter_files import Look, copy_adapter, is_complete, look_at
+from loramux_server.publishing.adapter_files import Look, copy_adapter, is_complete, look_at, unread_weights
 from loramux_server.publishing.publisher import Publisher, is_usable
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,10 @@ class DirectoryWatch:
         if isinstance(look, str):
             self._refuse(name, look)
         elif not is_complete(look):
-            return
+            reason = self._why_incomplete(name)
+            if reason is None:
+                return
+            self._refuse(name, reason)
         else:
             try:
                 done = self._publisher.publish_files(name, lambda target: self._copy(name, look, target, is_first))
@@ -130,6 +133,13 @@ class DirectoryWatch:
             except OSError as error:
                 self._refuse(name, f"it cannot be copied: {error.strerror}")
         adapter.done = look
+
+    def _why_incomplete(self, name: str) -> str | None:
+        """What will not change by waiting; None as long as the files may still come."""
+        try:
+            return unread_weights(self._directory, [name])
+        except (AdapterRejected, OSError):
+            return None  # the next look says so
 
     def _copy(self, name: str, look: Look, target: Path, is_first: bool) -> None:
         copied = copy_adapter(self._directory, [name], target, limit=self._limit)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -162,10 +162,15 @@ def drop(name: str) -> Callable[[dict[str, torch.Tensor]], object]:
         ({"fine_tune_type": None, "use_dora": True}, "'dora'"),
         ({"lora_parameters": None}, "lora_parameters of mlx-lm's config is missing"),
         ({"lora_parameters": {"rank": 4, "alpha": 16}}, "scale in lora_parameters"),
+        ({"lora_parameters": {"rank": 4, "scale": 10**400}}, "scale in lora_parameters"),
+        ({"lora_parameters": {"rank": 4, "scale": 1e308}}, "scale in lora_parameters"),
         ({"lora_parameters": {"rank": 0, "scale": 1}}, "rank in lora_parameters"),
         ({"lora_parameters": {"rank": True, "scale": -1}}, "rank in lora_parameters"),
         ({"num_layers": 1}, "says 1 layers, the last ones, and there are weights in layers 0 to 1"),
-        ({"lora_parameters": {"rank": 4, "scale": 1, "keys": ["self_attn.q_proj"]}}, "v_proj' has weights and is not"),
+        (
+            {"lora_parameters": {"rank": 4, "scale": 1, "keys": ["self_attn.q_proj"]}},
+            "v_proj' has weights and is none of",
+        ),
     ],
 )
 def test_what_is_not_mlx_lms_plain_lora_is_refused(tmp_path: Path, run: dict[str, Any], reason: str) -> None:
@@ -217,3 +222,46 @@ def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
     write_mlx(tmp_path, mlx_weights())
     (tmp_path / MLX_WEIGHTS_FILE).unlink()
     assert reasons_for(tmp_path) == ["adapter_model.safetensors is missing"]
+
+
+def test_an_empty_matrix_of_any_width_costs_nothing(tmp_path: Path) -> None:
+    write_mlx(tmp_path, {})
+    name = "model.layers.0.self_attn.q_proj.lora_a"
+    header = json.dumps({name: {"dtype": "F32", "shape": [0, 2**60], "data_offsets": [0, 0]}}).encode()
+    (tmp_path / MLX_WEIGHTS_FILE).write_bytes(len(header).to_bytes(8, "little") + header)
+    convert_mlx(tmp_path)
+    with pytest.raises(AdapterRejected):
+        check_adapter(tmp_path, BASE, 64)
+
+
+VALUES = st.one_of(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=9),
+    st.lists(st.text(max_size=5) | st.integers(), max_size=3),
+    st.dictionaries(st.sampled_from(["rank", "scale", "alpha", "keys"]), st.integers(-1, 9) | st.text(), max_size=4),
+)
+PARTS = st.sampled_from(["model", "layers", "0", "9" * 5000, "q_proj", "lora_a", "lora_b", "m", "", "\u0660", "weight"])
+KEYS = ["rank", "scale", "alpha", "keys", "dropout"]
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    run=st.dictionaries(st.sampled_from([*RUN, "lora_layers", "use_dora", "peft_type"]), VALUES, max_size=4),
+    parameters=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3),
+    names=st.lists(st.lists(PARTS, max_size=6).map(".".join), max_size=4, unique=True),
+    shape=st.lists(st.integers(0, 5), max_size=3),
+)
+def test_an_mlx_directory_of_anything_is_converted_or_refused(
+    tmp_path_factory: pytest.TempPathFactory,
+    run: dict[str, Any],
+    parameters: dict[str, Any],
+    names: list[str],
+    shape: list[int],
+) -> None:
+    directory = tmp_path_factory.mktemp("fuzz")
+    more = {"lora_parameters": RUN["lora_parameters"] | parameters} | run
+    write_mlx(directory, {name: torch.ones(shape) for name in names}, **more)
+    try:
+        convert_mlx(directory)
+        check_adapter(directory, BASE, 64)
+    except AdapterRejected as error:
+        assert error.reasons and all(reason.isprintable() for reason in error.reasons)

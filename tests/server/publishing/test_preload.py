@@ -95,6 +95,8 @@ def test_what_cannot_be_served_is_left_out_with_a_note(
     source: Path, open_store: Callable[[BaseInfo], AdapterStore]
 ) -> None:
     (source / "haiku" / "adapter_config.json").write_text("{")
+    shutil.copytree(source / "pirate", source / "pickled")
+    (source / "pickled" / "adapter_model.safetensors").rename(source / "pickled" / "adapter_model.bin")
     shutil.copytree(source / "pirate", source / "base")
     shutil.copytree(source / "pirate", source / "a b")
     store = open_store(OLD)
@@ -104,7 +106,9 @@ def test_what_cannot_be_served_is_left_out_with_a_note(
         "left out a b",
         "left out base",
         "left out haiku",
+        "left out pickled",
     ]
+    assert "adapter_model.bin is a pickle" in notes[-1] or "adapter_model.bin is a pickle" in notes[-2]
 
 
 def test_a_file_that_cannot_be_read_is_noted_and_the_others_are_published(

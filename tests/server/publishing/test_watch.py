@@ -155,6 +155,17 @@ def test_links_are_refused_and_files_and_hidden_directories_are_nobodys_adapters
     assert scene.names == [] and scene.failures == 3 and "symbolic link" in caplog.text
 
 
+def test_a_pickle_instead_of_the_weights_is_said_once_and_the_weights_are_still_waited_for(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = scene.write("pirate")
+    (path / WEIGHTS_FILE).rename(path / "adapter_model.bin")
+    scene.poll(5)
+    assert scene.failures == 1 and "adapter_model.bin is a pickle" in caplog.text
+    (path / "adapter_model.bin").rename(path / WEIGHTS_FILE)
+    assert scene.poll(2).names == ["pirate"]
+
+
 def test_snapshots_of_the_hubs_cache_are_published(scene: Scene, tmp_path: Path) -> None:
     snapshot = as_hub_snapshot(scene.write("pirate"), tmp_path / "models--org--pirate")
     scene.directory = snapshot.parent

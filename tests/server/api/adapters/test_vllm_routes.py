@@ -176,6 +176,14 @@ async def test_a_symbolic_link_is_400_wherever_it_stands(
 
 
 @pytest.mark.anyio
+async def test_a_pickle_instead_of_the_weights_is_called_one(server: Server, root: Path) -> None:
+    weights = root / "team" / "pirate" / "adapter_model.safetensors"
+    weights.rename(weights.with_name("adapter_model.bin"))
+    reply = await load(server, lora_name="a", lora_path="team/pirate")
+    assert reply.status_code == 500 and "adapter_model.bin is a pickle" in reply.text
+
+
+@pytest.mark.anyio
 async def test_a_snapshot_of_the_hubs_cache_is_loaded(server: Server, store: AdapterStore, root: Path) -> None:
     snapshot = as_hub_snapshot(root / "team" / "pirate", root / "models--org--pirate")
     reply = await load(server, lora_name="a", lora_path=str(snapshot.relative_to(root)))
