@@ -102,7 +102,8 @@ def pickle_reason(name: str) -> str:
     """Why weights in a file of this name are refused, and what to do."""
     return (
         f"{name} is a pickle, which is never read; where you trust it, convert it: "
-        f"import torch, safetensors.torch as st; st.save_file(torch.load({name!r}, weights_only=True), {WEIGHTS_FILE!r})"
+        "import torch, safetensors.torch as st; "
+        f"st.save_file(torch.load({name!r}, weights_only=True), {WEIGHTS_FILE!r})"
     )
 
 

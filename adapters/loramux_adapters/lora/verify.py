@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from loramux_adapters.artifact.config import BASE_ID_KEY, check_base_id, rank_of
 from loramux_adapters.artifact.coverage import LayerCount, coverage_of
 from loramux_adapters.artifact.format import (
@@ -181,7 +183,7 @@ def _weights_notes(layout: Layout, config: AdapterConfig, adapter: HostAdapter) 
         notes.append(f"modules_to_save names {names}, but the file holds no weights for it: it is served without them")
     if any("F64" in (pair.a.dtype, pair.b.dtype) for pair in layout.pairs.values()):
         notes.append("the weights are F64; they are rounded to bf16 as those of any other type")
-    idle = [module for module, (a, bt) in adapter.modules.items() if not (a.any() and bt.any())]
+    idle = [module for module, parts in adapter.modules.items() if any(map(_is_zero, parts))]
     if len(idle) == len(adapter.modules):
         notes.append("every product of lora_B and lora_A is zero: the adapter changes nothing")
     elif idle:
@@ -189,6 +191,11 @@ def _weights_notes(layout: Layout, config: AdapterConfig, adapter: HostAdapter) 
             f"{len(idle)} of {len(adapter.modules)} modules change nothing: their lora_A or lora_B is all zeros"
         )
     return notes
+
+
+def _is_zero(part: torch.Tensor) -> bool:
+    """`part` [rank, features]. The first row tells of nearly all that it is not: the others need not be looked at."""
+    return not part[0].any() and not part.any()
 
 
 def _read_metadata(path: Path) -> dict[str, object]:

@@ -169,7 +169,7 @@ def drop(name: str) -> Callable[[dict[str, torch.Tensor]], object]:
         ({"num_layers": 1}, "says 1 layers, the last ones, and there are weights in layers 0 to 1"),
         (
             {"lora_parameters": {"rank": 4, "scale": 1, "keys": ["self_attn.q_proj"]}},
-            "v_proj' has weights and is none of",
+            "v_proj' has weights and is",
         ),
     ],
 )
