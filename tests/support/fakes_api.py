@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import shutil
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.verify import Checked
 from loramux_adapters.store.store import AdapterRecord, Lease, Published, Staging, VersionRecord
 from loramux_server.api.app import create_app
-from loramux_server.api.http.dependencies import Dependencies, Keys, Limits, Message, ServedBase
+from loramux_server.api.http.dependencies import Dependencies, Keys, Limits, ServedBase
 from loramux_server.engine.sequence import FinishReason, TokenLogprob, TokenOutput
 from loramux_server.engine.sequence import Sequence as EngineSequence
 from loramux_server.fingerprint.replay import ReplayOutcome
@@ -36,7 +36,13 @@ VERSION = hashlib.sha256(b"pirate").hexdigest()
 
 
 class FakeTokenizer:
-    """One token per byte, a beginning token 256 and an end token 257. `encoded` are the texts it was given."""
+    """One token per byte, a beginning token 256 and an end token 257.
+
+    Attributes:
+        encoded: the texts it was given.
+        special: whether special tokens were allowed in the last of them.
+        templates: the chat template of each conversation, None for the base's.
+    """
 
     vocab_size = 258
     special_ids = frozenset({256, 257})
@@ -45,12 +51,23 @@ class FakeTokenizer:
 
     def __init__(self) -> None:
         self.encoded: list[str] = []
+        self.special = True
+        self.templates: list[str | None] = []
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
         self.encoded.append(text)
+        self.special = special
         return list(text.encode())
 
-    def encode_chat(self, messages: list[Message]) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        template_kwargs: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        self.templates.append(chat_template)
         return self.encode("".join(f"{m['role']}:{m['content']}\n" for m in messages) + "assistant:")
 
     def decode(self, token_ids: Sequence[int]) -> str:

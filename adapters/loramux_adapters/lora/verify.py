@@ -35,20 +35,6 @@ MAX_REASONS = 20  # and notes
 MAX_METADATA_BYTES = 4 * 2**20
 _SHOWN = 8  # names in a message
 
-# A tokenizer beside the adapter may add tokens that the served base does not know.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.json",
-    "chat_template.jinja",
-)
-
 
 T = TypeVar("T")
 
@@ -64,6 +50,7 @@ class Checked:
         base_verified: it names the base that is served.
         layers: how many of the base's layers carry weights; None for a base without numbered layers.
         notes: what was accepted and is worth a word to whoever sent it, one sentence each.
+        chat_template: that it brings in place of the base's; None if it brings none.
     """
 
     config: AdapterConfig
@@ -73,6 +60,7 @@ class Checked:
     base_verified: bool
     layers: LayerCount | None = None
     notes: list[str] = field(default_factory=list)
+    chat_template: str | None = None
 
     @property
     def version(self) -> str:
@@ -88,6 +76,8 @@ class Checked:
 def check_adapter(directory: Path, base: BaseInfo, max_rank: int, *, force: bool = False) -> Checked:
     """Check a PEFT directory (adapter_config.json, adapter_model.safetensors, card.json?, fingerprint.json?).
 
+    Tokenizer files beside them have to mean what the base's mean; another chat template is part of what is returned.
+
     Every tensor must be half of a pair of a linear layer of the base, with that layer's shape and the configured rank,
     at most `max_rank`, and finite; or a copy of a base weight that PEFT wrote beside them. The files are only read, and
     the LoRA weights once: what is digested and checked is what is returned, to be tried out and served.
@@ -98,10 +88,11 @@ def check_adapter(directory: Path, base: BaseInfo, max_rank: int, *, force: bool
     Raises `AdapterRejected` with every reason, `BaseMismatch` if it names another base (not with `force`).
     """
     instead = _instead_of_weights(directory)
-    reasons = [*instead, *_file_reasons(directory)]
+    reasons = [*instead]
     config = _collect(reasons, lambda: read_config(directory))
     card = _collect(reasons, lambda: _read_metadata(directory / CARD_FILE))
     _collect(reasons, lambda: _read_metadata(directory / FINGERPRINT_FILE))
+    chat_template = _collect(reasons, lambda: base.own_template(directory))
     base_id = _collect(reasons, lambda: _base_id_of(config, card))
     if base_id is not None and base_id != base.base_id and not force:
         raise BaseMismatch(base_id, base.base_id)
@@ -113,7 +104,7 @@ def check_adapter(directory: Path, base: BaseInfo, max_rank: int, *, force: bool
     reasons += _layout_reasons(layout, config, base, max_rank)
     if config is None or reasons:
         raise AdapterRejected(_at_most(reasons))
-    adapter, not_finite = read_adapter(directory, config, layout.pairs, base.convert)
+    adapter, not_finite = read_adapter(directory, config, layout.pairs, base.convert, chat_template=chat_template)
     reasons += _foreign_tensors(directory, layout, config, base)
     reasons += [f"module {quoted(module)} has values that are not finite in bf16" for module in not_finite]
     if reasons:
@@ -128,6 +119,7 @@ def check_adapter(directory: Path, base: BaseInfo, max_rank: int, *, force: bool
         base_verified=base_id == base.base_id,
         layers=coverage.layers,
         notes=_at_most(notes),
+        chat_template=chat_template,
     )
 
 
@@ -155,14 +147,6 @@ def _instead_of_weights(directory: Path) -> list[str]:
             f"{quoted(path.name)} is a GGUF file: send the PEFT directory that it was converted from"
             for path in sorted(directory.glob("*.gguf"))
         ),
-    ]
-
-
-def _file_reasons(directory: Path) -> list[str]:
-    return [
-        f"{name} is there: an adapter's own tokenizer is not served, leave it out"
-        for name in _TOKENIZER_FILES
-        if (directory / name).exists()
     ]
 
 

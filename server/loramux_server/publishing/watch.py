@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from loramux_adapters.artifact.format import digest_of, read_config
 from loramux_adapters.errors import AdapterError, AdapterNotFound, AdapterRejected
 from loramux_adapters.store.store import AdapterStore
 from loramux_server.errors import LoramuxError, ServerBusy
@@ -120,7 +119,11 @@ class DirectoryWatch:
             self._refuse(name, reason)
         else:
             try:
-                done = self._publisher.publish_files(name, lambda target: self._copy(name, look, target, is_first))
+                done = self._publisher.publish_files(
+                    name,
+                    lambda target: self._copy(name, look, target),
+                    lambda version: self._leave_kept(name, version, is_first),
+                )
                 logger.info("%s from the watched directory: %s, %.12s", name, done.stored.outcome, done.stored.version)
                 for note in done.checked.notes:
                     logger.info("%s from the watched directory: %s", name, note)
@@ -141,12 +144,14 @@ class DirectoryWatch:
         except (AdapterRejected, OSError):
             return None  # the next look says so
 
-    def _copy(self, name: str, look: Look, target: Path, is_first: bool) -> None:
+    def _copy(self, name: str, look: Look, target: Path) -> None:
         copied = copy_adapter(self._directory, [name], target, limit=self._limit)
         if copied != look or look_at(self._directory, [name]) != look:
             raise _Changed
-        # After a start, a directory that nobody changed must not undo a rollback or a newer upload.
-        if is_first and is_usable(self._store, name) and self._keeps(name, digest_of(read_config(target), target)):
+
+    def _leave_kept(self, name: str, version: str, is_first: bool) -> None:
+        """After a start, a directory that nobody changed must not undo a rollback or a newer upload."""
+        if is_first and is_usable(self._store, name) and self._keeps(name, version):
             raise _KeptAlready
 
     def _keeps(self, name: str, version: str) -> bool:

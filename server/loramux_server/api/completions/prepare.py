@@ -11,10 +11,11 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from loramux_adapters.artifact.format import read_chat_template
 from loramux_adapters.errors import AdapterError
 from loramux_server.api.completions.generation import AdapterLeases, Choice, Generation, give_back
 from loramux_server.api.completions.schemas import AdapterPart, ChatRequest, CompletionRequest, GenerationRequest
-from loramux_server.api.http.dependencies import Dependencies, Message
+from loramux_server.api.http.dependencies import Dependencies, Message, StoreLike
 from loramux_server.api.http.model_names import RequestedAdapter, resolve_model
 from loramux_server.api.http.worker_threads import run_in_thread
 from loramux_server.base.detokenizer import Detokenizer
@@ -57,6 +58,23 @@ def requested_adapters(model: str, parts: Sequence[AdapterPart] | None, base_nam
     return tuple(targets.values())
 
 
+def chat_template_of(store: StoreLike, leases: AdapterLeases) -> str | None:
+    """The chat template that the leased versions bring in place of the base's; None if they bring none.
+
+    Reads their files. Raises RequestError if they do not agree: no template suits adapters that learned from two.
+    """
+    own = [(lease.name, read_chat_template(store.directory(lease.version))) for lease, _ in leases.leases]
+    for name, template in own[1:]:
+        if template != own[0][1]:
+            raise RequestError(
+                f"the adapters {own[0][0]} and {name} use different chat templates, so they cannot chat together; use "
+                "/v1/completions, or publish them with the same chat template",
+                param="adapters",
+                code="invalid_value",
+            )
+    return own[0][1] if own else None
+
+
 class Preparation:
     """`leases` first, then `chat` or `completion` with them."""
 
@@ -76,7 +94,7 @@ class Preparation:
         return await self._prepare(
             body,
             leases,
-            prompts=lambda: [self._encoded_chat(messages)],
+            prompts=lambda: [self._encoded_chat(messages, leases)],
             param="messages",
             max_tokens=lambda prompt: body.longest_reply or self._deps.base.context - len(prompt),
             continues=False,
@@ -151,14 +169,14 @@ class Preparation:
             tokenizer.decode, stop=body.stop, skip=tokenizer.special_ids, context=context[-_CONTEXT_TOKENS:]
         )
 
-    def _encoded_chat(self, messages: list[Message]) -> list[int]:
+    def _encoded_chat(self, messages: list[Message], leases: AdapterLeases) -> list[int]:
         self._check_characters(sum(len(message["content"]) for message in messages), "messages")
-        return self._deps.tokenizer.encode_chat(messages)
+        return self._deps.tokenizer.encode_chat(messages, chat_template=chat_template_of(self._deps.store, leases))
 
     def _encoded(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
             self._check_characters(len(prompt), "prompt")
-            return self._deps.tokenizer.encode(prompt)
+            return self._deps.tokenizer.encode(prompt, special=self._deps.special_in_prompts)
         vocab_size = self._deps.tokenizer.vocab_size
         if min(prompt) < 0 or max(prompt) >= vocab_size:
             raise RequestError(

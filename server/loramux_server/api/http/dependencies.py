@@ -6,11 +6,11 @@ and each protocol says why they do.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from loramux_server.metrics.metrics import Metrics
 
@@ -140,14 +140,24 @@ class TokenizerLike(Protocol):
         """Most characters that one token can stand for."""
         ...
 
-    def encode(self, text: str) -> list[int]:
-        """A prompt's ids, with the special tokens that the base expects around it."""
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """A prompt's ids, with the special tokens that the base expects around it.
+
+        `special`: text that reads like a special token becomes one. Without it no text does.
+        """
         ...
 
-    def encode_chat(self, messages: list[Message]) -> list[int]:
-        """The base's own chat template over the messages, ready for the assistant's turn.
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        template_kwargs: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """A chat template over the messages: the base's own, or another that an adapter brings.
 
-        Raises RequestError if the base has no template, or its template refuses these messages.
+        Raises RequestError if there is no template, or it refuses these messages.
         """
         ...
 
@@ -221,6 +231,7 @@ class Dependencies:
     Attributes:
         check, prove, publish: the three stations of an upload, in this order.
         lora_path_root: loads adapters from this machine's disk for vLLM's calls; without it those routes do not exist.
+        special_in_prompts: text in prompts of /v1/completions may become special tokens.
     """
 
     engine: EngineLike
@@ -235,3 +246,4 @@ class Dependencies:
     keys: Keys = field(default_factory=Keys)
     limits: Limits = field(default_factory=Limits)
     lora_path_root: LoraPathRoot | None = None
+    special_in_prompts: bool = True
