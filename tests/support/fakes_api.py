@@ -15,6 +15,7 @@ import httpx
 from fastapi import FastAPI
 
 from loramux_adapters.artifact.config import AdapterConfig
+from loramux_adapters.artifact.coverage import LayerCount
 from loramux_adapters.errors import AdapterNotFound, PinRefused, RollbackImpossible
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.verify import Checked
@@ -154,6 +155,8 @@ def record_of(
     target_modules: Sequence[str] = ("q_proj",),
     fingerprint: str = "none",
     older: Sequence[VersionRecord] = (),
+    layers: LayerCount | None = None,
+    notes: Sequence[str] = (),
 ) -> AdapterRecord:
     """An adapter of 1000 bytes whose current version is this one, and which keeps `older` ones too."""
     current = VersionRecord(
@@ -165,6 +168,8 @@ def record_of(
         base_verified=True,
         corrupt=False,
         fingerprint=fingerprint,
+        layers=layers,
+        notes=[*notes],
     )
     return AdapterRecord(
         name=name,
@@ -180,6 +185,8 @@ def record_of(
         versions=[current, *older],
         references=0,
         fingerprint=fingerprint,
+        layers=layers,
+        notes=current.notes,
     )
 
 
@@ -259,7 +266,13 @@ class FakeStore:
         old = self.known.get(name)
         self.files[name] = files
         self.known[name] = record_of(
-            name, version, rank=checked.rank, target_modules=checked.target_modules, fingerprint=proof
+            name,
+            version,
+            rank=checked.rank,
+            target_modules=checked.target_modules,
+            fingerprint=proof,
+            layers=checked.layers,
+            notes=checked.notes,
         )
         if old is None:
             return Published(name, version, "created")

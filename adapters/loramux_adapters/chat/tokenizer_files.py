@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loramux_adapters.artifact.format import CHAT_TEMPLATE_FILE, TOKENIZER_FILES, read_chat_template
-from loramux_adapters.artifact.safetensors_header import open_regular
+from loramux_adapters.artifact.own_files import open_regular
 from loramux_adapters.chat import compare
 from loramux_adapters.chat.encoder import TextEncoder, trial_conversations
 from loramux_adapters.chat.template import normal, same_template

@@ -23,12 +23,12 @@ from loramux_adapters.artifact.format import (
     read_config,
     read_header,
 )
-from loramux_adapters.artifact.safetensors_header import open_regular
+from loramux_adapters.artifact.own_files import open_regular
 from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.memory import mapping
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PIECE_BYTES = 4 * 2**20
 
 
@@ -86,7 +86,8 @@ def read_adapter(
     block = mapping(values * torch.bfloat16.itemsize).view(torch.bfloat16)
     pieces = list(_pieces(sorted(pairs.items())))  # in the order that the digest takes
     content = np.empty(max((piece[-1].end for piece in pieces), default=0), dtype=np.uint8)
-    convert = convert or convert_by_tensors
+    if convert is None or any("F64" in (pair.a.dtype, pair.b.dtype) for pair in pairs.values()):
+        convert = convert_by_tensors  # hardly anyone writes F64: no kernel reads it
     digest = VersionDigest()
     modules: Modules = {}
     is_finite: dict[str, bool] = {}

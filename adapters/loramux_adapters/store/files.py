@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loramux_adapters.artifact.format import KNOWN_FILES, digest_of, read_config
-from loramux_adapters.artifact.safetensors_header import open_regular
+from loramux_adapters.artifact.own_files import open_regular
 from loramux_adapters.errors import AdapterRejected, StoreUnavailable
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")

@@ -14,7 +14,7 @@ from pathlib import Path
 from loramux_adapters.errors import StoreUnavailable
 from loramux_adapters.store.records import Digests, KeptVersion, UploadRow
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 # A name points at one version (`adapters.digest`), which is among those it keeps (`history`, newest last).
 _SCHEMA = (
     """CREATE TABLE versions (
@@ -38,6 +38,11 @@ _MIGRATIONS: Mapping[int, Sequence[str]] = {
         "ALTER TABLE adapters ADD COLUMN pinned INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE versions ADD COLUMN corrupt INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE history ADD COLUMN fingerprint TEXT NOT NULL DEFAULT 'none'",
+    ),
+    2: (
+        "ALTER TABLE history ADD COLUMN adapted_layers INTEGER",
+        "ALTER TABLE history ADD COLUMN base_layers INTEGER",
+        "ALTER TABLE history ADD COLUMN notes TEXT NOT NULL DEFAULT ''",
     ),
 }
 
@@ -176,8 +181,10 @@ class IndexWriter:
         )
         self._connection.execute("DELETE FROM history WHERE name = ? AND digest = ?", (upload.name, upload.digest))
         self._connection.execute(
-            "INSERT INTO history (name, digest, base_id, checked_base, created, fingerprint) VALUES (?, ?, ?, ?, ?, ?)",
-            (upload.name, upload.digest, upload.base_id, upload.checked_base, upload.created, upload.fingerprint),
+            "INSERT INTO history (name, digest, base_id, checked_base, created, fingerprint, adapted_layers,"
+            " base_layers, notes) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (upload.name, upload.digest, upload.base_id, upload.checked_base, upload.created, upload.fingerprint)
+            + (upload.adapted_layers, upload.base_layers, upload.notes),
         )
         self._connection.execute(
             "INSERT INTO adapters (name, digest, created, updated) VALUES (?, ?, ?, ?)"
@@ -186,12 +193,14 @@ class IndexWriter:
         )
 
     def confirm(self, upload: UploadRow) -> None:
-        """Note what a renewed upload of a kept version says of its base and its fingerprint; its files are sound."""
+        """Note what a renewed upload of a kept version says and was found to be; its files are sound."""
         self._connection.execute(
             "UPDATE history SET base_id = coalesce(?, base_id), checked_base = ?,"
-            " fingerprint = CASE WHEN ? IN ('none', 'skipped') THEN fingerprint ELSE ? END"
+            " fingerprint = CASE WHEN ? IN ('none', 'skipped') THEN fingerprint ELSE ? END,"
+            " adapted_layers = coalesce(?, adapted_layers), base_layers = coalesce(?, base_layers), notes = ?"
             " WHERE name = ? AND digest = ?",
-            (upload.base_id, upload.checked_base, upload.fingerprint, upload.fingerprint, upload.name, upload.digest),
+            (upload.base_id, upload.checked_base, upload.fingerprint, upload.fingerprint, upload.adapted_layers)
+            + (upload.base_layers, upload.notes, upload.name, upload.digest),
         )
         self.mark_corrupt(upload.digest, False)
 
@@ -262,11 +271,12 @@ def _select_kept(connection: sqlite3.Connection, rest: str, values: tuple[str, .
     """`rest` is the query from WHERE or ORDER BY on, over h (history), v (versions) and a (adapters)."""
     query = (
         "SELECT h.name, h.digest, v.rank, v.target_modules, v.nbytes, h.base_id, h.checked_base, h.created,"
-        " h.fingerprint, a.digest = h.digest, v.corrupt, a.created, a.updated, a.pinned"
+        " h.fingerprint, h.adapted_layers, h.base_layers, h.notes,"
+        " a.digest = h.digest, v.corrupt, a.created, a.updated, a.pinned"
         f" FROM history h JOIN versions v ON v.digest = h.digest JOIN adapters a ON a.name = h.name {rest}"
     )
     return [
-        KeptVersion(UploadRow(*row[:9]), bool(row[9]), bool(row[10]), row[11], row[12], bool(row[13]))
+        KeptVersion(UploadRow(*row[:12]), bool(row[12]), bool(row[13]), row[14], row[15], bool(row[16]))
         for row in connection.execute(query, values).fetchall()
     ]
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loramux_adapters.artifact.coverage import LayerCount
 from loramux_adapters.artifact.format import digest_of, read_config
 from loramux_adapters.errors import AdapterCorrupt, AdapterRejected, PinRefused, StoreUnavailable
 from loramux_adapters.names import check_name
@@ -122,10 +123,13 @@ class AdapterStore:
         target_modules: list[str],
         proof: str = "none",
         version: str | None = None,
+        layers: LayerCount | None = None,
+        notes: Sequence[str] = (),
     ) -> Published:
         """Make the files of an upload the current version of `name`, durably and all at once.
 
-        `rank`, `base_id`, `target_modules`, `version`: as `check_adapter` found; `proof`: how the fingerprint replayed.
+        `rank`, `base_id`, `target_modules`, `version`, `layers`, `notes`: as `check_adapter` found; `proof`: how the
+        fingerprint replayed.
         A version the name already points at is left as it is, unless its files were damaged: then they are replaced.
         Raises `InvalidAdapterName`, `AdapterRejected`, `StoreUnavailable`; then nothing changed.
         """
@@ -143,6 +147,9 @@ class AdapterStore:
                 checked_base=self._served_base_id,
                 created=int(self._clock()),
                 fingerprint=proof,
+                adapted_layers=layers and layers.adapted,
+                base_layers=layers and layers.of,
+                notes="\n".join(notes),
             )
             is_broken = self._files.is_broken(digest)
             with self._index.write() as index:

@@ -126,6 +126,8 @@ class _Merge:
             info = replace(info, base_id=cached_base_id(base.source.directory, nf4, self._cache_dir))
         checked = check_adapter(self._adapter, info, MAX_RANK)
         self._rank = checked.rank
+        for note in checked.notes:
+            self._stages.note(note)
         if not checked.base_verified:
             self._stages.note(
                 f"the adapter names no base ({BASE_ID_KEY}), so nobody knows that it was made for this one"

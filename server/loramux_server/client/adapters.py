@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from loramux_adapters.names import check_name
 from loramux_server.client.retry import Patience
-from loramux_server.client.transfer import ArchiveStream, check_target, extract, files_to_send
+from loramux_server.client.transfer import ArchiveStream, check_target, extract, files_to_send, open_to_send
 from loramux_server.errors import CommandFailed
 from loramux_server.plain_text import masked, shortened
 
@@ -113,7 +113,7 @@ class AdaptersClient:
         def send() -> ServerReply:
             connection = replace(self._connection, timeout=max(self.timeout, TRIAL_SECONDS))
             with ExitStack() as opened:
-                files = {part: (path.name, opened.enter_context(path.open("rb"))) for part, path in paths.items()}
+                files = {part: (path.name, opened.enter_context(open_to_send(path))) for part, path in paths.items()}
                 with connection.stream("PUT", where, params=params, files=files, progress=progress) as response:
                     return connection.read(response)
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from loramux_adapters.artifact.format import KNOWN_FILES
+from loramux_adapters.artifact.format import SOURCE_FILES
 
 _CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
 
@@ -22,7 +22,7 @@ def adapter_names(directory: Path) -> list[str]:
     for name in _subdirectories(directory):
         names.append(name)
         within = directory / name
-        if not within.is_symlink() and not any(os.path.lexists(within / file) for file in KNOWN_FILES):
+        if not within.is_symlink() and not any(os.path.lexists(within / file) for file in SOURCE_FILES):
             names += [f"{name}/{below}" for below in _adapters_in(within) if not _CHECKPOINT.fullmatch(below)]
     return sorted(names)
 
@@ -40,7 +40,7 @@ def _adapters_in(directory: Path) -> list[str]:
         return [
             name
             for name in _subdirectories(directory)
-            if any(os.path.lexists(directory / name / file) for file in KNOWN_FILES)
+            if any(os.path.lexists(directory / name / file) for file in SOURCE_FILES)
         ]
     except OSError:
         return []

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from loramux_adapters.artifact.format import CONFIG_FILE, KNOWN_FILES, TOKENIZER_FILES
-from loramux_adapters.errors import AdapterError
+from loramux_adapters.artifact.format import CONFIG_FILE
+from loramux_adapters.errors import AdapterError, AdapterRejected
 from loramux_adapters.store.store import AdapterStore
 from loramux_server.errors import ConfigError, LoramuxError, ServerBusy, ServerDraining
+from loramux_server.publishing.adapter_files import copy_adapter, is_complete, unread_weights
 from loramux_server.publishing.directory_names import adapter_names
 from loramux_server.publishing.publisher import Publisher, is_usable
 
@@ -39,20 +39,21 @@ def preload(
     for name in names:
         try:
             if (directory / name / CONFIG_FILE).is_file() and not is_usable(store, name):
-                note(_publish(publisher, name, directory / name, note, sleep))
+                note(_publish(publisher, directory, name, note, sleep))
         except (AdapterError, LoramuxError, OSError) as error:
             note(f"left out {name}: {error}")
 
 
 def _publish(
-    publisher: Publisher, name: str, source: Path, note: Callable[[str], None], sleep: Callable[[float], None]
+    publisher: Publisher, directory: Path, name: str, note: Callable[[str], None], sleep: Callable[[float], None]
 ) -> str:
     """Returns what was done, in one line."""
 
     def fill(target: Path) -> None:
-        for name in dict.fromkeys((*KNOWN_FILES, *TOKENIZER_FILES)):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, target / name)
+        look = copy_adapter(directory, name.split("/"), target, limit=None)
+        unread = None if is_complete(look) else unread_weights(directory, name.split("/"))
+        if unread is not None:
+            raise AdapterRejected([unread])
 
     left = BUSY_SECONDS
     while True:
@@ -68,4 +69,5 @@ def _publish(
             note(f"{name} is tried again in {error.retry_after} s: {error}")
             sleep(error.retry_after)
     replayed = "" if done.proof == "none" else f"; its fingerprint replays: {done.proof}"
-    return f"published {name} (rank {done.checked.rank}, {', '.join(done.checked.target_modules)}){replayed}"
+    noted = "".join(f"; note: {note}" for note in done.checked.notes)
+    return f"published {name} (rank {done.checked.rank}, {', '.join(done.checked.target_modules)}){replayed}{noted}"

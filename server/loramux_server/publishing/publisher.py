@@ -77,6 +77,8 @@ class Publisher:
                 target_modules=checked.target_modules,
                 proof=proof,
                 version=checked.version,
+                layers=checked.layers,
+                notes=checked.notes,
             )
         except BaseException:
             self._host.discard(checked.version)  # another name may have it: then it is loaded when it is asked for

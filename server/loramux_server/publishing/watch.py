@@ -15,7 +15,7 @@ from pathlib import Path
 from loramux_adapters.errors import AdapterError, AdapterNotFound, AdapterRejected
 from loramux_adapters.store.store import AdapterStore
 from loramux_server.errors import LoramuxError, ServerBusy
-from loramux_server.publishing.adapter_files import Look, copy_adapter, is_complete, look_at
+from loramux_server.publishing.adapter_files import Look, copy_adapter, is_complete, look_at, unread_weights
 from loramux_server.publishing.directory_names import adapter_names
 from loramux_server.publishing.publisher import Publisher, is_usable
 
@@ -109,15 +109,20 @@ class DirectoryWatch:
         if isinstance(look, str):
             self._refuse(name, look)
         elif not is_complete(look):
-            return
+            reason = self._why_incomplete(name)
+            if reason is None:
+                return
+            self._refuse(name, reason)
         else:
             try:
-                stored = self._publisher.publish_files(
+                done = self._publisher.publish_files(
                     name,
                     lambda target: self._copy(name, look, target),
                     lambda version: self._leave_kept(name, version, is_first),
-                ).stored
-                logger.info("%s from the watched directory: %s, %.12s", name, stored.outcome, stored.version)
+                )
+                logger.info("%s from the watched directory: %s, %.12s", name, done.stored.outcome, done.stored.version)
+                for note in done.checked.notes:
+                    logger.info("%s from the watched directory: %s", name, note)
             except _Changed:
                 return  # its turn comes again
             except ServerBusy as error:
@@ -132,6 +137,13 @@ class DirectoryWatch:
             except OSError as error:
                 self._refuse(name, f"it cannot be copied: {error.strerror}")
         adapter.done, adapter.waits = look, False
+
+    def _why_incomplete(self, name: str) -> str | None:
+        """What will not change by waiting; None as long as the files may still come."""
+        try:
+            return unread_weights(self._directory, name.split("/"))
+        except (AdapterRejected, OSError):
+            return None  # the next look says so
 
     def _copy(self, name: str, look: Look, target: Path) -> None:
         copied = copy_adapter(self._directory, name.split("/"), target, limit=self._limit)

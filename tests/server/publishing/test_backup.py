@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loramux_adapters.artifact.coverage import LayerCount
 from loramux_adapters.artifact.format import WEIGHTS_FILE
 from loramux_adapters.store.store import AdapterStore
 from loramux_server.cli import main as cli
@@ -44,7 +45,8 @@ def upload(store: AdapterStore, name: str, seed: int, *, extra: bool = False) ->
         if extra:
             (staging.directory / "card.json").write_text('{"about": "x"}')
             (staging.directory / "fingerprint.json").write_text('{"prompts": []}')
-        return store.publish(name, staging, rank=4, base_id=None, target_modules=["q_proj"]).version
+        facts: Any = {"layers": LayerCount(1, 2), "notes": ["one", "two"]} if extra else {}
+        return store.publish(name, staging, rank=4, base_id=None, target_modules=["q_proj"], **facts).version
 
 
 @pytest.fixture
@@ -90,6 +92,26 @@ def test_names_versions_pointers_pins_cards_and_fingerprints_come_back(
                 assert (target.directory(kept.version) / path.name).read_bytes() == path.read_bytes()
     assert not list((tmp_path / "target" / "staging").iterdir())
     assert target.rollback("a").outcome == "rolled_back"
+
+
+def test_a_backup_of_before_layers_were_counted_is_restored(
+    source: AdapterStore, open_store: Open, tmp_path: Path
+) -> None:
+    write_backup(source, tmp_path / "b.tar.gz")
+
+    def forget(members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
+        manifest = json.loads(members[0][1])
+        for adapter in manifest["adapters"]:
+            for version in adapter["versions"]:
+                for field in ("adapted_layers", "base_layers", "notes"):
+                    del version[field]
+        members[0] = members[0][0], json.dumps(manifest).encode()
+
+    target = open_store("target")
+    old = rewritten(tmp_path / "b.tar.gz", forget)
+    assert restore_backup(target, old, replace=False).done == ["a", "b"]
+    versions = [version for record in target.records() for version in record.versions]
+    assert all((version.layers, version.notes) == (None, []) for version in versions)
 
 
 def test_a_name_that_is_there_stays_unless_it_is_to_be_replaced(

@@ -16,7 +16,7 @@ from loramux_adapters.lora.verify import Checked, check_adapter
 from loramux_adapters.store.store import AdapterStore
 from loramux_server.errors import ServerBusy
 from loramux_server.publishing.watch import DirectoryWatch
-from support.adapter_files import TINY_LINEARS, write_adapter
+from support.adapter_files import TINY_LINEARS, as_hub_snapshot, write_adapter
 from support.publishing import unproved
 
 BASE = BaseInfo("aa" * 32, TINY_LINEARS)
@@ -153,6 +153,24 @@ def test_links_are_refused_and_files_and_hidden_directories_are_nobodys_adapters
     os.mkfifo(scene.write("fifo") / "card.json")
     scene.poll(4)
     assert scene.names == [] and scene.failures == 3 and "symbolic link" in caplog.text
+
+
+def test_a_pickle_instead_of_the_weights_is_said_once_and_the_weights_are_still_waited_for(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = scene.write("pirate")
+    (path / WEIGHTS_FILE).rename(path / "adapter_model.bin")
+    scene.poll(5)
+    assert scene.failures == 1 and "adapter_model.bin is a pickle" in caplog.text
+    (path / "adapter_model.bin").rename(path / WEIGHTS_FILE)
+    assert scene.poll(2).names == ["pirate"]
+
+
+def test_snapshots_of_the_hubs_cache_are_published(scene: Scene, tmp_path: Path) -> None:
+    snapshot = as_hub_snapshot(scene.write("pirate"), tmp_path / "models--org--pirate")
+    scene.directory = snapshot.parent
+    scene.start()
+    assert scene.poll(2).names == [snapshot.name] and scene.failures == 0
 
 
 def test_a_directory_that_disappears_unregisters_nothing_and_says_so(

@@ -23,6 +23,7 @@ from loramux_server.api.http.worker_threads import enter_in_thread, run_in_threa
 from loramux_server.errors import RequestError, ServerBusy
 
 if TYPE_CHECKING:
+    from loramux_adapters.artifact.coverage import LayerCount
     from loramux_adapters.lora.verify import Checked
     from loramux_adapters.store.store import AdapterRecord, Published
     from loramux_server.fingerprint.replay import ReplayOutcome
@@ -153,6 +154,7 @@ class AdapterRoutes:
             "version": record.version,
             "rank": record.rank,
             "target_modules": [*record.target_modules],
+            "layers": _layers_json(record.layers),
             "bytes": record.nbytes,
             "tier": self._deps.engine.residency(record.version),
             "pinned": record.pinned,
@@ -160,6 +162,7 @@ class AdapterRoutes:
             "base": self._deps.base.name,
             "base_verified": record.base_verified,
             "fingerprint": record.fingerprint,
+            "notes": record.notes,
             "chat_template": "adapter" if record.version in own_template else "base",
             "requests": record.references,
             "created": record.created,
@@ -170,8 +173,10 @@ class AdapterRoutes:
                     "created": kept.created,
                     "bytes": kept.nbytes,
                     "rank": kept.rank,
+                    "layers": _layers_json(kept.layers),
                     "verified": kept.base_verified,
                     "fingerprint": kept.fingerprint,
+                    "notes": kept.notes,
                     "corrupt": kept.corrupt,
                     "current": kept.version == record.version,
                     "tier": self._deps.engine.residency(kept.version),
@@ -204,10 +209,16 @@ def _checked_json(name: str, checked: Checked, proof: ReplayOutcome) -> dict[str
         "valid": True,
         "rank": checked.rank,
         "target_modules": [*checked.target_modules],
+        "layers": _layers_json(checked.layers),
         "base_verified": checked.base_verified,
         "fingerprint": proof,
+        "notes": checked.notes,
         "chat_template": "base" if checked.chat_template is None else "adapter",
     }
+
+
+def _layers_json(layers: LayerCount | None) -> dict[str, int] | None:
+    return None if layers is None else {"adapted": layers.adapted, "of": layers.of}
 
 
 def _flags(request: Request, names: tuple[str, ...]) -> dict[str, bool]:

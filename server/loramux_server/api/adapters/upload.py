@@ -12,6 +12,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from loramux_adapters.artifact.archive import unpack
+from loramux_adapters.artifact.mlx_layout import convert_mlx
 from loramux_adapters.errors import AdapterTooLarge
 from loramux_server.api.http.body import blocks, refuse_encoded
 from loramux_server.api.http.dependencies import Limits
@@ -48,7 +49,7 @@ _RAW = (b"", b"binary", b"8bit", b"7bit")
 
 
 async def receive_upload(request: Request, directory: Path, limits: Limits) -> None:
-    """Write the files of an upload into `directory` under their PEFT names.
+    """Write the files of an upload into `directory` under their PEFT names, and in PEFT's layout if they are mlx-lm's.
 
     The body has the parts `config` and `weights`, and may have `card`, `fingerprint` and a tokenizer's; or it has the
     part `archive` alone. Parsing and writing happen in a worker thread.
@@ -71,6 +72,7 @@ async def receive_upload(request: Request, directory: Path, limits: Limits) -> N
     if ARCHIVE in parts:
         await run_in_thread(unpack, directory / _ARCHIVE_FILE, directory, limits.upload_bytes)
         await run_in_thread((directory / _ARCHIVE_FILE).unlink)
+    await run_in_thread(convert_mlx, directory)
 
 
 def _boundary_of(request: Request) -> bytes:

@@ -138,7 +138,8 @@ def _changes(scope: Scope) -> dict[str, Any]:
         path = unquote(raw_path.decode("ascii"))
         others = [(name, value) for name, value in scope["headers"] if name != b"host"]
         changed = {"raw_path": raw_path, "headers": [(b"host", host), *others]}
-    if path.endswith("/") and path != "/":
+    raw = changed.get("raw_path", scope.get("raw_path")) or path.encode()
+    if raw.endswith(b"/") and path != "/":  # an escaped slash belongs to a name
         path = path.removesuffix("/")
     return changed if path == scope["path"] else changed | {"path": path}
 

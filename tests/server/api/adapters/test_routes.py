@@ -12,13 +12,14 @@ import httpx
 import pytest
 from fastapi.routing import APIRoute
 
+from loramux_adapters.artifact.coverage import LayerCount
 from loramux_adapters.errors import AdapterRejected, BaseMismatch, StoreUnavailable
 from loramux_adapters.lora.verify import Checked
 from loramux_adapters.names import PATH_WORDS
 from loramux_server.api.app import create_app
 from loramux_server.api.http.dependencies import Dependencies
 from loramux_server.errors import ServerBusy
-from support.fakes_api import BASE_NAME, VERSION, FakeCheck, FakeProve, Server, make_server
+from support.fakes_api import BASE_NAME, VERSION, FakeCheck, FakeProve, Server, make_server, record_of
 from support.raw_call import RawCall
 
 FILES = {"config": b"{}", "weights": b"w" * 1000}
@@ -44,6 +45,7 @@ async def test_an_upload_is_201_then_200_for_the_same_bytes_and_for_a_new_versio
 
 @pytest.mark.anyio
 async def test_an_adapter_is_shown_with_everything_there_is_to_know(server: Server) -> None:
+    server.store.known["pirate"] = record_of("pirate", VERSION, layers=LayerCount(14, 28), notes=["a word"])
     async with server.client() as client:
         listed = (await client.get("/v1/adapters")).json()
         shown = (await client.get("/v1/adapters/pirate")).json()
@@ -55,6 +57,7 @@ async def test_an_adapter_is_shown_with_everything_there_is_to_know(server: Serv
         "version": VERSION,
         "rank": 8,
         "target_modules": ["q_proj"],
+        "layers": {"adapted": 14, "of": 28},
         "bytes": 1000,
         "tier": "device",
         "pinned": False,
@@ -62,6 +65,7 @@ async def test_an_adapter_is_shown_with_everything_there_is_to_know(server: Serv
         "base": BASE_NAME,
         "base_verified": True,
         "fingerprint": "none",
+        "notes": ["a word"],
         "chat_template": "base",
         "requests": 0,
         "created": 1_700_000_000,
@@ -72,8 +76,10 @@ async def test_an_adapter_is_shown_with_everything_there_is_to_know(server: Serv
                 "created": 1_700_000_000,
                 "bytes": 1000,
                 "rank": 8,
+                "layers": {"adapted": 14, "of": 28},
                 "verified": True,
                 "fingerprint": "none",
+                "notes": ["a word"],
                 "corrupt": False,
                 "current": True,
                 "tier": "device",
@@ -92,8 +98,10 @@ async def test_a_mere_check_stores_nothing(server: Server) -> None:
         "valid": True,
         "rank": 4,
         "target_modules": ["q_proj", "v_proj"],
+        "layers": None,
         "base_verified": False,
         "fingerprint": "none",
+        "notes": [],
         "chat_template": "base",
     }
     assert "new" not in server.store.known
@@ -144,7 +152,7 @@ async def test_a_store_that_cannot_write_is_503(server: Server) -> None:
 ILLEGAL = [
     ".hidden", "-x", "a b", "x" * 256, "a:b", "a@b", "caf%C3%A9", "%00", "a%00", "a%0d%0aX-Evil:1", "%2e%2e",
     "a%5cb", "%EF%BC%8E%EF%BC%8E", "a%3f", "%F0%9F%98%80", BASE_NAME,
-    "..%2fx", "%2fetc%2fpasswd", "a%2f", "a//b", "a/.b", "a/%2e%2e/b", "a/b:c", "a%0a/b", "",
+    "..%2fx", "%2fetc%2fpasswd", "a%2f", "a//b", "a/.b", "a/%2e%2e/b", "a/b:c", "a%0a/b",
     "org%2farchive", "org%2fpin", "org%2frollback",
 ]  # fmt: skip
 
