@@ -6,8 +6,6 @@ A field declared with `setting(...)` gives the flag `--max-num-seqs`, the variab
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,9 +16,9 @@ from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from loramux_server.config.closest import ENV_PREFIX, suggest
 from loramux_server.errors import ConfigError
 
-ENV_PREFIX = "LORAMUX_"
 KINDS = {int: "a whole number", float: "a number", str: "text", Path: "a path", bool: "true or false"}
 _OUTSIDE = ("greater_than_equal", "less_than_equal")
 
@@ -32,6 +30,7 @@ def setting(
     group: str,
     between: tuple[int, int] | None = None,
     unset: str = "none",
+    also: tuple[str, ...] = (),
     secret: bool = False,
 ) -> Any:
     """Declares one field of a `Settings` class; returns Any for the type checker, as `Field` does.
@@ -40,10 +39,11 @@ def setting(
         group: the heading it stands under in `--help`.
         between: lowest and highest number allowed.
         unset: what `--help` shows as default where the default is None.
+        also: further flags, those that other tools of the field call it by.
         secret: no flag exists, and no message or repr shows the value.
     """
     low, high = between or (None, None)
-    extra: dict[str, Any] = {"group": group, "unset": unset}
+    extra: dict[str, Any] = {"group": group, "unset": unset, "also": also}
     return Field(default, description=help, ge=low, le=high, repr=not secret, json_schema_extra=extra)
 
 
@@ -80,6 +80,7 @@ class Setting:
     help: str
     group: str
     unset: str
+    also: tuple[str, ...]
     choices: tuple[str, ...]
     between: tuple[int, int] | None
     secret: bool
@@ -118,7 +119,7 @@ def settings_of(cls: type[Settings]) -> dict[str, Setting]:
             next((getattr(bound, side) for bound in field.metadata if hasattr(bound, side)), None)
             for side in ("ge", "le")
         )
-        extra = cast(dict[str, str], field.json_schema_extra)
+        extra = cast(dict[str, Any], field.json_schema_extra)
         found[name] = Setting(
             name=name,
             kind=str if choices else cast(type, kind),
@@ -126,6 +127,7 @@ def settings_of(cls: type[Settings]) -> dict[str, Setting]:
             help=field.description or "",
             group=extra["group"],
             unset=extra["unset"],
+            also=extra["also"],
             choices=choices,
             between=None if low is None or high is None else (low, high),
             secret=not field.repr,
@@ -142,9 +144,3 @@ def in_words(cls: type[Settings], error: ErrorDetails) -> str:
     if name not in known:
         return f"unknown setting {name}{suggest(name, known)}"
     return known[name].refusal(error["type"], error["input"])
-
-
-def suggest(word: object, known: Iterable[str]) -> str:
-    """`; did you mean X?`, or nothing when no known word is close."""
-    close = difflib.get_close_matches(str(word), list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""

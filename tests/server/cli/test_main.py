@@ -80,7 +80,8 @@ def test_help_names_every_setting_with_its_default_but_offers_no_flag_for_a_secr
     assert max(map(len, text.splitlines())) < 100
     words = " ".join(text.split())
     for setting in settings_of(settings).values():
-        assert (f" {setting.flag} " in words) != setting.secret
+        assert bool(re.search(rf" {setting.flag}[ ,]", words)) != setting.secret
+        assert all(re.search(rf" {flag}[ ,]", words) for flag in setting.also)
         assert not setting.secret or setting.variable in words
         assert setting.secret or f"{setting.group}:" in words
         if setting.default not in (None, True, False) and setting.kind is not float:
@@ -106,6 +107,10 @@ def test_wrong_command_lines_are_usage_errors_that_say_what_was_meant(capsys: py
     assert "No such command 'sevre'. Did you mean 'serve'" in usage_error(["sevre"], capsys)
     unknown = usage_error(["serve", "--prot", "1"], capsys)
     assert unknown == "loramux serve: error: unknown argument --prot; did you mean --port?\n"
+    assert "unknown argument --max-seq-len; did you mean --max-length?\n" in usage_error(
+        ["train", "--max-seq-len", "8"], capsys
+    )  # close to another name of it
+    assert usage_error(["plan", "--lr", "1"], capsys) == "loramux plan: error: unknown argument --lr\n"
     assert "unknown argument --jsn; did you mean --json?" in usage_error(["adapters", "list", "--jsn"], capsys)
     assert "unknown argument --api-key" in usage_error(["serve", "--api-key", "k"], capsys)
     assert "loramux adapters: error: Missing command." in usage_error(["adapters"], capsys)

@@ -142,6 +142,35 @@ def test_a_setting_that_cannot_be_is_refused_with_what_can(changes: dict[str, An
     assert said in str(caught.value)
 
 
+def test_what_other_tools_call_a_setting_is_taken_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[TrainConfig] = []
+
+    def read(config: TrainConfig, **switches: bool) -> None:
+        asked.append(config)
+        raise DataError("read")
+
+    monkeypatch.setattr("loramux_server.cli.train_data.read_material", read)
+    monkeypatch.setattr(cli_train, "configure_logging", lambda level: None)
+    given = ["--train-data", "d", "--name", "n", "--lr", "3e-4", "-r", "4", "--lora-alpha", "8", "--output-dir", "o"]
+    given += ["--num-train-epochs", "2", "--batch", "4", "--max-seq-length", "64", "--lora-dropout", "0.1"]
+    given += ["--lr-scheduler-type", "linear", "--warmup-ratio", "0.1"]
+    with pytest.raises(DataError):
+        run(given)
+
+    recipe = asked[0].recipe()
+    assert (asked[0].data, asked[0].run_dir) == (Path("d"), Path("o"))
+    assert (recipe.learning_rate, recipe.rank, recipe.alpha, recipe.epochs) == (3e-4, 4, 8.0, 2.0)
+    assert (recipe.batch_size, recipe.max_length, recipe.dropout) == (4, 64, 0.1)
+    assert (recipe.schedule, recipe.warmup) == ("linear", 0.1)
+
+
+def test_a_key_by_another_name_is_told_the_one_it_has_here(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("[train]\nlr = 0.001\n")
+
+    with pytest.raises(ConfigError, match=r"unknown key lr in \[train\]; did you mean learning_rate\?"):
+        load(TrainConfig, {}, {}, tmp_path / "c.toml")
+
+
 def test_switches_and_permissions_need_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[bool, bool, bool]] = []
 
