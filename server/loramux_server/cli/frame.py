@@ -20,7 +20,6 @@ from typer.exceptions import TyperException
 from typer.main import get_command
 
 from loramux_adapters.errors import AdapterError
-from loramux_server.config.closest import closest
 from loramux_server.errors import ConfigError, LoramuxError
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -81,13 +80,8 @@ def _in_words(error: TyperException) -> str:
     """What is wrong with a command line; for an unknown flag, which one was meant."""
     if not hasattr(error, "possibilities"):
         return error.format_message()
-    typed, context = str(getattr(error, "option_name", "")), getattr(error, "ctx", None)
-    meant: dict[str, str] = {}  # flag -> the name that it goes by
-    for param in context.command.get_params(context) if context is not None else []:
-        meant |= {flag: param.opts[0] for flag in param.opts if flag.startswith("--")}
-        meant |= {flag: flag for flag in param.secondary_opts}
-    found = closest(typed, meant)
-    return f"unknown argument {typed}" + (f"; did you mean {meant[found]}?" if found else "")
+    hint = f"; did you mean {error.possibilities[0]}?" if error.possibilities else ""
+    return f"unknown argument {getattr(error, 'option_name', '')}{hint}"
 
 
 def _fail(message: object, code: int) -> int:

@@ -43,16 +43,6 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, number
 
 
 @contextmanager
-def example_bar(stream: TextIO) -> Iterator[Callable[[str, int, int], None]]:
-    """Gives a function that is told what is done with how many of all examples so far."""
-    bar = LineBar(stream)
-    try:
-        yield lambda what, done, total: bar.show(f"  {what}: {done:,} of {total:,} examples", done, total)
-    finally:
-        bar.end()
-
-
-@contextmanager
 def transfer_bar(stream: TextIO) -> Iterator[Callable[[int, int], None]]:
     """Gives a function that is told the bytes sent so far and in all; a terminal shows them as a bar."""
     if not stream.isatty():

@@ -23,6 +23,14 @@ HEADERS = {b"accept": b"application/json, application/gzip", b"accept-encoding":
 Progress = Callable[[int, int], None]
 
 
+class ServerRefused(CommandFailed):
+    """The server answered, with a status that is no success."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 @dataclass(frozen=True, slots=True)
 class ServerReply:
     status: int
@@ -99,7 +107,7 @@ class ServerConnection:
             response = client.send(request, stream=True)
             try:
                 if not response.is_success:
-                    raise CommandFailed(_refusal(response.status_code, _read(response)))
+                    raise ServerRefused(response.status_code, _refusal(response.status_code, _read(response)))
                 yield response
             finally:
                 response.close()

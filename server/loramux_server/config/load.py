@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from loramux_server.config.environment import KERNELS_VARIABLE
-from loramux_server.config.closest import ENV_PREFIX
-from loramux_server.config.settings import Settings, settings_of
+from loramux_server.config.settings import ENV_PREFIX, Settings, settings_of
 from loramux_server.config.sources import from_environment, from_file, from_flags
 
 CONFIG_VARIABLE = "LORAMUX_CONFIG"

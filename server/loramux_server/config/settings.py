@@ -6,6 +6,8 @@ A field declared with `setting(...)` gives the flag `--max-num-seqs`, the variab
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,9 +18,9 @@ from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from loramux_server.config.closest import ENV_PREFIX, suggest
 from loramux_server.errors import ConfigError
 
+ENV_PREFIX = "LORAMUX_"
 KINDS = {int: "a whole number", float: "a number", str: "text", Path: "a path", bool: "true or false"}
 _OUTSIDE = ("greater_than_equal", "less_than_equal")
 
@@ -144,3 +146,9 @@ def in_words(cls: type[Settings], error: ErrorDetails) -> str:
     if name not in known:
         return f"unknown setting {name}{suggest(name, known)}"
     return known[name].refusal(error["type"], error["input"])
+
+
+def suggest(word: object, known: Iterable[str]) -> str:
+    """`; did you mean X?`, or nothing when no known word is close."""
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -12,8 +12,7 @@ from typing import Annotated, Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic_settings import InitSettingsSource
 
-from loramux_server.config.closest import ENV_PREFIX, closest, suggest
-from loramux_server.config.settings import Settings, settings_of
+from loramux_server.config.settings import ENV_PREFIX, Settings, settings_of, suggest
 from loramux_server.errors import ConfigError
 
 
@@ -71,19 +70,12 @@ def from_file(cls: type[Settings], path: Path, tables: Collection[str]) -> InitS
     values: dict[str, object] = {}
     for key, value in document.get(table, {}).items():
         if key not in known:
-            raise ConfigError(f"config file {path}: unknown key {key} in [{table}]{_meant(cls, key)}")
+            raise ConfigError(f"config file {path}: unknown key {key} in [{table}]{suggest(key, known)}")
         try:
             values[key] = _from_toml(cls, key, value)
         except ConfigError as error:
             raise ConfigError(f"config file {path}, key {key}: {error}") from error
     return InitSettingsSource(cls, values)
-
-
-def _meant(cls: type[Settings], key: str) -> str:
-    """Which key was meant, also by one that goes by another name elsewhere."""
-    names = {flag: setting.name for setting in settings_of(cls).values() for flag in (setting.name, *setting.also)}
-    found = closest(key, names)
-    return f"; did you mean {names[found]}?" if found else ""
 
 
 @cache

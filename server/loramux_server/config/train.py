@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,6 +16,7 @@ from loramux_server.config.shared import ADAPTER, RECIPE, LabelledExamples, Runs
 from loramux_server.errors import ConfigError
 
 DEFAULT_OUT = Path("adapters-trained")
+URL_PATTERN = re.compile(r"https?://[^/\s]", re.IGNORECASE)
 
 
 class TrainConfig(RunsBase, ShapesAdapter, LabelledExamples):
@@ -117,6 +119,10 @@ class TrainConfig(RunsBase, ShapesAdapter, LabelledExamples):
             )
         if self.labels is not None and self.eval_data is None:
             raise ConfigError("--labels is for the evaluation: name held-out examples with --eval-data")
+        if self.upload is not None and not URL_PATTERN.match(self.upload):
+            raise ConfigError(f"--upload {self.upload!r} is not a URL such as http://127.0.0.1:8000")
+        if self.upload is not None and self.quantize == "none":
+            raise ConfigError("--upload: a server holds the NF4 base and refuses an adapter of --quantize none")
         try:
             self.recipe()
         except RecipeError as error:

@@ -107,10 +107,6 @@ def test_wrong_command_lines_are_usage_errors_that_say_what_was_meant(capsys: py
     assert "No such command 'sevre'. Did you mean 'serve'" in usage_error(["sevre"], capsys)
     unknown = usage_error(["serve", "--prot", "1"], capsys)
     assert unknown == "loramux serve: error: unknown argument --prot; did you mean --port?\n"
-    assert "unknown argument --max-seq-len; did you mean --max-length?\n" in usage_error(
-        ["train", "--max-seq-len", "8"], capsys
-    )  # close to another name of it
-    assert usage_error(["plan", "--lr", "1"], capsys) == "loramux plan: error: unknown argument --lr\n"
     assert "unknown argument --jsn; did you mean --json?" in usage_error(["adapters", "list", "--jsn"], capsys)
     assert "unknown argument --api-key" in usage_error(["serve", "--api-key", "k"], capsys)
     assert "loramux adapters: error: Missing command." in usage_error(["adapters"], capsys)
