@@ -20,6 +20,7 @@ from loramux_server.cli.evaluate import evaluate_shown, print_report, written
 from loramux_server.cli.options import once, settings_app
 from loramux_server.config.environment import bound_spinning, cache_dir_of, quiet_libraries
 from loramux_server.config.finish import FinishConfig
+from loramux_server.longrun.interrupt import stoppable
 from loramux_server.serving.startup import Stages
 
 if TYPE_CHECKING:
@@ -64,25 +65,29 @@ def finish(
     quantize, max_rank = trained_on(directory), largest_rank([directory])
     data = settings.eval_data
     material = read_held(data, settings.train_data, settings.columns(), skip_bad=skip_bad) if data is not None else None
-    with stages.stage("find the base"):
-        source = resolve_base(settings.base, cache_dir, stages.note)
-    with stages.stage("import libraries"):
-        import torch
+    with stoppable(lambda: stages.note("stopping after this stage; press Ctrl-C again to stop now")) as go_on:
+        with stages.stage("find the base"):
+            source = resolve_base(settings.base, cache_dir, stages.note)
+        go_on()
+        with stages.stage("import libraries"):
+            import torch
 
-        from loramux_adapters.evaluation.evaluated import Role
-        from loramux_adapters.evaluation.labels import labels_of
-        from loramux_adapters.evaluation.report import summary, write_evaluation
-        from loramux_server.base.device import device_of
-        from loramux_server.cli.evaluate_run import Bases, contender
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    device = device_of(settings.device)
-    bases = Bases(source, device=device, cache_dir=cache_dir, max_rank=max_rank, report=stages.note)
-    with stages.stage("load the base as it is served"):
-        engine = bases.engine(quantize)
-    if quantize == "nf4":
-        with stages.stage("make the fingerprint"):
-            _write_fingerprint(engine, directory)
+            from loramux_adapters.evaluation.evaluated import Role
+            from loramux_adapters.evaluation.labels import labels_of
+            from loramux_adapters.evaluation.report import summary, write_evaluation
+            from loramux_server.base.device import device_of
+            from loramux_server.cli.evaluate_run import Bases, contender
+        go_on()
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        device = device_of(settings.device)
+        bases = Bases(source, device=device, cache_dir=cache_dir, max_rank=max_rank, report=stages.note)
+        with stages.stage("load the base as it is served"):
+            engine = bases.engine(quantize)
+        go_on()
+        if quantize == "nf4":
+            with stages.stage("make the fingerprint"):
+                _write_fingerprint(engine, directory)
     if material is None:
         return None
     held, train, notes = material
