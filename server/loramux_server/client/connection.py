@@ -16,19 +16,11 @@ from urllib.request import getproxies, proxy_bypass
 import httpcore
 import httpx
 
-from loramux_server.errors import CommandFailed
+from loramux_server.errors import CommandFailed, ServerRefused
 
 MAX_REPLY_BYTES = 64 << 20  # a list of many thousand adapters
 HEADERS = {b"accept": b"application/json, application/gzip", b"accept-encoding": b"identity"}
 Progress = Callable[[int, int], None]
-
-
-class ServerRefused(CommandFailed):
-    """The server answered, with a status that is no success."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass(frozen=True, slots=True)

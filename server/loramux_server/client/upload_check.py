@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from loramux_server.errors import CommandFailed
+from loramux_server.errors import CommandFailed, ServerRefused
 
 if TYPE_CHECKING:
     from loramux_server.client.connection import ServerConnection
@@ -22,7 +22,7 @@ def check_upload(url: str, key: str | None, name: str) -> str | None:
     Raises:
         CommandFailed: nobody answers there, it is no loramux server, or it would not take an adapter of this name.
     """
-    from loramux_server.client.connection import ServerConnection, ServerRefused  # and with it httpx, 0.1 s
+    from loramux_server.client.connection import ServerConnection  # and with it httpx, 0.1 s
 
     connection = ServerConnection(url, key, TIMEOUT_SECONDS)
     try:
