@@ -27,7 +27,7 @@ class AdapterError(Exception):
 
 
 class InvalidAdapterName(AdapterError):
-    """The name is not `[A-Za-z0-9][A-Za-z0-9._-]{0,62}`, or it is reserved."""
+    """The name breaks the rule of `names.py`, or it is reserved."""
 
 
 class AdapterNotFound(AdapterError):

@@ -3,7 +3,8 @@
 LoramuxError
 ├── ConfigError               a flag, environment variable or config file entry is wrong (before anything starts)
 ├── CommandFailed             a command line's work cannot be done (port in use, no server answers, it refuses)
-│   └── ServerRefused         a server answered with a status that is no success
+│   ├── ServerRefused         a server answered with a status that is no success
+│   └── ConnectionLost        no server could be reached, or the connection to it broke
 ├── BaseModelError            the base cannot be loaded, or cannot be served correctly
 ├── RequestError              the client's request cannot be served as it stands; carries `param` and `code`
 ├── ServerBusy                the inbox is full; try again later
@@ -33,6 +34,14 @@ class ServerRefused(CommandFailed):
     def __init__(self, status: int, message: str, *, after: float | None = None) -> None:
         self.status = status
         self.after = after
+        super().__init__(message)
+
+
+class ConnectionLost(CommandFailed):
+    """No server could be `reached`, or it was, and then the connection broke."""
+
+    def __init__(self, message: str, *, reached: bool) -> None:
+        self.reached = reached
         super().__init__(message)
 
 

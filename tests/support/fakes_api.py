@@ -273,15 +273,25 @@ class FakeCheck:
 
 @dataclass
 class FakeProve:
-    """Accepts everything, unless `failure` is set; `seen` are the flags of each call."""
+    """Accepts everything, unless `failure` is set; `seen` are the flags that were set of each call."""
 
     failure: Exception | None = None
     outcome: ReplayOutcome = "none"
-    seen: list[dict[str, bool]] = field(default_factory=list)
+    seen: list[set[str]] = field(default_factory=list)
 
-    async def __call__(self, directory: Path, checked: Checked, *, force: bool, allow_no_effect: bool) -> ReplayOutcome:
+    async def __call__(
+        self,
+        directory: Path,
+        checked: Checked,
+        *,
+        force: bool = False,
+        allow_no_effect: bool = False,
+        skip_replay: bool = False,
+        keep: bool = True,
+    ) -> ReplayOutcome:
         assert (directory / "adapter_model.safetensors").exists()
-        self.seen.append({"force": force, "allow_no_effect": allow_no_effect})
+        flags = {"force": force, "allow_no_effect": allow_no_effect, "skip_replay": skip_replay, "keep": keep}
+        self.seen.append({flag for flag, given in flags.items() if given})
         if self.failure is not None:
             raise self.failure
         return self.outcome

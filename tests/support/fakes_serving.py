@@ -44,11 +44,12 @@ class FakeBuilt:
     async def start(self) -> None:
         pass
 
-    async def drain(self, timeout: float) -> None:
+    async def drain(self, timeout: float) -> int:
         self.draining = True
         deadline = time.monotonic() + timeout
         while self.running and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
+        return self.running
 
     async def stop(self) -> None:
         print("fake stopped")

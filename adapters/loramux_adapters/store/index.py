@@ -189,8 +189,9 @@ class IndexWriter:
         """Note what a renewed upload of a kept version says of its base and its fingerprint; its files are sound."""
         self._connection.execute(
             "UPDATE history SET base_id = coalesce(?, base_id), checked_base = ?,"
-            " fingerprint = coalesce(nullif(?, 'none'), fingerprint) WHERE name = ? AND digest = ?",
-            (upload.base_id, upload.checked_base, upload.fingerprint, upload.name, upload.digest),
+            " fingerprint = CASE WHEN ? IN ('none', 'skipped') THEN fingerprint ELSE ? END"
+            " WHERE name = ? AND digest = ?",
+            (upload.base_id, upload.checked_base, upload.fingerprint, upload.fingerprint, upload.name, upload.digest),
         )
         self.mark_corrupt(upload.digest, False)
 

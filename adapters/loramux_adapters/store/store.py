@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from loramux_adapters.artifact.format import digest_of, read_config
 from loramux_adapters.errors import AdapterCorrupt, AdapterRejected, PinRefused, StoreUnavailable
-from loramux_adapters.store.choice import NAME_PATTERN, check_name, check_servable, chosen, previous, unknown
+from loramux_adapters.names import check_name
+from loramux_adapters.store.choice import check_servable, chosen, previous, unknown
 from loramux_adapters.store.files import Staging, VersionFiles
 from loramux_adapters.store.index import StoreIndex, storage_errors
 from loramux_adapters.store.leases import Lease, VersionLeases
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from loramux_adapters.lora.host_cache import HostAdapter
     from loramux_adapters.lora.weights import ConvertPairs
 
-__all__ = ["NAME_PATTERN", "AdapterRecord", "AdapterStore", "Lease", "Published", "Staging", "VersionRecord"]
+__all__ = ["AdapterRecord", "AdapterStore", "Lease", "Published", "Staging", "VersionRecord"]
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 

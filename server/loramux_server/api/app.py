@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -27,6 +28,15 @@ CLIENT_GONE = 499  # nobody reads it; nginx's number, for the access log
 logger = logging.getLogger(__name__)
 
 
+class _Anything(PathConvertor):
+    """What is left of a path, slashes and line ends included: what a name may be, `names.check_name` says."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("anything", _Anything())
+
+
 def create_app(deps: Dependencies) -> FastAPI:
     """The whole API as an ASGI application. It starts and stops nothing: the parts in `deps` belong to the caller."""
     app = FastAPI(
@@ -43,15 +53,16 @@ def create_app(deps: Dependencies) -> FastAPI:
         ("POST", "/v1/chat/completions", completions.chat),
         ("POST", "/v1/completions", completions.completion),
         ("GET", "/v1/models", models.list),
-        ("GET", "/v1/models/{model:path}", models.show),
+        ("GET", "/v1/models/{model:anything}", models.show),
         ("GET", "/v1/adapters", adapters.list),
-        ("GET", "/v1/adapters/{name}", adapters.show),
-        ("PUT", "/v1/adapters/{name}", adapters.put),
-        ("DELETE", "/v1/adapters/{name}", adapters.delete),
-        ("GET", "/v1/adapters/{name}/archive", adapters.archive),
-        ("POST", "/v1/adapters/{name}/rollback", adapters.rollback),
-        ("POST", "/v1/adapters/{name}/pin", adapters.pin),
-        ("DELETE", "/v1/adapters/{name}/pin", adapters.unpin),
+        # Which words may follow a name is `names.PATH_WORDS`. The first route that fits is taken.
+        ("GET", "/v1/adapters/{name:anything}/archive", adapters.archive),
+        ("POST", "/v1/adapters/{name:anything}/rollback", adapters.rollback),
+        ("POST", "/v1/adapters/{name:anything}/pin", adapters.pin),
+        ("DELETE", "/v1/adapters/{name:anything}/pin", adapters.unpin),
+        ("GET", "/v1/adapters/{name:anything}", adapters.show),
+        ("PUT", "/v1/adapters/{name:anything}", adapters.put),
+        ("DELETE", "/v1/adapters/{name:anything}", adapters.delete),
         ("GET", "/health", operations.health),
         ("GET", "/ready", operations.ready),
         ("GET", "/metrics", operations.metrics),

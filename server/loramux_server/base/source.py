@@ -18,6 +18,7 @@ from loramux_server.base.identity import read_json
 from loramux_server.base.support import unsupported_config
 from loramux_server.errors import BaseModelError
 from loramux_server.longrun.growth import growth_told
+from loramux_server.plain_text import shortened
 
 Report = Callable[[str], None]
 
@@ -69,7 +70,8 @@ def check_base(spec: str, *, weights: bool = True) -> None:
         raise BaseModelError(f"base {spec} is a file; name the directory that holds it, or a .gguf file")
     elif spec.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(spec):
         raise BaseModelError(
-            f"base {spec!r} is neither a directory, nor a .gguf file, nor a hub id (owner/name), nor {EMBEDDED_NAME!r}"
+            f"base {shortened(repr(spec))} is neither a directory, nor a .gguf file, nor a hub id (owner/name), nor "
+            f"{EMBEDDED_NAME!r}"
         )
 
 

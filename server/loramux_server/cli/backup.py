@@ -13,6 +13,7 @@ from loramux_server.cli import frame
 from loramux_server.config.serve import ServeConfig
 from loramux_server.config.settings import settings_of
 from loramux_server.errors import CommandFailed
+from loramux_server.plain_text import for_reader
 from loramux_server.publishing.backup import BackupOutcome, describe, restore_backup, write_backup
 
 _SETTING = settings_of(ServeConfig)["adapter_dir"]
@@ -68,6 +69,7 @@ def _directory(ctx: typer.Context, given: Path | None) -> Path:
 
 def _say(outcome: BackupOutcome, verb: str) -> int:
     """Prints what became of it; returns the exit code."""
+    stream = sys.stderr if outcome.refused else sys.stdout
     for line in describe(outcome, verb):
-        print(line, file=sys.stderr if outcome.refused else sys.stdout)
+        print(for_reader(line, stream), file=stream)
     return 1 if outcome.refused else 0

@@ -20,6 +20,7 @@ from loramux_server.config.train import DEFAULT_OUT
 from loramux_server.errors import CommandFailed
 from loramux_server.longrun.interrupt import stoppable
 from loramux_server.longrun.pace import Pace
+from loramux_server.plain_text import masked, printable
 from loramux_server.serving.startup import Stages
 
 if TYPE_CHECKING:
@@ -129,12 +130,12 @@ def evaluate_server(config: EvalConfig, key: str | None, *, skip_bad: bool = Fal
         for name, role in named
     ]
     subject = Subject(
-        base=str(base["id"]),
-        base_id=str(base.get("root") or ""),
+        base=printable(str(base["id"])),
+        base_id=printable(str(base.get("root") or "")),
         quantize="nf4",
         from_gguf=False,
         numerics_id="",
-        notes=(*notes, f"Asked over HTTP: {config.url}. Labels are scored by the first token of each."),
+        notes=(*notes, f"Asked over HTTP: {masked(config.url)}. Labels are scored by the first token of each."),
     )
     return evaluate_shown(held, contenders, subject, labels=labels, train=train)
 

@@ -15,7 +15,7 @@ import typer
 from loramux_adapters.errors import AdapterError, InvalidAdapterName
 from loramux_server.base.cache_directory import borrowed_cache
 from loramux_server.base.source import EMBEDDED_NAME, check_base, resolve_base
-from loramux_server.cli.frame import configure_logging, show, write
+from loramux_server.cli.frame import configure_logging, show, show_command, write
 from loramux_server.cli.options import once, settings_app
 from loramux_server.config.environment import bound_spinning, cache_dir_of, key_of, quiet_libraries
 from loramux_server.config.finish import FinishConfig
@@ -23,6 +23,7 @@ from loramux_server.config.settings import settings_of
 from loramux_server.config.train import TrainConfig
 from loramux_server.errors import CommandFailed, LoramuxError
 from loramux_server.longrun.interrupt import interruptible
+from loramux_server.plain_text import masked
 from loramux_server.serving.startup import Stages
 
 if TYPE_CHECKING:
@@ -132,9 +133,8 @@ def _finish(config: TrainConfig, run: RunDirectory, *, skip_bad: bool) -> int:
     if code == INTERRUPTED:
         raise KeyboardInterrupt
     if code:
-        show(
-            f"that failed, but the adapter is saved; try it again with: {_finish_again(config, run, skip_bad=skip_bad)}"
-        )
+        show("that failed, but the adapter is saved; try it again with:")
+        show_command(_finish_again(config, run, skip_bad=skip_bad))
     return 1 if code else 0
 
 
@@ -158,15 +158,16 @@ def push_command(config: TrainConfig, run: RunDirectory) -> str:
 def _upload(config: TrainConfig, run: RunDirectory, key: str | None) -> bool:
     """Makes a running server serve the adapter; says so, or why not."""
     from loramux_server.client.adapters import AdaptersClient
+    from loramux_server.client.retry import Patience
 
     assert config.upload is not None
     try:
-        reply = AdaptersClient(config.upload, key).push(str(config.name), run.adapter)
+        reply = AdaptersClient(config.upload, key).push(str(config.name), run.adapter, patience=Patience(tell=show))
     except (LoramuxError, AdapterError, OSError) as error:
         show(f"the adapter is saved but NOT uploaded: {error}")
         return False
     outcome = reply.body.get("outcome", "created" if reply.status == 201 else "updated")
-    show(f"uploaded to {config.upload}: {config.name} {outcome}")
+    show(f"uploaded to {masked(config.upload)}: {config.name} {outcome}")
     return True
 
 
@@ -181,8 +182,8 @@ def _show_interrupted(config: TrainConfig, run: RunDirectory, *, skip_bad: bool)
         show(f"interrupted; {kept}")
         return
     show(f"interrupted; the adapter is saved in {run.adapter}, but not everything was done")
-    show(f"evaluate  {_finish_again(config, run, skip_bad=skip_bad)}")
-    show(f"upload    {push_command(config, run)}")
+    show_command(f"evaluate  {_finish_again(config, run, skip_bad=skip_bad)}")
+    show_command(f"upload    {push_command(config, run)}")
 
 
 def _show_end(config: TrainConfig, run: RunDirectory, *, uploaded: bool) -> None:
@@ -196,10 +197,10 @@ def _show_end(config: TrainConfig, run: RunDirectory, *, uploaded: bool) -> None
         show("It was trained on the 16-bit base, to compare with; a server holds the NF4 base and refuses it.")
     elif config.upload is not None and not uploaded:
         show("It is NOT uploaded yet. What is trained and evaluated is kept; this uploads it:")
-        show(f"          {push_command(config, run)}")
+        show_command(f"          {push_command(config, run)}")
     elif not uploaded:
         show(f"serve it  loramux serve{base}    and in another terminal:")
-        show(f"          {push_command(config, run)}")
+        show_command(f"          {push_command(config, run)}")
 
 
 app = settings_app(

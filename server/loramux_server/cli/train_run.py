@@ -33,6 +33,7 @@ from loramux_server.errors import CommandFailed
 from loramux_server.kernels.choice import choose_kernels
 from loramux_server.longrun.interrupt import interruptible
 from loramux_server.longrun.pace import duration
+from loramux_server.plain_text import masked
 from loramux_server.serving.startup import Stages
 
 RECENT = 16  # steps that loss, accuracy and speed are taken over
@@ -122,8 +123,8 @@ def _refuse_another_base(config: TrainConfig, there: str | None, here: str) -> N
     """Raises CommandFailed where the server that is to get the adapter would refuse it."""
     if there is not None and there != here:
         raise CommandFailed(
-            f"--upload {config.upload}: that server holds another base (id {there[:12]}) than --base {config.base} (id "
-            f"{here[:12]}), so it would refuse the adapter; name its base, or leave --upload out"
+            f"--upload {masked(config.upload or '')}: that server holds another base (id {there[:12]}) than --base "
+            f"{config.base} (id {here[:12]}), so it would refuse the adapter; name its base, or leave --upload out"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from loramux_server.errors import CommandFailed, ServerRefused
+from loramux_server.plain_text import masked
 
 if TYPE_CHECKING:
     from loramux_server.client.connection import ServerConnection
@@ -33,7 +34,7 @@ def check_upload(url: str, key: str | None, name: str) -> str | None:
         if error.status in _BUSY:
             return None
         if error.status != _UNKNOWN:
-            raise CommandFailed(f"--upload {url}: {error}") from error
+            raise CommandFailed(f"--upload {masked(url)}: {error}") from error
     except CommandFailed as error:
         raise CommandFailed(f"--upload: {error}") from error
     return str(base.get("root") or "") or None
@@ -45,4 +46,4 @@ def base_of(connection: ServerConnection) -> dict[str, Any]:
     for model in models if isinstance(models, list) else []:
         if isinstance(model, dict) and model.get("parent") is None and isinstance(model.get("id"), str):
             return model
-    raise CommandFailed(f"{connection.url} lists no base model; is it a loramux server?")
+    raise CommandFailed(f"{connection.shown_url} lists no base model; is it a loramux server?")

@@ -37,13 +37,14 @@ class ServeConfig(RunsBase):
     )
     preload: Path | None = setting(
         None,
-        "directory whose subdirectories are adapters to publish at start, except for names that can be served already",
+        "directory whose subdirectories (NAME, or ORG/NAME) are adapters to publish at start, except for names that "
+        "can be served already",
         group="Adapters",
     )
     watch_dir: Path | None = setting(
         None,
-        "directory whose subdirectories are published under their names, now and whenever one changes; one that "
-        "disappears unregisters nothing",
+        "directory whose subdirectories (NAME, or ORG/NAME) are published under their names, now and whenever one "
+        "changes; one that disappears unregisters nothing",
         group="Adapters",
     )
     watch_seconds: float = setting(
@@ -68,7 +69,8 @@ class ServeConfig(RunsBase):
     )
     proof_timeout: float = setting(
         60.0,
-        "longest an upload may be tried out, in seconds; then it is refused for now",
+        "longest the trial of an upload may stand still, in seconds; then it is refused for now, and so is one that "
+        "takes 30 times as long in all",
         group="Adapters",
         between=(1, 86400),
     )

@@ -6,8 +6,6 @@ A field declared with `setting(...)` gives the flag `--max-num-seqs`, the variab
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,7 +16,9 @@ from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from loramux_server.did_you_mean import suggest
 from loramux_server.errors import ConfigError
+from loramux_server.plain_text import shortened
 
 ENV_PREFIX = "LORAMUX_"
 KINDS = {int: "a whole number", float: "a number", str: "text", Path: "a path", bool: "true or false"}
@@ -103,8 +103,8 @@ class Setting:
         """
         label = self.variable if self.secret else self.flag
         if error in _OUTSIDE and self.between:
-            return f"{label} must be from {self.between[0]} to {self.between[1]}, not {value}"
-        shown = "" if self.secret else f", not {value!r}" if isinstance(value, str) else f", not {value}"
+            return f"{label} must be from {self.between[0]} to {self.between[1]}, not {shortened(value)}"
+        shown = "" if self.secret else f", not {shortened(repr(value) if isinstance(value, str) else value)}"
         if self.choices:
             return f"{label} must be one of {', '.join(self.choices)}{shown}{suggest(value, self.choices)}"
         return f"{label} must be {KINDS[self.kind]}{shown}"
@@ -146,9 +146,3 @@ def in_words(cls: type[Settings], error: ErrorDetails) -> str:
     if name not in known:
         return f"unknown setting {name}{suggest(name, known)}"
     return known[name].refusal(error["type"], error["input"])
-
-
-def suggest(word: object, known: Iterable[str]) -> str:
-    """`; did you mean X?`, or nothing when no known word is close."""
-    close = difflib.get_close_matches(str(word), list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""

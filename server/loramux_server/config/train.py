@@ -8,12 +8,13 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from loramux_adapters.errors import RecipeError
-from loramux_adapters.store.store import NAME_PATTERN
+from loramux_adapters.errors import InvalidAdapterName, RecipeError
+from loramux_adapters.names import check_name, file_name_of
 from loramux_adapters.training.recipe import Recipe
 from loramux_server.config.settings import setting, settings_of
 from loramux_server.config.shared import ADAPTER, RECIPE, LabelledExamples, RunsBase, ShapesAdapter, split
 from loramux_server.errors import ConfigError
+from loramux_server.plain_text import masked
 
 DEFAULT_OUT = Path("adapters-trained")
 URL_PATTERN = re.compile(r"https?://[^/\s]", re.IGNORECASE)
@@ -36,7 +37,10 @@ class TrainConfig(RunsBase, ShapesAdapter, LabelledExamples):
     )
 
     name: str | None = setting(
-        None, "name of the adapter; letters, digits and . _ -, at most 63", group="Result", unset="needed"
+        None,
+        "name of the adapter, such as spam or org/spam: letters, digits and . _ - /",
+        group="Result",
+        unset="needed",
     )
     out: Path | None = setting(
         None, "directory of the run", group="Result", unset=f"{DEFAULT_OUT}/NAME", also=("--output-dir",)
@@ -108,11 +112,10 @@ class TrainConfig(RunsBase, ShapesAdapter, LabelledExamples):
             raise ConfigError("--data is needed: a JSONL or CSV file of examples to learn")
         if self.name is None:
             raise ConfigError("--name is needed: what the adapter is to be called")
-        if not NAME_PATTERN.fullmatch(self.name):
-            raise ConfigError(
-                f"--name {self.name!r}: an adapter's name is 1 to 63 characters of A-Z a-z 0-9 . _ - and starts with a "
-                "letter or a digit"
-            )
+        try:
+            check_name(self.name)
+        except InvalidAdapterName as error:
+            raise ConfigError(f"--name {self.name!r}: {error}") from error
         if self.labels is not None and (len(self.label_list) < 2 or len(set(self.label_list)) < len(self.label_list)):
             raise ConfigError(
                 f"--labels must name two or more different answers, such as ham,spam; not {self.labels!r}"
@@ -120,7 +123,7 @@ class TrainConfig(RunsBase, ShapesAdapter, LabelledExamples):
         if self.labels is not None and self.eval_data is None:
             raise ConfigError("--labels is for the evaluation: name held-out examples with --eval-data")
         if self.upload is not None and not URL_PATTERN.match(self.upload):
-            raise ConfigError(f"--upload {self.upload!r} is not a URL such as http://127.0.0.1:8000")
+            raise ConfigError(f"--upload {masked(self.upload)!r} is not a URL such as http://127.0.0.1:8000")
         if self.upload is not None and self.quantize == "none":
             raise ConfigError("--upload: a server holds the NF4 base and refuses an adapter of --quantize none")
         try:
@@ -132,7 +135,7 @@ class TrainConfig(RunsBase, ShapesAdapter, LabelledExamples):
     @property
     def run_dir(self) -> Path:
         assert self.name is not None
-        return self.out or DEFAULT_OUT / self.name
+        return self.out or DEFAULT_OUT / file_name_of(self.name)
 
     def recipe(self) -> Recipe:
         """Everything that decides the adapter's bits. Raises RecipeError."""

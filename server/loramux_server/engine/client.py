@@ -23,6 +23,7 @@ class EngineClient:
         self._in_host = in_host
         self._loop: asyncio.AbstractEventLoop | None = None
         self._streams: dict[str, asyncio.Queue[TokenOutput]] = {}
+        self._cut = 0  # sequences that ended without their reply since the drain began
 
     async def start(self) -> None:
         """Starts the engine and returns when it is warm; its outputs come to the loop that runs this.
@@ -67,11 +68,21 @@ class EngineClient:
         """Alive, warmed up and not draining."""
         return self._engine.ready
 
-    async def drain(self, timeout: float) -> None:
-        """Refuses new work, lets the rest finish for up to `timeout` seconds, aborts what is left, stops the engine."""
+    @property
+    def running(self) -> int:
+        """Sequences that have not ended."""
+        return len(self._streams)
+
+    async def drain(self, timeout: float) -> int:
+        """Refuses new work, lets the rest finish for up to `timeout` seconds, aborts what is left, stops the engine.
+
+        Returns how many sequences did not get to their end.
+        """
+        self._cut = 0
         await asyncio.to_thread(self._engine.drain, timeout)
         error = TokenOutput(finish_reason=FinishReason.ERROR, error="the engine did not stop in time")
         self._dispatch([(sequence_id, error) for sequence_id in self._streams])  # ignored by those that ended
+        return self._cut
 
     def residency(self, version: str) -> str:
         """The fastest memory that holds the version now: "device", "host" or "disk"."""
@@ -96,3 +107,4 @@ class EngineClient:
             stream = self._streams.get(sequence_id)
             if stream is not None:  # None: its iterator was closed
                 stream.put_nowait(output)
+                self._cut += output.finish_reason in (FinishReason.ABORT, FinishReason.ERROR)

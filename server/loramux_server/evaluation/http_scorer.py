@@ -12,6 +12,7 @@ from loramux_server.client.connection import ServerConnection
 from loramux_server.client.upload_check import base_of
 from loramux_server.errors import CommandFailed
 from loramux_server.evaluation.contenders import Said
+from loramux_server.plain_text import masked
 
 AT_ONCE = 16  # requests
 ALTERNATIVES = 20  # the most that the wire gives beside each token
@@ -41,7 +42,7 @@ class Server:
         """The first choice of a chat completion."""
         choices = self._call(("v1", "chat", "completions"), body).get("choices")
         if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-            raise CommandFailed(f"{self.url} sent a chat completion without choices")
+            raise CommandFailed(f"{masked(self.url)} sent a chat completion without choices")
         choice: dict[str, Any] = choices[0]
         return choice
 

@@ -109,7 +109,7 @@ class Metrics:
         self._proofs = {
             (acts, outcome): proofs.labels("acts" if acts else "none", outcome)
             for acts in (True, False)
-            for outcome in ("exact", "within_tolerance", "mismatch", "none")
+            for outcome in ("exact", "within_tolerance", "mismatch", "skipped", "none")
         }
         self._watch_failures = Counter(
             "loramux_watch_failures", "Changes in the watched directory that could not be published", registry=registry

@@ -70,8 +70,13 @@ class BuiltServer:
             with self.stages.stage("try and publish the adapters to preload"):
                 await asyncio.to_thread(self.preload)
 
-    async def drain(self, timeout: float) -> None:
-        await self.client.drain(timeout)
+    @property
+    def running(self) -> int:
+        """Replies that are not finished."""
+        return self.client.running
+
+    async def drain(self, timeout: float) -> int:
+        return await self.client.drain(timeout)
 
     async def stop(self) -> None:
         await asyncio.to_thread(self.lifecycle.stop)
@@ -117,6 +122,7 @@ def build(config: ServeConfig, stages: Stages) -> BuiltServer:
             return Prover(
                 parts.client.generate,
                 parts.host_cache.holding,
+                lambda version: parts.client.residency(version) == "device",
                 forget,
                 metrics,
                 base_id=base.base_id,

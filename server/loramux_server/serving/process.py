@@ -20,9 +20,11 @@ from typing import Any, NoReturn, Protocol
 
 import uvicorn
 
+from loramux_server.base.source import check_base
 from loramux_server.config.environment import bound_spinning
 from loramux_server.config.serve import ServeConfig
 from loramux_server.errors import ConfigError
+from loramux_server.plain_text import for_reader
 from loramux_server.serving.startup import ASGIApp, Stages, StartupApp, in_daemon_thread, take_port, url_of
 
 _SWITCH_SECONDS = 0.0005  # of the interpreter lock: the engine wants it some times a step, for microseconds each
@@ -38,6 +40,7 @@ class Built(Protocol):
     Attributes:
         app: the whole HTTP API.
         models: names a client can ask for: the base first, then the adapters.
+        running: replies that are not finished.
         summary: lines to print at start, such as the memory table and the kernel path.
     """
 
@@ -48,13 +51,19 @@ class Built(Protocol):
     def models(self) -> Sequence[str]: ...
 
     @property
+    def running(self) -> int: ...
+
+    @property
     def summary(self) -> Sequence[str]: ...
 
     async def start(self) -> None:
         """Starts the engine and returns when it is warm: after this, /ready is 200."""
 
-    async def drain(self, timeout: float) -> None:
-        """Makes /ready 503, refuses new work, and returns when running replies are done or, after `timeout` s, cut."""
+    async def drain(self, timeout: float) -> int:
+        """Makes /ready 503, refuses new work, and returns when running replies are done or, after `timeout` s, cut.
+
+        Returns how many were cut.
+        """
 
     async def stop(self) -> None:
         """Ends threads and closes the store. Called once, when no connection is left, also after a failed start."""
@@ -65,10 +74,12 @@ def serve(config: ServeConfig) -> int:
 
     Raises:
         ConfigError: a directory that adapters come from is not there.
-        CommandFailed: the port cannot be had; like the first, this is found before anything is loaded.
+        BaseModelError: there is no such base.
+        CommandFailed: the port cannot be had; like the first two, this is found before anything is loaded.
         LoramuxError, AdapterError: the base or the store cannot be used.
     """
     _require_directories(config)
+    check_base(config.base)
     bound_spinning()
     sys.setswitchinterval(_SWITCH_SECONDS)
     with take_port(config.host, config.port) as listener:
@@ -100,13 +111,12 @@ async def _serve(config: ServeConfig, listener: socket.socket) -> int:
         built = await _load(config, stages, stop)
         await _start(built, stop)
         startup_app.hand_over_to(built.app)
-        for line in [*built.summary, *_ready(url, built.models, config, time.monotonic() - began)]:
+        for line in [*built.summary, *_ready(url, built.models, time.monotonic() - began)]:
             _show(line)
+        print(_command(url, built.models, config), flush=True)  # to be copied, so it is not wrapped
         await _first_of(serving, stop)
-        _show(
-            f"draining: running replies have {config.shutdown_timeout:g} s, new ones are refused; again to stop at once"
-        )
-        await built.drain(config.shutdown_timeout)
+        _show(_stopping(built.running, config.shutdown_timeout))
+        cut = await built.drain(config.shutdown_timeout)
     except BaseException:
         server.force_exit = True
         raise
@@ -115,7 +125,7 @@ async def _serve(config: ServeConfig, listener: socket.socket) -> int:
         await serving
         if built is not None:
             await built.stop()
-    _show("stopped")
+    _show(f"stopped; {_replies(cut)} cut off" if cut else "stopped")
     return 0
 
 
@@ -188,22 +198,41 @@ def _stop_on_signals() -> asyncio.Event:
     return stop
 
 
-def _ready(url: str, models: Sequence[str], config: ServeConfig, seconds: float) -> list[str]:
-    """The last lines of a start: where the server is, what it serves, and a command to paste."""
+def _stopping(running: int, seconds: float) -> str:
+    """What the first signal is answered with, below the ^C that a terminal shows for it."""
+    line = "\n" if sys.stdout.isatty() else ""
+    if not running:
+        return f"{line}stopping; no reply is running"
+    return (
+        f"{line}finishing {_replies(running)} in at most {seconds:g} s, new requests are refused; press Ctrl-C again "
+        "to stop now"
+    )
+
+
+def _replies(count: int) -> str:
+    return f"{count} {'reply' if count == 1 else 'replies'}"
+
+
+def _ready(url: str, models: Sequence[str], seconds: float) -> list[str]:
+    """The last lines of a start: where the server is, and what it serves."""
     shown = ", ".join(models[:MODELS_SHOWN]) + (
         f" and {len(models) - MODELS_SHOWN} more" if len(models) > MODELS_SHOWN else ""
     )
+    return [
+        "",
+        f"loramux is ready on {url} after {seconds:.1f} s (Ctrl-C stops it)",
+        f"models: {shown}",
+    ]
+
+
+def _command(url: str, models: Sequence[str], config: ServeConfig) -> str:
+    """A request to paste."""
     body = {
         "model": models[min(1, len(models) - 1)],
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
     }
     key = ' -H "authorization: Bearer $LORAMUX_API_KEY"' if config.api_key else ""
-    return [
-        "",
-        f"loramux is ready on {url} after {seconds:.1f} s (Ctrl-C stops it)",
-        f"models: {shown}",
-        f"curl {url}/v1/chat/completions -H 'content-type: application/json'{key} -d {shlex.quote(json.dumps(body))}",
-    ]
+    return f"curl {url}/v1/chat/completions -H 'content-type: application/json'{key} -d {shlex.quote(json.dumps(body))}"
 
 
 def _leave(message: str, code: int) -> NoReturn:
@@ -214,8 +243,8 @@ def _leave(message: str, code: int) -> NoReturn:
 
 
 def _write(text: str) -> None:
-    print(text, end="", flush=True)
+    print(for_reader(text, sys.stdout), end="", flush=True)
 
 
 def _show(line: str) -> None:
-    print(line, flush=True)
+    _write(f"{line}\n")

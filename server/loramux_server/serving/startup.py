@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
 
 from loramux_server.errors import CommandFailed
+from loramux_server.plain_text import printable
 
 T = TypeVar("T")
 Message: TypeAlias = MutableMapping[str, Any]
@@ -58,7 +59,7 @@ class Stages:
     def note(self, text: str) -> None:
         """Adds a line, within a stage or between two."""
         self.break_line()
-        self._write(f"  {text}\n")
+        self._write(f"  {printable(text)}\n")
 
     def break_line(self) -> None:
         """What is written next, by whomever, begins a line of its own."""

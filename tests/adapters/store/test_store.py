@@ -174,8 +174,8 @@ def test_a_kept_version_is_leased_by_a_prefix_of_its_digest(store: AdapterStore)
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "../x", "a/b", "/a", "a\0", "a\n", "-a", "_a", "a:b", "a@b", "a b", "\u00e4", "a\u2024b", "%2e%2e"]
-    + ["a" * 64, "base"],
+    ["", ".", "..", "../x", "a/../b", "/a", "a\0", "a\n", "-a", "a:b", "a@b", "a b", "\u00e4", "a\u2024b", "%2e%2e"]
+    + ["a" * 256, "base"],
 )
 def test_a_name_outside_the_rule_or_reserved_is_refused(store: AdapterStore, name: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidAdapterName):
@@ -185,7 +185,7 @@ def test_a_name_outside_the_rule_or_reserved_is_refused(store: AdapterStore, nam
     assert is_consistent(store, tmp_path / "store")
 
 
-@pytest.mark.parametrize("name", ["a", "0", "A.b_c-1", "a" * 63])
+@pytest.mark.parametrize("name", ["a", "0", "A.b_c-1", "org/adapter", "a" * 255])
 def test_a_name_inside_the_rule_is_taken(store: AdapterStore, name: str) -> None:
     assert upload(store, name).name == name
 

@@ -85,7 +85,7 @@ async def test_an_adapter_at_scale_zero_is_named_in_the_reply_and_costs_the_engi
     [
         (chat(PIRATE, model="pirate"), 400, "model", "'model' names the base"),
         (chat(PIRATE, model=f"{BASE_NAME}:pirate"), 400, "model", "'model' names the base"),
-        (chat(PIRATE, model="no/such"), 404, "model", "does not exist"),
+        (chat(PIRATE, model="no//such"), 404, "model", "does not exist"),
         (chat(), 400, "adapters", "at least 1"),
         (chat(*[{"name": f"a{index}"} for index in range(9)]), 400, "adapters", "at most 8"),
         (chat(PIRATE, {"name": "pirate", "scale": 1}), 400, "adapters.1.name", "pirate is listed twice"),

@@ -121,13 +121,17 @@ def test_flag_environment_and_file_go_together_in_this_order(tmp_path: Path) -> 
     assert (found.data, found.name, found.rank, found.alpha, found.seed) == (Path("a.jsonl"), "n", 16, 64.0, 1)
 
 
+def test_a_name_with_a_slash_is_one_directory_below_the_runs() -> None:
+    assert load(TrainConfig, {"data": "a.jsonl", "name": "org/spam"}, {}).run_dir == Path("adapters-trained/org--spam")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"data": None}, "--data is needed"),
         ({"name": None}, "--name is needed"),
         ({"name": "a:b"}, "--name 'a:b'"),
-        ({"name": "x" * 64}, "1 to 63 characters"),
+        ({"name": "x" * 256}, "1 to 255 characters"),
         ({"rank": 0}, "--rank must be from 1 to 1024, not 0"),
         ({"alpha": 0.0}, "--alpha must be positive"),
         ({"learning_rate": 3.0}, "--learning-rate must be between 0 and 1"),

@@ -78,9 +78,10 @@ def rewritten(backup: Path, change: Callable[[list[tuple[tarfile.TarInfo, bytes]
 def test_names_versions_pointers_pins_cards_and_fingerprints_come_back(
     source: AdapterStore, open_store: Open, tmp_path: Path
 ) -> None:
-    assert write_backup(source, tmp_path / "b.tar.gz").done == ["a", "b"]
+    upload(source, "org/b", 7)
+    assert write_backup(source, tmp_path / "b.tar.gz").done == ["a", "b", "org/b"]
     target = open_store("target")
-    assert restore_backup(target, tmp_path / "b.tar.gz", replace=False).done == ["a", "b"]
+    assert restore_backup(target, tmp_path / "b.tar.gz", replace=False).done == ["a", "b", "org/b"]
     assert target.records() == source.records()
     for record in source.records():
         for kept in record.versions:

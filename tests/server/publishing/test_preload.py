@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from loramux_adapters.base_info import BaseInfo
-from loramux_adapters.lora.verify import check_adapter
+from loramux_adapters.lora.verify import Checked, check_adapter
 from loramux_adapters.store.store import AdapterStore
-from loramux_server.errors import ConfigError
-from loramux_server.publishing.preload import preload
+from loramux_server.errors import ConfigError, ServerBusy
+from loramux_server.publishing.preload import BUSY_SECONDS, preload
 from support.adapter_files import TINY_LINEARS, write_adapter
 from support.publishing import unproved
 
@@ -120,6 +120,35 @@ def test_a_file_that_cannot_be_read_is_noted_and_the_others_are_published(
     notes = run(store, source)
     assert notes[0].startswith("left out haiku: ") and "Permission denied" in notes[0]
     assert names(store) == ["pirate"]
+
+
+def test_an_adapter_in_a_folder_has_a_name_with_a_slash(
+    source: Path, open_store: Callable[[BaseInfo], AdapterStore]
+) -> None:
+    write_adapter(source / "org" / "riddle", TINY_LINEARS, targets=["q_proj"], rank=4)
+    store = open_store(OLD)
+    assert "published org/riddle (rank 4, q_proj)" in run(store, source)
+    assert names(store) == ["haiku", "org/riddle", "pirate"]
+
+
+@pytest.mark.parametrize("times", [2, 1000], ids=["for a while", "all the time"])
+def test_an_adapter_that_the_engine_is_too_busy_to_try_is_tried_again_for_some_time(
+    source: Path, open_store: Callable[[BaseInfo], AdapterStore], times: int
+) -> None:
+    shutil.rmtree(source / "haiku")
+    store, notes, slept = open_store(OLD), list[str](), list[float]()
+
+    def busy(directory: Path) -> Checked:
+        if len(slept) < times:
+            raise ServerBusy("no time", retry_after=30)
+        return check_adapter(directory, OLD, 256)
+
+    preload(store, unproved(store, busy), source, notes.append, sleep=slept.append)
+    if times == 2:
+        assert notes == ["pirate is tried again in 30 s: no time"] * 2 + ["published pirate (rank 4, q_proj)"]
+        assert slept == [30, 30]
+    else:
+        assert notes[-1] == "left out pirate: no time" and sum(slept) == BUSY_SECONDS
 
 
 @pytest.mark.parametrize("directory", ["missing", "adapters/README.md"])

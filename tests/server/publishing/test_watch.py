@@ -214,12 +214,35 @@ def test_a_directory_that_cannot_be_read_is_said_once_and_taken_up_again(
     assert scene.poll(2).names == ["pirate"]
 
 
-def test_an_adapter_that_the_engine_is_too_busy_to_prove_is_taken_later(scene: Scene) -> None:
+def test_an_adapter_that_the_engine_is_too_busy_to_prove_is_taken_later(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
     def busy() -> None:
         raise ServerBusy("the queue is full")
 
     scene.write("pirate")
     scene.on_check = busy
     assert scene.poll(3).names == [] and scene.checks == 2 and scene.failures == 0
+    assert caplog.text.count("pirate from the watched directory is tried again at every look: the queue is full") == 1
     scene.on_check = lambda: None
     assert scene.poll().names == ["pirate"]
+
+
+def test_an_adapter_in_a_folder_has_a_name_with_a_slash(scene: Scene) -> None:
+    scene.write("org/pirate")
+    scene.write("org/.incoming")
+    scene.write("org/checkpoint-100")
+    scene.write("haiku/nested")
+    scene.write("haiku")
+    assert scene.poll(2).names == ["haiku", "org/pirate"] and scene.failures == 0
+    before = scene.version("org/pirate")
+    scene.write("org/pirate", seed=1)
+    assert scene.poll(2).version("org/pirate") != before
+
+
+def test_a_folder_is_not_gone_into_over_a_link(scene: Scene, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "outside" / "pirate", TINY_LINEARS, targets=["q_proj"], rank=4)
+    (scene.directory / "org").symlink_to(tmp_path / "outside")
+    (scene.directory / "mine").mkdir()
+    (scene.directory / "mine" / "pirate").symlink_to(tmp_path / "outside" / "pirate")
+    assert scene.poll(3).names == [] and scene.failures == 2

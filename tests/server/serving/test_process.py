@@ -120,8 +120,10 @@ def test_a_signal_lets_running_replies_end_refuses_new_ones_and_exits_with_0() -
         with getting(port, "/stream") as stream:
             first = stream.readline()
             process.send_signal(signal.SIGTERM)
-            read_until(process, "draining")
-
+            said = read_until(process, "finishing")
+            assert said.splitlines()[-1] == (
+                "finishing 1 reply in at most 30 s, new requests are refused; press Ctrl-C again to stop now"
+            )
             assert [status_of(port, path) for path in ("/stream", "/ready", "/health")] == [503, 503, 200]
             assert (first + stream.read()).split() == [str(n).encode() for n in range(fakes_serving.LINES)]
 
@@ -138,7 +140,21 @@ def test_replies_that_outlast_the_shutdown_timeout_do_not_keep_the_process() -> 
             stream.readline()
             process.send_signal(signal.SIGINT)
 
-            assert finished(process)[0] == 0
+            code, stdout, _ = finished(process)
+            assert code == 0 and stdout.endswith("stopped; 1 reply cut off\n")
+
+
+def test_a_server_without_replies_to_finish_says_so() -> None:
+    with serving("--port", "0") as process:
+        read_until(process, "curl ")
+        process.send_signal(signal.SIGINT)
+        assert finished(process)[:2] == (0, "stopping; no reply is running\nfake stopped\nstopped\n")
+
+
+def test_a_base_that_does_not_exist_is_told_before_anything_is_imported() -> None:
+    with serving("--port", "0", "--base", "no-such-base", build_seconds=30) as process:
+        code, stdout, stderr = finished(process)
+    assert (code, stdout) == (1, "") and stderr.startswith("loramux: base 'no-such-base' is neither")
 
 
 def test_a_second_signal_ends_the_process_at_once() -> None:
@@ -148,7 +164,7 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
         with getting(port, "/stream") as stream:
             stream.readline()
             process.send_signal(signal.SIGTERM)
-            read_until(process, "draining")
+            read_until(process, "finishing")
             process.send_signal(signal.SIGTERM)
 
             code, stdout, _ = finished(process)

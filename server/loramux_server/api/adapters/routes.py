@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
+from loramux_adapters.names import check_name, file_name_of
 from loramux_server.api.adapters.download import packed
 from loramux_server.api.adapters.upload import receive_upload
 from loramux_server.api.http.auth import Access, access
 from loramux_server.api.http.body import read_object
 from loramux_server.api.http.dependencies import Dependencies
-from loramux_server.api.http.model_names import check_adapter_name
 from loramux_server.api.http.streaming import Stream, until_gone
 from loramux_server.api.http.worker_threads import enter_in_thread, run_in_thread, run_in_thread_or_undo
 from loramux_server.errors import RequestError, ServerBusy
@@ -46,16 +46,17 @@ class AdapterRoutes:
     async def put(self, request: Request) -> Response:
         """201 for a new adapter, 200 for a new version of one, for one that is there already, and for a mere check."""
         name = self._name_of(request)
-        flags = _flags(request, ("validate_only", "force", "allow_no_effect"))
+        flags = _flags(request, ("validate_only", "force", "allow_no_effect", "skip_replay"))
+        validate_only = flags.pop("validate_only")
         store = self._deps.store
         async with self.place(), enter_in_thread(store.stage()) as staging:
             await receive_upload(request, staging.directory, self._deps.limits)
             # A client that leaves while its files are checked publishes nothing.
             checked, proof = await until_gone(
                 request.receive,
-                self._checked(staging.directory, force=flags["force"], allow_no_effect=flags["allow_no_effect"]),
+                self._checked(staging.directory, keep=not validate_only, **flags),
             )
-            if flags["validate_only"]:
+            if validate_only:
                 return JSONResponse(_checked_json(name, checked, proof))
             published = await run_in_thread(self._deps.publish, name, staging, checked, proof)
         return await self._shown(name, published)
@@ -78,9 +79,9 @@ class AdapterRoutes:
 
         headers = {
             "content-type": "application/gzip",
-            "content-disposition": f'attachment; filename="{name}.tar.gz"',
+            "content-disposition": f'attachment; filename="{file_name_of(name)}.tar.gz"',
         }
-        return Stream(packed(store.directory(lease.version), name), release, headers)
+        return Stream(packed(store.directory(lease.version), file_name_of(name)), release, headers)
 
     @access(Access.ADMIN)
     async def rollback(self, request: Request) -> Response:
@@ -128,13 +129,13 @@ class AdapterRoutes:
                 raise RequestError(f"unknown parameter {ascii(name[:64])}", param=name[:64], code="unknown_parameter")
         return fields
 
-    async def _checked(self, directory: Path, *, force: bool, allow_no_effect: bool) -> tuple[Checked, ReplayOutcome]:
-        """What the check found, and how the fingerprint replays."""
+    async def _checked(self, directory: Path, *, force: bool, **flags: bool) -> tuple[Checked, ReplayOutcome]:
+        """What the check found, and how the fingerprint replays; `flags` are those of the trial."""
         checked = await run_in_thread(self._deps.check, directory, force=force)
-        return checked, await self._deps.prove(directory, checked, force=force, allow_no_effect=allow_no_effect)
+        return checked, await self._deps.prove(directory, checked, force=force, **flags)
 
     def _name_of(self, request: Request) -> str:
-        return check_adapter_name(request.path_params["name"], self._deps.base.name)
+        return check_name(request.path_params["name"], (self._deps.base.name,))
 
     def _record_json(self, record: AdapterRecord) -> dict[str, Any]:
         """An adapter as clients see it."""

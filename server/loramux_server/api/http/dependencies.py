@@ -99,7 +99,14 @@ class AdapterProof(Protocol):
     """
 
     async def __call__(
-        self, directory: Path, checked: Checked, *, force: bool, allow_no_effect: bool
+        self,
+        directory: Path,
+        checked: Checked,
+        *,
+        force: bool = False,
+        allow_no_effect: bool = False,
+        skip_replay: bool = False,
+        keep: bool = True,
     ) -> ReplayOutcome: ...
 
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi.routing import APIRoute
 
 from loramux_adapters.errors import AdapterRejected, BaseMismatch, StoreUnavailable
 from loramux_adapters.lora.verify import Checked
+from loramux_adapters.names import PATH_WORDS
 from loramux_server.api.app import create_app
 from loramux_server.api.http.dependencies import Dependencies
 from loramux_server.errors import ServerBusy
@@ -138,9 +140,14 @@ async def test_a_store_that_cannot_write_is_503(server: Server) -> None:
 
 
 ILLEGAL = [
-    ".hidden", "-x", "_x", "a b", "x" * 64, "a:b", "a@b", "caf%C3%A9", "%00", "a%00", "a%0d%0aX-Evil:1", "%2e%2e",
+    ".hidden", "-x", "a b", "x" * 256, "a:b", "a@b", "caf%C3%A9", "%00", "a%00", "a%0d%0aX-Evil:1", "%2e%2e",
     "a%5cb", "%EF%BC%8E%EF%BC%8E", "a%3f", "%F0%9F%98%80", BASE_NAME,
+    "..%2fx", "%2fetc%2fpasswd", "a%2f", "a//b", "a/.b", "a/%2e%2e/b", "a/b:c", "a%0a/b", "",
+    "org%2farchive", "org%2fpin", "org%2frollback",
 ]  # fmt: skip
+
+# Where what looks like a name is a route of the adapter `org`, which nobody has.
+MEANT_OTHERWISE = {("org%2farchive", "GET"), ("org%2fpin", "DELETE")}
 
 
 @pytest.mark.anyio
@@ -149,16 +156,58 @@ ILLEGAL = [
 async def test_an_illegal_name_is_400(server: Server, name: str, method: str) -> None:
     async with server.client() as client:
         reply = await client.request(method, f"http://localhost/v1/adapters/{name}")
-    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_adapter_name")
+    if (name, method) in MEANT_OTHERWISE:
+        assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
+    else:
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_adapter_name")
     assert "x-evil" not in reply.headers
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("name", ["..%2fx", "%2fetc%2fpasswd", "a%2fb", ""])
-async def test_a_name_with_a_slash_is_no_adapter_path_at_all(server: Server, name: str) -> None:
+@pytest.mark.parametrize("slash", ["/", "%2F", "%2f"])
+async def test_a_name_as_hubs_write_it_takes_every_route(server: Server, slash: str) -> None:
+    path = f"/v1/adapters/org{slash}my_adapter-v1.0"
     async with server.client() as client:
-        reply = await client.put(f"http://localhost/v1/adapters/{name}", files=FILES)
-    assert reply.status_code in (404, 405)
+        assert (await client.put(path, files=FILES)).json()["name"] == "org/my_adapter-v1.0"
+        assert (await client.get(path)).json()["name"] == "org/my_adapter-v1.0"
+        assert (await client.post(f"{path}/pin")).json()["pinned"]
+        assert not (await client.delete(f"{path}/pin")).json()["pinned"]
+        assert (await client.post(f"{path}/rollback")).json()["error"]["code"] == "rollback_impossible"
+        server.store.directory(server.store.known["org/my_adapter-v1.0"].version).mkdir()
+        archive = await client.get(f"{path}/archive")
+        assert archive.headers["content-disposition"] == 'attachment; filename="org--my_adapter-v1.0.tar.gz"'
+        assert (await client.get(f"/v1/models/org{slash}my_adapter-v1.0")).json()["id"] == "org/my_adapter-v1.0"
+        assert (await client.delete(path)).json()["id"] == "org/my_adapter-v1.0"
+
+
+@pytest.mark.anyio
+async def test_an_archive_of_an_adapter_with_the_longest_name_can_be_unpacked(server: Server) -> None:
+    name = "o" * 127 + "/" + "n" * 127
+    async with server.client() as client:
+        version = (await client.put(f"/v1/adapters/{name}", files=FILES)).json()["version"]
+        directory = server.store.directory(version)
+        directory.mkdir()
+        (directory / "adapter_config.json").write_bytes(b"{}")
+        reply = await client.get(f"/v1/adapters/{name}/archive")
+    with tarfile.open(fileobj=io.BytesIO(reply.content), mode="r:gz") as archive:
+        (member,) = archive.getnames()
+    folder, file = member.split("/")
+    assert file == "adapter_config.json" and len(folder) <= 80 and folder.startswith("ooo")
+
+
+@pytest.mark.anyio
+async def test_one_word_names_may_be_words_of_the_api(server: Server) -> None:
+    async with server.client() as client:
+        for name in sorted(PATH_WORDS):
+            assert (await client.put(f"/v1/adapters/{name}", files=FILES)).status_code == 201
+            assert (await client.post(f"/v1/adapters/{name}/pin")).json()["name"] == name
+            assert (await client.delete(f"/v1/adapters/{name}")).json()["deleted"]
+
+
+def test_no_name_can_be_meant_by_a_route_of_another(server: Server) -> None:
+    paths = [route.path for route in server.app.routes if isinstance(route, APIRoute)]
+    ends = {path.partition("{name:anything}/")[2] for path in paths if "{name:anything}/" in path}
+    assert ends == PATH_WORDS
 
 
 @pytest.mark.anyio
@@ -270,7 +319,16 @@ async def test_an_upload_is_tried_out_and_the_outcome_is_stored_and_shown(server
         assert reply.status_code == 201
         shown = (await client.get("/v1/adapters/new")).json()
     assert shown["fingerprint"] == shown["versions"][0]["fingerprint"] == "within_tolerance"
-    assert prove.seen == [{"force": False, "allow_no_effect": False}, {"force": False, "allow_no_effect": True}]
+    assert prove.seen == [set(), {"allow_no_effect", "keep"}]
+
+
+@pytest.mark.anyio
+async def test_the_replay_can_be_skipped(server: Server) -> None:
+    prove = server.deps.prove
+    assert isinstance(prove, FakeProve)
+    prove.outcome = "skipped"
+    assert (await put(server, query="?skip_replay=true")).json()["fingerprint"] == "skipped"
+    assert prove.seen == [{"skip_replay", "keep"}]
 
 
 @pytest.mark.anyio

@@ -175,12 +175,16 @@ async def test_a_symbolic_link_is_400_wherever_it_stands(
 
 @pytest.mark.anyio
 async def test_an_illegal_name_is_400_and_one_too_large_500(server: Server, root: Path) -> None:
-    for name in ("../x", "tiny-base", "a b", "a@b"):
+    for name in ("../x", "tiny-base", "a b", "a@b", "a//b", "a/pin"):
         reply = await load(server, lora_name=name, lora_path="team/pirate")
         assert error_of(reply) == (400, "InvalidUserInput", 400)
     with (root / "team" / "pirate" / "adapter_model.safetensors").open("ab") as file:
         file.truncate(2**21)
-    assert error_of(await load(server, lora_name="a", lora_path="team/pirate")) == (500, "InternalServerError", 500)
+    assert error_of(await load(server, lora_name="team/pirate", lora_path="team/pirate")) == (
+        500,
+        "InternalServerError",
+        500,
+    )
 
 
 @pytest.mark.anyio

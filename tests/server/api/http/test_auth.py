@@ -175,17 +175,19 @@ async def test_management_routes_are_those_that_change_or_give_out_adapters(tmp_
     server = make_server(tmp_path, keys=Keys(API, ADMIN))
     async with server.client(headers={"authorization": f"Bearer {API}"}) as client:
         statuses = {
-            (method, route.path): (await client.request(method, route.path.replace("{name}", "pirate"))).status_code
+            (method, route.path): (
+                await client.request(method, route.path.replace("{name:anything}", "pirate"))
+            ).status_code
             for route in routes_of(server.app)
             for method in route.methods or ()
         }
     assert {key for key, status in statuses.items() if status == 403} == {
-        ("PUT", "/v1/adapters/{name}"),
-        ("DELETE", "/v1/adapters/{name}"),
-        ("GET", "/v1/adapters/{name}/archive"),
-        ("POST", "/v1/adapters/{name}/rollback"),
-        ("POST", "/v1/adapters/{name}/pin"),
-        ("DELETE", "/v1/adapters/{name}/pin"),
+        ("PUT", "/v1/adapters/{name:anything}"),
+        ("DELETE", "/v1/adapters/{name:anything}"),
+        ("GET", "/v1/adapters/{name:anything}/archive"),
+        ("POST", "/v1/adapters/{name:anything}/rollback"),
+        ("POST", "/v1/adapters/{name:anything}/pin"),
+        ("DELETE", "/v1/adapters/{name:anything}/pin"),
     }
 
 
