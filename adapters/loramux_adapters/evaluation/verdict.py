@@ -190,6 +190,12 @@ def _gap(evaluation: Evaluation) -> Iterator[Remark]:
             f"Overfitting: {what} on {count} training examples than on held-out ones ({bounds}). Fewer epochs, a lower "
             "rank, dropout, or more data.",
         )
+    elif far:
+        yield Remark(
+            Level.WARNING,
+            f"Perhaps overfitting: {what} on {count} training examples than on held-out ones ({bounds}), which are too "
+            "few to be sure.",
+        )
     else:
         yield Remark(
             Level.NOTE, f"No sign of overfitting: {what} on {count} training examples than on held-out ones ({bounds})."
