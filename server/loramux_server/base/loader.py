@@ -93,7 +93,7 @@ def quantization_recipe(config: Any, quantize: str = "nf4") -> dict[str, Any]:
 
 
 def load_base_model(
-    spec: str,
+    spec: str | BaseSource,
     *,
     device: torch.device,
     cache_dir: Path,
@@ -105,7 +105,7 @@ def load_base_model(
     """The base in NF4 with double quantization and bf16 compute, ready to run. Quantized once, then kept in the cache.
 
     Args:
-        spec: embedded name, checkpoint directory, .gguf file or hub id.
+        spec: embedded name, checkpoint directory, .gguf file or hub id; or what was found for one of them.
         report: receives one line for each slow stage.
         quantize: "nf4", or "none" for the 16-bit weights as they are, to compare with.
         training: keep the weights as they were quantized: the packed kernels have no backward.
@@ -116,7 +116,11 @@ def load_base_model(
     transformers_logging.disable_progress_bar()  # `report` tells what is slow; bars would break its lines
     kernels = kernels or choose_kernels(device)
     stages: list[tuple[str, float]] = []
-    source = _timed(stages, "find the base", lambda: resolve_base(spec, cache_dir, report))
+    source = (
+        spec
+        if isinstance(spec, BaseSource)
+        else _timed(stages, "find the base", lambda: resolve_base(spec, cache_dir, report))
+    )
     try:
         config = AutoConfig.from_pretrained(source.directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from loramux_server.plain_text import columns_of, for_reader, printable, wrapped
@@ -63,16 +62,6 @@ def print_table(
 def _width(lines: Sequence[Sequence[str]]) -> int:
     """Of a table as it is drawn on a terminal."""
     return sum(max(map(len, cells)) + 2 for cells in zip(*lines, strict=True))
-
-
-@contextmanager
-def example_bar(stream: TextIO) -> Iterator[Callable[[str, int, int], None]]:
-    """Gives a function that is told what is done with how many of all examples so far."""
-    bar = LineBar(stream)
-    try:
-        yield lambda what, done, total: bar.show(f"  {what}: {done:,} of {total:,} examples", done, total)
-    finally:
-        bar.end()
 
 
 class TransferBar:

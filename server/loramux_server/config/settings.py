@@ -32,6 +32,7 @@ def setting(
     group: str,
     between: tuple[int, int] | None = None,
     unset: str = "none",
+    also: tuple[str, ...] = (),
     secret: bool = False,
 ) -> Any:
     """Declares one field of a `Settings` class; returns Any for the type checker, as `Field` does.
@@ -40,10 +41,11 @@ def setting(
         group: the heading it stands under in `--help`.
         between: lowest and highest number allowed.
         unset: what `--help` shows as default where the default is None.
+        also: further flags, those that other tools of the field call it by.
         secret: no flag exists, and no message or repr shows the value.
     """
     low, high = between or (None, None)
-    extra: dict[str, Any] = {"group": group, "unset": unset}
+    extra: dict[str, Any] = {"group": group, "unset": unset, "also": also}
     return Field(default, description=help, ge=low, le=high, repr=not secret, json_schema_extra=extra)
 
 
@@ -80,6 +82,7 @@ class Setting:
     help: str
     group: str
     unset: str
+    also: tuple[str, ...]
     choices: tuple[str, ...]
     between: tuple[int, int] | None
     secret: bool
@@ -118,7 +121,7 @@ def settings_of(cls: type[Settings]) -> dict[str, Setting]:
             next((getattr(bound, side) for bound in field.metadata if hasattr(bound, side)), None)
             for side in ("ge", "le")
         )
-        extra = cast(dict[str, str], field.json_schema_extra)
+        extra = cast(dict[str, Any], field.json_schema_extra)
         found[name] = Setting(
             name=name,
             kind=str if choices else cast(type, kind),
@@ -126,6 +129,7 @@ def settings_of(cls: type[Settings]) -> dict[str, Setting]:
             help=field.description or "",
             group=extra["group"],
             unset=extra["unset"],
+            also=extra["also"],
             choices=choices,
             between=None if low is None or high is None else (low, high),
             secret=not field.repr,

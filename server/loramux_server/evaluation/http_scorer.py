@@ -9,6 +9,7 @@ from typing import Any
 
 from loramux_adapters.training.data.conversation import Example
 from loramux_server.client.connection import ServerConnection
+from loramux_server.client.upload_check import base_of
 from loramux_server.errors import CommandFailed
 from loramux_server.evaluation.contenders import Said
 from loramux_server.plain_text import masked
@@ -35,11 +36,7 @@ class Server:
 
     def base(self) -> dict[str, Any]:
         """What it says of its base."""
-        models = self._call(("v1", "models")).get("data")
-        for model in models if isinstance(models, list) else []:
-            if isinstance(model, dict) and model.get("parent") is None and isinstance(model.get("id"), str):
-                return model
-        raise CommandFailed(f"{masked(self.url)} lists no base model; is it a loramux server?")
+        return base_of(self._connection)
 
     def chat(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The first choice of a chat completion."""
@@ -50,8 +47,11 @@ class Server:
         return choice
 
     def _call(self, path: Sequence[str], body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        connection = ServerConnection(self.url, self.key, through_proxy=True)
-        return connection.call("GET" if body is None else "POST", path, body=body).body
+        return self._connection.call("GET" if body is None else "POST", path, body=body).body
+
+    @property
+    def _connection(self) -> ServerConnection:
+        return ServerConnection(self.url, self.key, through_proxy=True)
 
 
 class HttpScorer:

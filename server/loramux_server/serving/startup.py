@@ -48,7 +48,7 @@ class Stages:
         try:
             yield
         except BaseException:
-            self._end_line()
+            self.break_line()
             raise
         self.seconds[name] = self._clock() - began
         if not self._line_is_open:
@@ -58,10 +58,11 @@ class Stages:
 
     def note(self, text: str) -> None:
         """Adds a line, within a stage or between two."""
-        self._end_line()
+        self.break_line()
         self._write(f"  {printable(text)}\n")
 
-    def _end_line(self) -> None:
+    def break_line(self) -> None:
+        """What is written next, by whomever, begins a line of its own."""
         if self._line_is_open:
             self._write("\n")
             self._line_is_open = False

@@ -81,7 +81,8 @@ def test_help_names_every_setting_with_its_default_but_offers_no_flag_for_a_secr
     assert max(map(len, text.splitlines())) < 100
     words = " ".join(text.split())
     for setting in settings_of(settings).values():
-        assert (f" {setting.flag} " in words) != setting.secret
+        assert bool(re.search(rf" {setting.flag}[ ,]", words)) != setting.secret
+        assert all(re.search(rf" {flag}[ ,]", words) for flag in setting.also)
         assert not setting.secret or setting.variable in words
         assert setting.secret or f"{setting.group}:" in words
         if setting.default not in (None, True, False) and setting.kind is not float:
