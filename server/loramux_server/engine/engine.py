@@ -69,7 +69,6 @@ class Engine:
         self._outputs: list[tuple[str, TokenOutput]] = []  # of this step, for one delivery
         self._failed_steps = 0  # in a row
         self._step_started_at: float | None = None
-        self._resident: frozenset[str] = frozenset()
         self._stats = self._snapshot()
 
     def start(self, deliver: Deliver) -> None:
@@ -183,8 +182,6 @@ class Engine:
             slots.keep(mail.kept)
         for version in mail.retired:  # after the aborts: what they gave up can go
             slots.retire(version)
-        if len(slots) != len(self._resident):  # some left without another in their place
-            self._resident = frozenset(slots.resident)
 
     def _prefetch(self) -> None:
         for sequence, reason in self._scheduler.prefetch():
@@ -208,8 +205,6 @@ class Engine:
             self._update(batch, results, self._clock() - started)
         finally:
             self._step_started_at = None
-        if batch.slot_loads:
-            self._resident = frozenset(self._scheduler.slots.resident)
 
     def _fail(self, batch: Batch) -> None:
         for sequence in self._scheduler.roll_back(batch):
@@ -295,7 +290,7 @@ class Engine:
             slot_rows_total=slots.rows,
             slot_hits=slots.hits,
             slot_misses=slots.misses,
-            resident=self._resident,
+            resident=slots.residents,
             waiting_adapters=frozenset(
                 name for one in self._scheduler.waiting if one.adapter for name in one.adapter.split("+")
             ),

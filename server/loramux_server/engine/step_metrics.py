@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,7 +21,7 @@ class EngineStats:
         slot_rows_used: rank rows held by resident adapters, whether they are in use or not.
         slot_rows_total: rank rows of the device's adapter memory.
         slot_hits, slot_misses: adapters of started sequences that were on the device, and that were not, so far.
-        resident: versions on the device.
+        resident: versions on the device, no snapshot but as they are now: to look one up or count, not to iterate.
         waiting_adapters: names that sequences in the queue asked for.
     """
 
@@ -34,7 +35,7 @@ class EngineStats:
     slot_rows_total: int
     slot_hits: int
     slot_misses: int
-    resident: frozenset[str]
+    resident: Set[str]
     waiting_adapters: frozenset[str]
 
 
