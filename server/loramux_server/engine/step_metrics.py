@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Protocol
 
-from loramux_server.engine.sequence import Batch, Sequence
+from loramux_server.engine.fair_share import PROMPT_WEIGHT, REPLY_WEIGHT, Line
+from loramux_server.engine.inbox import Backlog
+from loramux_server.engine.sequence import Batch, Flow, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +24,8 @@ class EngineStats:
         slot_rows_total: rank rows of the device's adapter memory.
         slot_hits, slot_misses: adapters of started sequences that were on the device, and that were not, so far.
         resident: versions on the device, no snapshot but as they are now: to look one up or count, not to iterate.
-        waiting_adapters: names that sequences in the queue asked for.
+        waiting_by_adapter: how many wait in the scheduler's lines, by the names they asked for; None is the base. The
+            server's own work is left out.
     """
 
     running: int
@@ -36,7 +39,7 @@ class EngineStats:
     slot_hits: int
     slot_misses: int
     resident: Set[str]
-    waiting_adapters: frozenset[str]
+    waiting_by_adapter: Mapping[str | None, int]
 
 
 class EngineMetrics(Protocol):
@@ -118,6 +121,46 @@ class StepMetrics:
 
     def aborted(self) -> None:
         self._metrics.aborted()
+
+
+class WorkRate:
+    """How fast the engine works, measured, and so how long it will take. Owner: the engine thread.
+
+    Recent steps and replies count most; what lies `_MEMORY` of them back counts a third.
+    """
+
+    _MEMORY = 100
+
+    def __init__(self) -> None:
+        self._work = self._seconds = 0.0  # of the last steps, by the weights of the fair share
+        self._replies = self._tokens = 0.0  # how many have ended, and with how many tokens
+
+    def step_done(self, batch: Batch, seconds: float) -> None:
+        """A step took so long."""
+        kept = 1 - 1 / self._MEMORY
+        read = sum(row.num_tokens for row in batch.rows if row.first < len(row.sequence.prompt))
+        chosen = sum(row.samples for row in batch.rows)
+        self._work = kept * self._work + PROMPT_WEIGHT * read + REPLY_WEIGHT * chosen
+        self._seconds = kept * self._seconds + seconds
+
+    def ended(self, sequence: Sequence) -> None:
+        """A reply is over."""
+        kept = 1 - 1 / self._MEMORY
+        self._replies = kept * self._replies + 1
+        self._tokens = kept * self._tokens + len(sequence.output)
+
+    def backlog(self, lines: Iterable[Line]) -> dict[Flow, Backlog]:
+        """What waits in these lines, by flow. Nothing takes time before the first step was measured."""
+        pace = self._seconds / self._work if self._work else 0.0
+        found: dict[Flow, Backlog] = {}
+        for line in lines:
+            replies: float = line.reply_tokens
+            if self._replies:  # most replies end before they must
+                replies = min(replies, len(line) * self._tokens / self._replies)
+            before = found.get(line.flow, Backlog(0, 0.0))
+            seconds = pace * (PROMPT_WEIGHT * line.prompt_tokens + REPLY_WEIGHT * replies)
+            found[line.flow] = Backlog(before.waiting + len(line), before.seconds + seconds)
+        return found
 
 
 class NoMetrics:

@@ -56,13 +56,17 @@ def test_a_waiting_sequence_pins_its_version_until_the_copy_is_made() -> None:
     assert bench.host.pinned == set()
 
 
-def test_a_sequence_that_joins_a_resident_version_gives_its_pin_back() -> None:
-    bench = Bench(SchedulerConfig(max_num_seqs=1))
+def test_what_lies_on_the_device_is_held_in_host_memory_for_nobody() -> None:
+    bench = Bench(SchedulerConfig(max_num_seqs=1), instant=False)
     bench.add(sequence("a", version="v", max_tokens=1), sequence("b", version="v", max_tokens=1))
     bench.step()
-    assert bench.host.pins["v"] == 1
+    assert bench.host.pins["v"] == 1, "once for all that need it"
+    bench.host.end_load("v")
     bench.step()
-    assert bench.host.pinned == set()
+    assert bench.host.pinned == set() and bench.waiting == ["b"]
+    bench.host.evict_unpinned()
+    bench.step()
+    assert bench.host.requests == ["v"] and bench.ended.keys() == {"a", "b"}
 
 
 def test_a_failed_load_ends_every_sequence_of_that_version_and_no_other() -> None:
@@ -134,7 +138,7 @@ def test_a_large_version_is_not_shut_out_by_small_ones_that_would_fit() -> None:
 
 def test_nobody_gets_a_hold_on_host_memory_before_an_older_one_that_lacks_it() -> None:
     bench = Bench(SchedulerConfig(max_prefetch=1), instant=False)
-    bench.add(sequence("a", version="v"), sequence("b", version="w"), sequence("c", version="v"))
+    bench.add(sequence("a", version="v"), sequence("b", version="w"), sequence("c", version="x"))
     bench.step()
     bench.abort({"a"})
     bench.step()

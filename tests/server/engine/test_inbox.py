@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from loramux_server.engine.inbox import EngineState, Inbox
+from loramux_server.engine.inbox import Backlog, EngineState, Inbox
 from loramux_server.errors import EngineDead, RequestError, ServerBusy, ServerDraining
 from support.fakes_engine import sequence
 
@@ -28,9 +28,9 @@ def test_a_full_inbox_refuses_until_the_engine_has_started_some() -> None:
         inbox.put(sequence("c"))
     assert error.value.retry_after >= 1 and not isinstance(error.value, ServerDraining)
     inbox.take()
-    inbox.set_waiting(1)
+    inbox.set_backlog({("",): Backlog(1, 0.0)})
     inbox.put(sequence("c"))
-    inbox.set_waiting(1)
+    inbox.set_backlog({("",): Backlog(1, 0.0)})
     assert inbox.num_waiting == 2
 
 

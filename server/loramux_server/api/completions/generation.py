@@ -118,7 +118,7 @@ class Choice:
         self.sequence = sequence
         self.completion_tokens = 0
         self.finish: FinishReason | None = None
-        self.over = False  # the engine has let go of the sequence
+        self.over = False  # the engine has let go of the sequence, or was told to
         self.queue_seconds: float | None = None
         self.first_token_seconds: float | None = None
         self.cached_tokens = 0
@@ -213,9 +213,12 @@ class Generation:
             await give_back(self._metrics, self.leases, self._outcome, self._started)
 
     async def _generate(self) -> AsyncGenerator[Piece, None]:
+        """All sequences are taken, or the request is refused before any has begun."""
         came = False
         try:
-            async with aclosing(_merged([partial(self._follow, choice) for choice in self.choices])) as pieces:
+            taken = self._engine.submit(*(choice.sequence for choice in self.choices))
+            follow = [partial(self._follow, *one) for one in zip(self.choices, taken, strict=True)]
+            async with aclosing(self._merged(follow)) as pieces:
                 async for piece in pieces:
                     came = True
                     yield piece
@@ -228,9 +231,19 @@ class Generation:
         finished = {choice.finish for choice in self.choices}
         self._outcome = "length" if FinishReason.LENGTH in finished else "stop"
 
-    async def _follow(self, choice: Choice) -> AsyncGenerator[Piece, None]:
-        """The pieces of one choice. When this ends, its sequence has left the engine or is told to leave."""
-        outputs = self._engine.generate(choice.sequence)
+    async def _merged(self, follow: Sequence[Follow]) -> AsyncGenerator[Piece, None]:
+        """Pieces of all choices. When this ends, no sequence is left in the engine, not even one nobody followed."""
+        try:
+            async with aclosing(_merged(follow)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        finally:
+            for choice in self.choices:
+                if not choice.over:
+                    self._engine.abort(choice.sequence.id)
+
+    async def _follow(self, choice: Choice, outputs: AsyncGenerator[TokenOutput, None]) -> AsyncGenerator[Piece, None]:
+        """The pieces of one choice."""
         try:
             while choice.finish is None:
                 try:
@@ -247,6 +260,7 @@ class Generation:
                 yield choice.feed(output)
         finally:
             if not choice.over:
+                choice.over = True
                 self._engine.abort(choice.sequence.id)
             await outputs.aclose()
 
