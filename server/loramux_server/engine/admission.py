@@ -170,7 +170,7 @@ class WaitingQueues:
         self._hold(self._background, lambda line: (min(entry.number for entry in line),))
         states: dict[str, LoadState] = {}
         failed: list[tuple[Waiting, str]] = []
-        for line in self.lines():
+        for line in [line for line in self.lines() if line.loads]:
             for version in [one for one, state in line.loads.items() if state is LoadState.LOADING]:
                 if version not in states:
                     states[version] = self._host.request(version)
@@ -288,16 +288,17 @@ class WaitingQueues:
 
     def _turn(self, line: Line) -> tuple[int, ...]:
         """The least comes first: the flow that got least, and the oldest of those that got the same."""
-        return (*self._share.turn(line.flow), -1 if line.next is None else line.next.number)
+        entry = line.next
+        return (*self._share.turn(line.flow), -1 if entry is None else entry.number)
 
     def _hold(self, lines: Mapping[Flow, Line], order: Callable[[Line], tuple[int, ...]]) -> None:
         """Pins what lines of one kind need in host memory. Each kind has the whole limit: so neither waits for what
         the other holds.
         """
         lacking = [line for line in lines.values() if not line.loads and self._wanted(line)]
-        if not lacking:
-            return
         held = _held(lines)
+        if not lacking or len(held) >= self._config.max_prefetch:
+            return
         for line in lines.values():
             line.tried = 0
         for line in sorted(lacking, key=order):
@@ -310,7 +311,7 @@ class WaitingQueues:
 
     def _wanted(self, line: Line) -> Mapping[str, int]:
         """Bytes of each version that must be held in host memory before one of the line can start."""
-        return {} if all(self._slots.lookup(version) is not None for version in line.needs) else line.needs
+        return {} if line.needs.keys() <= self._slots.residents else line.needs
 
     def _has_room(self, held: Mapping[str, int], wanted: Mapping[str, int]) -> bool:
         """Whether these may be held as well; whatever one sequence needs may always be held by itself."""

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from loramux_server.engine.sequence import Flow, Sequence
 from loramux_server.errors import EngineDead, RequestError, ServerBusy, ServerDraining
@@ -33,8 +34,7 @@ FLOW_SHARE = 4
 LONGEST_RETRY = 600  # seconds
 
 
-@dataclass(frozen=True, slots=True)
-class Backlog:
+class Backlog(NamedTuple):
     """What waits of one flow: how many sequences, and how long the engine would work for them alone."""
 
     waiting: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
@@ -152,14 +153,15 @@ class WorkRate:
     def backlog(self, lines: Iterable[Line]) -> dict[Flow, Backlog]:
         """What waits in these lines, by flow. Nothing takes time before the first step was measured."""
         pace = self._seconds / self._work if self._work else 0.0
+        usual = self._tokens / self._replies if self._replies else math.inf  # most replies end before they must
         found: dict[Flow, Backlog] = {}
         for line in lines:
-            replies: float = line.reply_tokens
-            if self._replies:  # most replies end before they must
-                replies = min(replies, len(line) * self._tokens / self._replies)
-            before = found.get(line.flow, Backlog(0, 0.0))
+            waiting = len(line)
+            replies = min(line.reply_tokens, waiting * usual)
             seconds = pace * (PROMPT_WEIGHT * line.prompt_tokens + REPLY_WEIGHT * replies)
-            found[line.flow] = Backlog(before.waiting + len(line), before.seconds + seconds)
+            if line.flow in found:  # some of it counts as background
+                waiting, seconds = waiting + found[line.flow].waiting, seconds + found[line.flow].seconds
+            found[line.flow] = Backlog(waiting, seconds)
         return found
 
 

@@ -10,6 +10,7 @@ from loramux_server.engine.sequence import AdapterUse, Sequence
 from loramux_server.errors import ConfigError
 from support.fakes_engine import sequence
 from support.fakes_scheduler import Bench
+from support.lines_run import lines_run
 
 
 def test_no_more_than_max_num_seqs_run() -> None:
@@ -323,3 +324,21 @@ def test_a_limit_below_one_is_refused(field: str) -> None:
 def test_a_negative_patience_is_refused(field: str) -> None:
     with pytest.raises(ConfigError, match=field):
         SchedulerConfig(**{field: -1})
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+def test_a_step_does_not_go_through_all_who_wait(blocked: bool) -> None:
+    """Neither where all seats are taken nor where the cache is full."""
+    lines = []
+    for waiting in (100, 5000):
+        bench = Bench(SchedulerConfig(max_num_seqs=100 if blocked else 2), num_blocks=8, block_size=4)
+        for number in range(waiting):
+            bench.scheduler.add(sequence(str(number), max_tokens=9))
+
+        def step(bench: Bench = bench) -> None:
+            bench.scheduler.prefetch()
+            bench.scheduler.commit(bench.scheduler.schedule())
+
+        step()
+        lines.append(lines_run(step))
+    assert lines[1] == pytest.approx(lines[0], rel=0.1)

@@ -189,7 +189,10 @@ def courses(draw: st.DrawFn, passed_over: int) -> Course:
 
 
 def apart(course: Course) -> int:
-    """How far apart any two flows come, in any stretch of time in which both have somebody waiting all along."""
+    """How far apart any two flows come, in any stretch of time in which both have somebody waiting all along.
+
+    In the weights of the fair share, as the paper counts.
+    """
     bench = Bench(
         course.config,
         rows=course.rows,
@@ -207,7 +210,7 @@ def apart(course: Course) -> int:
             if step < kind.begins:
                 continue
             waiting = sum(one.scheduled_at is None for one in here.setdefault(flow, []))
-            for number in range(waiting, 3):
+            for number in range(waiting, course.config.max_num_seqs + 1):  # no step can start them all
                 one = sequence(
                     f"{flow}/{step}/{number}",
                     prompt=chance.randint(*kind.prompts),
