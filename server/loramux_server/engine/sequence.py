@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 Flow = tuple[str, ...]  # among whom the engine shares fairly: a path, from the outside in
+BACKGROUND = "background"  # the outer level of the server's own work: together it is one among the others
 
 NOT_FINITE = "the model's output is not finite; the adapter may be broken"  # the error of a row, and of that row alone
 
@@ -157,7 +158,7 @@ class Sequence:
     background: bool = False
     cache_group: str = ""
     arrived: float = field(default_factory=time.monotonic)
-    flow: Flow = field(init=False)  # the set of its versions: equal for all that need the same on the device
+    flow: Flow = field(init=False)  # by the set of its versions: those of one flow need the same on the device
 
     # filled by the scheduler
     status: SequenceStatus = SequenceStatus.WAITING
@@ -179,7 +180,8 @@ class Sequence:
     last_token_at: float | None = None
 
     def __post_init__(self) -> None:
-        self.flow = ("+".join(sorted({use.version for use in self.adapters})),)
+        versions = "+".join(sorted({use.version for use in self.adapters}))
+        self.flow = (BACKGROUND, versions) if self.background else (versions,)
 
     @property
     def gives_way(self) -> bool:

@@ -87,6 +87,12 @@ def test_a_flow_of_which_nobody_waits_finds_a_place_as_long_as_there_is_any(
         inbox.set_backlog({(name,): Backlog(held, 1.0) for name, held in waiting.items()})
 
 
+def test_the_servers_own_work_finds_a_place_beside_a_crowd_for_the_same_base() -> None:
+    inbox = Inbox(10)
+    assert fill(inbox, None) == 8
+    inbox.put(sequence("probe", background=True))
+
+
 def test_several_prompts_of_a_request_are_taken_together_or_not_at_all() -> None:
     inbox = Inbox(20)
     inbox.put(*(sequence(str(number)) for number in range(10)))
