@@ -54,6 +54,7 @@ def main(args: argparse.Namespace) -> int:
         Checkout.of("after", args.after, args.after_command),
     ]
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    print(processor_name(), flush=True)
     with tempfile.TemporaryDirectory(prefix="loadtest-fairness-") as scratch, ExitStack() as stack:
         place = Place(args.base, Path(scratch), args.out)
         adapters = make_adapters(Path(scratch) / "adapters", read_shapes(args.base), [16, 16])
@@ -65,8 +66,7 @@ def main(args: argparse.Namespace) -> int:
                     one = measure(side, number, crowd, hot, other, args.seconds)
                     found[side.name].append(one)
                     print(f"{side.name:>6}, crowd of {crowd:>3}: {json.dumps(one)}", flush=True)
-    document = {"processor": processor_name(), **{it.name: it.revision() for it in checkouts}, "rounds": found}
-    write_json(args.out / "fairness.json", document)
+    write_json(args.out / "fairness.json", {**{it.name: it.revision() for it in checkouts}, "rounds": found})
     return 0 if all(one["first_text_seconds"] is not None for one in found["after"]) else 1
 
 

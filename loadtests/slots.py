@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> int:
         for name, directory in (("before", args.before), ("after", args.after)):
             found[name][rows] = seconds_of(directory, rows, args.seconds)
         print(f"{rows:>9,} " + " ".join(f"{shown(found, rows, case):>22}" for case in CASES), flush=True)
-    write_json(args.out / "slots.json", {"processor": processor_name(), "milliseconds": found})
+    write_json(args.out / "slots.json", {"milliseconds": found})
     return 0
 
 

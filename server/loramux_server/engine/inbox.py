@@ -210,10 +210,12 @@ class Inbox:
 
     def _seconds_to_wait(self, flow: Flow) -> int:
         """Until what waits of this flow has started, when all flows get the same; at least until somebody has."""
-        total = sum(one.seconds for one in self._backlog.values())
-        seconds = total / max(1, len(self._waiting), self._num_waiting)
-        if flow in self._backlog:
-            seconds = max(seconds, min(total, self._backlog[flow].seconds * len(self._backlog)))
+        measured = sum(one.waiting for one in self._backlog.values())
+        each = sum(one.seconds for one in self._backlog.values()) / max(1, measured)  # the inbox's own are like these
+        total = each * self._num_waiting
+        known = self._backlog.get(flow, Backlog(0, 0.0))
+        own = known.seconds + each * (self._waiting[flow] - known.waiting)
+        seconds = max(each, min(total, own * sum(waiting > 0 for waiting in self._waiting.values())))
         return min(LONGEST_RETRY, max(1, math.ceil(seconds)))
 
 

@@ -136,6 +136,15 @@ def test_who_is_refused_hears_when_to_come_back(backlog: dict[Flow, Backlog], as
     assert error.value.retry_after == seconds
 
 
+def test_those_that_the_engine_has_not_seen_yet_count_as_much_as_the_others() -> None:
+    inbox = Inbox(10)
+    inbox.set_backlog({BASE: Backlog(2, 4.0)})
+    assert fill(inbox, None) == 6
+    with pytest.raises(ServerBusy) as error:
+        inbox.put(sequence("late"))
+    assert error.value.retry_after == 16
+
+
 def test_an_id_is_used_once_at_a_time() -> None:
     inbox = Inbox(4)
     inbox.put(sequence("a"))
