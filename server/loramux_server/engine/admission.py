@@ -130,7 +130,6 @@ class WaitingQueues:
         self._clock = clock
         self._lines: dict[Flow, Line] = {}
         self._background: dict[Flow, Line] = {}
-        self._is_short = False  # a line found no room in host memory
         self._numbers = count()
         self.by_adapter: Counter[str | None] = Counter()  # how many wait, of the names they were asked for under
 
@@ -167,7 +166,7 @@ class WaitingQueues:
         Returns the sequences of which a load failed, each with the reason; they have left their lines.
         """
         self._promote()
-        self._is_short = self._hold(self._lines, self._turn)
+        self._hold(self._lines, self._turn)
         self._hold(self._background, lambda line: (min(entry.number for entry in line),))
         states: dict[str, LoadState] = {}
         failed: list[tuple[Waiting, str]] = []
@@ -203,7 +202,7 @@ class WaitingQueues:
         while turns and len(admitted.sequences) < seats and tokens > 0:
             turn, line = turns[0]
             entry = line.next
-            if entry is None or not (self._has_adapters(line) or self._has_again(line)):
+            if entry is None or not self._has_adapters(line):  # one that started took their place on the device
                 heappop(turns)
                 continue
             if (now := self._turn(line)) != turn:  # it has become later since it was put here
@@ -292,40 +291,23 @@ class WaitingQueues:
         entry = line.next
         return (*self._share.turn(line.flow), -1 if entry is None else entry.number)
 
-    def _hold(self, lines: Mapping[Flow, Line], order: Callable[[Line], tuple[int, ...]]) -> bool:
-        """Pins what lines of one kind need in host memory; True if there was no room for some. Each kind has the whole
-        limit: so neither waits for what the other holds.
+    def _hold(self, lines: Mapping[Flow, Line], order: Callable[[Line], tuple[int, ...]]) -> None:
+        """Pins what lines of one kind need in host memory. Each kind has the whole limit: so neither waits for what
+        the other holds.
         """
         lacking = [line for line in lines.values() if not line.loads and self._wanted(line)]
         held = _held(lines)
         if not lacking or len(held) >= self._config.max_prefetch:
-            return len(lacking) > 0
+            return
         for line in lines.values():
             line.tried = 0
         for line in sorted(lacking, key=order):
             if not self._has_room(held, line.needs):
-                return True
+                break
             held |= line.needs
-            self._pin(line)
-        return False
-
-    def _pin(self, line: Line) -> None:
-        for version in line.needs:
-            self._host.pin(version)  # before the request, so that what is READY stays so
-            line.loads[version] = LoadState.LOADING
-
-    def _has_again(self, line: Line) -> bool:
-        """Whether its adapters can be had from host memory at once, if somebody just took their place on the device.
-
-        Only if no line waits for a hold there: it would come before this one.
-        """
-        if self._is_short or line.loads or not self._has_room(_held(self._lines), line.needs):
-            return False
-        self._pin(line)
-        for version in line.needs:
-            if self._host.request(version) is LoadState.READY:
-                line.loads[version] = LoadState.READY
-        return self._has_adapters(line)
+            for version in line.needs:
+                self._host.pin(version)  # before the request, so that what is READY stays so
+                line.loads[version] = LoadState.LOADING
 
     def _wanted(self, line: Line) -> Mapping[str, int]:
         """Bytes of each version that must be held in host memory before one of the line can start."""

@@ -6,7 +6,9 @@ got: PROMPT_WEIGHT for each token of a prompt that had to be computed (what the 
 them when the sequence starts, and REPLY_WEIGHT for each token of a reply, as it comes. The flow of the least counter is
 next. One that becomes active, so that somebody of it waits and could be served, brings no credit from the time before:
 its counter is lifted to the least of those that are active. So of two flows that are active all the time, none gets
-more than 2 max(PROMPT_WEIGHT x longest prompt, REPLY_WEIGHT x tokens of the KV cache) beyond the other, however long.
+more than 2 max(PROMPT_WEIGHT x longest prompt, REPLY_WEIGHT x tokens of a full batch) beyond the other, however long.
+That is proven where the one whose turn it is starts before all others; what passes it while it lacks room comes on top,
+and a flow whose adapter has to be loaded first is not active.
 
 A flow is a path, from the outside in. Each level is shared fairly between those that are active on it.
 """

@@ -157,7 +157,8 @@ class Course(NamedTuple):
 
 
 @st.composite
-def courses(draw: st.DrawFn, passed_over: int) -> Course:
+def courses(draw: st.DrawFn, passed_over: int, *, all_fit: bool) -> Course:
+    """`all_fit`: the device holds the adapters of all flows at once, so that none is ever loaded anew."""
     block_size, blocks = draw(st.sampled_from([1, 2, 4])), draw(st.integers(4, 24))
     room = block_size * blocks
 
@@ -184,7 +185,7 @@ def courses(draw: st.DrawFn, passed_over: int) -> Course:
         max_passed_over=passed_over,
         max_wait_seconds=1e9,
     )
-    rows = draw(st.sampled_from([32, 40, 64, 128]))
+    rows = 32 * len(kinds) if all_fit else draw(st.sampled_from([32, 40, 64]))
     return Course(config, rows, blocks, block_size, kinds, draw(st.integers(20, 100)), draw(st.integers(0, 1 << 20)))
 
 
@@ -251,7 +252,7 @@ def proven(course: Course) -> int:
     return 2 * max(PROMPT_WEIGHT * longest, REPLY_WEIGHT * tokens)
 
 
-@given(course=courses(passed_over=0))
+@given(course=courses(passed_over=0, all_fit=True))
 @settings(max_examples=60, deadline=None)
 def test_two_flows_that_always_wait_never_come_further_apart_than_is_proven(course: Course) -> None:
     """In strict order of turns, as the paper has it: who does not fit lets nobody pass."""
@@ -260,12 +261,15 @@ def test_two_flows_that_always_wait_never_come_further_apart_than_is_proven(cour
     assert worst <= proven(course)
 
 
-@given(course=courses(passed_over=4))
+@given(course=courses(passed_over=4, all_fit=False))
 @settings(max_examples=30, deadline=None)
 def test_who_is_passed_over_adds_no_more_than_those_who_pass(course: Course) -> None:
-    """While somebody lacks blocks or a slot, so many sequences of others may start: so much more, twice."""
+    """While somebody lacks blocks or a slot, so many sequences of others may start: so much more, twice.
+
+    And while an adapter is loaded anew, a step long, others may fill the cache.
+    """
     dearest = max(PROMPT_WEIGHT * kind.prompts[1] + REPLY_WEIGHT * kind.replies[1] for kind in course.kinds)
-    passing = course.config.max_passed_over * dearest
+    bound = 2 * proven(course) + 2 * course.config.max_passed_over * dearest
     worst = apart(course)
-    target(worst / (proven(course) + 2 * passing))
-    assert worst <= proven(course) + 2 * passing
+    target(worst / bound)
+    assert worst <= bound
