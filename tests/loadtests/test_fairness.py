@@ -6,10 +6,10 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from loadtests import fairness, slots
 from loadtests.client import Target
 from loadtests.workload import Workload
 
+from loadtests import fairness, slots
 from support.fakes_loadtests import FakeCompletions
 
 ROOT = Path(__file__).parents[2]
