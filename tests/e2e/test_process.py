@@ -154,7 +154,7 @@ def test_an_upload_over_the_limit_is_cut_off(first_life: RealServer, tmp_path: P
 
 
 def test_a_full_server_sends_the_next_one_away(first_life: RealServer) -> None:
-    """Eight run and eight wait; some of sixty come back with a time to try again, and nobody gets anything else."""
+    """Eight run and seven wait for one base, a place is left to others; some of sixty are told when to try again."""
 
     def ask(index: int) -> httpx.Response:
         with first_life.client() as client:

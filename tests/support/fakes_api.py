@@ -81,7 +81,7 @@ class FakeEngine:
     """Answers every sequence with `reply` of its adapter, byte by byte, then the end token.
 
     Attributes:
-        refusal: raised instead of the first output.
+        refusal: raised instead of taking anything.
         hold_after: give out so many tokens, then nothing more until the iterator is closed.
         error_after: give out so many tokens, then fail the sequence.
         crash_after: give out so many tokens, then raise what is no error of ours.
@@ -100,9 +100,12 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.holding = asyncio.Event()
 
-    async def generate(self, sequence: EngineSequence) -> AsyncGenerator[TokenOutput, None]:
+    def submit(self, *sequences: EngineSequence) -> list[AsyncGenerator[TokenOutput, None]]:
         if self.refusal is not None:
             raise self.refusal
+        return [self._generate(sequence) for sequence in sequences]
+
+    async def _generate(self, sequence: EngineSequence) -> AsyncGenerator[TokenOutput, None]:
         self.sequences.append(sequence)
         self.running.add(sequence.id)
         try:

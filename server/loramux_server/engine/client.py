@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 
 from loramux_server.engine.engine import Engine, EngineStats
 from loramux_server.engine.sequence import FinishReason, Sequence, TokenOutput
@@ -59,24 +60,24 @@ class EngineClient:
         self._engine.start(self._deliver)
         await asyncio.to_thread(self._engine.wait_until_warm)
 
-    async def generate(self, sequence: Sequence) -> AsyncGenerator[TokenOutput, None]:
-        """The sequence's outputs; the last one, and only that, has a finish reason.
+    def submit(self, *sequences: Sequence) -> list[AsyncGenerator[TokenOutput, None]]:
+        """Hands over all of them, which run on the same adapters, or raises and hands over none.
 
-        The first `__anext__` submits it and may raise RequestError, ServerBusy, ServerDraining or EngineDead. Closing
-        or cancelling the iterator aborts the sequence.
+        Returns the outputs of each; the last one, and only that, has a finish reason. Closing or cancelling an iterator
+        that has begun aborts its sequence; one that never begins needs an `abort`.
+        Raises RequestError, ServerBusy, ServerDraining or EngineDead.
         """
-        self._engine.submit(sequence)
-        outputs = self._streams[sequence.id] = _Outputs()  # in time: deliveries reach the loop after this returns
-        ended = False
-        try:
-            while not ended:
-                output = await outputs.get()
-                ended = output.finish_reason is not None
+        self._engine.submit(*sequences)
+        streams = {sequence.id: _Outputs() for sequence in sequences}
+        self._streams |= streams  # in time: deliveries reach the loop after this returns
+        return [self._outputs(sequence_id, stream) for sequence_id, stream in streams.items()]
+
+    async def generate(self, sequence: Sequence) -> AsyncGenerator[TokenOutput, None]:
+        """`submit` for one, at the first `__anext__`."""
+        (outputs,) = self.submit(sequence)
+        async with aclosing(outputs):
+            async for output in outputs:
                 yield output
-        finally:
-            del self._streams[sequence.id]
-            if not ended:
-                self._engine.abort(sequence.id)
 
     def abort(self, sequence_id: str) -> None:
         """Ends a sequence within one step; its iterator gets a last output with reason ABORT."""
@@ -118,6 +119,18 @@ class EngineClient:
         """Counts of the last step."""
         return self._engine.stats
 
+    async def _outputs(self, sequence_id: str, stream: _Outputs) -> AsyncGenerator[TokenOutput, None]:
+        ended = False
+        try:
+            while not ended:
+                output = await stream.get()
+                ended = output.finish_reason is not None
+                yield output
+        finally:
+            if not ended:
+                self._streams.pop(sequence_id, None)
+                self._engine.abort(sequence_id)
+
     def _deliver(self, outputs: list[tuple[str, TokenOutput]]) -> None:
         """Engine thread: everything a step produced crosses to the loop in one call."""
         assert self._loop is not None
@@ -128,7 +141,8 @@ class EngineClient:
 
     def _dispatch(self, outputs: list[tuple[str, TokenOutput]]) -> None:
         for sequence_id, output in outputs:
-            stream = self._streams.get(sequence_id)
+            ends = output.finish_reason is not None
+            stream = self._streams.pop(sequence_id, None) if ends else self._streams.get(sequence_id)
             if stream is not None:  # None: its iterator was closed
                 stream.put(output)
                 self._cut += output.finish_reason in (FinishReason.ABORT, FinishReason.ERROR)

@@ -42,7 +42,7 @@ class Metrics:
         """`adapter_labels` bounds the adapters that have a label of their own; see `AdapterCounters`."""
         registry = CollectorRegistry()
         self._adapters = AdapterCounters(adapter_labels)
-        self._gauges = GaugeCollector()
+        self._gauges = GaugeCollector(self._adapters.label)
         registry.register(self._adapters)
         registry.register(self._gauges)
         self._connections = ConnectionCollector()

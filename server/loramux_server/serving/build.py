@@ -282,7 +282,7 @@ def _gauge_readings(parts: Parts, base_bytes: int, overhead: int) -> Callable[[]
             adapters_device=len(stats.resident),
             slot_rows=stats.slot_rows_total,
             device_versions=stats.resident,
-            waiting_adapters=stats.waiting_adapters,
+            waiting_by_adapter=stats.waiting_by_adapter,
             lookups={
                 ("device", "hit"): stats.slot_hits,
                 ("device", "miss"): stats.slot_misses,

@@ -116,7 +116,7 @@ async def test_metrics_can_be_scraped_while_the_store_cannot_be_read(
 @pytest.mark.anyio
 async def test_the_same_measurements_have_vllms_names_too(server: Server) -> None:
     server.metrics.read_gauges_from(
-        lambda: GaugeReadings(waiting=2, slot_rows=64, device_versions={VERSION}, waiting_adapters={"haiku"})
+        lambda: GaugeReadings(waiting=2, slot_rows=64, device_versions={VERSION}, waiting_by_adapter={"haiku": 2})
     )
     await server.post("/v1/completions", {"model": "pirate", "prompt": "x"})
     async with server.client() as client:

@@ -156,13 +156,13 @@ async def test_if_one_lease_fails_the_others_are_given_back(server: Server, fail
 @pytest.mark.anyio
 async def test_all_leases_are_held_while_the_request_runs_and_given_back_if_it_is_refused(server: Server) -> None:
     held: list[int] = []
-    plain = server.engine.generate
+    plain = server.engine.submit
 
-    def generate(sequence: Any) -> Any:
+    def submit(*sequences: Any) -> Any:
         held.append(server.store.leased)
-        return plain(sequence)
+        return plain(*sequences)
 
-    server.engine.generate = generate  # type: ignore[method-assign]
+    server.engine.submit = submit  # type: ignore[method-assign]
     await server.post(CHAT, chat(PIRATE, THE_OTHER))
     assert held == [2] and server.store.leased == 0
     reply = await server.post(CHAT, chat(PIRATE, THE_OTHER, max_tokens=10**6))

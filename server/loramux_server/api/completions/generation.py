@@ -118,7 +118,7 @@ class Choice:
         self.sequence = sequence
         self.completion_tokens = 0
         self.finish: FinishReason | None = None
-        self.over = False  # the engine has let go of the sequence
+        self.over = False  # the engine has let go of the sequence, or was told to
         self.queue_seconds: float | None = None
         self.first_token_seconds: float | None = None
         self.cached_tokens = 0
@@ -213,13 +213,20 @@ class Generation:
             await give_back(self._metrics, self.leases, self._outcome, self._started)
 
     async def _generate(self) -> AsyncGenerator[Piece, None]:
+        """All sequences are taken, or the request is refused before any has begun."""
         came = False
         try:
-            follows = [partial(self._follow, choice) for choice in self.choices]
-            async with aclosing(_merged(follows) if len(follows) > 1 else follows[0]()) as pieces:
-                async for piece in pieces:
-                    came = True
-                    yield piece
+            taken = self._engine.submit(*(choice.sequence for choice in self.choices))
+            follows = [partial(self._follow, *one) for one in zip(self.choices, taken, strict=True)]
+            try:
+                async with aclosing(_merged(follows) if len(follows) > 1 else follows[0]()) as pieces:
+                    async for piece in pieces:
+                        came = True
+                        yield piece
+            finally:  # no sequence is left in the engine, not even one that nobody followed
+                for choice in self.choices:
+                    if not choice.over:
+                        self._engine.abort(choice.sequence.id)
         except (RequestError, ServerBusy):
             self._outcome = "error" if came else "rejected"
             raise
@@ -229,9 +236,8 @@ class Generation:
         finished = {choice.finish for choice in self.choices}
         self._outcome = "length" if FinishReason.LENGTH in finished else "stop"
 
-    async def _follow(self, choice: Choice) -> AsyncGenerator[Piece, None]:
-        """The pieces of one choice. When this ends, its sequence has left the engine or is told to leave."""
-        outputs = self._engine.generate(choice.sequence)
+    async def _follow(self, choice: Choice, outputs: AsyncGenerator[TokenOutput, None]) -> AsyncGenerator[Piece, None]:
+        """The pieces of one choice."""
         try:
             while choice.finish is None:
                 try:
@@ -248,6 +254,7 @@ class Generation:
                 yield choice.feed(output)
         finally:
             if not choice.over:
+                choice.over = True
                 self._engine.abort(choice.sequence.id)
             await outputs.aclose()
 

@@ -34,10 +34,12 @@ class EngineLike(Protocol):
     Tests replace it: theirs needs no model, and stalls, fails or crashes at the token they choose.
     """
 
-    def generate(self, sequence: EngineSequence) -> AsyncGenerator[TokenOutput, None]:
-        """Outputs of one sequence; the last has a finish reason. Closing the iterator aborts the sequence.
+    def submit(self, *sequences: EngineSequence) -> Sequence[AsyncGenerator[TokenOutput, None]]:
+        """Takes all sequences of a request, or none. Outputs of each; the last has a finish reason.
 
-        Raises, when first advanced: ServerBusy, ServerDraining, EngineDead, RequestError.
+        Closing an iterator that has begun aborts its sequence; one that never begins needs an `abort`.
+
+        Raises: ServerBusy, ServerDraining, EngineDead, RequestError.
         """
         ...
 
