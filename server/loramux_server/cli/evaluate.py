@@ -19,7 +19,7 @@ from loramux_server.config.evaluate import EvalConfig
 from loramux_server.config.train import DEFAULT_OUT
 from loramux_server.errors import CommandFailed
 from loramux_server.longrun.interrupt import stoppable
-from loramux_server.longrun.pace import Pace
+from loramux_server.longrun.time_left import TimeLeft
 from loramux_server.plain_text import masked, printable
 from loramux_server.serving.startup import Stages
 
@@ -145,11 +145,11 @@ class ExampleBar(LineBar):
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
-        self._pace = Pace()
+        self._time_left = TimeLeft()
 
     def told(self, what: str, done: int, total: int) -> None:
         """What is done with how many of all examples so far."""
-        left = self._pace.left(what, done, total)
+        left = self._time_left.left(what, done, total)
         self.show(f"  {what}: {done:,} of {total:,} examples{left}", done, total)
 
 

@@ -25,7 +25,7 @@ from loramux_server.config.merge import MergeConfig
 from loramux_server.config.train import DEFAULT_OUT
 from loramux_server.longrun.growth import growth_told
 from loramux_server.longrun.interrupt import stoppable
-from loramux_server.longrun.pace import Pace
+from loramux_server.longrun.time_left import TimeLeft
 from loramux_server.serving.startup import Stages
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class StageBar:
     def __init__(self, stages: Stages, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._stages, self._stream, self._clock = stages, stream, clock
         self._bar = LineBar(stream, clock)
-        self._pace = Pace(clock)
+        self._time_left = TimeLeft(clock)
         self._what = ""
         self._began = 0.0
 
@@ -134,7 +134,7 @@ class StageBar:
         if what != self._what:
             self.end()
             self._what, self._began = what, self._clock()
-        left = self._pace.left(what, done, total)
+        left = self._time_left.left(what, done, total)
         if self._clock() - self._began >= MOMENT_SECONDS:
             self._stages.break_line()
             self._bar.show(f"  {what}: {done:,} of {total:,} {unit}{left}", done, total)

@@ -32,7 +32,7 @@ from loramux_server.config.train import TrainConfig
 from loramux_server.errors import CommandFailed
 from loramux_server.kernels.choice import choose_kernels
 from loramux_server.longrun.interrupt import interruptible
-from loramux_server.longrun.pace import duration
+from loramux_server.longrun.time_left import duration
 from loramux_server.plain_text import masked
 from loramux_server.serving.startup import Stages
 

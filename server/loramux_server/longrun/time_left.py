@@ -8,7 +8,7 @@ from collections.abc import Callable
 LEAST_SECONDS = 1.0  # of work that a guess is made from
 
 
-class Pace:
+class TimeLeft:
     """The time that is left of one piece of work after another. Used by one thread at a time."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

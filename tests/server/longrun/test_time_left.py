@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-from loramux_server.longrun.pace import Pace, duration
+from loramux_server.longrun.time_left import TimeLeft, duration
 
 
 def test_the_time_left_is_that_of_the_piece_of_work_that_is_going_on() -> None:
     now = 0.0
-    pace = Pace(lambda: now)
+    pace = TimeLeft(lambda: now)
 
     assert pace.left("a", 0, 100) == ""
     now = 0.5
