@@ -13,8 +13,14 @@ from dataclasses import replace
 
 from loramux_adapters.errors import AdapterError
 from loramux_server.api.completions.generation import AdapterLeases, Choice, Generation, give_back
-from loramux_server.api.completions.schemas import AdapterPart, ChatRequest, CompletionRequest, GenerationRequest
-from loramux_server.api.http.dependencies import Dependencies, Message
+from loramux_server.api.completions.schemas import (
+    AdapterPart,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    TemplateOptions,
+)
+from loramux_server.api.http.dependencies import Dependencies
 from loramux_server.api.http.model_names import RequestedAdapter, resolve_model
 from loramux_server.api.http.worker_threads import run_in_thread
 from loramux_server.base.detokenizer import Detokenizer
@@ -72,11 +78,10 @@ class Preparation:
 
     async def chat(self, body: ChatRequest, leases: AdapterLeases) -> Generation:
         """Owns the leases from now on: if it raises (RequestError), they are released."""
-        messages = [{"role": message.role, "content": message.content} for message in body.messages]
         return await self._prepare(
             body,
             leases,
-            prompts=lambda: [self._encoded_chat(messages)],
+            prompts=lambda: [self.encoded_chat(body)],
             param="messages",
             max_tokens=lambda prompt: body.longest_reply or self._deps.base.context - len(prompt),
             continues=False,
@@ -87,7 +92,7 @@ class Preparation:
         return await self._prepare(
             body,
             leases,
-            prompts=lambda: [self._encoded(prompt) for prompt in body.prompt],
+            prompts=lambda: [self.encoded(prompt) for prompt in body.prompt],
             param="prompt",
             max_tokens=lambda prompt: body.max_tokens or COMPLETION_MAX_TOKENS,
             continues=True,
@@ -151,11 +156,17 @@ class Preparation:
             tokenizer.decode, stop=body.stop, skip=tokenizer.special_ids, context=context[-_CONTEXT_TOKENS:]
         )
 
-    def _encoded_chat(self, messages: list[Message]) -> list[int]:
-        self._check_characters(sum(len(message["content"]) for message in messages), "messages")
-        return self._deps.tokenizer.encode_chat(messages)
+    def encoded_chat(self, body: TemplateOptions) -> list[int]:
+        """Messages as tokens. Raises RequestError; in a worker thread, since it may take long."""
+        self._check_characters(sum(len(message.content) for message in body.messages), "messages")
+        return self._deps.tokenizer.encode_chat(
+            [message.for_template for message in body.messages],
+            template_kwargs=body.template_variables,
+            add_generation_prompt=body.opens_turn,
+        )
 
-    def _encoded(self, prompt: str | list[int]) -> list[int]:
+    def encoded(self, prompt: str | list[int]) -> list[int]:
+        """A prompt as tokens. Raises RequestError; in a worker thread, since it may take long."""
         if isinstance(prompt, str):
             self._check_characters(len(prompt), "prompt")
             return self._deps.tokenizer.encode(prompt)

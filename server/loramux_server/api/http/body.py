@@ -7,10 +7,10 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from pydantic_core import from_json
 from starlette.requests import Request
 
 from loramux_server.api.http.errors import BodyStalled, BodyTooLarge
+from loramux_server.api.http.json_object import json_object, parsed_off_loop
 from loramux_server.errors import RequestError
 
 BLOCK = 64 * 2**10
@@ -31,13 +31,7 @@ async def read_json(request: Request, *, limit: int, stall_seconds: float) -> by
 async def read_object(request: Request, *, limit: int, stall_seconds: float) -> dict[str, Any]:
     """A JSON object; an empty body counts as an empty one. Raises what `read_json` raises."""
     body = await read_json(request, limit=limit, stall_seconds=stall_seconds)
-    try:
-        value = from_json(body, allow_inf_nan=False) if body else {}
-    except ValueError as error:
-        raise RequestError("the body is not valid JSON", code="invalid_json") from error
-    if not isinstance(value, dict):
-        raise RequestError("the body must be a JSON object", code="invalid_json")
-    return value
+    return await parsed_off_loop(json_object, body) if body else {}
 
 
 async def blocks(
