@@ -16,6 +16,7 @@ from loramux_server.api.adapters.upload import receive_upload
 from loramux_server.api.http.auth import Access, access
 from loramux_server.api.http.body import read_object
 from loramux_server.api.http.dependencies import Dependencies
+from loramux_server.api.http.json_reply import listed
 from loramux_server.api.http.model_names import check_adapter_name
 from loramux_server.api.http.streaming import Stream, until_gone
 from loramux_server.api.http.worker_threads import enter_in_thread, run_in_thread, run_in_thread_or_undo
@@ -36,8 +37,7 @@ class AdapterRoutes:
         self._places = asyncio.Semaphore(deps.limits.uploads)
 
     async def list(self, request: Request) -> Response:
-        records = await run_in_thread(self._deps.store.records)
-        return JSONResponse({"object": "list", "data": [self._record_json(record) for record in records]})
+        return await listed(lambda: map(self._record_json, self._deps.store.records()))
 
     async def show(self, request: Request) -> Response:
         return await self._shown(self._name_of(request))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from loramux_adapters.errors import AdapterError
@@ -92,7 +92,7 @@ class Preparation:
         return await self._prepare(
             body,
             leases,
-            prompts=lambda: [self.encoded(prompt) for prompt in body.prompt],
+            prompts=lambda: map(self.encoded, body.prompt),
             param="prompt",
             max_tokens=lambda prompt: body.max_tokens or COMPLETION_MAX_TOKENS,
             continues=True,
@@ -103,7 +103,7 @@ class Preparation:
         body: GenerationRequest,
         leases: AdapterLeases,
         *,
-        prompts: Callable[[], list[list[int]]],
+        prompts: Callable[[], Iterable[list[int]]],
         param: str,
         max_tokens: Callable[[list[int]], int],
         continues: bool,
@@ -112,12 +112,11 @@ class Preparation:
         started = time.monotonic()
         outcome = "abort"
         try:
-            encoded = await run_in_thread(prompts)
+            # Each is checked before the next is encoded: the first that is too long ends it.
+            encoded = await run_in_thread(lambda: [self._limited(prompt, max_tokens, param) for prompt in prompts()])
             identity = uuid.uuid4().hex
             choices = []
-            for index, prompt in enumerate(encoded):
-                limit = max_tokens(prompt)
-                self._check_length(prompt, limit, param)
+            for index, (prompt, limit) in enumerate(encoded):
                 sequence = self._sequence(f"{identity}-{index}", prompt, limit, body, leases)
                 choices.append(Choice(index, sequence, self._detokenizer(body, prompt if continues else ())))
         except BaseException as error:
@@ -188,8 +187,9 @@ class Preparation:
                 code=CONTEXT_EXCEEDED,
             )
 
-    def _check_length(self, prompt: list[int], max_tokens: int, param: str) -> None:
-        context = self._deps.base.context
+    def _limited(self, prompt: list[int], max_tokens: Callable[[list[int]], int], param: str) -> tuple[list[int], int]:
+        """A prompt that fits, and the most tokens of its reply."""
+        context, limit = self._deps.base.context, max_tokens(prompt)
         if not prompt:
             raise RequestError(f"'{param}': no tokens are left of it", param=param, code="invalid_value")
         if len(prompt) >= context:
@@ -199,10 +199,11 @@ class Preparation:
                 param=param,
                 code=CONTEXT_EXCEEDED,
             )
-        if len(prompt) + max_tokens > context:
+        if len(prompt) + limit > context:
             raise RequestError(
-                f"the context holds {context} tokens; the prompt has {len(prompt)} and max_tokens is {max_tokens}: "
+                f"the context holds {context} tokens; the prompt has {len(prompt)} and max_tokens is {limit}: "
                 "shorten one of them",
                 param="max_tokens",
                 code=CONTEXT_EXCEEDED,
             )
+        return prompt, limit

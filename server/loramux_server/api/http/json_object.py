@@ -15,8 +15,8 @@ from loramux_server.api.http.worker_threads import run_in_thread
 from loramux_server.errors import RequestError
 
 MAX_CONTAINERS = 2**14  # lists and objects: 2,048 messages of several parts each
-MAX_STRINGS = 2**16  # names of fields among them
-MAX_VALUES = 2**18  # token ids, nearly always
+MAX_STRINGS = 2**15  # names of fields among them
+MAX_VALUES = 2**17  # token ids, nearly always
 MAX_FIELDS = 256  # of the outermost object
 MAX_DIGITS = 511  # in a row; reading a number of thousands takes the square of their count
 SMALL = 16 * 2**10  # bytes of a body that is parsed on the event loop: a thread would take longer
