@@ -9,11 +9,14 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from loramux_adapters.errors import AdapterError
 from loramux_server.api.adapters.routes import AdapterRoutes
 from loramux_server.api.adapters.vllm_routes import VllmRoutes
 from loramux_server.api.completions.routes import CompletionRoutes
+from loramux_server.api.completions.tokens import TokenRoutes
+from loramux_server.api.description.pages import PageRoutes
 from loramux_server.api.http.auth import Authorizer
 from loramux_server.api.http.dependencies import Dependencies
 from loramux_server.api.http.errors import answer_to, http_answer
@@ -37,11 +40,17 @@ def create_app(deps: Dependencies) -> FastAPI:
         redirect_slashes=False,  # a redirect is built from the Host header, which the caller writes
         dependencies=[Depends(Authorizer(deps.keys).authorize)],
     )
-    completions, adapters = CompletionRoutes(deps), AdapterRoutes(deps)
-    models, operations = ModelRoutes(deps), OperationsRoutes(deps)
+    completions, tokens, adapters = CompletionRoutes(deps), TokenRoutes(deps), AdapterRoutes(deps)
+    models, operations, pages = (
+        ModelRoutes(deps),
+        OperationsRoutes(deps),
+        PageRoutes(deps),
+    )
     routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
         ("POST", "/v1/chat/completions", completions.chat),
         ("POST", "/v1/completions", completions.completion),
+        ("POST", "/tokenize", tokens.tokenize),
+        ("POST", "/detokenize", tokens.detokenize),
         ("GET", "/v1/models", models.list),
         ("GET", "/v1/models/{model:path}", models.show),
         ("GET", "/v1/adapters", adapters.list),
@@ -56,6 +65,10 @@ def create_app(deps: Dependencies) -> FastAPI:
         ("GET", "/ready", operations.ready),
         ("GET", "/metrics", operations.metrics),
         ("GET", "/metrics/vllm", operations.metrics_vllm),
+        ("GET", "/version", pages.version),
+        ("GET", "/", pages.home),
+        ("GET", "/docs", pages.docs),
+        ("GET", "/openapi.json", pages.openapi),
     ]
     if deps.lora_path_root is not None:
         vllm = VllmRoutes(deps, deps.lora_path_root, adapters)
@@ -81,7 +94,16 @@ async def _on_error(request: Request, error: Exception) -> Response:
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return http_answer(error.status_code, dict(error.headers or {})).response()
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["allow"] = ", ".join(_methods_at(request))
+    return http_answer(error.status_code, headers).response()
+
+
+def _methods_at(request: Request) -> list[str]:
+    """All that the path takes; the router names those of one route."""
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in routes for method in route.methods})
 
 
 async def _on_bad_parameter(request: Request, error: Exception) -> Response:

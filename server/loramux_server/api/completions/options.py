@@ -18,6 +18,14 @@ _COMPLETIONS = ("completions",)
 
 
 @dataclass(frozen=True, slots=True)
+class Label:
+    """A kind of value that changes no reply: how it is told to programs, and whether a value is one."""
+
+    schema: Mapping[str, object]
+    takes: Callable[[object], bool]
+
+
+@dataclass(frozen=True, slots=True)
 class Option:
     """One option of one or both routes. Null is always taken, and asks for nothing.
 
@@ -25,7 +33,7 @@ class Option:
         about: what it does where it is served; else why it has no effect, or is not there.
         served: it works; its bounds are those of the field in `schemas`.
         neutral: values that ask for nothing; any other is refused.
-        label: whether a value is one that changes no reply; any other is refused.
+        label: the kind of value that changes no reply; any other is refused.
     """
 
     name: str
@@ -33,11 +41,11 @@ class Option:
     routes: tuple[str, ...] = _BOTH
     served: bool = False
     neutral: tuple[object, ...] = ()
-    label: Callable[[object], bool] | None = None
+    label: Label | None = None
 
     def takes(self, value: object) -> bool:
         """Whether an option that is not served may have this value."""
-        if value is None or (self.label is not None and self.label(value)):
+        if value is None or (self.label is not None and self.label.takes(value)):
             return True
         return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in self.neutral)
 
@@ -50,6 +58,13 @@ class Option:
             return "only " + " or ".join(f"`{json.dumps(value)}`" for value in self.neutral)
         return "no effect" if self.label is not None else "refused"
 
+    @property
+    def schema(self) -> dict[str, object]:
+        """What it may be, as JSON schema."""
+        values = self.label.schema if self.label is not None else {"enum": [*self.neutral]}
+        kinds = [{"type": "null"}] if self.treatment == "refused" else [values, {"type": "null"}]
+        return {"anyOf": kinds, "description": f"{self.treatment}: {self.about}"}
+
     def refusal(self, place: str = "") -> str:
         """Why a value was not taken. `place` goes before the name, as in `messages.0.`."""
         if self.label is not None:
@@ -58,21 +73,22 @@ class Option:
         return f"'{place}{self.name}' is not supported{allowed}: {self.about}"
 
 
-def _text(value: object) -> bool:
+def _is_text(value: object) -> bool:
     return isinstance(value, str) and len(value) <= MAX_LABEL
 
 
-def _texts(value: object) -> bool:
-    return isinstance(value, dict) and len(value) <= MAX_LABELS and all(map(_text, value.values()))
-
-
-def _flag(value: object) -> bool:
-    return isinstance(value, bool)
-
-
-def _hints(value: object) -> bool:
-    return isinstance(value, dict) and len(value) <= MAX_LABELS
-
+_TEXT = Label({"type": "string", "maxLength": MAX_LABEL}, _is_text)
+_TEXTS = Label(
+    {"type": "object", "maxProperties": MAX_LABELS, "additionalProperties": _TEXT.schema},
+    lambda value: isinstance(value, dict) and len(value) <= MAX_LABELS and all(map(_is_text, value.values())),
+)
+_HINTS = Label(
+    {"type": "object", "maxProperties": MAX_LABELS},
+    lambda value: isinstance(value, dict) and len(value) <= MAX_LABELS,
+)
+_FLAG = Label({"type": "boolean"}, lambda value: isinstance(value, bool))
+_ANY_TEXT = Label({"type": "string"}, lambda value: isinstance(value, str))
+_ANY_LIST = Label({"type": "array"}, lambda value: isinstance(value, list))
 
 _NO_TOOLS = "tools are not served"
 _NO_SHAPE = "replies cannot be held to a shape"
@@ -109,20 +125,20 @@ OPTIONS: tuple[Option, ...] = (
         "reasoning_effort", "a variable of the chat template; most templates have no use for it", _CHAT, served=True
     ),
     # the caller's own labels, and hints that change no reply
-    Option("user", "the caller's label", label=_text),
-    Option("metadata", "the caller's labels", label=_texts),
-    Option("store", "nothing is stored", _CHAT, label=_flag),
-    Option("service_tier", "there is one", _CHAT, label=_text),
-    Option("safety_identifier", "the caller's label", _CHAT, label=_text),
-    Option("prompt_cache_key", "prompts are found again without it", _CHAT, label=_text),
-    Option("prompt_cache_retention", "prompts stay while there is room", _CHAT, label=_text),
-    Option("prompt_cache_options", "prompts stay while there is room", _CHAT, label=_hints),
-    Option("request_id", "send `x-request-id` for an id that replies and logs carry", label=_text),
-    Option("session_id", "the caller's label", label=_text),
-    Option("include_reasoning", _NO_REASONING, _CHAT, label=_flag),
-    Option("parallel_tool_calls", _NO_TOOLS, _CHAT, label=_flag),
+    Option("user", "the caller's label", label=_TEXT),
+    Option("metadata", "the caller's labels", label=_TEXTS),
+    Option("store", "nothing is stored", _CHAT, label=_FLAG),
+    Option("service_tier", "there is one", _CHAT, label=_TEXT),
+    Option("safety_identifier", "the caller's label", _CHAT, label=_TEXT),
+    Option("prompt_cache_key", "prompts are found again without it", _CHAT, label=_TEXT),
+    Option("prompt_cache_retention", "prompts stay while there is room", _CHAT, label=_TEXT),
+    Option("prompt_cache_options", "prompts stay while there is room", _CHAT, label=_HINTS),
+    Option("request_id", "send `x-request-id` for an id that replies and logs carry", label=_TEXT),
+    Option("session_id", "the caller's label", label=_TEXT),
+    Option("include_reasoning", _NO_REASONING, _CHAT, label=_FLAG),
+    Option("parallel_tool_calls", _NO_TOOLS, _CHAT, label=_FLAG),
     Option("truncation_side", _NOT_CUT, neutral=("left", "right")),
-    Option("return_mm_kwargs", _TEXT_ONLY, label=_flag),
+    Option("return_mm_kwargs", _TEXT_ONLY, label=_FLAG),
     # how many replies
     Option("n", _ONE, neutral=(1,)),
     Option("best_of", _ONE, neutral=(1,)),
@@ -201,19 +217,20 @@ STREAM_OPTIONS: tuple[Option, ...] = (
     Option("continuous_usage_stats", "usage is told once, at the end", neutral=(False,)),
 )
 MESSAGE_OPTIONS: tuple[Option, ...] = (
-    Option("name", "the caller's label; templates know roles alone", label=_text),
+    Option("refusal", "an assistant's earlier reply, where its content is null", label=_ANY_TEXT),
+    Option("name", "the caller's label; templates know roles alone", label=_TEXT),
     Option("audio", _TEXT_ONLY),
-    Option("annotations", "of an earlier reply", label=lambda value: isinstance(value, list)),
+    Option("annotations", "of an earlier reply", label=_ANY_LIST),
     Option("tool_calls", _NO_TOOLS, neutral=([],)),
-    Option("tool_call_id", "a tool's answer follows its call", label=_text),
+    Option("tool_call_id", "a tool's answer follows its call", label=_TEXT),
     Option("function_call", _NO_TOOLS),
-    Option("reasoning", "of an earlier reply", label=lambda value: isinstance(value, str)),
-    Option("reasoning_content", "of an earlier reply", label=lambda value: isinstance(value, str)),
-    Option("cache_control", "prompts are found again without it", label=_hints),
+    Option("reasoning", "of an earlier reply", label=_ANY_TEXT),
+    Option("reasoning_content", "of an earlier reply", label=_ANY_TEXT),
+    Option("cache_control", "prompts are found again without it", label=_HINTS),
 )
 PART_OPTIONS: tuple[Option, ...] = (
-    Option("cache_control", "prompts are found again without it", label=_hints),
-    Option("prompt_cache_breakpoint", "prompts are found again without it", label=_hints),
+    Option("cache_control", "prompts are found again without it", label=_HINTS),
+    Option("prompt_cache_breakpoint", "prompts are found again without it", label=_HINTS),
 )
 
 

@@ -169,12 +169,14 @@ class Preparation:
         if isinstance(prompt, str):
             self._check_characters(len(prompt), "prompt")
             return self._deps.tokenizer.encode(prompt)
-        vocab_size = self._deps.tokenizer.vocab_size
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            raise RequestError(
-                f"'prompt': token ids must be 0 to {vocab_size - 1}", param="prompt", code="invalid_value"
-            )
+        self.check_token_ids(prompt, "prompt")
         return prompt
+
+    def check_token_ids(self, tokens: Sequence[int], param: str) -> None:
+        """Raises RequestError for an id that is no token."""
+        vocab_size = self._deps.tokenizer.vocab_size
+        if tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
+            raise RequestError(f"'{param}': token ids must be 0 to {vocab_size - 1}", param=param, code="invalid_value")
 
     def _check_characters(self, count: int, param: str) -> None:
         """Refuses a text that cannot fit, before the tokenizer spends seconds on it."""

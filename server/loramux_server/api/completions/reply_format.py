@@ -182,7 +182,7 @@ class ChatFormat(ReplyFormat):
 
     def _token(self, token_id: int, logprob: float) -> Json:
         raw = self._tokenizer.token_bytes(token_id)
-        return {"token": _token_text(raw), "logprob": _finite(logprob), "bytes": list(raw)}
+        return {"token": token_text(raw), "logprob": _finite(logprob), "bytes": list(raw)}
 
 
 class CompletionFormat(ReplyFormat):
@@ -216,7 +216,7 @@ class CompletionFormat(ReplyFormat):
         }
 
     def _text_of(self, token_id: int) -> str:
-        return _token_text(self._tokenizer.token_bytes(token_id))
+        return token_text(self._tokenizer.token_bytes(token_id))
 
 
 def time_headers(generation: Generation) -> dict[str, str]:
@@ -225,7 +225,7 @@ def time_headers(generation: Generation) -> dict[str, str]:
     return {name: str(_milliseconds(seconds)) for name, seconds in times.items() if seconds is not None}
 
 
-def _token_text(raw: bytes) -> str:
+def token_text(raw: bytes) -> str:
     """A token's text; part of a character is written the way OpenAI does."""
     try:
         return raw.decode("utf-8")

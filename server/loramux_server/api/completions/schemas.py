@@ -45,9 +45,12 @@ RESERVED_VARIABLES = frozenset(
 
 _CHAT = unserved("chat")
 _COMPLETION = unserved("completions")
-_STREAM = by_name(STREAM_OPTIONS)
-_MESSAGE = by_name(MESSAGE_OPTIONS)
-_PART = by_name(PART_OPTIONS)
+_TOKENIZE = "add_special_tokens continue_final_message chat_template tools media_io_kwargs mm_processor_kwargs".split()
+TOKENIZE_CHAT = {name: _CHAT[name] for name in _TOKENIZE}
+TOKENIZE_PROMPT = {"add_special_tokens": _COMPLETION["add_special_tokens"]}
+STREAM = by_name(STREAM_OPTIONS)
+MESSAGE = by_name(MESSAGE_OPTIONS)
+PART = by_name(PART_OPTIONS)
 
 Prompt = list[str] | list[list[int]]
 
@@ -100,7 +103,7 @@ def _parse_part(part: object) -> str:
     if not isinstance(part.get(kind), str):
         raise ValueError(f"a {kind} part must be {{'type': '{kind}', '{kind}': a string}}")
     for name, value in part.items():
-        if name not in ("type", kind) and (name not in _PART or not _PART[name].takes(value)):
+        if name not in ("type", kind) and (name not in PART or not PART[name].takes(value)):
             raise ValueError(f"a {kind} part cannot have {ascii(name[:64])}")
     text: str = part[kind]
     return text
@@ -124,25 +127,51 @@ def _is_int(value: object) -> bool:
     return type(value) is int
 
 
-class _Body(BaseModel):
+class RequestPart(BaseModel):
+    """An object of a request: strict, and with no field that is not declared."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True, hide_input_in_errors=True)
 
 
-class TextPart(_Body):
+class TextPart(RequestPart):
     """One part of a message's content."""
 
     type: Literal["text"]
     text: str
 
 
-Content = Annotated[str, BeforeValidator(_parse_content, json_schema_input_type=str | list[TextPart])]
-Limit = Annotated[
-    Annotated[int, Field(ge=1, le=INT32_MAX)] | None,
-    BeforeValidator(_parse_limit, json_schema_input_type=Annotated[int, Field(ge=-1, le=INT32_MAX)] | None),
+ModelName = Annotated[str, Field(min_length=1, max_length=MAX_MODEL_LENGTH)]
+# What `json_schema_input_type` says is for the API's description; the function before it decides.
+Content = Annotated[
+    str,
+    BeforeValidator(
+        _parse_content,
+        json_schema_input_type=str | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS)] | None,
+    ),
+]
+_Count = Annotated[int, Field(ge=1, le=INT32_MAX)]
+Limit = Annotated[_Count | None, BeforeValidator(_parse_limit, json_schema_input_type=Literal[-1] | _Count | None)]
+_StopString = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
+Stop = Annotated[
+    tuple[str, ...],
+    BeforeValidator(
+        _parse_stop,
+        json_schema_input_type=_StopString | Annotated[list[_StopString], Field(max_length=MAX_STOPS)] | None,
+    ),
+]
+_Text = Annotated[str, Field(min_length=1)]
+_Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+_Many = Field(min_length=1, max_length=MAX_PROMPTS)
+AnyPrompt = Annotated[
+    Prompt,
+    PlainValidator(
+        _parse_prompt,
+        json_schema_input_type=_Text | Annotated[list[_Text], _Many] | _Ids | Annotated[list[_Ids], _Many],
+    ),
 ]
 
 
-class ChatMessage(_Body):
+class ChatMessage(RequestPart):
     """One turn. An assistant's earlier reply may have null for its content."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -154,20 +183,20 @@ class ChatMessage(_Body):
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
-class StreamOptions(_Body):
+class StreamOptions(RequestPart):
     """How a stream is sent."""
 
     include_usage: bool | None = None
 
 
-class AdapterPart(_Body):
+class AdapterPart(RequestPart):
     """One adapter of a sum: its delta counts `scale` times."""
 
-    name: Annotated[str, Field(min_length=1, max_length=MAX_MODEL_LENGTH)]
+    name: ModelName
     scale: Annotated[float, Field(ge=-MAX_SCALE, le=MAX_SCALE)] = 1.0
 
 
-class TemplateOptions(_Body):
+class TemplateOptions(RequestPart):
     """What a caller may say about how messages become a prompt."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -188,10 +217,10 @@ class TemplateOptions(_Body):
         return told | (self.chat_template_kwargs or {})
 
 
-class GenerationRequest(_Body):
+class GenerationRequest(RequestPart):
     """What chat and completions have in common. Null stands for the default everywhere."""
 
-    model: Annotated[str, Field(min_length=1, max_length=MAX_MODEL_LENGTH)]
+    model: ModelName
     adapters: Annotated[list[AdapterPart], Field(min_length=1, max_length=MAX_ADAPTERS)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -199,7 +228,7 @@ class GenerationRequest(_Body):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=INT64_MIN, le=INT64_MAX)] | None = None
     max_tokens: Limit = None
-    stop: Annotated[tuple[str, ...], BeforeValidator(_parse_stop, json_schema_input_type=str | list[str] | None)] = ()
+    stop: Stop = ()
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
@@ -244,9 +273,7 @@ class ChatRequest(GenerationRequest, TemplateOptions):
 class CompletionRequest(GenerationRequest):
     """A text to be continued, or several."""
 
-    prompt: Annotated[
-        Prompt, PlainValidator(_parse_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
-    ]
+    prompt: AnyPrompt
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
     @property
@@ -254,29 +281,64 @@ class CompletionRequest(GenerationRequest):
         return self.logprobs
 
 
+class TokenizeChatRequest(TemplateOptions):
+    """A conversation whose tokens are asked for. No model is the base."""
+
+    model: ModelName | None = None
+    return_token_strs: bool | None = None
+
+
+class TokenizePromptRequest(RequestPart):
+    """A text whose tokens are asked for. No model is the base."""
+
+    prompt: str
+    model: ModelName | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(RequestPart):
+    """Tokens whose text is asked for. No model is the base."""
+
+    tokens: list[int]
+    model: ModelName | None = None
+
+
 def parse_chat(raw: bytes) -> ChatRequest:
     """Raises RequestError."""
-    return parse_body(ChatRequest, _CHAT, raw).check()
+    return _parsed(ChatRequest, _CHAT, json_object(raw)).check()
 
 
 def parse_completion(raw: bytes) -> CompletionRequest:
     """Raises RequestError."""
-    return parse_body(CompletionRequest, _COMPLETION, raw).check()
+    return _parsed(CompletionRequest, _COMPLETION, json_object(raw)).check()
 
 
-def parse_body(kind: type[Model], options: Mapping[str, Option], raw: bytes) -> Model:
+def parse_tokenize(raw: bytes) -> TokenizeChatRequest | TokenizePromptRequest:
+    """With messages a conversation, else a text. Raises RequestError."""
+    fields = json_object(raw)
+    if "messages" in fields:
+        return _parsed(TokenizeChatRequest, TOKENIZE_CHAT, fields)
+    return _parsed(TokenizePromptRequest, TOKENIZE_PROMPT, fields)
+
+
+def parse_detokenize(raw: bytes) -> DetokenizeRequest:
+    """Raises RequestError."""
+    return _parsed(DetokenizeRequest, {}, json_object(raw))
+
+
+def _parsed(kind: type[Model], options: Mapping[str, Option], fields: Mapping[str, Any]) -> Model:
     """The fields of a body that are served; the others must be options that are taken. Raises RequestError."""
     problems = Problems()
-    fields = problems.known(json_object(raw), frozenset(kind.model_fields), options)
+    fields = problems.known(fields, frozenset(kind.model_fields), options)
     if isinstance(streaming := fields.get("stream_options"), dict):
         names = frozenset(StreamOptions.model_fields)
-        fields["stream_options"] = problems.known(streaming, names, _STREAM, "stream_options.")
+        fields["stream_options"] = problems.known(streaming, names, STREAM, "stream_options.")
     if isinstance(adapters := fields.get("adapters"), list):
         names = frozenset(AdapterPart.model_fields)
         fields["adapters"] = _objects(adapters, MAX_ADAPTERS, "adapters", names, {}, problems)
     if isinstance(messages := fields.get("messages"), list):
         names = frozenset((*ChatMessage.model_fields, "refusal"))
-        turns = _objects(messages, MAX_MESSAGES, "messages", names, _MESSAGE, problems)
+        turns = _objects(messages, MAX_MESSAGES, "messages", names, MESSAGE, problems)
         fields["messages"] = [_without_refusal(turn) if isinstance(turn, dict) else turn for turn in turns]
     return problems.validated(kind, fields)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from loramux_server.api.http.json_reply import json_in_pieces
 from support.fakes_api import Server, make_server, record_of
 
 VALUE: dict[str, Any] = {"a": [], "b": {}, "c": [1, [2, {"d": None}], 'é"'], "e": {"f": [{"g": 1.5}, True]}, 'h"': ()}
+
+MESSAGES = [{"role": "user", "content": "x"}]
 
 
 @pytest.fixture
@@ -44,7 +47,7 @@ async def test_a_long_list_is_made_off_the_event_loop_item_by_item(
         longest = max(longest, len(text))
         return text
 
-    monkeypatch.setattr(json_reply.json, "dumps", dumps)
+    monkeypatch.setattr(json_reply, "json", SimpleNamespace(dumps=dumps))
     async with server.client() as client:
         reply = await client.get(path)
     assert len(reply.json()["data"]) in (301, 302)
