@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from loramux_adapters.artifact.strict_json import quoted
 from loramux_server.api.completions.options import Option
 from loramux_server.errors import RequestError
 
@@ -48,8 +49,8 @@ class Problems:
             if name in names:
                 rest[name] = value
             elif (option := options.get(name)) is None:
-                shown = (place + name)[:MAX_SHOWN]
-                self._add(f"unknown parameter {ascii(shown)}", shown, "unknown_parameter")
+                param = (place + name)[:MAX_SHOWN]
+                self._add(f"unknown parameter {quoted(param)}", param, "unknown_parameter")
             elif not option.takes(value):
                 self._add(option.refusal(place), place + name, "unsupported")
         return rest
@@ -78,7 +79,7 @@ class Problems:
 def _problem(error: Mapping[str, Any]) -> Problem:
     """One error of pydantic's in OpenAI's terms."""
     param = ".".join(str(part) for part in error["loc"])[:MAX_SHOWN]
-    shown = ascii(param)
+    shown = quoted(param)
     if error["type"] == "missing":
         return Problem(f"missing parameter {shown}", param, "missing_required_parameter")
     if error["type"] == "model_type":

@@ -255,6 +255,9 @@ def test_all_that_is_wrong_is_told_at_once_up_to_a_number() -> None:
     with pytest.raises(RequestError, match="; and 80 more$") as caught:
         chat(**{f"x{i}": 1 for i in range(100)})
     assert str(caught.value).count("unknown parameter") == 20
+    with pytest.raises(RequestError) as caught:
+        chat(**{"\U0001f600" * 1000 + str(i): 1 for i in range(100)})
+    assert len(str(caught.value)) < 4000
     with pytest.raises(RequestError, match="'messages.0' has 1002 fields; at most 64 are taken"):
         chat(messages=[{"role": "user", "content": "a"} | {f"x{i}": 1 for i in range(1000)}])
 
