@@ -9,6 +9,9 @@ AdapterError
 ├── RollbackImpossible        there is no version to go back to, or it cannot be served
 ├── PinRefused                what is pinned already leaves no room for it in host memory
 ├── AdapterCorrupt            a stored version no longer matches its digest, or cannot be read
+├── TemplateFailed            a chat template is wrong, refuses the messages, or would not end; names its line
+│   └── TemplateRefuses       on purpose: by its own raise_exception
+├── TokenizerMissing          the base has no fast tokenizer
 ├── TrainingError             a training or evaluation cannot be done as asked
 │   ├── RecipeError           the recipe contradicts itself, the base or the machine
 │   ├── DataError             the examples cannot be used; names file and line (training/: LineError, OverlapError)
@@ -80,6 +83,23 @@ class AdapterCorrupt(AdapterError):
 
 class StoreUnavailable(AdapterError):
     """The store cannot be read or written now; what it already holds is untouched."""
+
+
+class TemplateFailed(AdapterError):
+    """A chat template cannot be used, or not for these messages. `line` of it is to blame; None if that is unknown."""
+
+    def __init__(self, reason: str, line: int | None = None) -> None:
+        self.reason = reason
+        self.line = line
+        super().__init__(reason if line is None else f"{reason} (line {line} of the template)")
+
+
+class TemplateRefuses(TemplateFailed):
+    """The template itself says that it does not take such messages."""
+
+
+class TokenizerMissing(AdapterError):
+    """The base has no fast tokenizer (tokenizer.json)."""
 
 
 class TrainingError(AdapterError):

@@ -35,7 +35,13 @@ VERSION = hashlib.sha256(b"pirate").hexdigest()
 
 
 class FakeTokenizer:
-    """One token per byte, a beginning token 256 and an end token 257. `encoded` are the texts it was given."""
+    """One token per byte, a beginning token 256 and an end token 257.
+
+    Attributes:
+        encoded: the texts it was given.
+        special: whether special tokens were allowed in the last of them.
+        templates: the chat template of each conversation, None for the base's.
+    """
 
     vocab_size = 258
     special_ids = frozenset({256, 257})
@@ -44,9 +50,12 @@ class FakeTokenizer:
 
     def __init__(self) -> None:
         self.encoded: list[str] = []
+        self.special = True
+        self.templates: list[str | None] = []
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         self.encoded.append(text)
+        self.special = special
         return list(text.encode())
 
     def encode_chat(
@@ -57,6 +66,7 @@ class FakeTokenizer:
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
     ) -> list[int]:
+        self.templates.append(chat_template)
         return self.encode("".join(f"{m['role']}:{m['content']}\n" for m in messages) + "assistant:")
 
     def decode(self, token_ids: Sequence[int]) -> str:

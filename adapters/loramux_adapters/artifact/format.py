@@ -27,9 +27,11 @@ from loramux_adapters.errors import AdapterRejected
 
 __all__ = [
     "CARD_FILE",
+    "CHAT_TEMPLATE_FILE",
     "CONFIG_FILE",
     "FINGERPRINT_FILE",
     "KNOWN_FILES",
+    "TOKENIZER_FILES",
     "WEIGHTS_FILE",
     "AdapterConfig",
     "Layout",
@@ -41,6 +43,7 @@ __all__ = [
     "pair_up",
     "parse_config",
     "rank_of",
+    "read_chat_template",
     "read_config",
     "read_header",
     "scale_of",
@@ -49,7 +52,21 @@ __all__ = [
 WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "card.json"
 FINGERPRINT_FILE = "fingerprint.json"
-KNOWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, FINGERPRINT_FILE)
+CHAT_TEMPLATE_FILE = "chat_template.jinja"  # kept only where it is another one than the base's
+KNOWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, FINGERPRINT_FILE, CHAT_TEMPLATE_FILE)
+TOKENIZER_FILES = (  # looked at when an adapter comes in, and not kept
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.json",
+    CHAT_TEMPLATE_FILE,
+)
+MAX_TEMPLATE_BYTES = 2**20
 
 Kind: TypeAlias = Literal["A", "B", "base"]
 
@@ -107,6 +124,21 @@ def read_config(directory: Path) -> AdapterConfig:
         return parse_config(file.read(MAX_CONFIG_BYTES + 1))
 
 
+def read_chat_template(directory: Path) -> str | None:
+    """The chat template beside an adapter, None if there is none; raises `AdapterRejected` if it is no text."""
+    path = directory / CHAT_TEMPLATE_FILE
+    if not path.is_symlink() and not path.exists():
+        return None
+    with open_regular(path) as file:
+        data = file.read(MAX_TEMPLATE_BYTES + 1)
+    if len(data) > MAX_TEMPLATE_BYTES:
+        raise AdapterRejected([f"{CHAT_TEMPLATE_FILE} has more than {MAX_TEMPLATE_BYTES} bytes"])
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise AdapterRejected([f"{CHAT_TEMPLATE_FILE} is not UTF-8"]) from error
+
+
 def module_path(tensor_name: str) -> tuple[str, Kind]:
     """Module path in the base, and which half of its pair the tensor is.
 
@@ -162,7 +194,8 @@ class VersionDigest:
     """The version id, as an adapter's weights are read: sha256 over what it computes and over nothing else.
 
     That is, in the order of module paths, the scale and both tensors (dtype, shape, bytes). The order of tensors in the
-    file, spelling of the config, training-only fields, card and fingerprint do not count.
+    file, spelling of the config, training-only fields, card and fingerprint do not count. A chat template of its own
+    does: it changes what the adapter is asked.
     """
 
     def __init__(self) -> None:
@@ -175,6 +208,11 @@ class VersionDigest:
 
     def update(self, data: bytes | memoryview) -> None:
         self._hash.update(data)
+
+    def chat_template(self, source: str | None) -> None:
+        """After the modules: a template that comes with them."""
+        if source is not None:
+            self._hash.update(b"chat template\n" + source.encode())
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
@@ -195,6 +233,7 @@ def digest_of(config: AdapterConfig, directory: Path) -> str:
             digest.begin(module, pair, scale_of(config, module, pair.rank))
             for spec in (pair.a, pair.b):
                 _digest_bytes(digest, file, spec)
+    digest.chat_template(read_chat_template(directory))
     return digest.hexdigest()
 
 

@@ -29,19 +29,6 @@ from loramux_adapters.lora.weights import read_adapter, read_tensor
 MAX_REASONS = 20
 MAX_METADATA_BYTES = 4 * 2**20
 
-# A tokenizer beside the adapter may add tokens that the served base does not know.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.json",
-    "chat_template.jinja",
-)
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
 
@@ -57,6 +44,7 @@ class Checked:
         target_modules: last parts of the module paths that carry weights ("q_proj"), sorted.
         base_id: that the adapter names, None if it names none.
         base_verified: it names the base that is served.
+        chat_template: that it brings in place of the base's; None if it brings none.
     """
 
     config: AdapterConfig
@@ -64,6 +52,7 @@ class Checked:
     target_modules: list[str]
     base_id: str | None
     base_verified: bool
+    chat_template: str | None = None
 
     @property
     def version(self) -> str:
@@ -79,6 +68,8 @@ class Checked:
 def check_adapter(directory: Path, base: BaseInfo, max_rank: int, *, force: bool = False) -> Checked:
     """Check a PEFT directory (adapter_config.json, adapter_model.safetensors, card.json?, fingerprint.json?).
 
+    Tokenizer files beside them have to mean what the base's mean; another chat template is part of what is returned.
+
     Every tensor must be half of a pair of a linear layer of the base, with that layer's shape and the configured rank,
     at most `max_rank`, and finite; or a copy of a base weight that PEFT wrote beside them. The files are only read, and
     the LoRA weights once: what is digested and checked is what is returned, to be tried out and served.
@@ -92,6 +83,7 @@ def check_adapter(directory: Path, base: BaseInfo, max_rank: int, *, force: bool
     config = _collect(reasons, lambda: read_config(directory))
     card = _collect(reasons, lambda: _read_metadata(directory / CARD_FILE))
     _collect(reasons, lambda: _read_metadata(directory / FINGERPRINT_FILE))
+    chat_template = _collect(reasons, lambda: base.own_template(directory))
     base_id = _collect(reasons, lambda: _base_id_of(config, card))
     if base_id is not None and base_id != base.base_id and not force:
         raise BaseMismatch(base_id, base.base_id)
@@ -103,7 +95,7 @@ def check_adapter(directory: Path, base: BaseInfo, max_rank: int, *, force: bool
     reasons += _layout_reasons(layout, config, base, max_rank)
     if config is None or reasons:
         raise AdapterRejected(_at_most(reasons))
-    adapter, not_finite = read_adapter(directory, config, layout.pairs, base.convert)
+    adapter, not_finite = read_adapter(directory, config, layout.pairs, base.convert, chat_template=chat_template)
     reasons += _foreign_tensors(directory, layout, base)
     reasons += [f"module {quoted(module)} has values that are not finite in bf16" for module in not_finite]
     if reasons:
@@ -114,6 +106,7 @@ def check_adapter(directory: Path, base: BaseInfo, max_rank: int, *, force: bool
         target_modules=sorted({module.rpartition(".")[2] for module in layout.pairs}),
         base_id=base_id,
         base_verified=base_id == base.base_id,
+        chat_template=chat_template,
     )
 
 
@@ -136,11 +129,6 @@ def _file_reasons(directory: Path) -> list[str]:
         *(
             f"{name} is a pickle, which is never read: send {WEIGHTS_FILE}"
             for name in _PICKLES
-            if (directory / name).exists()
-        ),
-        *(
-            f"{name} is there: an adapter's own tokenizer is not served, leave it out"
-            for name in _TOKENIZER_FILES
             if (directory / name).exists()
         ),
     ]

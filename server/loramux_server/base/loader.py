@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils import logging as transformers_logging
 
 from loramux_adapters.base_info import BaseInfo
+from loramux_adapters.chat.encoder import TextEncoder
+from loramux_adapters.chat.tokenizer_files import TokenizerFiles
 from loramux_server.base.identity import cached_base_id
 from loramux_server.base.quantized import quantization_constants, quantized_once
 from loramux_server.base.source import BaseSource, Report, resolve_base
@@ -50,8 +52,8 @@ class BaseModel:
     bytes_16bit: int
     stages: list[tuple[str, float]] = field(default_factory=list)
 
-    def info(self) -> BaseInfo:
-        """The base as the adapter package sees it."""
+    def info(self, encoder: TextEncoder | None = None) -> BaseInfo:
+        """The base as the adapter package sees it. `encoder`: of its tokenizer, where there is one already."""
 
         def tensor_equals(name: str, tensor: torch.Tensor) -> bool:
             held = self.floats.get(name)
@@ -59,7 +61,8 @@ class BaseModel:
                 return False
             return bool(torch.equal(held.float().cpu(), tensor.float()))
 
-        return BaseInfo(self.base_id, dict(self.linears), tensor_equals, self.kernels.convert)
+        files = TokenizerFiles(self.tokenizer, self.source.directory, encoder)
+        return BaseInfo(self.base_id, dict(self.linears), tensor_equals, self.kernels.convert, files.own_template)
 
     @property
     def context_length(self) -> int:

@@ -108,7 +108,7 @@ def _write_fingerprint(engine: LocalEngine, directory: Path) -> None:
     from loramux_server.fingerprint.fingerprint import make
 
     adapter = engine.load(directory)
-    fingerprint = make(engine, drift_prompts(directory, engine.base.tokenizer), adapter)
+    fingerprint = make(engine, drift_prompts(directory, engine.base.tokenizer, adapter.chat_template), adapter)
     engine.unload(adapter)
     try:
         write_whole(directory / FINGERPRINT_FILE, (json.dumps(fingerprint, indent=1) + "\n").encode())

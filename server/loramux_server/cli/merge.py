@@ -134,6 +134,8 @@ class _Merge:
         with self._stages.stage("merge"):
             merged = merge_into(base.model, checked.adapter, onto=onto)
         with self._stages.stage("write the checkpoint"):
+            if checked.chat_template is not None:
+                base.tokenizer.chat_template = checked.chat_template
             write_checkpoint(base.model, base.tokenizer, directory)
         return merged, onto
 
@@ -144,8 +146,9 @@ class _Merge:
 
         with self._stages.stage("ask the adapter"):
             engine = self._engine(self._config.base, self._trained_on)
-            prompts = drift_prompts(self._adapter, engine.base.tokenizer)
-            said = witness(engine, prompts, engine.load(self._adapter), max_tokens=REPLY_TOKENS)
+            adapter = engine.load(self._adapter)
+            prompts = drift_prompts(self._adapter, engine.base.tokenizer, adapter.chat_template)
+            said = witness(engine, prompts, adapter, max_tokens=REPLY_TOKENS)
             bare = compare(engine, said, None)
             del engine
         with self._stages.stage("ask the checkpoint"):

@@ -123,7 +123,7 @@ def render(
 
     from loramux_adapters.training.data.render import Renderer
     from loramux_server.base.source import resolve_base
-    from loramux_server.base.tokenizer import BaseTokenizer
+    from loramux_server.base.tokenizer import stop_ids_of
     from loramux_server.errors import BaseModelError
 
     with stages.stage("find the base"):
@@ -144,7 +144,7 @@ def render(
         if config.max_length > context:
             stages.note(f"--max-length {config.max_length} is more than the base's context of {context}, which it gets")
         length = min(config.max_length, context)
-        renderer = Renderer(tokenizer, length, stop_ids=BaseTokenizer(tokenizer, generation, 0).stop_ids)
+        renderer = Renderer(tokenizer, length, stop_ids=stop_ids_of(tokenizer, generation))
 
         def tokens(examples: ExampleSet) -> Tokens:
             rendered = renderer.render_set(examples, skip_bad=skip_bad)

@@ -23,6 +23,16 @@ PARTS = {
     "weights": "adapter_model.safetensors",
     "card": "card.json",
     "fingerprint": "fingerprint.json",
+    "chat_template": "chat_template.jinja",
+    "chat_template_json": "chat_template.json",
+    "tokenizer": "tokenizer.json",
+    "tokenizer_config": "tokenizer_config.json",
+    "special_tokens_map": "special_tokens_map.json",
+    "added_tokens": "added_tokens.json",
+    "vocab": "vocab.json",
+    "vocab_txt": "vocab.txt",
+    "merges": "merges.txt",
+    "tokenizer_model": "tokenizer.model",
 }
 REQUIRED = ("config", "weights")
 CHUNK_BYTES = 256 * 1024

@@ -122,6 +122,19 @@ class ServeConfig(RunsBase):
         between=(0, 1 << 22),
     )
 
+    special_tokens_in_messages: bool = setting(
+        False,
+        "let text in chat messages become special tokens; then who writes a message can write other turns of the "
+        "conversation",
+        group="Prompts",
+    )
+    special_tokens_in_prompts: bool = setting(
+        True,
+        "let text in prompts of /v1/completions become special tokens; they often hold a conversation that was put "
+        "together elsewhere",
+        group="Prompts",
+    )
+
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "info", "least severe messages to log; debug adds one line per HTTP request", group="Operation"
     )

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from loramux_adapters.artifact.format import CONFIG_FILE, KNOWN_FILES, WEIGHTS_FILE
+from loramux_adapters.artifact.format import CONFIG_FILE, KNOWN_FILES, TOKENIZER_FILES, WEIGHTS_FILE
 from loramux_adapters.errors import AdapterRejected, AdapterTooLarge
 
 
@@ -98,7 +98,7 @@ def _opened(root: Path, parts: Sequence[str]) -> Iterator[int | None]:
 
 def _look(directory: int) -> Look:
     found = []
-    for name in KNOWN_FILES:
+    for name in dict.fromkeys((*KNOWN_FILES, *TOKENIZER_FILES)):
         try:
             status = os.stat(name, dir_fd=directory, follow_symlinks=False)
         except FileNotFoundError:

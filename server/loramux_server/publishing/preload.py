@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from loramux_adapters.artifact.format import CONFIG_FILE, KNOWN_FILES
+from loramux_adapters.artifact.format import CONFIG_FILE, KNOWN_FILES, TOKENIZER_FILES
 from loramux_adapters.errors import AdapterError
 from loramux_adapters.store.store import AdapterStore
 from loramux_server.errors import ConfigError, LoramuxError
@@ -37,7 +37,7 @@ def _publish(publisher: Publisher, source: Path) -> str:
     """Returns what was done, in one line."""
 
     def fill(target: Path) -> None:
-        for name in KNOWN_FILES:
+        for name in dict.fromkeys((*KNOWN_FILES, *TOKENIZER_FILES)):
             if (source / name).is_file():
                 shutil.copyfile(source / name, target / name)
 

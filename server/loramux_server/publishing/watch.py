@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from loramux_adapters.artifact.format import digest_of, read_config
 from loramux_adapters.errors import AdapterError, AdapterNotFound, AdapterRejected
 from loramux_adapters.store.store import AdapterStore
 from loramux_server.errors import LoramuxError, ServerBusy
@@ -118,7 +117,9 @@ class DirectoryWatch:
         else:
             try:
                 stored = self._publisher.publish_files(
-                    name, lambda target: self._copy(name, look, target, is_first)
+                    name,
+                    lambda target: self._copy(name, look, target),
+                    lambda version: self._leave_kept(name, version, is_first),
                 ).stored
                 logger.info("%s from the watched directory: %s, %.12s", name, stored.outcome, stored.version)
             except (_Changed, ServerBusy):
@@ -131,12 +132,14 @@ class DirectoryWatch:
                 self._refuse(name, f"it cannot be copied: {error.strerror}")
         adapter.done = look
 
-    def _copy(self, name: str, look: Look, target: Path, is_first: bool) -> None:
+    def _copy(self, name: str, look: Look, target: Path) -> None:
         copied = copy_adapter(self._directory, [name], target, limit=self._limit)
         if copied != look or look_at(self._directory, [name]) != look:
             raise _Changed
-        # After a start, a directory that nobody changed must not undo a rollback or a newer upload.
-        if is_first and is_usable(self._store, name) and self._keeps(name, digest_of(read_config(target), target)):
+
+    def _leave_kept(self, name: str, version: str, is_first: bool) -> None:
+        """After a start, a directory that nobody changed must not undo a rollback or a newer upload."""
+        if is_first and is_usable(self._store, name) and self._keeps(name, version):
             raise _KeptAlready
 
     def _keeps(self, name: str, version: str) -> bool:

@@ -101,6 +101,12 @@ def build(config: ServeConfig, stages: Stages) -> BuiltServer:
     with stages.stage("load the base"), returning_memory():
         base = load_base_model(config.base, device=device, cache_dir=cache_dir, report=stages.note, kernels=kernels)
         shape = probe_kv_shape(base.model, device)
+    tokenizer = BaseTokenizer(
+        base.tokenizer,
+        getattr(base.model, "generation_config", None),
+        base.vocabulary,
+        special_in_messages=config.special_tokens_in_messages,
+    )
     name = config.served_model_name or base.name
     metrics = Metrics(config.metrics_adapter_labels)
     with stages.stage("open the adapter store"):
@@ -116,7 +122,7 @@ def build(config: ServeConfig, stages: Stages) -> BuiltServer:
     try:
         with stages.stage("check the base through the engine's own path"):
             parts = Parts.build(config, base, shape, store, metrics, rows)
-        check = CountedCheck(base.info(), max_rank, metrics)
+        check = CountedCheck(base.info(tokenizer.encoder), max_rank, metrics)
         context = min(config.max_model_len, base.context_length, parts.device.cache.num_blocks * BLOCK_SIZE)
 
         def build_prover(forget: Callable[[str], None]) -> Prover:
@@ -138,7 +144,6 @@ def build(config: ServeConfig, stages: Stages) -> BuiltServer:
     except BaseException:
         store.close()
         raise
-    tokenizer = BaseTokenizer(base.tokenizer, getattr(base.model, "generation_config", None), base.vocabulary)
     app = create_app(
         Dependencies(
             engine=parts.client,
@@ -153,6 +158,7 @@ def build(config: ServeConfig, stages: Stages) -> BuiltServer:
             keys=Keys(config.api_key, config.admin_key, check_host=is_loopback(config.host)),
             limits=Limits(upload_bytes=config.max_upload_mib * MIB, request_seconds=config.request_timeout),
             lora_path_root=lifecycle.lora_path_root,
+            special_in_prompts=config.special_tokens_in_prompts,
         )
     )
     overhead = _overhead(parts, base)

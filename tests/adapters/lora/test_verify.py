@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -188,12 +189,31 @@ def test_files_that_are_not_served_are_named(tmp_path: Path) -> None:
     write_adapter(tmp_path, TINY_LINEARS)
     (tmp_path / "README.md").write_text("harmless")
     check_adapter(tmp_path, BASE, 256)
-    (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / WEIGHTS_FILE).rename(tmp_path / "adapter_model.bin")
     found = reasons_for(tmp_path)
     assert any("adapter_model.bin" in reason and "pickle" in reason for reason in found)
-    assert any("tokenizer.json" in reason for reason in found)
     assert any(f"{WEIGHTS_FILE} is missing" in reason for reason in found)
+
+
+def test_a_tokenizer_that_is_not_the_bases_is_a_reason_among_others(tmp_path: Path) -> None:
+    def refuse(directory: Path) -> str | None:
+        raise AdapterRejected(["tokenizer.json adds tokens"])
+
+    write_adapter(tmp_path, {})
+    with pytest.raises(AdapterRejected) as caught:
+        check_adapter(tmp_path, replace(BASE, own_template=refuse), 256)
+    assert caught.value.reasons[0] == "tokenizer.json adds tokens"
+    assert "no LoRA weights" in caught.value.reasons[1]
+
+
+def test_a_chat_template_of_its_own_is_part_of_the_version(tmp_path: Path) -> None:
+    write_adapter(tmp_path, TINY_LINEARS)
+    plain = check_adapter(tmp_path, BASE, 256)
+    own = check_adapter(tmp_path, replace(BASE, own_template=lambda directory: "{{ messages }}"), 256)
+    assert plain.chat_template is None and plain.version == digest_of(plain.config, tmp_path)
+    assert own.chat_template == "{{ messages }}" and own.version != plain.version
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert own.version == digest_of(own.config, tmp_path) == load_host_adapter(tmp_path).version
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS_FILE, "card.json"])

@@ -202,7 +202,15 @@ def tree_of(root: type[Exception]) -> set[type[Exception]]:
 
 def test_every_error_that_a_request_can_raise_has_its_row() -> None:
     rows = {kind for kind, *_ in _TABLE}
-    at_start_only = {"ConfigError", "BaseModelError", "CommandFailed", "LoramuxError", "AdapterError", "Refusal"}
+    at_start_only = {
+        "ConfigError",
+        "BaseModelError",
+        "CommandFailed",
+        "LoramuxError",
+        "AdapterError",
+        "Refusal",
+        "TokenizerMissing",
+    }
     kinds = {kind for kind in tree_of(LoramuxError) | tree_of(AdapterError) if kind.__module__.endswith("errors")}
     kinds -= tree_of(TrainingError)  # of commands, which no request starts
     assert {kind.__name__ for kind in kinds - rows} <= at_start_only

@@ -41,13 +41,14 @@ def archive(*members: tuple[str, bytes], kind: bytes = tarfile.REGTYPE, link: st
 GOOD = (("adapter_config.json", CONFIG), ("adapter_model.safetensors", WEIGHTS))
 
 
-def test_other_files_of_the_directory_stay_where_they_are(tmp_path: Path) -> None:
+def test_a_tokenizer_goes_along_and_other_files_of_the_directory_stay_where_they_are(tmp_path: Path) -> None:
     directory = adapter(tmp_path / "a", tokenizer=b"{}")
     (directory / "README.md").write_text("hello")
 
     assert [path.name for path in files_to_send(directory).values()] == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "tokenizer.json",
     ]
 
 

@@ -47,7 +47,8 @@ def test_every_field_can_be_set_by_flag_environment_and_file(tmp_path: Path) -> 
     samples = {int: ("64", "64"), float: ("64", "64"), str: ("cuda", '"cuda"'), Path: ("some/dir", '"some/dir"')}
     particular = {"log_level": ("debug", '"debug"'), "host": ("127.0.0.2", '"127.0.0.2"')}
     for name, setting in settings_of(ServeConfig).items():
-        text, in_toml = particular.get(name, samples[setting.kind])
+        switched = str(not setting.default).lower()
+        text, in_toml = particular.get(name, samples.get(setting.kind, (switched, switched)))
         from_environment = load(ServeConfig, {}, {setting.variable: text})
         from_file = load(ServeConfig, {}, {}, written(tmp_path, f"[serve]\n{name} = {in_toml}\n"))
 

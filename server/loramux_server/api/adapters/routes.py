@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
+from loramux_adapters.artifact.format import CHAT_TEMPLATE_FILE
 from loramux_server.api.adapters.download import packed
 from loramux_server.api.adapters.upload import receive_upload
 from loramux_server.api.http.auth import Access, access
@@ -37,7 +38,7 @@ class AdapterRoutes:
         self._places = asyncio.Semaphore(deps.limits.uploads)
 
     async def list(self, request: Request) -> Response:
-        return await listed(lambda: map(self._record_json, self._deps.store.records()))
+        return await listed(self._records_json)
 
     async def show(self, request: Request) -> Response:
         return await self._shown(self._name_of(request))
@@ -109,7 +110,8 @@ class AdapterRoutes:
 
     async def _shown(self, name: str, published: Published | None = None) -> Response:
         """The adapter as it is now, and what `published` says came of the call: 201 for a new adapter, else 200."""
-        shown = self._record_json(await run_in_thread(self._deps.store.record, name))
+        record = await run_in_thread(self._deps.store.record, name)
+        shown = self._record_json(record, await run_in_thread(self._with_own_template, [record]))
         if published is None:
             return JSONResponse(shown)
         outcome = {"outcome": published.outcome, "version": published.version}
@@ -136,8 +138,20 @@ class AdapterRoutes:
     def _name_of(self, request: Request) -> str:
         return check_adapter_name(request.path_params["name"], self._deps.base.name)
 
-    def _record_json(self, record: AdapterRecord) -> dict[str, Any]:
-        """An adapter as clients see it."""
+    def _with_own_template(self, records: Sequence[AdapterRecord]) -> set[str]:
+        """The current versions that bring a chat template in place of the base's. Asks the disk."""
+        directory = self._deps.store.directory
+        return {each.version for each in records if (directory(each.version) / CHAT_TEMPLATE_FILE).exists()}
+
+    def _records_json(self) -> Iterator[dict[str, Any]]:
+        """Every adapter. Asks the disk."""
+        records = self._deps.store.records()
+        own = self._with_own_template(records)
+        for record in records:
+            yield self._record_json(record, own)
+
+    def _record_json(self, record: AdapterRecord, own_template: set[str]) -> dict[str, Any]:
+        """An adapter as clients see it. `own_template`: versions that bring a chat template."""
         return {
             "id": record.name,
             "object": "adapter",
@@ -152,6 +166,7 @@ class AdapterRoutes:
             "base": self._deps.base.name,
             "base_verified": record.base_verified,
             "fingerprint": record.fingerprint,
+            "chat_template": "adapter" if record.version in own_template else "base",
             "requests": record.references,
             "created": record.created,
             "updated": record.updated,
@@ -195,6 +210,7 @@ def _checked_json(name: str, checked: Checked, proof: ReplayOutcome) -> dict[str
         "target_modules": [*checked.target_modules],
         "base_verified": checked.base_verified,
         "fingerprint": proof,
+        "chat_template": "base" if checked.chat_template is None else "adapter",
     }
 
 

@@ -22,12 +22,23 @@ FILES = {
     "weights": "adapter_model.safetensors",
     "card": "card.json",
     "fingerprint": "fingerprint.json",
+    "chat_template": "chat_template.jinja",
+    "chat_template_json": "chat_template.json",
+    "tokenizer": "tokenizer.json",
+    "tokenizer_config": "tokenizer_config.json",
+    "special_tokens_map": "special_tokens_map.json",
+    "added_tokens": "added_tokens.json",
+    "vocab": "vocab.json",
+    "vocab_txt": "vocab.txt",
+    "merges": "merges.txt",
+    "tokenizer_model": "tokenizer.model",
 }
 ARCHIVE = "archive"
 _ARCHIVE_FILE = "archive:upload"  # no member of an archive can have this name
 _BLOCK = 256 * 2**10  # bytes of the body that go to a worker thread at a time
 _SMALL_PART = 4 * 2**20
-_OVERHEAD = 3 * _SMALL_PART + 2**20  # bytes of a body beside its weights: the small parts, boundaries and headers
+_LARGE = ("weights", "archive", "tokenizer", "vocab", "vocab_txt", "merges", "tokenizer_model")
+_OVERHEAD = 8 * _SMALL_PART + 2**20  # bytes of a body beside its weights: the small parts, boundaries and headers
 _MAX_HEADERS = 8
 _MAX_HEADER_LINE = 1024
 _MAX_BOUNDARY = 70  # RFC 2046
@@ -37,8 +48,8 @@ _RAW = (b"", b"binary", b"8bit", b"7bit")
 async def receive_upload(request: Request, directory: Path, limits: Limits) -> None:
     """Write the files of an upload into `directory` under their PEFT names.
 
-    The body has the parts `config` and `weights`, and may have `card` and `fingerprint`; or it has the part `archive`
-    alone. Parsing and writing happen in a worker thread.
+    The body has the parts `config` and `weights`, and may have `card`, `fingerprint` and a tokenizer's; or it has the
+    part `archive` alone. Parsing and writing happen in a worker thread.
     Raises RequestError, AdapterTooLarge, AdapterRejected, BodyStalled, OSError, and ClientDisconnect.
     """
     writer = _PartWriter(_boundary_of(request), directory, limits.upload_bytes)
@@ -144,7 +155,7 @@ class _PartWriter:
     def _open(self) -> None:
         name = self._part_name()
         self._parts.add(name)
-        is_large = name in ("weights", ARCHIVE)
+        is_large = name in _LARGE
         self._left = self._limit if is_large else min(_SMALL_PART, self._limit)
         self._file = (self._directory / FILES.get(name, _ARCHIVE_FILE)).open("xb")
 

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
+from loramux_adapters.artifact.format import read_chat_template
 from loramux_adapters.errors import AdapterError
 from loramux_server.api.completions.generation import AdapterLeases, Choice, Generation, give_back
 from loramux_server.api.completions.schemas import (
@@ -20,7 +21,7 @@ from loramux_server.api.completions.schemas import (
     GenerationRequest,
     TemplateOptions,
 )
-from loramux_server.api.http.dependencies import Dependencies
+from loramux_server.api.http.dependencies import Dependencies, StoreLike
 from loramux_server.api.http.model_names import RequestedAdapter, resolve_model
 from loramux_server.api.http.worker_threads import run_in_thread
 from loramux_server.base.detokenizer import Detokenizer
@@ -63,6 +64,23 @@ def requested_adapters(model: str, parts: Sequence[AdapterPart] | None, base_nam
     return tuple(targets.values())
 
 
+def chat_template_of(store: StoreLike, leases: AdapterLeases) -> str | None:
+    """The chat template that the leased versions bring in place of the base's; None if they bring none.
+
+    Reads their files. Raises RequestError if they do not agree: no template suits adapters that learned from two.
+    """
+    own = [(lease.name, read_chat_template(store.directory(lease.version))) for lease, _ in leases.leases]
+    for name, template in own[1:]:
+        if template != own[0][1]:
+            raise RequestError(
+                f"the adapters {own[0][0]} and {name} use different chat templates, so they cannot chat together; use "
+                "/v1/completions, or publish them with the same chat template",
+                param="adapters",
+                code="invalid_value",
+            )
+    return own[0][1] if own else None
+
+
 class Preparation:
     """`leases` first, then `chat` or `completion` with them."""
 
@@ -81,7 +99,7 @@ class Preparation:
         return await self._prepare(
             body,
             leases,
-            prompts=lambda: [self.encoded_chat(body)],
+            prompts=lambda: [self.encoded_chat(body, leases)],
             param="messages",
             max_tokens=lambda prompt: body.longest_reply or self._deps.base.context - len(prompt),
             continues=False,
@@ -155,11 +173,15 @@ class Preparation:
             tokenizer.decode, stop=body.stop, skip=tokenizer.special_ids, context=context[-_CONTEXT_TOKENS:]
         )
 
-    def encoded_chat(self, body: TemplateOptions) -> list[int]:
-        """Messages as tokens. Raises RequestError; in a worker thread, since it may take long."""
+    def encoded_chat(self, body: TemplateOptions, leases: AdapterLeases) -> list[int]:
+        """Messages as tokens, by the base's template or the adapters'. Raises RequestError.
+
+        In a worker thread: it reads files, and may take long.
+        """
         self._check_characters(sum(len(message.content) for message in body.messages), "messages")
         return self._deps.tokenizer.encode_chat(
             [message.for_template for message in body.messages],
+            chat_template=chat_template_of(self._deps.store, leases),
             template_kwargs=body.template_variables,
             add_generation_prompt=body.opens_turn,
         )
@@ -168,7 +190,7 @@ class Preparation:
         """A prompt as tokens. Raises RequestError; in a worker thread, since it may take long."""
         if isinstance(prompt, str):
             self._check_characters(len(prompt), "prompt")
-            return self._deps.tokenizer.encode(prompt)
+            return self._deps.tokenizer.encode(prompt, special=self._deps.special_in_prompts)
         self.check_token_ids(prompt, "prompt")
         return prompt
 

@@ -31,19 +31,19 @@ class TokenRoutes:
     async def tokenize(self, request: Request) -> Response:
         """Of a text or a conversation, which may be longer than the context."""
         body = await parsed_off_loop(parse_tokenize, await self._read(request))
-        return await self._answered(body.model, lambda: self._tokenized(body))
+        return await self._answered(body.model, lambda leases: self._tokenized(body, leases))
 
     async def detokenize(self, request: Request) -> Response:
         body = await parsed_off_loop(parse_detokenize, await self._read(request))
-        return await self._answered(body.model, lambda: {"prompt": self._text(body.tokens)})
+        return await self._answered(body.model, lambda leases: {"prompt": self._text(body.tokens)})
 
-    async def _answered(self, model: str | None, made: Callable[[], dict[str, object]]) -> Response:
+    async def _answered(self, model: str | None, made: Callable[[AdapterLeases], dict[str, object]]) -> Response:
         """What `made` returns, which is called in a worker thread; an adapter that is asked for must be there."""
         base_name = self._deps.base.name
         targets = requested_adapters(model or base_name, None, base_name)
         leases = await AdapterLeases.acquire(self._deps.store, targets, listed=False)
         try:
-            content = await run_in_thread(lambda: json_in_pieces(made(), depth=2))
+            content = await run_in_thread(lambda: json_in_pieces(made(leases), depth=2))
         finally:
             await leases.release()
         return Response(content, media_type="application/json")
@@ -52,9 +52,9 @@ class TokenRoutes:
         limits = self._deps.limits
         return await read_json(request, limit=limits.body_bytes, stall_seconds=limits.stall_seconds)
 
-    def _tokenized(self, body: TokenizeChatRequest | TokenizePromptRequest) -> dict[str, object]:
+    def _tokenized(self, body: TokenizeChatRequest | TokenizePromptRequest, leases: AdapterLeases) -> dict[str, object]:
         if isinstance(body, TokenizeChatRequest):
-            tokens = self._preparation.encoded_chat(body)
+            tokens = self._preparation.encoded_chat(body, leases)
         else:
             tokens = self._preparation.encoded(body.prompt)
         token_bytes = self._deps.tokenizer.token_bytes

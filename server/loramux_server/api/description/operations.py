@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, create_model
 
+from loramux_server.api.adapters.upload import ARCHIVE, FILES
 from loramux_server.api.completions.options import Option, unserved
 from loramux_server.api.completions.schemas import (
     MESSAGE,
@@ -56,14 +57,13 @@ class Operation:
     query: Mapping[str, type[BaseModel] | Mapping[str, object]] = field(default_factory=dict)
 
 
-class AdapterUpload(BaseModel):
-    """The files of an adapter: `config` and `weights`, or `archive` alone, a zip or tar.gz of them."""
-
-    config: Annotated[bytes | None, Field(description="adapter_config.json")] = None
-    weights: Annotated[bytes | None, Field(description="adapter_model.safetensors")] = None
-    card: Annotated[bytes | None, Field(description="card.json")] = None
-    fingerprint: Annotated[bytes | None, Field(description="fingerprint.json")] = None
-    archive: Annotated[bytes | None, Field(description="a PEFT directory as zip or tar.gz")] = None
+_PARTS: dict[str, Any] = {
+    **{part: (bytes | None, Field(None, description=file)) for part, file in FILES.items()},
+    ARCHIVE: (bytes | None, Field(None, description="a PEFT directory as an archive")),
+}
+AdapterUpload: type[BaseModel] = create_model(
+    "AdapterUpload", __doc__="The files of an adapter, `config` and `weights` at least; or `archive` alone.", **_PARTS
+)
 
 
 class RollbackRequest(RequestPart):

@@ -238,6 +238,7 @@ class Adapter(_OpenReply):
     base: str
     base_verified: bool
     fingerprint: str
+    chat_template: Literal["adapter", "base"]
     requests: int
     created: int
     updated: int
@@ -270,6 +271,7 @@ class AdapterValidation(_OpenReply):
     target_modules: list[str]
     base_verified: bool
     fingerprint: str
+    chat_template: Literal["adapter", "base"]
 
 
 # operations

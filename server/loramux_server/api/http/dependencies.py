@@ -229,6 +229,7 @@ class Dependencies:
     Attributes:
         check, prove, publish: the three stations of an upload, in this order.
         lora_path_root: loads adapters from this machine's disk for vLLM's calls; without it those routes do not exist.
+        special_in_prompts: text in prompts of /v1/completions may become special tokens.
     """
 
     engine: EngineLike
@@ -243,3 +244,4 @@ class Dependencies:
     keys: Keys = field(default_factory=Keys)
     limits: Limits = field(default_factory=Limits)
     lora_path_root: LoraPathRoot | None = None
+    special_in_prompts: bool = True

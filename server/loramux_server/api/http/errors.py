@@ -29,6 +29,8 @@ from loramux_adapters.errors import (
     PinRefused,
     RollbackImpossible,
     StoreUnavailable,
+    TemplateFailed,
+    TemplateRefuses,
 )
 from loramux_server.errors import EngineDead, LoramuxError, RequestError, SequenceFailed, ServerBusy, ServerDraining
 
@@ -115,6 +117,8 @@ _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (BaseMismatch, 409, INVALID, "base_mismatch"),
     (AdapterTooLarge, 413, INVALID, "adapter_too_large"),
     (AdapterRejected, 422, INVALID, "adapter_rejected"),
+    (TemplateRefuses, 400, INVALID, "chat_template"),
+    (TemplateFailed, 400, INVALID, "chat_template"),
     (AdapterCorrupt, 500, SERVER, "adapter_corrupt"),
     (StoreUnavailable, 503, SERVER, "store_unavailable"),
 )

@@ -60,6 +60,7 @@ async def test_an_adapter_is_shown_with_everything_there_is_to_know(server: Serv
         "base": BASE_NAME,
         "base_verified": True,
         "fingerprint": "none",
+        "chat_template": "base",
         "requests": 0,
         "created": 1_700_000_000,
         "updated": 1_700_000_000,
@@ -91,6 +92,7 @@ async def test_a_mere_check_stores_nothing(server: Server) -> None:
         "target_modules": ["q_proj", "v_proj"],
         "base_verified": False,
         "fingerprint": "none",
+        "chat_template": "base",
     }
     assert "new" not in server.store.known
     assert server.check.seen == [["adapter_config.json", "adapter_model.safetensors"]]
