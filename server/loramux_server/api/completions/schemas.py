@@ -118,7 +118,7 @@ def _parse_variables(value: object) -> object:
     for name in value:
         if name in RESERVED_VARIABLES or name.startswith("_"):
             raise ValueError(f"{ascii(name[:64])} is not a caller's to set")
-        if not name.isidentifier():
+        if not (name.isascii() and name.isidentifier()):
             raise ValueError(f"{ascii(name[:64])} is no name of a variable")
     return value
 
@@ -151,6 +151,12 @@ Content = Annotated[
 ]
 _Count = Annotated[int, Field(ge=1, le=INT32_MAX)]
 Limit = Annotated[_Count | None, BeforeValidator(_parse_limit, json_schema_input_type=Literal[-1] | _Count | None)]
+_VARIABLES = Field(
+    max_length=MAX_TEMPLATE_VARIABLES,
+    json_schema_extra={
+        "propertyNames": {"pattern": "^[A-Za-z][A-Za-z0-9_]*$", "not": {"enum": [*sorted(RESERVED_VARIABLES)]}}
+    },
+)
 _StopString = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
 Stop = Annotated[
     tuple[str, ...],
@@ -174,6 +180,12 @@ AnyPrompt = Annotated[
 class ChatMessage(RequestPart):
     """One turn. An assistant's earlier reply may have null for its content."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "if": {"properties": {"role": {"const": "assistant"}}},
+            "else": {"properties": {"content": {"not": {"type": "null"}}}},
+        }
+    )
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content
 
@@ -201,7 +213,7 @@ class TemplateOptions(RequestPart):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     add_generation_prompt: bool | None = None
-    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_parse_variables)] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_parse_variables), _VARIABLES] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
 
     @property
@@ -337,9 +349,9 @@ def _parsed(kind: type[Model], options: Mapping[str, Option], fields: Mapping[st
         names = frozenset(AdapterPart.model_fields)
         fields["adapters"] = _objects(adapters, MAX_ADAPTERS, "adapters", names, {}, problems)
     if isinstance(messages := fields.get("messages"), list):
-        names = frozenset((*ChatMessage.model_fields, "refusal"))
-        turns = _objects(messages, MAX_MESSAGES, "messages", names, MESSAGE, problems)
-        fields["messages"] = [_without_refusal(turn) if isinstance(turn, dict) else turn for turn in turns]
+        names = frozenset(ChatMessage.model_fields)
+        turns = [_with_content(turn) for turn in messages[: MAX_MESSAGES + 1]]
+        fields["messages"] = _objects(turns, MAX_MESSAGES, "messages", names, MESSAGE, problems)
     return problems.validated(kind, fields)
 
 
@@ -358,9 +370,9 @@ def _objects(
     ]
 
 
-def _without_refusal(turn: dict[str, Any]) -> dict[str, Any]:
+def _with_content(turn: Any) -> Any:
     """An assistant's earlier reply may be a refusal, or have called a tool and said nothing."""
-    refusal = turn.pop("refusal", None)
-    if turn.get("role") == "assistant" and turn.get("content") is None:
-        return turn | {"content": "" if refusal is None else refusal}
+    if isinstance(turn, dict) and turn.get("role") == "assistant" and turn.get("content") is None:
+        refusal = turn.get("refusal")
+        return turn | {"content": refusal if isinstance(refusal, str) else ""}
     return turn

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from loramux_server.api.adapters.upload import ARCHIVE, FILES
 from loramux_server.api.completions.options import Option, unserved
@@ -58,11 +58,16 @@ class Operation:
 
 
 _PARTS: dict[str, Any] = {
-    **{part: (bytes | None, Field(None, description=file)) for part, file in FILES.items()},
-    ARCHIVE: (bytes | None, Field(None, description="a PEFT directory as an archive")),
+    **{part: (bytes, Field(None, description=file)) for part, file in FILES.items()},
+    ARCHIVE: (bytes, Field(None, description="a PEFT directory as an archive")),
 }
 AdapterUpload: type[BaseModel] = create_model(
-    "AdapterUpload", __doc__="The files of an adapter, `config` and `weights` at least; or `archive` alone.", **_PARTS
+    "AdapterUpload",
+    __doc__="The files of an adapter, `config` and `weights` at least; or `archive` alone.",
+    __config__=ConfigDict(
+        json_schema_extra={"oneOf": [{"required": ["config", "weights"]}, {"required": [ARCHIVE], "maxProperties": 1}]}
+    ),
+    **_PARTS,
 )
 
 

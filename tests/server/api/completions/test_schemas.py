@@ -190,7 +190,7 @@ def test_a_message_is_a_text_or_a_list_of_texts(content: object, expected: str) 
         {"role": "function", "content": "a"}, {"role": True, "content": "a"}, {"content": "a"}, "a", 1, None, [],
         {"role": "user", "content": "a", "tool_calls": [{}]}, {"role": "user", "content": "a", "name": 5},
         {"role": "system", "content": None}, {"role": "tool", "content": None, "refusal": "a"},
-        {"role": "assistant", "content": None, "refusal": 5},
+        {"role": "assistant", "content": None, "refusal": 5}, {"role": "user", "content": "a", "refusal": {}},
         {"role": "assistant", "content": None, "audio": {"id": "x"}}, {"role": "user", "content": "a", "extra": 1},
     ],
 )  # fmt: skip
