@@ -73,7 +73,7 @@ class BuiltServer:
             with self.stages.stage("try and publish the adapters to preload"):
                 await asyncio.to_thread(self.preload)
         gc.freeze()  # what is here now stays: a search through it for garbage stops every thread for long
-        self.pauses.start()
+        self.pauses.start(asyncio.get_running_loop())
 
     async def drain(self, timeout: float) -> None:
         await self.client.drain(timeout)

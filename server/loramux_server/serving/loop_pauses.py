@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 
-TICK_SECONDS = 0.01  # a pause is found, and told too short by as much as this
+TICK_SECONDS = 0.01  # a pause is told too short by at most as much
+LEAST_SECONDS = 0.002  # shorter ones are no pauses: a timer is never exact
 WINDOW_SECONDS = 60.0
 
 
@@ -19,28 +19,37 @@ class LoopPauses:
     def __init__(
         self, paused: Callable[[float, float], None], *, tick: float = TICK_SECONDS, window: float = WINDOW_SECONDS
     ) -> None:
-        """`paused` is told, at every tick, the pause and the longest one of the last one to two windows, in seconds."""
+        """`paused` is told of a pause, and of the longest in the last one to two windows, in seconds.
+
+        It is also told, with 0 for the pause, when a window ends.
+        """
         self._paused = paused
         self._tick = tick
         self._window = window
-        self._task: asyncio.Task[None] | None = None
+        self._earlier = self._current = 0.0  # the longest of the window before this one, and of this one
+        self._window_ends = 0.0
+        self._timer: asyncio.TimerHandle | None = None
 
-    def start(self) -> None:
-        self._task = asyncio.create_task(self._run())
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Called on this loop, which is measured from now on."""
+        self._window_ends = loop.time() + self._window
+        self._wait(loop)
 
     def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
 
-    async def _run(self) -> None:
-        earlier = current = 0.0
-        now = began = time.monotonic()
-        while True:
-            due = now + self._tick
-            await asyncio.sleep(self._tick)
-            now = time.monotonic()
-            if now - began > self._window:
-                earlier, current, began = current, 0.0, now
-            pause = max(0.0, now - due)
-            current = max(current, pause)
-            self._paused(pause, max(earlier, current))
+    def _wait(self, loop: asyncio.AbstractEventLoop) -> None:
+        due = loop.time() + self._tick
+        self._timer = loop.call_at(due, self._woke, loop, due)
+
+    def _woke(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
+        now = loop.time()
+        pause = now - due
+        if now > self._window_ends:
+            self._earlier, self._current, self._window_ends = self._current, 0.0, now + self._window
+            self._paused(0.0, self._earlier)
+        if pause >= LEAST_SECONDS:
+            self._current = max(self._current, pause)
+            self._paused(pause, max(self._earlier, self._current))
+        self._wait(loop)
