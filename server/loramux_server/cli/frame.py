@@ -56,9 +56,10 @@ def call(app: typer.Typer, name: str, argv: Sequence[str], environ: Mapping[str,
         return done.exit_code
 
 
-def configure_logging(level: str) -> None:
-    """Our own messages from this level on, other libraries' from warnings on, all to stderr."""
-    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, stream=sys.stderr, force=True)
+def configure_logging(level: str, handler: logging.Handler | None = None) -> None:
+    """Our own messages from this level on, other libraries' from warnings on, all to `handler`, or else to stderr."""
+    handlers = [handler or logging.StreamHandler(sys.stderr)]
+    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, handlers=handlers, force=True)
     for name in ("loramux_server", "loramux_adapters"):
         logging.getLogger(name).setLevel(level.upper())
     logging.getLogger("uvicorn").setLevel("DEBUG" if level == "debug" else "WARNING")

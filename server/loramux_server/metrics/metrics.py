@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import Metric
@@ -12,7 +13,9 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from loramux_server.metrics.adapter_counters import AdapterCounters
+from loramux_server.metrics.connections import ConnectionCollector
 from loramux_server.metrics.gauges import GaugeCollector, GaugeReadings
+from loramux_server.wire.connections import ConnectionReadings
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -43,6 +46,8 @@ class Metrics:
         self._gauges = GaugeCollector()
         registry.register(self._adapters)
         registry.register(self._gauges)
+        self._connections = ConnectionCollector()
+        registry.register(self._connections)
         self._exposed = _WithoutCreated(registry)
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
@@ -120,6 +125,13 @@ class Metrics:
             for acts in (True, False)
             for outcome in ("exact", "within_tolerance", "mismatch", "none")
         }
+        uploads = Gauge(
+            "loramux_uploads",
+            "Adapters that come in now: running ones have one of the places, waiting ones none yet",
+            labelnames=["state"],
+            registry=registry,
+        )
+        self._uploads_waiting, self._uploads_running = uploads.labels("waiting"), uploads.labels("running")
         self._watch_failures = Counter(
             "loramux_watch_failures", "Changes in the watched directory that could not be published", registry=registry
         )
@@ -208,6 +220,14 @@ class Metrics:
         """An adapter was tried out: whether it changes any logit, and how its fingerprint replayed."""
         self._proofs[acts, fingerprint].inc()
 
+    def upload_waits(self) -> AbstractContextManager[object]:
+        """While this is entered, an upload waits for a place."""
+        return self._uploads_waiting.track_inprogress()
+
+    def upload_runs(self) -> AbstractContextManager[object]:
+        """While this is entered, an upload has a place."""
+        return self._uploads_running.track_inprogress()
+
     def watch_failed(self) -> None:
         """A change in the watched directory could not be published."""
         self._watch_failures.inc()
@@ -225,6 +245,9 @@ class Metrics:
     def read_gauges_from(self, source: Callable[[], GaugeReadings]) -> None:
         """Gauges are read from `source`, once per scrape, on the scraping thread."""
         self._gauges.source = source
+
+    def read_connections_from(self, source: Callable[[], ConnectionReadings]) -> None:
+        self._connections.source = source
 
     def gauge_readings(self) -> GaugeReadings:
         """How full everything is now."""

@@ -42,6 +42,7 @@ from loramux_server.serving.adapter_lifecycle import AdapterLifecycle, CountedCh
 from loramux_server.serving.loop_pauses import LoopPauses
 from loramux_server.serving.memory_plan import MIB, arena_rows, kept_blocks, num_blocks, summary
 from loramux_server.serving.startup import Stages
+from loramux_server.wire.connections import Connections
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +87,10 @@ class BuiltServer:
         self.store.close()
 
 
-def build(config: ServeConfig, stages: Stages) -> BuiltServer:
+def build(config: ServeConfig, stages: Stages, connections: Connections) -> BuiltServer:
     """Loads the base and puts everything around it. Slow; run it beside the event loop.
+
+    `connections` are those of the port, for the metrics and to refuse requests that are too many.
 
     Raises:
         BaseModelError, ConfigError: the base, or the memory given to it, cannot serve.
@@ -155,14 +158,28 @@ def build(config: ServeConfig, stages: Stages) -> BuiltServer:
             publish=lifecycle.publisher.publish,
             metrics=metrics,
             base=ServedBase(name=name, base_id=base.base_id, context=context, created=int(time.time())),
-            keys=Keys(config.api_key, config.admin_key, check_host=is_loopback(config.host)),
-            limits=Limits(upload_bytes=config.max_upload_mib * MIB, request_seconds=config.request_timeout),
+            keys=Keys(
+                config.api_key,
+                config.admin_key,
+                check_host=is_loopback(config.host),
+                allowed_hosts=config.allowed_host_list,
+            ),
+            limits=Limits(
+                upload_bytes=config.max_upload_mib * MIB,
+                stall_seconds=config.stall_timeout,
+                body_rate=config.pace.bytes_per_second,
+                upload_seconds=config.upload_timeout,
+                request_seconds=config.request_timeout,
+            ),
             lora_path_root=lifecycle.lora_path_root,
             special_in_prompts=config.special_tokens_in_prompts,
+            connections=connections,
+            cors_origins=config.cors_origin_list,
         )
     )
     overhead = _overhead(parts, base)
     metrics.read_gauges_from(_gauge_readings(parts, resident_bytes(base.model), overhead))
+    metrics.read_connections_from(connections.readings)
     return BuiltServer(
         app=app,
         name=name,

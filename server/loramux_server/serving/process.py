@@ -16,7 +16,9 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn, Protocol
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NoReturn, Protocol, cast
 
 import uvicorn
 
@@ -24,16 +26,19 @@ from loramux_server.config.environment import bound_spinning
 from loramux_server.config.serve import ServeConfig
 from loramux_server.errors import ConfigError
 from loramux_server.serving.startup import ASGIApp, Stages, StartupApp, in_daemon_thread, take_port, url_of
+from loramux_server.wire.acceptor import Acceptor
+from loramux_server.wire.connections import Connections
+from loramux_server.wire.descriptors import connection_cap
+from loramux_server.wire.protocol import DeadlineProtocol, Deadlines
 
 _SWITCH_SECONDS = 0.0005  # of the interpreter lock: the engine wants it some times a step, for microseconds each
 FLUSH_SECONDS = 5  # for the last bytes of replies, once the engine has drained
-KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections, so that they close first
-MAX_HEADER_BYTES = 64 * 1024
+WORKERS = 8  # threads for what blocks; adapters that come in hold half of them at most, and all else has the rest
 MODELS_SHOWN = 6
 
 
 class Built(Protocol):
-    """What `loramux_server.serving.build.build(config, stages)` returns. Its methods are called on the event loop.
+    """What `loramux_server.serving.build.build` returns. Its methods are called on the event loop.
 
     Attributes:
         app: the whole HTTP API.
@@ -64,15 +69,16 @@ def serve(config: ServeConfig) -> int:
     """Serves until a signal; returns the exit code.
 
     Raises:
-        ConfigError: a directory that adapters come from is not there.
+        ConfigError: a directory that adapters come from is not there, or the system allows too few open files.
         CommandFailed: the port cannot be had; like the first, this is found before anything is loaded.
         LoramuxError, AdapterError: the base or the store cannot be used.
     """
     _require_directories(config)
     bound_spinning()
     sys.setswitchinterval(_SWITCH_SECONDS)
+    connections = Connections(connection_cap(config.max_connections))
     with take_port(config.host, config.port) as listener:
-        return asyncio.run(_serve(config, listener))
+        return asyncio.run(_serve(config, listener, connections))
 
 
 def _require_directories(config: ServeConfig) -> None:
@@ -86,18 +92,20 @@ def _require_directories(config: ServeConfig) -> None:
             raise ConfigError(f"{flag}: {directory} is not a directory")
 
 
-async def _serve(config: ServeConfig, listener: socket.socket) -> int:
+async def _serve(config: ServeConfig, listener: socket.socket, connections: Connections) -> int:
     began = time.monotonic()
     url = url_of(listener)
     startup_app = StartupApp()
-    server = _Server(_uvicorn_config(config, startup_app))
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(WORKERS, "worker"))
+    deadlines = Deadlines(config.header_timeout, config.pace)
+    server = _Server(_uvicorn_config(config, startup_app), listener, connections, deadlines)
     stop = _stop_on_signals()
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    serving = asyncio.create_task(server.serve([listener]))
     built: Built | None = None
     try:
         _show(f"loramux loads {config.base}; {url}/health answers already")
         stages = Stages(_write)
-        built = await _load(config, stages, stop)
+        built = await _load(config, stages, connections, stop)
         await _start(built, stop)
         startup_app.hand_over_to(built.app)
         for line in [*built.summary, *_ready(url, built.models, config, time.monotonic() - began)]:
@@ -119,9 +127,9 @@ async def _serve(config: ServeConfig, listener: socket.socket) -> int:
     return 0
 
 
-async def _load(config: ServeConfig, stages: Stages, stop: asyncio.Event) -> Built:
+async def _load(config: ServeConfig, stages: Stages, connections: Connections, stop: asyncio.Event) -> Built:
     """Builds everything in a thread; a signal meanwhile ends the process, since there is nothing yet to finish."""
-    loading = asyncio.ensure_future(asyncio.wrap_future(in_daemon_thread(lambda: _build(config, stages))))
+    loading = asyncio.ensure_future(asyncio.wrap_future(in_daemon_thread(lambda: _build(config, stages, connections))))
     await _first_of(loading, stop)
     if not loading.done():
         _leave("stopped while loading", 0)
@@ -144,14 +152,42 @@ async def _first_of(work: asyncio.Future[Any], stop: asyncio.Event) -> None:
     stopping.cancel()
 
 
-def _build(config: ServeConfig, stages: Stages) -> Built:
+def _build(config: ServeConfig, stages: Stages, connections: Connections) -> Built:
     with stages.stage("import libraries"):
         from loramux_server.serving.build import build
-    return build(config, stages)
+    return build(config, stages, connections)
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: a signal must drain the engine while the port still answers."""
+    """uvicorn with our own connections, and without its signal handlers: a signal must drain the engine while the port
+    still answers."""
+
+    def __init__(
+        self, config: uvicorn.Config, listener: socket.socket, connections: Connections, deadlines: Deadlines
+    ) -> None:
+        super().__init__(config)
+        self._listener = listener
+        self._connections = connections
+        self._deadlines = deadlines
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await self.lifespan.startup()
+        protocol = partial(
+            DeadlineProtocol,
+            self._connections,
+            self._deadlines,
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+        )
+        acceptor = Acceptor(self._listener, self._connections, protocol)
+        self.servers = [cast(asyncio.Server, acceptor)]  # only to be closed
+        self.started = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """uvicorn's, ten times a second."""
+        self._connections.check(asyncio.get_running_loop().time(), counter)
+        return await super().on_tick(counter)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -161,6 +197,7 @@ class _Server(uvicorn.Server):
 def _uvicorn_config(config: ServeConfig, app: ASGIApp) -> uvicorn.Config:
     return uvicorn.Config(
         app,
+        interface="asgi3",
         http="h11",
         ws="none",
         lifespan="off",
@@ -168,9 +205,8 @@ def _uvicorn_config(config: ServeConfig, app: ASGIApp) -> uvicorn.Config:
         access_log=config.log_level == "debug",
         proxy_headers=False,
         server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_keep_alive=config.keep_alive_timeout,
         timeout_graceful_shutdown=FLUSH_SECONDS,
-        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
     )
 
 

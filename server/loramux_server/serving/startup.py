@@ -79,16 +79,15 @@ class StartupApp:
         """Called on the event loop, when the server is ready."""
         self._app = app
 
-    async def __call__(
+    def __call__(
         self,
         scope: Message,
         receive: Callable[[], Awaitable[Message]],
         send: Callable[[Message], Awaitable[None]],
-    ) -> None:
+    ) -> Awaitable[None]:
         if self._app is not None:
-            await self._app(scope, receive, send)
-        elif scope["type"] == "http":
-            await _answer_while_loading(scope["path"], send)
+            return self._app(scope, receive, send)
+        return _answer_while_loading(scope["path"], send)
 
 
 async def _answer_while_loading(path: str, send: Callable[[Message], Awaitable[None]]) -> None:

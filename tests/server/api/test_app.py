@@ -133,9 +133,9 @@ async def test_the_same_measurements_have_vllms_names_too(server: Server) -> Non
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/redoc", 404), ("POST", "/", 405), ("GET", "/v1/models/", 404),
+        ("GET", "/redoc", 404), ("POST", "/", 405), ("GET", "/v1//models", 404),
         ("POST", "/v1/load_lora_adapter", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/v1/models", 405),
-        ("PATCH", "/v1/adapters/pirate", 405), ("HEAD", "/health", 405), ("OPTIONS", "/v1/models", 405),
+        ("PATCH", "/v1/adapters/pirate", 405), ("HEAD", "/v1/completions", 405), ("OPTIONS", "/v1/models", 405),
     ],
 )  # fmt: skip
 async def test_unknown_paths_and_methods_are_refused_in_openais_shape(

@@ -45,7 +45,11 @@ def test_the_config_file_can_be_named_by_flag_or_environment_and_the_flag_wins(t
 
 def test_every_field_can_be_set_by_flag_environment_and_file(tmp_path: Path) -> None:
     samples = {int: ("64", "64"), float: ("64", "64"), str: ("cuda", '"cuda"'), Path: ("some/dir", '"some/dir"')}
-    particular = {"log_level": ("debug", '"debug"'), "host": ("127.0.0.2", '"127.0.0.2"')}
+    particular = {
+        "log_level": ("debug", '"debug"'),
+        "host": ("127.0.0.2", '"127.0.0.2"'),
+        "cors_origins": ("https://a.example,http://localhost:3000", '"https://a.example,http://localhost:3000"'),
+    }
     for name, setting in settings_of(ServeConfig).items():
         switched = str(not setting.default).lower()
         text, in_toml = particular.get(name, samples.get(setting.kind, (switched, switched)))
@@ -79,6 +83,9 @@ def test_an_integer_in_the_file_is_fine_where_a_number_is_asked_for(tmp_path: Pa
         ({"base": ""}, "--base and --host must not be empty"),
         ({"served_model_name": "a:b"}, "--served-model-name must start with a letter or digit"),
         ({"adapter_memory_mib": "2048"}, "--device-memory-mib 2048 leaves nothing for the KV cache"),
+        ({"cors_origins": "https://a.example/"}, "--cors-origins lists pages as scheme://host or scheme://host:port"),
+        ({"cors_origins": "a.example"}, "without a path, not 'a.example'"),
+        ({"allowed_hosts": "host.docker.internal:8000"}, "--allowed-hosts lists names of this machine, without a port"),
         ({"max_batch_tokens": "16"}, "--max-batch-tokens (16) must be at least --max-num-seqs (32)"),
     ],
 )

@@ -123,8 +123,7 @@ class AdapterRoutes:
         # A web page can make a browser send a POST without a body here, but not one that says it is JSON.
         has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
         if has_body or "origin" in request.headers or "sec-fetch-site" in request.headers:
-            stall_seconds = self._deps.limits.stall_seconds
-            fields |= await read_object(request, limit=_MAX_BODY, stall_seconds=stall_seconds)
+            fields |= await read_object(request, limit=_MAX_BODY, pace=self._deps.limits.pace)
         for name in fields:
             if name not in names:
                 raise RequestError(f"unknown parameter {ascii(name[:64])}", param=name[:64], code="unknown_parameter")
@@ -191,12 +190,14 @@ class AdapterRoutes:
         """One of the places for uploads. Raises ServerBusy if none becomes free in time."""
         seconds = self._deps.limits.upload_wait_seconds
         try:
-            async with asyncio.timeout(seconds):
-                await self._places.acquire()
+            with self._deps.metrics.upload_waits():
+                async with asyncio.timeout(seconds):
+                    await self._places.acquire()
         except TimeoutError as error:
             raise ServerBusy("too many uploads at the same time", retry_after=max(1, round(seconds))) from error
         try:
-            yield
+            with self._deps.metrics.upload_runs():
+                yield
         finally:
             self._places.release()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -12,8 +13,9 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from loramux_adapters.artifact.archive import unpack
 from loramux_adapters.errors import AdapterTooLarge
-from loramux_server.api.http.body import blocks
+from loramux_server.api.http.body import blocks, refuse_encoded
 from loramux_server.api.http.dependencies import Limits
+from loramux_server.api.http.errors import BodyStalled
 from loramux_server.api.http.worker_threads import run_in_thread
 from loramux_server.errors import RequestError
 
@@ -50,20 +52,20 @@ async def receive_upload(request: Request, directory: Path, limits: Limits) -> N
 
     The body has the parts `config` and `weights`, and may have `card`, `fingerprint` and a tokenizer's; or it has the
     part `archive` alone. Parsing and writing happen in a worker thread.
-    Raises RequestError, AdapterTooLarge, AdapterRejected, BodyStalled, OSError, and ClientDisconnect.
+    Raises RequestError, AdapterTooLarge, AdapterRejected, BodyNotDecodable, BodyStalled, OSError, and ClientDisconnect.
     """
+    refuse_encoded(request)
     writer = _PartWriter(_boundary_of(request), directory, limits.upload_bytes)
     too_large = AdapterTooLarge(limits.upload_bytes)
     try:
-        async for block in blocks(
-            request,
-            limit=limits.upload_bytes + _OVERHEAD,
-            too_large=too_large,
-            stall_seconds=limits.stall_seconds,
-            size=_BLOCK,
-        ):
-            await run_in_thread(writer.feed, block)
+        async with asyncio.timeout(limits.upload_seconds):
+            async for block in blocks(
+                request, limit=limits.upload_bytes + _OVERHEAD, too_large=too_large, pace=limits.pace, size=_BLOCK
+            ):
+                await run_in_thread(writer.feed, block)
         parts = writer.finish()
+    except TimeoutError as error:
+        raise BodyStalled(f"the upload did not arrive within {limits.upload_seconds:g} seconds") from error
     finally:
         writer.close()
     if ARCHIVE in parts:

@@ -215,7 +215,8 @@ class Generation:
     async def _generate(self) -> AsyncGenerator[Piece, None]:
         came = False
         try:
-            async with aclosing(_merged([partial(self._follow, choice) for choice in self.choices])) as pieces:
+            follows = [partial(self._follow, choice) for choice in self.choices]
+            async with aclosing(_merged(follows) if len(follows) > 1 else follows[0]()) as pieces:
                 async for piece in pieces:
                     came = True
                     yield piece
@@ -262,11 +263,6 @@ Follow = Callable[[], AsyncGenerator[Piece, None]]
 
 async def _merged(sources: Sequence[Follow]) -> AsyncGenerator[Piece, None]:
     """Pieces of all sources as they come. The first error ends everything."""
-    if len(sources) == 1:
-        async with aclosing(sources[0]()) as only:
-            async for piece in only:
-                yield piece
-        return
     queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
 
     async def pump(source: Follow) -> None:

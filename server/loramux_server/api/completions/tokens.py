@@ -50,7 +50,7 @@ class TokenRoutes:
 
     async def _read(self, request: Request) -> bytes:
         limits = self._deps.limits
-        return await read_json(request, limit=limits.body_bytes, stall_seconds=limits.stall_seconds)
+        return await read_json(request, limit=limits.body_bytes, pace=limits.pace)
 
     def _tokenized(self, body: TokenizeChatRequest | TokenizePromptRequest, leases: AdapterLeases) -> dict[str, object]:
         if isinstance(body, TokenizeChatRequest):

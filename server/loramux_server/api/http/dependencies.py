@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from loramux_server.metrics.metrics import Metrics
+from loramux_server.wire.connections import Connections
+from loramux_server.wire.pace import Pace
 
 if TYPE_CHECKING:
     from loramux_adapters.lora.verify import Checked
@@ -193,11 +195,13 @@ class Keys:
         api_key: for everything but adapter management, and for that too if there is no `admin_key`.
         admin_key: for everything.
         check_host: where a route is open, take only requests whose Host is this machine (against DNS rebinding).
+        allowed_hosts: further names of this machine, without a port.
     """
 
     api_key: str | None = field(default=None, repr=False)
     admin_key: str | None = field(default=None, repr=False)
     check_host: bool = True
+    allowed_hosts: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,8 +212,9 @@ class Limits:
         body_bytes: a JSON body.
         upload_bytes: the files of an adapter, before and after they are unpacked.
         header_bytes: all header names and values of a request.
-        stall_seconds: longest that a body may take for its next 64 KiB.
+        stall_seconds, body_rate: a body comes with so many bytes a second, and may be behind that by so many seconds.
         uploads: uploads at the same time; others wait up to `upload_wait_seconds` for a place.
+        upload_seconds: longest that the files of one may take to arrive.
         request_seconds: longest from arrival to the last token; None is no limit.
     """
 
@@ -217,9 +222,15 @@ class Limits:
     upload_bytes: int = 1024 * 2**20
     header_bytes: int = 32 * 2**10
     stall_seconds: float = 30.0
+    body_rate: float = 16 * 2**10
     uploads: int = 4
     upload_wait_seconds: float = 10.0
+    upload_seconds: float = 1800.0
     request_seconds: float | None = None
+
+    @property
+    def pace(self) -> Pace:
+        return Pace(self.stall_seconds, self.body_rate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +241,8 @@ class Dependencies:
         check, prove, publish: the three stations of an upload, in this order.
         lora_path_root: loads adapters from this machine's disk for vLLM's calls; without it those routes do not exist.
         special_in_prompts: text in prompts of /v1/completions may become special tokens.
+        connections: those that are open, and what was refused and cut.
+        cors_origins: web pages that may call from a browser; "*" is every page.
     """
 
     engine: EngineLike
@@ -245,3 +258,5 @@ class Dependencies:
     limits: Limits = field(default_factory=Limits)
     lora_path_root: LoraPathRoot | None = None
     special_in_prompts: bool = True
+    connections: Connections = field(default_factory=Connections)
+    cors_origins: Sequence[str] = ()

@@ -238,3 +238,24 @@ async def test_an_upload_without_a_key_is_refused_before_its_body_is_read(tmp_pa
     async with server.client() as client:
         reply = await client.put("/v1/adapters/new", content=body())
     assert (reply.status_code, read) == (401, 0)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("host", "outcome_of_it"),
+    [
+        (b"host.docker.internal", "ok"), (b"Host.Docker.Internal:8000", "ok"), (b"localhost", "ok"),
+        (b"[::1]:80", "ok"),
+        (b"host.docker.internal.evil.example", "403"), (b"evil.example", "403"), (b"host.docker.internal:x", "403"),
+    ],
+)  # fmt: skip
+async def test_further_names_of_this_machine_can_be_allowed(host: bytes, outcome_of_it: str) -> None:
+    keys = Keys(allowed_hosts=["host.docker.internal"])
+    assert await outcome(keys, endpoint, (b"host", host)) == outcome_of_it
+
+
+@pytest.mark.anyio
+async def test_a_refused_host_is_named_with_the_setting_that_allows_it() -> None:
+    scope = {"type": "http", "endpoint": endpoint, "headers": [(b"host", b"host.docker.internal:8000")], "path": "/"}
+    with pytest.raises(NotAllowed, match=r"'host\.docker\.internal:8000'.*--allowed-hosts \(LORAMUX_ALLOWED_HOSTS\)"):
+        await Authorizer(Keys()).authorize(Request(scope))
