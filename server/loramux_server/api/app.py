@@ -12,12 +12,15 @@ from starlette.applications import Starlette
 from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loramux_adapters.errors import AdapterError
 from loramux_server.api.adapters.routes import AdapterRoutes
 from loramux_server.api.adapters.vllm_routes import VllmRoutes
 from loramux_server.api.completions.routes import CompletionRoutes
+from loramux_server.api.completions.tokens import TokenRoutes
+from loramux_server.api.description.pages import PageRoutes
 from loramux_server.api.http.auth import Authorizer
 from loramux_server.api.http.dependencies import Dependencies
 from loramux_server.api.http.errors import BodyStalled, answer_to, http_answer
@@ -52,11 +55,17 @@ def create_app(deps: Dependencies) -> FastAPI:
         redirect_slashes=False,  # it would lose a body, and is built from the Host header, which the caller writes
     )
     app.router.route_class = _route_class(Authorizer(deps.keys))
-    completions, adapters = CompletionRoutes(deps), AdapterRoutes(deps)
-    models, operations = ModelRoutes(deps), OperationsRoutes(deps)
+    completions, tokens, adapters = CompletionRoutes(deps), TokenRoutes(deps), AdapterRoutes(deps)
+    models, operations, pages = (
+        ModelRoutes(deps),
+        OperationsRoutes(deps),
+        PageRoutes(deps),
+    )
     routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
         ("POST", "/v1/chat/completions", completions.chat),
         ("POST", "/v1/completions", completions.completion),
+        ("POST", "/tokenize", tokens.tokenize),
+        ("POST", "/detokenize", tokens.detokenize),
         ("GET", "/v1/models", models.list),
         ("GET", "/v1/models/{model:anything}", models.show),
         ("GET", "/v1/adapters", adapters.list),
@@ -72,6 +81,10 @@ def create_app(deps: Dependencies) -> FastAPI:
         ("GET", "/ready", operations.ready),
         ("GET", "/metrics", operations.metrics),
         ("GET", "/metrics/vllm", operations.metrics_vllm),
+        ("GET", "/version", pages.version),
+        ("GET", "/", pages.home),
+        ("GET", "/docs", pages.docs),
+        ("GET", "/openapi.json", pages.openapi),
     ]
     if deps.lora_path_root is not None:
         vllm = VllmRoutes(deps, deps.lora_path_root, adapters)
@@ -140,7 +153,16 @@ async def _on_error(request: Request, error: Exception) -> Response:
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return http_answer(error.status_code, dict(error.headers or {})).response()
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["allow"] = ", ".join(_methods_at(request))
+    return http_answer(error.status_code, headers).response()
+
+
+def _methods_at(request: Request) -> list[str]:
+    """All that the path takes; the router names those of one route."""
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in routes for method in route.methods})
 
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:

@@ -25,6 +25,7 @@ _STEP = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0
 _REQUEST = (0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 45.0, 60.0, 120.0, 240.0, 480.0, 960.0)
 _QUEUE = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 _LOAD = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_PAUSE = (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0)
 _SEQUENCES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024)
 # Outcomes of checking an adapter against the base. It was accepted: it names this base, it names none, or it names
 # another one and was forced. It was refused: for what it holds, or for the base it names.
@@ -93,6 +94,14 @@ class Metrics:
         def gauge(name: str, text: str) -> Gauge:
             return Gauge(name, text, registry=registry)
 
+        self._loop_pause = histogram(
+            "loramux_event_loop_pause_seconds",
+            "How much too late the event loop woke up, each hundredth second",
+            _PAUSE,
+        )
+        self._longest_loop_pause = gauge(
+            "loramux_event_loop_longest_pause_seconds", "Longest pause of the event loop in the last one to two minutes"
+        )
         self._registered = gauge("loramux_adapters_registered", "Adapters in the store")
         self._pinned = gauge("loramux_adapters_pinned", "Adapters in the store that are to stay in memory")
         self._versions = gauge("loramux_adapter_versions", "Adapter versions that the store keeps")
@@ -222,6 +231,14 @@ class Metrics:
     def watch_failed(self) -> None:
         """A change in the watched directory could not be published."""
         self._watch_failures.inc()
+
+    # event loop
+
+    def loop_paused(self, seconds: float, longest: float) -> None:
+        """The event loop stood still so long, 0 for not at all; `longest` is of the last minutes."""
+        if seconds:
+            self._loop_pause.observe(seconds)
+        self._longest_loop_pause.set(longest)
 
     # composition root
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ from loramux_server.metrics.metrics import Metrics
 from loramux_server.publishing.preload import preload
 from loramux_server.publishing.proof import Prover
 from loramux_server.serving.adapter_lifecycle import AdapterLifecycle, CountedCheck, pin_bytes
+from loramux_server.serving.loop_pauses import LoopPauses
 from loramux_server.serving.memory_plan import MIB, arena_rows, kept_blocks, num_blocks, summary
 from loramux_server.serving.startup import Stages
 from loramux_server.wire.connections import Connections
@@ -56,6 +58,7 @@ class BuiltServer:
     store: AdapterStore
     host_cache: HostCache
     lifecycle: AdapterLifecycle
+    pauses: LoopPauses
 
     @property
     def models(self) -> Sequence[str]:
@@ -70,6 +73,8 @@ class BuiltServer:
         if self.preload is not None:
             with self.stages.stage("try and publish the adapters to preload"):
                 await asyncio.to_thread(self.preload)
+        gc.freeze()  # what is here now stays: a search through it for garbage stops every thread for long
+        self.pauses.start(asyncio.get_running_loop())
 
     @property
     def running(self) -> int:
@@ -80,6 +85,7 @@ class BuiltServer:
         return await self.client.drain(timeout)
 
     async def stop(self) -> None:
+        self.pauses.stop()
         await asyncio.to_thread(self.lifecycle.stop)
         await self.client.drain(0.0)
         self.host_cache.close()
@@ -192,6 +198,7 @@ def build(config: ServeConfig, stages: Stages, connections: Connections) -> Buil
         store=store,
         host_cache=parts.host_cache,
         lifecycle=lifecycle,
+        pauses=LoopPauses(metrics.loop_paused),
     )
 
 

@@ -138,7 +138,7 @@ async def test_the_same_measurements_have_vllms_names_too(server: Server) -> Non
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404), ("GET", "/docs", 404), ("GET", "/openapi.json", 404), ("GET", "/v1//models", 404),
+        ("GET", "/redoc", 404), ("POST", "/", 405), ("GET", "/v1//models", 404),
         ("POST", "/v1/load_lora_adapter", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/v1/models", 405),
         ("PATCH", "/v1/adapters/pirate", 405), ("HEAD", "/v1/completions", 405), ("OPTIONS", "/v1/models", 405),
     ],
@@ -152,6 +152,16 @@ async def test_unknown_paths_and_methods_are_refused_in_openais_shape(
     if method != "HEAD":
         assert reply.json()["error"].keys() == {"message", "type", "param", "code"}
     assert ("allow" in reply.headers) == (status == 405)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [("/v1/adapters/pirate", {"GET", "PUT", "DELETE"}), ("/v1/adapters/pirate/pin", {"POST", "DELETE"})],
+)
+async def test_a_refused_method_is_told_all_that_the_path_takes(server: Server, path: str, methods: set[str]) -> None:
+    async with server.client() as client:
+        assert set((await client.request("PATCH", path)).headers["allow"].split(", ")) == methods
 
 
 @pytest.mark.anyio

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from loramux_server.api.adapters.upload import receive_upload
 from loramux_server.api.http.auth import Access, access
 from loramux_server.api.http.body import read_object
 from loramux_server.api.http.dependencies import Dependencies
+from loramux_server.api.http.json_reply import listed
 from loramux_server.api.http.streaming import Stream, until_gone
 from loramux_server.api.http.worker_threads import enter_in_thread, run_in_thread, run_in_thread_or_undo
 from loramux_server.errors import RequestError, ServerBusy
@@ -38,9 +39,7 @@ class AdapterRoutes:
         self._places = asyncio.Semaphore(deps.limits.uploads)
 
     async def list(self, request: Request) -> Response:
-        records = await run_in_thread(self._deps.store.records)
-        own = await run_in_thread(self._with_own_template, records)
-        return JSONResponse({"object": "list", "data": [self._record_json(record, own) for record in records]})
+        return await listed(self._records_json)
 
     async def show(self, request: Request) -> Response:
         return await self._shown(self._name_of(request))
@@ -144,6 +143,13 @@ class AdapterRoutes:
         """The current versions that bring a chat template in place of the base's. Asks the disk."""
         directory = self._deps.store.directory
         return {each.version for each in records if (directory(each.version) / CHAT_TEMPLATE_FILE).exists()}
+
+    def _records_json(self) -> Iterator[dict[str, Any]]:
+        """Every adapter. Asks the disk."""
+        records = self._deps.store.records()
+        own = self._with_own_template(records)
+        for record in records:
+            yield self._record_json(record, own)
 
     def _record_json(self, record: AdapterRecord, own_template: set[str]) -> dict[str, Any]:
         """An adapter as clients see it. `own_template`: versions that bring a chat template."""

@@ -19,6 +19,7 @@ from loramux_server.api.completions.reply_format import (
 from loramux_server.api.completions.schemas import GenerationRequest, parse_chat, parse_completion
 from loramux_server.api.http.body import read_json
 from loramux_server.api.http.dependencies import Dependencies
+from loramux_server.api.http.json_object import parsed_off_loop
 from loramux_server.api.http.middleware import request_id_of
 from loramux_server.api.http.streaming import SSE_HEADERS, Stream, until_gone
 from loramux_server.errors import LoramuxError
@@ -41,14 +42,14 @@ class CompletionRoutes:
 
     async def _chat(self, request: Request) -> Asked:
         with self._refusals_counted():
-            body = parse_chat(await self._read(request))
+            body = await parsed_off_loop(parse_chat, await self._read(request))
             leases = await self._preparation.leases(body)
         generation = await self._preparation.chat(body, leases)
         return generation, self._format(ChatFormat, body), bool(body.stream)
 
     async def _completion(self, request: Request) -> Asked:
         with self._refusals_counted():
-            body = parse_completion(await self._read(request))
+            body = await parsed_off_loop(parse_completion, await self._read(request))
             leases = await self._preparation.leases(body)
         generation = await self._preparation.completion(body, leases)
         return generation, self._format(CompletionFormat, body), bool(body.stream)

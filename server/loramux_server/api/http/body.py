@@ -9,10 +9,10 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from pydantic_core import from_json
 from starlette.requests import Request
 
 from loramux_server.api.http.errors import BodyNotDecodable, BodyStalled, BodyTooLarge
+from loramux_server.api.http.json_object import json_object, parsed_off_loop
 from loramux_server.api.http.worker_threads import run_in_thread
 from loramux_server.errors import RequestError
 from loramux_server.wire.pace import Pace
@@ -46,13 +46,7 @@ async def read_json(request: Request, *, limit: int, pace: Pace) -> bytes:
 async def read_object(request: Request, *, limit: int, pace: Pace) -> dict[str, Any]:
     """A JSON object; an empty body counts as an empty one. Raises what `read_json` raises."""
     body = await read_json(request, limit=limit, pace=pace)
-    try:
-        value = from_json(body, allow_inf_nan=False) if body else {}
-    except ValueError as error:
-        raise RequestError("the body is not valid JSON", code="invalid_json") from error
-    if not isinstance(value, dict):
-        raise RequestError("the body must be a JSON object", code="invalid_json")
-    return value
+    return await parsed_off_loop(json_object, body) if body else {}
 
 
 def refuse_encoded(request: Request) -> None:

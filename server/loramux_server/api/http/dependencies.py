@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from loramux_server.publishing.lora_path import LoraPathRoot
     from loramux_server.publishing.pins import Pins
 
-Message = dict[str, str]  # {"role": ..., "content": ...}
-
 
 class EngineLike(Protocol):
     """The engine as the event loop sees it; the server's is `EngineClient`.

@@ -14,7 +14,7 @@ from support.fakes_api import make_server
 from support.raw_call import RawCall
 
 API, ADMIN = "api-secret", "admin-secret"
-PUBLIC_PATHS = {"/health", "/ready"}
+PUBLIC_PATHS = ("/", "/health", "/ready")
 
 
 async def endpoint() -> None:
@@ -148,7 +148,7 @@ def routes_of(app: Any) -> list[APIRoute]:
 
 
 @pytest.mark.anyio
-async def test_every_route_but_two_asks_for_a_key(tmp_path: Path) -> None:
+async def test_every_route_but_three_asks_for_a_key(tmp_path: Path) -> None:
     server = make_server(tmp_path, keys=Keys(API, ADMIN))
     checked = 0
     async with server.client() as client:
@@ -159,7 +159,7 @@ async def test_every_route_but_two_asks_for_a_key(tmp_path: Path) -> None:
                 expected = 200 if path in PUBLIC_PATHS else 401
                 assert reply.status_code == expected, (method, path)
                 checked += 1
-    assert checked == 16
+    assert checked == 22
 
 
 @pytest.mark.anyio

@@ -90,7 +90,7 @@ async def status_of(server: Server, target: bytes, host: bytes = b"localhost") -
         (b"http://localhost/v1/models", b"elsewhere", 200),
         (b"http://elsewhere/v1/models", b"localhost", 403),
         (b"http://localhost@elsewhere/v1/models", b"localhost", 404),
-        (b"http://localhost", b"localhost", 404),
+        (b"http://localhost", b"localhost", 200),
         (b"http://localhost/health", b"localhost", 200),
         (b"ftp://localhost/health", b"localhost", 404),
         (b"*", b"localhost", 404),
