@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from loramux_adapters.artifact.format import CONFIG_FILE, WEIGHTS_FILE
+from loramux_adapters.artifact.format import CONFIG_FILE, KNOWN_FILES, WEIGHTS_FILE
 from loramux_adapters.errors import (
     AdapterCorrupt,
     AdapterNotFound,
@@ -21,6 +21,7 @@ from loramux_adapters.errors import (
     StoreUnavailable,
 )
 from loramux_adapters.store.store import AdapterStore, Published
+from loramux_adapters.store.version_record import RECORD_FILE
 from support.adapter_files import TINY_LINEARS, write_adapter
 
 
@@ -67,6 +68,7 @@ def stored(root: Path) -> set[str]:
 
 
 def is_consistent(store: AdapterStore, root: Path) -> bool:
+    store.check_integrity()
     kept = {version.version for record in store.records() for version in record.versions}
     for version in kept:
         store.load(version)
@@ -80,7 +82,7 @@ def test_a_published_adapter_is_listed_leased_and_loaded(store: AdapterStore, cl
     assert (record.name, record.version, record.rank) == ("tuned", published.version, 8)
     assert record.target_modules == ["q_proj"] and record.base_verified is False and record.references == 0
     assert (record.created, record.updated) == (1000, 1000)
-    files = list(store.directory(published.version).iterdir())
+    files = [path for path in store.directory(published.version).iterdir() if path.name in KNOWN_FILES]
     assert record.nbytes == sum(path.stat().st_size for path in files) and len(files) == 2
     with store.acquire("tuned") as lease:
         assert (lease.name, lease.version, lease.rank) == ("tuned", published.version, 8)
@@ -205,7 +207,8 @@ def test_only_the_parts_of_a_version_are_stored(store: AdapterStore) -> None:
         (staging.directory / "folder").mkdir()
         (staging.directory / "link").symlink_to("/etc")
         version = store.publish("a", staging, rank=8, base_id=None, target_modules=["q_proj"]).version
-    assert {path.name for path in store.directory(version).iterdir()} == {CONFIG_FILE, WEIGHTS_FILE, "card.json"}
+    names = {path.name for path in store.directory(version).iterdir()}
+    assert names == {CONFIG_FILE, WEIGHTS_FILE, "card.json", RECORD_FILE}
 
 
 def test_files_that_cannot_be_parsed_are_not_published(store: AdapterStore, tmp_path: Path) -> None:
