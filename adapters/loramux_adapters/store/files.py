@@ -26,6 +26,7 @@ from loramux_adapters.artifact.safetensors_header import open_regular
 from loramux_adapters.durable_files import sync
 from loramux_adapters.errors import AdapterRejected, StoreUnavailable
 from loramux_adapters.store.quarantine import Quarantine
+from loramux_adapters.store.version_record import RECORD_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,7 @@ class VersionFiles:
     def install(self, staging: Staging, digest: str, *, replace: bool) -> Callable[[], None] | None:
         """Move settled files to where their version belongs; files already there stay unless `replace`: set aside then.
 
+        The record of those that were there is taken over, until the change that this belongs to writes another.
         Returns what takes the move back, None if there was none. To be called with the index's write lock held, as
         nothing else guards two installs of one version.
         """
@@ -149,6 +151,10 @@ class VersionFiles:
         is_there = target.exists()
         if is_there and not replace:
             return None
+        before = self.record_directory(digest)
+        if before is not None and (before / RECORD_FILE).exists():
+            shutil.copyfile(before / RECORD_FILE, staging.directory / RECORD_FILE)
+            sync(staging.directory / RECORD_FILE)
         if is_there:
             self.quarantine.put_damaged(target, digest, "an upload of the same version found it damaged")
 

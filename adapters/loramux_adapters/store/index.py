@@ -200,9 +200,8 @@ class StoreIndex:
         """What shows that the index is lost, as `IndexLost`."""
         try:
             yield
-        except (IndexFault, sqlite3.Error) as error:
-            if isinstance(error, sqlite3.Error):
-                if not is_damage(error, self._root / INDEX_FILE):
-                    raise
-                error = IndexFault(f"it is damaged ({error})")
-            raise IndexLost(str(error), len(self._files.stored()), shlex.quote(str(self._root))) from error
+        except (IndexFault, UnicodeError, sqlite3.Error) as error:  # SQLite quotes what it finds in the file
+            if isinstance(error, sqlite3.Error) and not is_damage(error, self._root / INDEX_FILE):
+                raise
+            fault = str(error) if isinstance(error, IndexFault) else f"it is damaged ({error})"
+            raise IndexLost(fault, len(self._files.stored()), shlex.quote(str(self._root))) from error

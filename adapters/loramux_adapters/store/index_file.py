@@ -189,11 +189,11 @@ def read_remains(path: Path) -> list[KeptVersion]:
     """What can still be read of an index that is lost, by name, newest first."""
     try:
         connection = connect(path, 0.0)
-    except sqlite3.Error:
+    except (sqlite3.Error, UnicodeError):
         return []
     try:
         return kept_rows(connection, "ORDER BY h.name, h.id DESC", ())
-    except (sqlite3.Error, TypeError, ValueError):
+    except (sqlite3.Error, UnicodeError, TypeError):
         return []
     finally:
         connection.close()
