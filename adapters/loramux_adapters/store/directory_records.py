@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from loramux_adapters.durable_files import drop_beside, put_in_place, sealed, unsealed, write_beside, write_whole
+from loramux_adapters.durable_files import drop_beside, put_in_place, sealed, sync, unsealed, write_beside
 from loramux_adapters.errors import StoreUnavailable
 from loramux_adapters.store.files import VersionFiles
 from loramux_adapters.store.records import KeptVersion
@@ -31,6 +31,7 @@ from loramux_adapters.store.version_record import RECORD_FILE, DirectoryRecord, 
 
 GENERATION_FILE = "generation"
 _POLL_SECONDS = 0.01
+_GENERATION_BYTES = 256  # more than it takes
 _MANY = 64  # records are forced to disk together rather than one by one
 
 
@@ -102,19 +103,17 @@ class DirectoryRecords:
         """Step 1."""
         for path, record in self._paths(change):
             write_beside(path, record.dump())
-        write_beside(self._generation_file, self._number(change.generation))
 
     def drop(self, change: Change) -> None:
         """Instead of `enter`, for a transaction that was rolled back."""
         for path, _ in self._paths(change):
             drop_beside(path)
-        drop_beside(self._generation_file)
 
     def enter(self, change: Change) -> None:
         """Steps 3 and 4."""
         for path, _ in self._paths(change):
             put_in_place(path)
-        put_in_place(self._generation_file)
+        self._write_generation(change.generation)
 
     def complete(self, generation: int, kept: Mapping[str, Sequence[KeptVersion]]) -> int:
         """Make the records say what the index says; returns how many did not. `kept`: all rows, by digest."""
@@ -131,7 +130,7 @@ class DirectoryRecords:
                 beside.write_bytes(record.dump())
                 os.replace(beside, path)
             os.sync()
-            write_whole(self._generation_file, self._number(generation))
+            self._write_generation(generation)
         return len(stale)
 
     def _is_as(self, digest: str, rows: Sequence[KeptVersion]) -> bool:
@@ -149,5 +148,14 @@ class DirectoryRecords:
             if directory is not None:  # None: the version's files are gone
                 yield directory / RECORD_FILE, record
 
-    def _number(self, generation: int) -> bytes:
-        return sealed({"generation": generation})
+    def _write_generation(self, generation: int) -> None:
+        """In place, as it is done with each change: a file that was cut short is as good as none (see `generation`)."""
+        is_new = not self._generation_file.exists()
+        descriptor = os.open(self._generation_file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            os.write(descriptor, sealed({"generation": generation}).ljust(_GENERATION_BYTES))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if is_new:
+            sync(self._generation_file.parent)

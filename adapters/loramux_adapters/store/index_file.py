@@ -43,7 +43,10 @@ _MIGRATIONS: Mapping[int, Sequence[str]] = {
         "ALTER TABLE versions ADD COLUMN corrupt INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE history ADD COLUMN fingerprint TEXT NOT NULL DEFAULT 'none'",
     ),
-    2: ("CREATE TABLE state (generation INTEGER NOT NULL, content INTEGER NOT NULL)",),
+    2: (
+        "CREATE TABLE state (generation INTEGER NOT NULL, content INTEGER NOT NULL)",
+        "CREATE INDEX history_digest ON history (digest)",
+    ),
 }
 # Where the fields of `UploadRow` stand, in their order: h is `history`, v is `versions`.
 _UPLOAD_COLUMNS = (

@@ -19,7 +19,7 @@ from loramux_adapters.store.index_file import (
     write_state,
 )
 from loramux_adapters.store.records import KeptVersion, UploadRow
-from loramux_adapters.store.version_record import DirectoryRecord, claims_of
+from loramux_adapters.store.version_record import Claim, DirectoryRecord, claims_of
 
 
 class IndexWriter:
@@ -46,16 +46,14 @@ class IndexWriter:
         """The last step of the transaction: number it, sum it up; the records it changes, None if nothing changed."""
         before = [row for rows in self._before.values() for row in rows]
         after = [row for name in self._before for row in rows_of(self._connection, "WHERE h.name = ?", (name,))]
-        changed = {*before} ^ {*after}
-        if not changed and not self._new_files:
+        if {*before} == {*after} and not self._new_files:
             return None
         generation, content = read_state(self._connection)
         write_state(self._connection, generation + 1, replaced(content, before, after))
-        was, now = (
-            {kept_version(row).upload.digest for row in rows if kept_version(row).current} for rows in (before, after)
-        )
-        digests = {kept_version(row).upload.digest for row in changed} | self._new_files
-        ordered = sorted(digests, key=lambda digest: (0 if digest in now else 2 if digest in was else 1, digest))
+        was, now = ({Claim.of(kept_version(row)) for row in rows} for rows in (before, after))
+        pointed, points = ({claim.upload.digest for claim in claims if claim.name} for claims in (was, now))
+        digests = {claim.upload.digest for claim in was ^ now} | self._new_files
+        ordered = sorted(digests, key=lambda digest: (0 if digest in points else 2 if digest in pointed else 1, digest))
         return Change(generation + 1, [self._record(digest, generation + 1) for digest in ordered])
 
     def _record(self, digest: str, generation: int) -> DirectoryRecord:
@@ -173,24 +171,29 @@ class IndexWriter:
     def forget_old(self, name: str, keep: int) -> set[str]:
         """Keep the newest versions of a name only; returns the digests that no name keeps any more."""
         self._touch(name)
+        before = self._digests_of(name)
         self._connection.execute(
             "DELETE FROM history WHERE name = :name AND id NOT IN"
             " (SELECT id FROM history WHERE name = :name ORDER BY id DESC LIMIT :keep)",
             {"name": name, "keep": keep},
         )
-        return self._drop_unkept(f"the adapter {name} keeps {keep} versions, and has newer ones")
+        return self._drop_unkept(before, f"the adapter {name} keeps {keep} versions, and has newer ones")
 
     def remove(self, name: str, why: str) -> set[str]:
         """Forget a name; returns the digests that no name keeps any more, and `why` is said of them."""
         self._touch(name)
+        before = self._digests_of(name)
         self._connection.execute("DELETE FROM adapters WHERE name = ?", (name,))
         self._connection.execute("DELETE FROM history WHERE name = ?", (name,))
-        return self._drop_unkept(why)
+        return self._drop_unkept(before, why)
 
-    def _drop_unkept(self, why: str) -> set[str]:
-        unkept = "digest NOT IN (SELECT digest FROM history)"
-        dropped = {digest for (digest,) in self._connection.execute(f"SELECT digest FROM versions WHERE {unkept}")}
-        self._connection.execute(f"DELETE FROM versions WHERE {unkept}")
+    def _digests_of(self, name: str) -> list[str]:
+        return [digest for (digest,) in self._connection.execute("SELECT digest FROM history WHERE name = ?", (name,))]
+
+    def _drop_unkept(self, digests: list[str], why: str) -> set[str]:
+        """Of these, forget those that no name keeps any more, and return them."""
+        dropped = {digest for digest in digests if not self.names_of(digest)}
+        self._connection.executemany("DELETE FROM versions WHERE digest = ?", [(digest,) for digest in dropped])
         self._why_unkept.update(dict.fromkeys(dropped, why))
         return dropped
 

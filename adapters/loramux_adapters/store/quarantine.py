@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from loramux_adapters.durable_files import sync, write_whole
 
 logger = logging.getLogger(__name__)
 
+QUARANTINE = "quarantine"  # below the store's directory
 _WHY_FILE = "why.json"
 _NAME = re.compile(r"([0-9a-f]{64})(\.[0-9TZ]+(-[0-9]+)?)?")
 
@@ -36,11 +37,22 @@ class Quarantined:
     nbytes: int
 
 
+def in_short(found: Sequence[Quarantined]) -> str | None:
+    """What an operator should be told of it at each start; None if there is nothing."""
+    if not found:
+        return None
+    size = sum(one.nbytes for one in found) / 2**20
+    return (
+        f"set aside in {QUARANTINE}/ and never removed by itself: {len(found)} versions' files, {size:.1f} MiB; "
+        "`loramux adapters quarantine` says why"
+    )
+
+
 class Quarantine:
     """All methods may raise OSError. Not guarded against each other: the index's write lock does that."""
 
     def __init__(self, root: Path, clock: Callable[[], float] = time.time) -> None:
-        self._directory = root / "quarantine"
+        self._directory = root / QUARANTINE
         self._directory.mkdir(exist_ok=True)
         self._clock = clock
 

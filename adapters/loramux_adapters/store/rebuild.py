@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -16,6 +16,7 @@ from loramux_adapters.store.files import VersionFiles
 from loramux_adapters.store.index import storage_errors
 from loramux_adapters.store.index_file import INDEX_FILE, read_remains
 from loramux_adapters.store.index_writer import IndexWriter, build_index
+from loramux_adapters.store.quarantine import QUARANTINE
 from loramux_adapters.store.records import KeptVersion, UploadRow
 from loramux_adapters.store.version_record import Claim, DirectoryRecord, NameFacts, claims_of
 
@@ -41,6 +42,27 @@ class Rebuilt:
     unknown: dict[str, str]
     lost: list[str]
     old_index: str | None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether everything is there that was."""
+        return not (self.damaged or self.doubtful or self.unknown or self.lost)
+
+    def lines(self) -> Iterator[str]:
+        """What came back and what did not, for the operator."""
+        yield f"the index is made anew: {len(self.names)} adapters with {sum(self.names.values())} versions"
+        for name, count in self.names.items():
+            yield f"  {name}: {count} {'version' if count == 1 else 'versions'}"
+        for name, doubt in self.doubtful.items():
+            yield f"not as it was: {name}: {doubt}"
+        for digest, names in self.damaged.items():
+            yield f"damaged: version {digest[:12]} of {', '.join(names)}: upload it again"
+        for name in self.lost:
+            yield f"not back: {name}: the old index names it, and none of its versions is there"
+        for digest, why in self.unknown.items():
+            yield f"not back: version {digest[:12]}: {why}; set aside in {QUARANTINE}/"
+        if self.old_index is not None:
+            yield f"the old index is kept in {self.old_index}/"
 
 
 @dataclass(frozen=True, slots=True)

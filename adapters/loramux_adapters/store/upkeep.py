@@ -27,7 +27,7 @@ class StoreUpkeep:
         self._index = index
         self._files = files
         self._leases = leases
-        self._listener: Callable[[str], None] = lambda version: None
+        self._listener: Callable[[str], None] | None = None
         self._news_lock = threading.Lock()
         self._known = Digests(frozenset(), frozenset())  # as of the last `retire`
         self._mark = -1  # of the index, as of the last `refresh`
@@ -52,7 +52,6 @@ class StoreUpkeep:
                 self._tidy_quarantine(kept, index.corrupt_digests())
                 self._files.remove_leftovers()
         with storage_errors("listing"):
-            self._known = self._index.digests()
             shadowed = [name for name in sorted(reserved_names) if self._index.kept(name)]
         for name in shadowed:
             logger.warning("the adapter %s is shadowed by the base model, which is now served under its name", name)
@@ -70,10 +69,14 @@ class StoreUpkeep:
 
     def tell_retired(self, listener: Callable[[str], None]) -> None:
         """Have `listener` called, under no lock, with each version that no name points at any more and nobody uses."""
+        with storage_errors("listing"):
+            self._known = self._index.digests()
         self._listener = listener
 
     def retire(self) -> None:
         """See which versions lost their last name, and tell of those that nobody uses; others follow when they end."""
+        if self._listener is None:
+            return  # a command holds nothing in memory
         with self._leases.lock:
             digests = self._index.digests()
             gone = (self._known.current - digests.current) | (self._known.kept - digests.kept)
@@ -92,7 +95,8 @@ class StoreUpkeep:
 
     def retired(self, version: str) -> None:
         """The last lease of a version ended that no name points at any more."""
-        self._listener(version)
+        if self._listener is not None:
+            self._listener(version)
 
     def refresh(self) -> bool:
         """Take notice of what other processes published and deleted; returns whether there was any change at all."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -328,25 +327,6 @@ def test_an_upload_between_the_failed_load_and_its_quarantine_is_not_set_aside(s
     with pytest.raises(AdapterCorrupt):
         store.load(version)
     assert not store.record("tuned").corrupt and store.load(version).version == version
-
-
-# the index of the release before
-
-
-def test_a_store_of_the_first_schema_is_taken_over(open_store: Open, tmp_path: Path) -> None:
-    store = open_store()
-    version = upload(store).version
-    store.close()
-    index = sqlite3.connect(tmp_path / "store" / "index.sqlite")
-    index.execute("ALTER TABLE adapters DROP COLUMN pinned")
-    index.execute("ALTER TABLE versions DROP COLUMN corrupt")
-    index.execute("ALTER TABLE history DROP COLUMN fingerprint")
-    index.execute("PRAGMA user_version = 1")
-    index.commit()
-    index.close()
-    store = open_store()
-    assert (store.record("tuned").version, store.record("tuned").pinned) == (version, False)
-    store.pin("tuned")
 
 
 # other processes

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
+from loramux_adapters.errors import AdapterNotFound
 from loramux_server.api.adapters.download import packed
 from loramux_server.api.adapters.upload import receive_upload
 from loramux_server.api.http.auth import Access, access
@@ -108,8 +109,16 @@ class AdapterRoutes:
         return await self._shown(name)
 
     async def _shown(self, name: str, published: Published | None = None) -> Response:
-        """The adapter as it is now, and what `published` says came of the call: 201 for a new adapter, else 200."""
-        shown = self._record_json(await run_in_thread(self._deps.store.record, name))
+        """The adapter as it is now, and what `published` says came of the call: 201 for a new adapter, else 200.
+
+        What was published and then deleted by another call, before this reply, is shown as that.
+        """
+        try:
+            shown = self._record_json(await run_in_thread(self._deps.store.record, name))
+        except AdapterNotFound:
+            if published is None:
+                raise
+            shown = {"id": name, "object": "adapter", "name": name, "deleted": True}
         if published is None:
             return JSONResponse(shown)
         outcome = {"outcome": published.outcome, "version": published.version}
