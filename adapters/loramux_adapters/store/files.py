@@ -120,6 +120,10 @@ class VersionFiles:
         places = (self.directory(digest), self.quarantine.damaged(digest))
         return next((directory for directory in places if directory.exists()), None)
 
+    def has_record(self, digest: str) -> bool:
+        """Whether there is a record with the version's files."""
+        return os.path.exists(self._versions / digest / RECORD_FILE)
+
     def stored(self) -> set[str]:
         """The digests for which there are files."""
         return {path.name for path in self._versions.iterdir() if _DIGEST.fullmatch(path.name)}

@@ -28,13 +28,16 @@ class IndexWriter:
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
         self._before: dict[str, list[Row]] = {}  # of each name that was touched
-        self._new_files: set[str] = set()
+        self._without_record: set[str] = set()
         self._why_unkept: dict[str, str] = {}
         self._undo: list[Callable[[], None]] = []
 
-    def has_new_files(self, digest: str, undo: Callable[[], None]) -> None:
-        """The version's directory is a new one; `undo` is called, with the locks held, if the change is not made."""
-        self._new_files.add(digest)
+    def write_record(self, digest: str) -> None:
+        """The version's directory needs its record written, also if nothing else changes."""
+        self._without_record.add(digest)
+
+    def on_rollback(self, undo: Callable[[], None]) -> None:
+        """Have `undo` called, with the locks held, if the change is not made."""
         self._undo.append(undo)
 
     def undo(self) -> None:
@@ -46,13 +49,13 @@ class IndexWriter:
         """The last step of the transaction: number it, sum it up; the records it changes, None if nothing changed."""
         before = [row for rows in self._before.values() for row in rows]
         after = [row for name in self._before for row in rows_of(self._connection, "WHERE h.name = ?", (name,))]
-        if {*before} == {*after} and not self._new_files:
+        if {*before} == {*after} and not self._without_record:
             return None
         generation, content = read_state(self._connection)
         write_state(self._connection, generation + 1, replaced(content, before, after))
         was, now = ({Claim.of(kept_version(row)) for row in rows} for rows in (before, after))
         pointed, points = ({claim.upload.digest for claim in claims if claim.name} for claims in (was, now))
-        digests = {claim.upload.digest for claim in was ^ now} | self._new_files
+        digests = {claim.upload.digest for claim in was ^ now} | self._without_record
         ordered = sorted(digests, key=lambda digest: (0 if digest in points else 2 if digest in pointed else 1, digest))
         return Change(generation + 1, [self._record(digest, generation + 1) for digest in ordered])
 

@@ -69,7 +69,8 @@ def install_copy(index: StoreIndex, files: VersionFiles, copy: AdapterCopy, *, r
         for digest, directory in copy.files.items():
             undo = files.install(Staging(directory), digest, replace=digest in broken)
             if undo is not None:
-                changes.has_new_files(digest, undo)
+                changes.on_rollback(undo)
+                changes.write_record(digest)
         changes.restore([*copy.uploads], copy.current, pinned=copy.pinned, created=copy.created, updated=copy.updated)
     for digest in repaired:
         files.quarantine.release(digest, "the version was restored from a backup")

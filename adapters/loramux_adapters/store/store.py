@@ -152,7 +152,8 @@ class AdapterStore:
                 is_repair = is_broken or index.is_corrupt(digest)
                 undo = self._files.install(staging, digest, replace=is_broken)
                 if undo is not None:
-                    index.has_new_files(digest, undo)
+                    index.on_rollback(undo)
+                    index.write_record(digest)
                 if before == digest:
                     index.confirm(upload)
                 else:

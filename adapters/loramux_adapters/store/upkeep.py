@@ -45,6 +45,10 @@ class StoreUpkeep:
                     index.mark_corrupt(version, True)
                 for version in index.corrupt_digests() & stored:  # killed while it was uploaded again
                     index.mark_corrupt(version, self._files.is_broken(version))
+                for version in sorted(kept & stored):
+                    if not self._files.has_record(version):
+                        logger.warning("the record of version %.12s is gone: it is written anew", version)
+                        index.write_record(version)
                 for version in sorted(stored - kept):
                     outgoing = self._take_out(version)
                     if outgoing is not None:

@@ -204,6 +204,19 @@ def test_versions_that_the_index_does_not_know_are_set_aside_and_never_removed(o
         store.close()
 
 
+def test_a_record_that_is_gone_is_written_anew_at_the_next_opening(open_store: Open, root: Path) -> None:
+    store = open_store()
+    version = upload(store).version
+    before = store.records()
+    store.close()
+    (root / "versions" / version / RECORD_FILE).unlink()
+    store = open_store()
+    store.check_integrity()
+    store.close()
+    lose_index(root)
+    assert rebuild_index(root).is_whole and open_store().records() == before
+
+
 def test_each_removal_is_logged_with_its_reason(open_store: Open, root: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     store = open_store(keep_versions=1)
