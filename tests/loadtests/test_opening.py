@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from loadtests.opening import STAGE, forget, write_backup
+
 from loramux_adapters.store.store import AdapterStore
 from loramux_server.publishing.backup import restore_backup
 from loramux_server.serving.startup import Stages

@@ -140,7 +140,7 @@ class StoreIndex:
         """Assert what must hold between changes: the sum is that of what is read, and the records say the same."""
         with self.write():
             check_pages(self._writer)
-            assert read_state(self._writer) == (self.records.generation(), content_of(self._writer))
+            assert read_state(self._writer)[:2] == (self.records.generation(), content_of(self._writer))
             for digest, rows in kept_by_digest(self._writer).items():
                 record = self.records.read(digest)
                 assert record.says_the_same(rows) if record else self._files.record_directory(digest) is None
@@ -182,18 +182,23 @@ class StoreIndex:
                 if found == 0 and self._files.stored():
                     raise IndexFault("it holds nothing")
                 migrate(self._writer, found, self.records.generation() or 0)
-        elif read_state(self._writer)[1] != content_of(self._writer):
+        elif read_state(self._writer).content != content_of(self._writer):
             raise IndexFault("it is damaged (what it says is not what was written)")
 
     def _catch_up(self) -> None:
         """See that index and records are of one generation; records that a crash kept from that are written now."""
-        written, (generation, _) = self.records.generation(), read_state(self._writer)
+        written, generation = self.records.generation(), read_state(self._writer).generation
         if written == generation:
             return
         newest = self.records.newest(self._files.stored()) if written is None else written
         if newest > generation:
             raise IndexFault(f"it lacks the last {newest - generation} changes that were made")
-        self.records.complete(generation, kept_by_digest(self._writer))
+        if written == generation - 1:
+            last = IndexWriter(self._writer).last_change()
+            self.records.prepare(last)
+            self.records.enter(last)
+        else:
+            self.records.complete(generation, kept_by_digest(self._writer))
 
     @contextmanager
     def _faults(self) -> Iterator[None]:

@@ -7,13 +7,14 @@ number is held against the one that is written after each change (`directory_rec
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from loramux_adapters.store.records import KeptVersion, UploadRow
 
@@ -44,7 +45,8 @@ _MIGRATIONS: Mapping[int, Sequence[str]] = {
         "ALTER TABLE history ADD COLUMN fingerprint TEXT NOT NULL DEFAULT 'none'",
     ),
     2: (
-        "CREATE TABLE state (generation INTEGER NOT NULL, content INTEGER NOT NULL)",
+        "CREATE TABLE state (generation INTEGER NOT NULL, content INTEGER NOT NULL, records TEXT NOT NULL,"
+        " seal INTEGER NOT NULL)",
         "CREATE INDEX history_digest ON history (digest)",
     ),
 }
@@ -77,17 +79,33 @@ class IndexFault(Exception):
     """What is wrong with an index, in words. `StoreIndex` makes an `IndexLost` of it."""
 
 
-def read_state(connection: sqlite3.Connection) -> tuple[int, int]:
-    """The number of the last change, and the sum. Raises `IndexFault`, sqlite3.Error."""
-    rows = connection.execute("SELECT generation, content FROM state").fetchall()
-    if len(rows) != 1 or not all(isinstance(value, int) for value in rows[0]):
-        raise IndexFault("its own state is damaged")
-    return rows[0][0], rows[0][1]
+class State(NamedTuple):
+    """What the index says of itself.
+
+    Attributes:
+        generation: the number of the last change.
+        content: the sum over all rows and tables.
+        records: the versions whose records that change writes, in its order; why no name keeps it where none does.
+    """
+
+    generation: int
+    content: int
+    records: Mapping[str, str | None]
 
 
-def write_state(connection: sqlite3.Connection, generation: int, content: int) -> None:
+def read_state(connection: sqlite3.Connection) -> State:
+    """Raises `IndexFault`, sqlite3.Error."""
+    rows = connection.execute("SELECT generation, content, records, seal FROM state").fetchall()
+    if len(rows) != 1 or _number(rows[0][:3]) != rows[0][3]:
+        raise IndexFault("it is damaged (in what it says of itself)")
+    generation, content, records, _ = rows[0]
+    return State(generation, content, json.loads(records))
+
+
+def write_state(connection: sqlite3.Connection, state: State) -> None:
+    row = (state.generation, state.content, json.dumps(state.records))
     connection.execute("DELETE FROM state")
-    connection.execute("INSERT INTO state VALUES (?, ?)", (generation, content))
+    connection.execute("INSERT INTO state VALUES (?, ?, ?, ?)", (*row, _number(row)))
 
 
 def sum_of(rows: Iterable[Row]) -> int:
@@ -121,7 +139,7 @@ def is_damage(error: sqlite3.Error, path: Path) -> bool:
 
 
 def _number(row: Row) -> int:
-    return int.from_bytes(blake2b(ascii(row).encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(blake2b(ascii(row).encode(), digest_size=8).digest(), "little") & _MASK
 
 
 def migrate(connection: sqlite3.Connection, found: int, generation: int) -> None:
@@ -132,7 +150,7 @@ def migrate(connection: sqlite3.Connection, found: int, generation: int) -> None
             for statement in _MIGRATIONS[version]:
                 connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        write_state(connection, generation, content_of(connection))
+        write_state(connection, State(generation, content_of(connection), {}))
         connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:

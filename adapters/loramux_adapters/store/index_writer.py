@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from loramux_adapters.store.directory_records import Change
 from loramux_adapters.store.index_file import (
     Row,
+    State,
     connect,
     kept_rows,
     kept_version,
@@ -51,17 +52,26 @@ class IndexWriter:
         after = [row for name in self._before for row in rows_of(self._connection, "WHERE h.name = ?", (name,))]
         if {*before} == {*after} and not self._without_record:
             return None
-        generation, content = read_state(self._connection)
-        write_state(self._connection, generation + 1, replaced(content, before, after))
+        generation, content, _ = read_state(self._connection)
         was, now = ({Claim.of(kept_version(row)) for row in rows} for rows in (before, after))
         pointed, points = ({claim.upload.digest for claim in claims if claim.name} for claims in (was, now))
         digests = {claim.upload.digest for claim in was ^ now} | self._without_record
         ordered = sorted(digests, key=lambda digest: (0 if digest in points else 2 if digest in pointed else 1, digest))
-        return Change(generation + 1, [self._record(digest, generation + 1) for digest in ordered])
+        records = {digest: self._why_unkept.get(digest) for digest in ordered}
+        write_state(self._connection, State(generation + 1, replaced(content, before, after), records))
+        return self._change(generation + 1, records)
 
-    def _record(self, digest: str, generation: int) -> DirectoryRecord:
+    def last_change(self) -> Change:
+        """What the transaction before this one changed."""
+        state = read_state(self._connection)
+        return self._change(state.generation, state.records)
+
+    def _change(self, generation: int, records: Mapping[str, str | None]) -> Change:
+        return Change(generation, [self._record(digest, generation, why) for digest, why in records.items()])
+
+    def _record(self, digest: str, generation: int, why: str | None) -> DirectoryRecord:
         claims = claims_of(kept_rows(self._connection, "WHERE h.digest = ?", (digest,)))
-        return DirectoryRecord(digest, generation, claims, None if claims else self._why_unkept.get(digest))
+        return DirectoryRecord(digest, generation, claims, None if claims else why)
 
     def _touch(self, *names: str) -> None:
         """To be called before a name is changed, or a version that it keeps."""

@@ -91,7 +91,7 @@ def copied(killed: Path, root: Path) -> Path:
     """The versions are hard links: no file of theirs is written into."""
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(killed, root, copy_function=os.link)
-    for path in root.glob(f"{INDEX_FILE}*"):
+    for path in [path for path in root.iterdir() if path.is_file()]:
         path.unlink()
         shutil.copyfile(killed / path.name, path)
     return root

@@ -22,6 +22,7 @@ from loramux_adapters.store.store import AdapterStore
 from support.adapter_files import TINY_LINEARS, write_adapter
 
 SCRIPT = Path(__file__).parents[2] / "support" / "crash_store.py"
+BRINGS_FILES = ("publish", "replace", "repair", "restore", "gc-opening")
 State = dict[str, tuple[str, tuple[str, ...], bool, bool]]  # name -> current, kept, pinned, corrupt
 
 
@@ -136,6 +137,8 @@ def test_killed_before_any_step_it_reopens_in_the_old_or_the_new_state(
                 if not kept.corrupt and action == "quarantine":
                     load_or_set_aside(store, kept.version)
         assert_consistent(store, root)
+        if action not in BRINGS_FILES:
+            assert all("." not in path.name for path in (root / "quarantine").iterdir()), "what was deleted goes"
         seen.append(state_of(store))
         if number % 10 == 0:
             upload(store, "tuned", 5)
