@@ -32,7 +32,7 @@ from loramux_adapters.store.version_record import RECORD_FILE, DirectoryRecord, 
 GENERATION_FILE = "generation"
 _POLL_SECONDS = 0.01
 _GENERATION_BYTES = 256  # more than it takes
-_MANY = 64  # records are forced to disk together rather than one by one
+MANY = 64  # from so many on, records are forced to disk together rather than one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class DirectoryRecords:
         change = Change(
             generation, [DirectoryRecord(digest, generation, claims_of(kept[digest])) for digest in sorted(stale)]
         )
-        if len(stale) < _MANY:
+        if len(stale) < MANY:
             self.prepare(change)
             self.enter(change)
         else:

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from loramux_adapters.errors import IndexLost, StoreUnavailable
-from loramux_adapters.store.directory_records import Change, DirectoryRecords
+from loramux_adapters.store.directory_records import MANY, Change, DirectoryRecords
 from loramux_adapters.store.files import VersionFiles
 from loramux_adapters.store.index_file import (
     INDEX_FILE,
@@ -187,13 +187,13 @@ class StoreIndex:
 
     def _catch_up(self) -> None:
         """See that index and records are of one generation; records that a crash kept from that are written now."""
-        written, generation = self.records.generation(), read_state(self._writer).generation
+        written, (generation, _, last_records) = self.records.generation(), read_state(self._writer)
         if written == generation:
             return
         newest = self.records.newest(self._files.stored()) if written is None else written
         if newest > generation:
             raise IndexFault(f"it lacks the last {newest - generation} changes that were made")
-        if written == generation - 1:
+        if written == generation - 1 and len(last_records) < MANY:
             last = IndexWriter(self._writer).last_change()
             self.records.prepare(last)
             self.records.enter(last)
