@@ -18,6 +18,7 @@ from loramux_adapters.errors import IndexLost, StoreUnavailable
 from loramux_adapters.store.directory_records import MANY, Change, DirectoryRecords
 from loramux_adapters.store.files import VersionFiles
 from loramux_adapters.store.index_file import (
+    FIRST_WITH_STATE,
     INDEX_FILE,
     SCHEMA_VERSION,
     IndexFault,
@@ -68,8 +69,7 @@ class StoreIndex:
                 self._refuse_if_gone()
                 self._writer = connect(root / INDEX_FILE, busy_timeout)
                 try:
-                    self._prepare()
-                    self._catch_up()
+                    self._catch_up(wholly=self._prepare())
                     self._reader = connect(root / INDEX_FILE, busy_timeout)
                 except BaseException:
                     self._writer.close()
@@ -164,8 +164,8 @@ class StoreIndex:
         if (not path.exists() or path.stat().st_size == 0) and self._files.stored():
             raise IndexFault("it is empty" if path.exists() else "it is not there")
 
-    def _prepare(self) -> None:
-        """Bring the index to this release's schema, and see that it is whole."""
+    def _prepare(self) -> bool:
+        """Bring the index to this release's schema, and see that it is whole; returns whether it was of another."""
         check_pages(self._writer)
         (found,) = self._writer.execute("PRAGMA user_version").fetchone()
         if found > SCHEMA_VERSION:
@@ -181,19 +181,25 @@ class StoreIndex:
                     )
                 if found == 0 and self._files.stored():
                     raise IndexFault("it holds nothing")
-                migrate(self._writer, found, self.records.generation() or 0)
+                has_state = found >= FIRST_WITH_STATE
+                generation = read_state(self._writer).generation if has_state else self.records.generation() or 0
+                migrate(self._writer, found, generation)
         elif read_state(self._writer).content != content_of(self._writer):
             raise IndexFault("it is damaged (what it says is not what was written)")
+        return bool(found < SCHEMA_VERSION)
 
-    def _catch_up(self) -> None:
-        """See that index and records are of one generation; records that a crash kept from that are written now."""
+    def _catch_up(self, *, wholly: bool = False) -> None:
+        """See that index and records are of one generation; records that a crash kept from that are written now.
+
+        `wholly`: look at every record.
+        """
         written, (generation, _, last_records) = self.records.generation(), read_state(self._writer)
-        if written == generation:
+        if written == generation and not wholly:
             return
         newest = self.records.newest(self._files.stored()) if written is None else written
         if newest > generation:
             raise IndexFault(f"it lacks the last {newest - generation} changes that were made")
-        if written == generation - 1 and len(last_records) < MANY:
+        if written == generation - 1 and len(last_records) < MANY and not wholly:
             last = IndexWriter(self._writer).last_change()
             self.records.prepare(last)
             self.records.enter(last)

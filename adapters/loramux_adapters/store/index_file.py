@@ -20,6 +20,7 @@ from loramux_adapters.store.records import KeptVersion, UploadRow
 
 INDEX_FILE = "index.sqlite"
 SCHEMA_VERSION = 3
+FIRST_WITH_STATE = 3  # of the schemas
 # A name points at one version (`adapters.digest`), which is among those it keeps (`history`, newest last).
 _SCHEMA = (
     """CREATE TABLE versions (

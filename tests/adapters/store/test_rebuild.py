@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import pytest
 
 from loramux_adapters.artifact.format import CONFIG_FILE, WEIGHTS_FILE
 from loramux_adapters.errors import AdapterCorrupt, AdapterNotFound, IndexLost, StoreUnavailable
+from loramux_adapters.store import directory_records, index, index_file
 from loramux_adapters.store.index_file import INDEX_FILE
 from loramux_adapters.store.quarantine import in_short
 from loramux_adapters.store.rebuild import rebuild_index
@@ -250,6 +252,28 @@ def test_a_store_of_an_older_release_is_taken_over_and_has_records_then(
     lose_index(root)
     assert rebuild_index(root).is_whole
     assert open_store().records() == before
+
+
+def test_the_next_schema_writes_the_records_that_a_crash_before_it_left_out(
+    open_store: Open, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store()
+    upload(store)
+    with monkeypatch.context() as patch, pytest.raises(StoreUnavailable):
+        patch.setattr(directory_records, "put_in_place", lambda path: os.stat(root / "none"))
+        store.pin("tuned")
+    before = store.records()
+    assert before[0].pinned
+    store.close()
+    monkeypatch.setattr(index_file, "SCHEMA_VERSION", index_file.SCHEMA_VERSION + 1)
+    monkeypatch.setattr(index, "SCHEMA_VERSION", index_file.SCHEMA_VERSION)
+    later = {index_file.SCHEMA_VERSION - 1: ("ALTER TABLE history ADD COLUMN later TEXT",)}
+    monkeypatch.setattr(index_file, "_MIGRATIONS", {**index_file._MIGRATIONS, **later})
+    store = open_store()
+    store.check_integrity()
+    store.close()
+    lose_index(root)
+    assert rebuild_index(root).is_whole and open_store().records() == before
 
 
 def test_a_command_beside_a_server_of_an_older_release_changes_nothing(open_store: Open, root: Path) -> None:

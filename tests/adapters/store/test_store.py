@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import sqlite3
@@ -20,6 +21,7 @@ from loramux_adapters.errors import (
     InvalidAdapterName,
     StoreUnavailable,
 )
+from loramux_adapters.store import directory_records
 from loramux_adapters.store.store import AdapterStore, Published
 from loramux_adapters.store.version_record import RECORD_FILE
 from support.adapter_files import TINY_LINEARS, write_adapter
@@ -290,6 +292,69 @@ def test_a_full_disk_changes_nothing(store: AdapterStore, tmp_path: Path, monkey
         raise ConnectionResetError
     assert upload(store, seed=1).outcome == "updated"
     assert is_consistent(store, tmp_path / "store")
+
+
+def fail_with(number: int) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def test_a_record_that_finds_no_room_changes_nothing_and_leaves_nothing(
+    store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "store"
+    version = upload(store).version
+    other = upload(store, "other", seed=5).version
+    (store.directory(other) / WEIGHTS_FILE).write_bytes(b"rotten")
+    before = store.records()
+    with monkeypatch.context() as patch:
+        patch.setattr(directory_records, "write_beside", fail_with(errno.ENOSPC))
+        for change in (
+            lambda: upload(store, seed=1),
+            lambda: upload(store, "new", seed=2),
+            lambda: upload(store, "other", seed=5),  # which would repair it
+            lambda: store.pin("tuned"),
+            lambda: store.delete("tuned"),
+        ):
+            with pytest.raises(StoreUnavailable, match="No space left"):
+                change()
+            assert store.records() == before and stored(root) == {version, other}
+            assert not list((root / "staging").iterdir()) and not store.quarantined()
+    assert upload(store, "other", seed=5).outcome == "repaired"
+    assert is_consistent(store, root)
+
+
+def test_a_record_that_cannot_take_its_place_is_written_with_the_next_change(
+    store: AdapterStore, open_store: Callable[..., AdapterStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(store)
+    with monkeypatch.context() as patch:
+        patch.setattr(directory_records, "put_in_place", fail_with(errno.EIO))
+        with pytest.raises(StoreUnavailable, match="Input/output error"):
+            store.pin("tuned")
+    store.check_integrity()  # it began with what was left to do
+    assert store.record("tuned").pinned
+    with monkeypatch.context() as patch:
+        patch.setattr(directory_records, "put_in_place", fail_with(errno.EIO))
+        with pytest.raises(StoreUnavailable):
+            store.unpin("tuned")
+    store.close()
+    again = open_store()
+    assert not again.record("tuned").pinned and is_consistent(again, tmp_path / "store")
+
+
+def test_another_process_that_changes_the_store_is_waited_for_and_then_named(
+    store: AdapterStore, tmp_path: Path
+) -> None:
+    upload(store)
+    with open(tmp_path / "store" / "changes.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(StoreUnavailable, match="another process keeps the adapter store locked"):
+            store.pin("tuned")
+        assert store.acquire("tuned").name == "tuned"
+    store.pin("tuned")
 
 
 def test_a_locked_index_stops_changes_and_not_lookups(store: AdapterStore, tmp_path: Path) -> None:
