@@ -18,6 +18,7 @@ AdapterError
 │   ├── CheckpointError       a checkpoint cannot be written, read or continued from
 │   └── MemoryShort           it does not fit into memory; says what to lower
 └── StoreUnavailable          the store's directory or index cannot be used (disk full, locked, permission)
+    └── IndexLost             the index is gone, damaged or lacks changes, beside versions that it should know
 """
 
 from __future__ import annotations
@@ -83,6 +84,19 @@ class AdapterCorrupt(AdapterError):
 
 class StoreUnavailable(AdapterError):
     """The store cannot be read or written now; what it already holds is untouched."""
+
+
+class IndexLost(StoreUnavailable):
+    """The store cannot be opened; nothing of it was changed. Its index has to be made anew, by whoever runs it."""
+
+    def __init__(self, fault: str, versions: int, directory: str) -> None:
+        """`fault`: what is wrong with it. `versions`: how many lie beside it. `directory`: as a shell reads it."""
+        self.versions = versions
+        super().__init__(
+            f"the adapter store's index.sqlite cannot be used: {fault}. Beside it are {versions} versions' files; "
+            "nothing was changed. Make it anew from what each version's directory says of itself: "
+            f"loramux adapters rebuild-index --adapter-dir {directory}"
+        )
 
 
 class TemplateFailed(AdapterError):

@@ -53,6 +53,7 @@ class KeptVersion:
         corrupt: its files were found damaged and are set aside.
         name_created, name_updated: the name's own times, unix seconds.
         name_pinned: the name is to stay in memory.
+        order: of the versions that a name keeps, the newest has the greatest.
     """
 
     upload: UploadRow
@@ -61,6 +62,7 @@ class KeptVersion:
     name_created: int
     name_updated: int
     name_pinned: bool
+    order: int
 
 
 @dataclass(frozen=True, slots=True)

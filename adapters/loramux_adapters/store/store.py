@@ -1,7 +1,8 @@
 """The adapter store: versions on disk under the digest of what they compute, and names that point at them.
 
 A version's files are complete and on disk before the index mentions them, and the index forgets them before they go. So
-after a crash at any point the index is right, and what it does not mention is litter that the next opening removes.
+after a crash at any point the index is right. Each version's directory says by itself what the index says of it
+(`directory_records`), so that an index that is lost can be made anew; what neither knows is set aside, never removed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from loramux_adapters.store.choice import check_servable, chosen, previous, unkn
 from loramux_adapters.store.files import Staging, VersionFiles
 from loramux_adapters.store.index import StoreIndex, storage_errors
 from loramux_adapters.store.leases import Lease, VersionLeases
+from loramux_adapters.store.quarantine import Quarantined
 from loramux_adapters.store.records import (
     AdapterRecord,
     KeptVersion,
@@ -59,6 +61,7 @@ class AdapterStore:
     ) -> None:
         """Open or create the store, as its owner; raises `StoreUnavailable`, also if another process owns it.
 
+        Raises `IndexLost` if its index is not there, or damaged, or lacks changes, beside versions that it should know.
         The owner leases versions, collects them, and begins by removing what a crash left behind. With `owner` False
         this is a tool's view beside it: to list, publish and delete; what that leaves unkept goes when an owner opens,
         or notices it (`refresh`).
@@ -77,7 +80,7 @@ class AdapterStore:
             self._files = VersionFiles(root, owner=owner)
         try:
             with storage_errors("opening"):
-                self._index = StoreIndex(root / "index.sqlite", busy_timeout=busy_timeout)
+                self._index = StoreIndex(root, self._files, busy_timeout=busy_timeout)
         except StoreUnavailable:
             self._files.close()
             raise
@@ -155,14 +158,17 @@ class AdapterStore:
             with self._index.write() as index:
                 before = index.current_digest(name)
                 is_repair = is_broken or index.is_corrupt(digest)
-                self._files.install(staging, digest, replace=is_broken)
+                undo = self._files.install(staging, digest, replace=is_broken)
+                if undo is not None:
+                    index.on_rollback(undo)
+                    index.write_record(digest)
                 if before == digest:
                     index.confirm(upload)
                 else:
                     index.keep(upload)
                     unkept = index.forget_old(name, self._keep_versions)
             if is_repair:
-                self._files.release_quarantine(digest)
+                self._files.quarantine.release(digest, "the version was uploaded again")
         self._changed(unkept)
         if before == digest:
             return Published(name, digest, "repaired" if is_repair else "unchanged")
@@ -210,7 +216,7 @@ class AdapterStore:
         with storage_errors("deleting"), self._index.write() as index:
             if index.current_digest(name) is None:
                 raise unknown(name)
-            unkept = index.remove(name)
+            unkept = index.remove(name, f"the adapter {name} was deleted")
         self._changed(unkept)
 
     def acquire(self, name: str, version_prefix: str | None = None) -> Lease:
@@ -297,6 +303,15 @@ class AdapterStore:
             unkept = install_copy(self._index, self._files, copy, replace=replace)
         self._changed(unkept or ())
         return unkept is not None
+
+    def quarantined(self) -> list[Quarantined]:
+        """What was set aside, and why. Raises `StoreUnavailable`."""
+        with storage_errors("looking into the quarantine"):
+            return self._files.quarantine.all()
+
+    def check_integrity(self) -> None:
+        """Assert what must hold between changes; for tests."""
+        self._index.check_integrity()
 
     def _record(self, kept: list[KeptVersion]) -> AdapterRecord:
         references = self._leases.of_name(kept[0].upload.name)

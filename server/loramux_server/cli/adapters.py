@@ -185,6 +185,8 @@ frame.later(
     "backup",
 )
 frame.later(app, "restore", "Enter the adapters of a backup into a store.", "loramux_server.cli.backup", "restore")
+frame.later(app, "quarantine", "List what a store has set aside.", "loramux_server.cli.backup", "quarantine")
+frame.later(app, "rebuild-index", "Make a store's index anew.", "loramux_server.cli.backup", "rebuild")
 
 
 def _client(ctx: typer.Context, url: str | None) -> AdaptersClient:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType
-from typing import Any, ClassVar, Literal, cast, get_args, get_origin
+from typing import Any, ClassVar, Literal, Self, cast, get_args, get_origin
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -63,6 +63,15 @@ class Settings(BaseSettings):
             super().__init__(**given)
         except ValidationError as error:
             raise ConfigError(in_words(type(self), error.errors()[0])) from error
+
+    @model_validator(mode="after")
+    def _can_be_named(self) -> Self:
+        """A NUL ends every path, host and name for the system; only a config file can hold one."""
+        for name, value in self:
+            if isinstance(value, str | Path) and "\0" in str(value):
+                one = settings_of(type(self))[name]
+                raise ConfigError(f"{one.variable if one.secret else one.flag} must not hold a NUL character")
+        return self
 
     @classmethod
     def settings_customise_sources(

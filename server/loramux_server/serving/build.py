@@ -17,6 +17,7 @@ from loramux_adapters.errors import MemoryShort
 from loramux_adapters.lora.host_cache import HostCache
 from loramux_adapters.memory import resident_bytes as process_bytes
 from loramux_adapters.memory import returning_memory
+from loramux_adapters.store.quarantine import in_short
 from loramux_adapters.store.store import AdapterStore
 from loramux_server.api.app import create_app
 from loramux_server.api.http.dependencies import Dependencies, Keys, Limits, ServedBase
@@ -125,6 +126,8 @@ def build(config: ServeConfig, stages: Stages, connections: Connections) -> Buil
             keep_versions=config.keep_versions,
             pin_bytes=pin_bytes(config),
         )
+        if (set_aside := in_short(store.quarantined())) is not None:
+            stages.note(set_aside)
     rows = arena_rows(config, base)
     max_rank = min(config.max_lora_rank, 1 << (rows.bit_length() - 1))
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -352,27 +351,6 @@ def test_layers_and_notes_of_a_version_are_kept_and_a_renewed_upload_renews_them
         write_adapter(staging.directory, TINY_LINEARS, targets=["q_proj"], rank=4, seed=1)
         store.publish("tuned", staging, rank=4, base_id=None, target_modules=["q_proj"], notes=["three"])
     assert (store.record("tuned").layers, store.record("tuned").notes) == ((1, 2), ["three"])
-
-
-# the index of the release before
-
-
-def test_a_store_of_the_first_schema_is_taken_over(open_store: Open, tmp_path: Path) -> None:
-    store = open_store()
-    version = upload(store).version
-    store.close()
-    index = sqlite3.connect(tmp_path / "store" / "index.sqlite")
-    index.execute("ALTER TABLE adapters DROP COLUMN pinned")
-    index.execute("ALTER TABLE versions DROP COLUMN corrupt")
-    for column in ("fingerprint", "adapted_layers", "base_layers", "notes"):
-        index.execute(f"ALTER TABLE history DROP COLUMN {column}")
-    index.execute("PRAGMA user_version = 1")
-    index.commit()
-    index.close()
-    store = open_store()
-    assert (store.record("tuned").version, store.record("tuned").pinned) == (version, False)
-    assert (store.record("tuned").layers, store.record("tuned").notes) == (None, [])
-    store.pin("tuned")
 
 
 # other processes

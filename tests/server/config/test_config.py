@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from loramux_server.config.load import OTHER_VARIABLES, TABLES, all_settings, load
 from loramux_server.config.serve import ServeConfig, is_loopback
-from loramux_server.config.settings import settings_of
+from loramux_server.config.settings import Settings, settings_of
 from loramux_server.config.train import TrainConfig
 from loramux_server.errors import ConfigError
 
@@ -225,6 +225,16 @@ def test_every_command_has_a_table_of_its_own_and_says_what_each_setting_is() ->
     assert tuple(cls.table for cls in all_settings()) == TABLES
     for cls in all_settings():
         assert [setting.name for setting in settings_of(cls).values() if not setting.help or not setting.group] == []
+
+
+@pytest.mark.parametrize("cls", all_settings())
+def test_a_nul_is_refused_in_every_path_and_text(cls: type[Settings], tmp_path: Path) -> None:
+    named = [setting for setting in settings_of(cls).values() if setting.kind in (str, Path) and not setting.choices]
+    assert len(named) > 2
+    for setting in named:
+        label = setting.variable if setting.secret else setting.flag
+        with pytest.raises(ConfigError, match=f"{label} must not hold a NUL"):
+            load(cls, {}, {}, written(tmp_path, f'[{cls.table}]\n{setting.name} = "a\\u0000b"\n'))
 
 
 def test_a_value_that_toml_knows_and_json_does_not_is_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from loramux_adapters.artifact.format import CHAT_TEMPLATE_FILE
+from loramux_adapters.errors import AdapterNotFound
 from loramux_adapters.names import check_name, file_name_of
 from loramux_server.api.adapters.download import packed
 from loramux_server.api.adapters.upload import receive_upload
@@ -111,9 +112,17 @@ class AdapterRoutes:
         return await self._shown(name)
 
     async def _shown(self, name: str, published: Published | None = None) -> Response:
-        """The adapter as it is now, and what `published` says came of the call: 201 for a new adapter, else 200."""
-        record = await run_in_thread(self._deps.store.record, name)
-        shown = self._record_json(record, await run_in_thread(self._with_own_template, [record]))
+        """The adapter as it is now, and what `published` says came of the call: 201 for a new adapter, else 200.
+
+        What was published and then deleted by another call, before this reply, is shown as that.
+        """
+        try:
+            record = await run_in_thread(self._deps.store.record, name)
+            shown = self._record_json(record, await run_in_thread(self._with_own_template, [record]))
+        except AdapterNotFound:
+            if published is None:
+                raise
+            shown = {"id": name, "object": "adapter", "name": name, "deleted": True}
         if published is None:
             return JSONResponse(shown)
         outcome = {"outcome": published.outcome, "version": published.version}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from loramux_adapters.errors import AdapterCorrupt, AdapterError
 from loramux_server.api.http.dependencies import EngineLike, StoreLike
 from loramux_server.api.http.errors import RequestTimedOut
 from loramux_server.api.http.model_names import RequestedAdapter
@@ -38,10 +39,12 @@ class AdapterLeases:
 
     Attributes:
         listed: the request named them one by one, in `adapters`; otherwise `model` named the only one.
+        store: that they are of; None for the bare base.
     """
 
     leases: tuple[tuple[Lease, float], ...] = ()
     listed: bool = False
+    store: StoreLike | None = None
 
     @classmethod
     async def acquire(cls, store: StoreLike, targets: tuple[RequestedAdapter, ...], *, listed: bool) -> AdapterLeases:
@@ -59,7 +62,7 @@ class AdapterLeases:
                 for lease, _ in leases:
                     lease.release()
                 raise
-            return cls(tuple(leases), listed)
+            return cls(tuple(leases), listed, store)
 
         return await run_in_thread_or_undo(cls._release, acquire_all) if targets else cls()
 
@@ -67,6 +70,21 @@ class AdapterLeases:
         """Gives all of them back, once."""
         if self.leases:
             await run_in_thread(self._release)
+
+    async def require_sound(self) -> None:
+        """Raises AdapterCorrupt if the store has found the files of one of them damaged since it was leased."""
+
+        def look(store: StoreLike) -> None:
+            for lease, _ in self.leases:
+                try:
+                    store.acquire(lease.name, lease.version).release()
+                except AdapterCorrupt:
+                    raise
+                except AdapterError:
+                    continue  # deleted or replaced meanwhile, which ends no request
+
+        if self.store is not None:
+            await run_in_thread(look, self.store)
 
     @property
     def adapter(self) -> str | None:
@@ -229,6 +247,10 @@ class Generation:
                         self._engine.abort(choice.sequence.id)
         except (RequestError, ServerBusy):
             self._outcome = "error" if came else "rejected"
+            raise
+        except SequenceFailed:
+            self._outcome = "error"
+            await self.leases.require_sound()
             raise
         except Exception:
             self._outcome = "error"

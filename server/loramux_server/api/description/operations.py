@@ -136,7 +136,7 @@ OPERATIONS: Mapping[tuple[Literal["GET", "POST", "PUT", "DELETE"], str], Operati
         takes=FORM,
         reply=replies.Adapter,
         statuses=(200, 201),
-        query={"validate_only": _FLAG, "force": _FLAG, "allow_no_effect": _FLAG},
+        query={"validate_only": _FLAG, "force": _FLAG, "allow_no_effect": _FLAG, "skip_replay": _FLAG},
     ),
     ("DELETE", _ADAPTER): Operation("Unregisters an adapter", reply=replies.AdapterDeleted, missing=True),
     ("GET", _ADAPTER + "/archive"): Operation("An adapter's files as tar.gz", media=GZIP, missing=True),

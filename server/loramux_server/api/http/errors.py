@@ -26,6 +26,7 @@ from loramux_adapters.errors import (
     AdapterRejected,
     AdapterTooLarge,
     BaseMismatch,
+    IndexLost,
     InvalidAdapterName,
     PinRefused,
     RollbackImpossible,
@@ -137,6 +138,7 @@ _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
 _FIXED_MESSAGE: dict[type[Exception], str] = {
     AdapterCorrupt: "the stored files of this adapter cannot be read; upload it again",
     StoreUnavailable: "the adapter store cannot be used now; try again later",
+    IndexLost: "the adapter store cannot be used until its index is made anew; the server's log says how",
 }
 
 

@@ -16,6 +16,7 @@ from loramux_adapters.artifact.coverage import LayerCount
 from loramux_adapters.errors import AdapterRejected, BaseMismatch, StoreUnavailable
 from loramux_adapters.lora.verify import Checked
 from loramux_adapters.names import PATH_WORDS
+from loramux_adapters.store.records import AdapterRecord
 from loramux_server.api.app import create_app
 from loramux_server.api.http.dependencies import Dependencies
 from loramux_server.errors import ServerBusy
@@ -41,6 +42,25 @@ async def test_an_upload_is_201_then_200_for_the_same_bytes_and_for_a_new_versio
     assert [reply.status_code for reply in replies] == [201, 200, 200]
     assert [reply.json()["outcome"] for reply in replies] == ["created", "unchanged", "updated"]
     assert replies[0].json()["version"] != replies[2].json()["version"] == server.store.known["new"].version
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("name", "status", "outcome"), [("new", 201, "created"), ("pirate", 200, "updated")])
+async def test_an_upload_that_is_deleted_before_its_reply_says_both(
+    server: Server, name: str, status: int, outcome: str
+) -> None:
+    record = server.store.record
+
+    def record_after_deletion(name: str) -> AdapterRecord:
+        server.store.known.pop(name, None)  # by another call
+        return record(name)
+
+    server.store.record = record_after_deletion  # type: ignore[method-assign]
+    reply = await put(server, name)
+    assert reply.status_code == status
+    shown = reply.json()
+    assert (shown["name"], shown["outcome"], shown["deleted"]) == (name, outcome, True)
+    assert len(shown["version"]) > 8
 
 
 @pytest.mark.anyio
@@ -243,7 +263,7 @@ async def test_an_adapter_can_be_fetched_as_an_archive_and_uploaded_again(server
     stored = server.store.directory(VERSION)
     stored.mkdir()
     files = {"adapter_config.json": b'{"r": 8}', "adapter_model.safetensors": bytes(range(256)) * 3000}
-    for name, content in files.items():
+    for name, content in {**files, "record.json": b"what the store says of it"}.items():
         (stored / name).write_bytes(content)
     async with server.client() as client:
         reply = await client.get("/v1/adapters/pirate/archive")
