@@ -160,9 +160,9 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 
 def _methods_at(request: Request) -> list[str]:
-    """All that the path takes; the router names those of one route."""
+    """All that the path takes; the router names those of one route. Of several paths that fit, the first is meant."""
     routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
-    return sorted({method for route in routes for method in route.methods})
+    return sorted({method for route in routes if route.path == routes[0].path for method in route.methods})
 
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:

@@ -215,6 +215,7 @@ def test_every_error_that_a_request_can_raise_has_its_row() -> None:
         "AdapterError",
         "Refusal",
         "TokenizerMissing",
+        "IndexLost",
     }
     kinds = {kind for kind in tree_of(LoramuxError) | tree_of(AdapterError) if kind.__module__.endswith("errors")}
     kinds -= tree_of(TrainingError) | tree_of(CommandFailed)  # of commands, which no request starts

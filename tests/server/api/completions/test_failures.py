@@ -95,7 +95,7 @@ async def test_a_damaged_adapter_is_called_so_from_the_first_request_on(server: 
         yield TokenOutput(finish_reason=FinishReason.ERROR, error="the stored files cannot be read as published")
 
     server.store.acquire = acquire_until_found  # type: ignore[method-assign]
-    server.engine.generate = fail_to_load  # type: ignore[method-assign]
+    server.engine.submit = lambda *sequences: [fail_to_load(each) for each in sequences]  # type: ignore[method-assign]
     for _ in range(2):
         reply = await server.post(CHAT, chat(model="pirate", stream=stream))
         assert (reply.status_code, reply.json()["error"]["code"]) == (500, "adapter_corrupt")
@@ -109,7 +109,7 @@ async def test_a_name_that_was_deleted_since_is_not_what_a_failed_step_is_blamed
         server.store.delete("pirate")
         yield TokenOutput(finish_reason=FinishReason.ERROR, error="the step failed")
 
-    server.engine.generate = fail  # type: ignore[method-assign]
+    server.engine.submit = lambda *sequences: [fail(each) for each in sequences]  # type: ignore[method-assign]
     reply = await server.post(CHAT, chat(model="pirate"))
     assert (reply.status_code, reply.json()["error"]["message"]) == (500, "the step failed")
     assert server.store.leased == 0
