@@ -227,5 +227,5 @@ def test_what_outlasts_the_shutdown_timeout_is_told_so(second_life: RealServer) 
         assert time.monotonic() - began < 15
     assert '"code": "engine_error"' in rest[-1] and "[DONE]" not in rest[-1]
     assert '"finish_reason": "length"' not in "".join(rest)
-    assert second_life.lines[-1] == "stopped"
+    assert second_life.lines[-1] == "stopped; 1 reply cut off"
     assert not any("Traceback" in line for line in second_life.lines)

@@ -4,7 +4,6 @@ import io
 import logging
 import re
 import time
-import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -101,14 +100,7 @@ def test_each_of_the_operators_files_is_named(stream: io.StringIO) -> None:
 
 def test_different_warnings_of_libraries_are_all_written(stream: io.StringIO) -> None:
     handler = OneLineASecond(stream, seconds=SECONDS)
-    logging.getLogger("py.warnings").addHandler(handler)
-    logging.captureWarnings(True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("always")
-            for number in range(3):
-                logging.getLogger("py.warnings").warning("%s", f"warning {number}")
-    finally:
-        logging.captureWarnings(False)
-        logging.getLogger("py.warnings").removeHandler(handler)
+    for number in range(3):
+        place = {"name": "py.warnings", "levelno": logging.WARNING, "pathname": "warnings.py", "lineno": 1}
+        handler.handle(logging.makeLogRecord({**place, "msg": "%s", "args": (f"warning {number}",)}))
     assert len(stream.getvalue().splitlines()) == 3
