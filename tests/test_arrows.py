@@ -23,11 +23,13 @@ MAX_MODULES = 15  # of a folder: more are several rooms
 
 TORCH_FREE = (
     "adapters/loramux_adapters/lora/slots.py",
+    "adapters/loramux_adapters/lora/windows.py",
     "server/loramux_server/api",
     "server/loramux_server/config",
     "server/loramux_server/metrics",
     "server/loramux_server/engine/client.py",
     "server/loramux_server/engine/engine.py",
+    "server/loramux_server/engine/fair_share.py",
     "server/loramux_server/engine/kv_blocks.py",
     "server/loramux_server/engine/scheduler.py",
     "server/loramux_server/engine/sequence.py",

@@ -170,7 +170,7 @@ def all_commands() -> frozenset[tuple[str, ...]]:
 
 def listed(command: tuple[str, ...]) -> list[str]:
     """Commands below this one, as its help lists them: one a line, indented or behind a frame, then what it does."""
-    lines = re.findall(r"^[ │|]{1,8}([a-z]+) {2,}\S", help_of(command), re.MULTILINE)
+    lines = re.findall(r"^[ │|]{1,8}([a-z][a-z-]*) {2,}\S", help_of(command), re.MULTILINE)
     assert lines, f"`loramux {' '.join(command)} --help` lists no commands"
     return lines
 

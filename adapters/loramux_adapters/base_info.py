@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,9 +23,12 @@ class BaseInfo:
         convert: the kernel that turns a file's numbers into served ones (lora/weights.py); None: tensors do.
         tensor_equals: (parameter name in the base, tensor) -> True only if the base holds exactly that tensor; used to
             accept, and then drop, copies of base weights that peft writes beside an adapter.
+        own_template: directory -> the chat template that the adapter in it brings in place of the base's; raises
+            `AdapterRejected` for a tokenizer that is not the base's (chat/tokenizer_files.py).
     """
 
     base_id: str
     linears: Mapping[str, tuple[int, int]]
     tensor_equals: Callable[[str, torch.Tensor], bool] = field(default=lambda name, tensor: False)
     convert: ConvertPairs | None = None
+    own_template: Callable[[Path], str | None] = field(default=lambda directory: None)

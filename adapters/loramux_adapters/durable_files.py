@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Puts the content in place of the file in one step; raises OSError, and then the file is as it was."""
-    partial = path.with_name(f".{path.name}.partial")
+    write_beside(path, content)
+    put_in_place(path)
+
+
+def write_beside(path: Path, content: bytes) -> None:
+    """Forces the content to disk under another name; `put_in_place` or `drop_beside` has to follow. Raises OSError."""
+    partial = _beside(path)
     try:
         with partial.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def put_in_place(path: Path) -> None:
+    """What `write_beside` wrote becomes the file, in one step. Raises OSError, and then the file is as it was."""
+    try:
+        os.replace(_beside(path), path)
+    except OSError:
+        drop_beside(path)
+        raise
     sync(path.parent)
+
+
+def drop_beside(path: Path) -> None:
+    """Forgets what `write_beside` wrote."""
+    _beside(path).unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -28,6 +50,24 @@ def sync(path: Path) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
+
+
+def sealed(content: dict[str, Any]) -> bytes:
+    """JSON that shows by itself whether it is whole: the content and its check sum."""
+    return json.dumps({"sha256": _check_sum(content), "content": content}, indent=1).encode() + b"\n"
+
+
+def unsealed(raw: bytes) -> dict[str, Any]:
+    """What was `sealed`. Raises ValueError if it is not that any more."""
+    try:
+        whole = json.loads(raw)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(whole, dict) or not isinstance(content := whole.get("content"), dict):
+        raise ValueError("not sealed")
+    if whole.get("sha256") != _check_sum(content):
+        raise ValueError("its check sum is another one")
+    return content
 
 
 def replace_directory(filled: Path, target: Path) -> None:
@@ -51,3 +91,11 @@ def remove_tree(directory: Path) -> None:
     for path in directory.iterdir():
         remove_tree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     directory.rmdir()
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _check_sum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -9,12 +9,16 @@ AdapterError
 ├── RollbackImpossible        there is no version to go back to, or it cannot be served
 ├── PinRefused                what is pinned already leaves no room for it in host memory
 ├── AdapterCorrupt            a stored version no longer matches its digest, or cannot be read
+├── TemplateFailed            a chat template is wrong, refuses the messages, or would not end; names its line
+│   └── TemplateRefuses       on purpose: by its own raise_exception
+├── TokenizerMissing          the base has no fast tokenizer
 ├── TrainingError             a training or evaluation cannot be done as asked
 │   ├── RecipeError           the recipe contradicts itself, the base or the machine
 │   ├── DataError             the examples cannot be used; names file and line (training/: LineError, OverlapError)
 │   ├── CheckpointError       a checkpoint cannot be written, read or continued from
 │   └── MemoryShort           it does not fit into memory; says what to lower
 └── StoreUnavailable          the store's directory or index cannot be used (disk full, locked, permission)
+    └── IndexLost             the index is gone, damaged or lacks changes, beside versions that it should know
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ class AdapterError(Exception):
 
 
 class InvalidAdapterName(AdapterError):
-    """The name is not `[A-Za-z0-9][A-Za-z0-9._-]{0,62}`, or it is reserved."""
+    """The name breaks the rule of `names.py`, or it is reserved."""
 
 
 class AdapterNotFound(AdapterError):
@@ -80,6 +84,36 @@ class AdapterCorrupt(AdapterError):
 
 class StoreUnavailable(AdapterError):
     """The store cannot be read or written now; what it already holds is untouched."""
+
+
+class IndexLost(StoreUnavailable):
+    """The store cannot be opened; nothing of it was changed. Its index has to be made anew, by whoever runs it."""
+
+    def __init__(self, fault: str, versions: int, directory: str) -> None:
+        """`fault`: what is wrong with it. `versions`: how many lie beside it. `directory`: as a shell reads it."""
+        self.versions = versions
+        super().__init__(
+            f"the adapter store's index.sqlite cannot be used: {fault}. Beside it are {versions} versions' files; "
+            "nothing was changed. Make it anew from what each version's directory says of itself: "
+            f"loramux adapters rebuild-index --adapter-dir {directory}"
+        )
+
+
+class TemplateFailed(AdapterError):
+    """A chat template cannot be used, or not for these messages. `line` of it is to blame; None if that is unknown."""
+
+    def __init__(self, reason: str, line: int | None = None) -> None:
+        self.reason = reason
+        self.line = line
+        super().__init__(reason if line is None else f"{reason} (line {line} of the template)")
+
+
+class TemplateRefuses(TemplateFailed):
+    """The template itself says that it does not take such messages."""
+
+
+class TokenizerMissing(AdapterError):
+    """The base has no fast tokenizer (tokenizer.json)."""
 
 
 class TrainingError(AdapterError):

@@ -3,6 +3,8 @@
 LoramuxError
 ├── ConfigError               a flag, environment variable or config file entry is wrong (before anything starts)
 ├── CommandFailed             a command line's work cannot be done (port in use, no server answers, it refuses)
+│   ├── ServerRefused         a server answered with a status that is no success
+│   └── ConnectionLost        no server could be reached, or the connection to it broke
 ├── BaseModelError            the base cannot be loaded, or cannot be served correctly
 ├── RequestError              the client's request cannot be served as it stands; carries `param` and `code`
 ├── ServerBusy                the inbox is full; try again later
@@ -24,6 +26,23 @@ class ConfigError(LoramuxError):
 
 class CommandFailed(LoramuxError):
     """What a command was asked to do cannot be done; the message says why in one line."""
+
+
+class ServerRefused(CommandFailed):
+    """A server answered with a status that is no success. `after`: seconds that it asks to wait, if it does."""
+
+    def __init__(self, status: int, message: str, *, after: float | None = None) -> None:
+        self.status = status
+        self.after = after
+        super().__init__(message)
+
+
+class ConnectionLost(CommandFailed):
+    """No server could be `reached`, or it was, and then the connection broke."""
+
+    def __init__(self, message: str, *, reached: bool) -> None:
+        self.reached = reached
+        super().__init__(message)
 
 
 class BaseModelError(LoramuxError):

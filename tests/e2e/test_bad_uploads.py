@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import torch
+from safetensors.torch import load, save
 
 from support.adapter_files import write_adapter
 from support.real_adapters import ADAPTERS
@@ -76,6 +78,12 @@ def overlapping(upload: Parts) -> bytes:
     return header(dict.fromkeys(names, entry), bytes(8 * 576 * 4))
 
 
+def with_head(upload: Parts) -> Parts:
+    """An adapter with a whole output layer beside it."""
+    tensors = load(upload["weights"]) | {"base_model.model.lm_head.weight": torch.ones(8, 576)}
+    return upload | {"weights": save(tensors)}
+
+
 Make = Callable[..., Parts]
 # what is wrong -> (how to make it, status, what the message must name)
 BROKEN: dict[str, tuple[Callable[[Make], Parts], int, str]] = {
@@ -113,7 +121,12 @@ BROKEN: dict[str, tuple[Callable[[Make], Parts], int, str]] = {
     "an infinite scale": (lambda make: make(alpha=float("inf")), 422, "adapter_config.json"),
     "DoRA": (lambda make: make(extra_config={"use_dora": True}), 422, "use_dora"),
     "trained biases": (lambda make: make(extra_config={"bias": "all"}), 422, "bias"),
-    "whole modules": (lambda make: make(extra_config={"modules_to_save": ["lm_head"]}), 422, "modules_to_save"),
+    "whole modules": (
+        lambda make: with_head(make(extra_config={"modules_to_save": ["lm_head"]})),
+        422,
+        "modules_to_save",
+    ),
+    "mlx-lm's DoRA": (lambda make: make() | {"config": b'{"fine_tune_type": "dora"}'}, 422, "fine_tune_type"),
     "another method": (lambda make: make(extra_config={"peft_type": "IA3"}), 422, "peft_type"),
     "an endless pattern": (lambda make: make(extra_config={"target_modules": "(a+)+$"}), 422, "target_modules"),
     "a config that is no JSON": (lambda make: make() | {"config": b"{'r': 8}"}, 422, "adapter_config.json"),
@@ -177,7 +190,7 @@ def test_a_mere_check_stores_nothing(server: RealServer, parts: Make) -> None:
 
 
 ILLEGAL = [
-    *["..", "%2e%2e", "..%2f..%2fetc%2fpasswd", "a%2fb", "a/../b", "a%00", "a%0a", ".hidden", "-flag", "a" * 64],
+    *["..", "%2e%2e", "..%2f..%2fetc%2fpasswd", "a%2f%2fb", "a/../b", "a%00", "a%0a", ".hidden", "-flag", "a" * 256],
     *["a%20b", "a:b", "a@b", "%EF%BC%8E%EF%BC%8E", "a%5cb", BASE],
 ]
 

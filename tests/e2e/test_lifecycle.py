@@ -145,7 +145,8 @@ def test_damage_is_named_the_rest_serves_and_an_upload_heals(server: RealServer,
     raw[-1] ^= 1
     weights.write_bytes(raw)
     body = {"model": old, "prompt": "x", "max_tokens": 1}
-    assert call(server, "POST", "/v1/completions", json=body).status_code == 500
+    first = call(server, "POST", "/v1/completions", json=body)
+    assert (first.status_code, first.json()["error"]["code"]) == (500, "adapter_corrupt")
     shown = call(server, "GET", "/v1/adapters/rotten").json()
     assert [one["corrupt"] for one in shown["versions"]] == [False, True] and not shown["corrupt"]
     reply = call(server, "POST", "/v1/completions", json=body)

@@ -22,6 +22,7 @@ PROMISED = {
     *["loramux_adapters_registered", "loramux_adapters_host", "loramux_adapters_device"],
     *["loramux_slot_loads_total", "loramux_adapter_evictions_total", "loramux_adapter_load_seconds_bucket"],
     *["loramux_pool_bytes", "loramux_base_memory_bytes", "loramux_aborts_total"],
+    *["loramux_event_loop_pause_seconds_bucket", "loramux_event_loop_longest_pause_seconds"],
     *["process_resident_memory_bytes", "process_open_fds", "python_info"],
 }
 BASE_LABEL = "base"
@@ -55,6 +56,7 @@ def test_everything_promised_is_there_and_plausible(server: RealServer) -> None:
     foreign = [name for name in scrape if not name.startswith(("loramux_", "process_", "python_"))]
     assert not foreign
     assert server.metric("loramux_adapters_registered") == len(ADAPTERS)
+    assert 0 <= server.metric("loramux_event_loop_longest_pause_seconds")
     assert 1 <= server.metric("loramux_adapters_device")
     assert 1 <= server.metric("loramux_adapters_host")
     assert 60 * MIB < server.metric("loramux_base_memory_bytes") < 200 * MIB

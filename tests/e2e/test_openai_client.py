@@ -199,13 +199,13 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"prompt": [10**7]}, "prompt", "invalid_value"),
     ({"prompt": [-1]}, "prompt", "invalid_value"),
     ({"max_tokens": 0}, "max_tokens", "invalid_value"),
-    ({"max_tokens": -1}, "max_tokens", "invalid_value"),
+    ({"max_tokens": -2}, "max_tokens", "invalid_value"),
     ({"max_tokens": CONTEXT}, "max_tokens", "context_length_exceeded"),
     ({"max_tokens": 10**30}, "max_tokens", "invalid_value"),
     ({"temperature": 2.5}, "temperature", "invalid_value"),
     ({"top_p": 0}, "top_p", "invalid_value"),
     ({"logprobs": 6}, "logprobs", "invalid_value"),
-    ({"stop": [""]}, "stop", "invalid_value"),
+    ({"stop": ["x"] * 17}, "stop", "invalid_value"),
     ({"n": 2}, "n", "unsupported"),
     ({"n": 10**6}, "n", "unsupported"),
     ({"best_of": 3}, "best_of", "unsupported"),
@@ -213,7 +213,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"suffix": "."}, "suffix", "unsupported"),
     ({"frequency_penalty": 0.5}, "frequency_penalty", "unsupported"),
     ({"logit_bias": {"50": 1}}, "logit_bias", "unsupported"),
-    ({"extra_body": {"guided_regex": "(a+)+"}}, "guided_regex", "unknown_parameter"),
+    ({"extra_body": {"guided_regex": "(a+)+"}}, "guided_regex", "unsupported"),
 ]
 
 
@@ -237,7 +237,8 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"n": 2}, "n"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}, "tools"),
-    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
+    ({"extra_body": {"chat_template_kwargs": {"messages": []}}}, "chat_template_kwargs"),
     ({"extra_body": {"chat_template": "{{ 1 }}"}}, "chat_template"),
 ]
 
@@ -247,6 +248,22 @@ def test_a_bad_chat_is_refused_by_name(client: openai.OpenAI, changes: dict[str,
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(**{"model": BASE, "messages": MESSAGES} | changes)
     assert error.value.param == param
+
+
+def test_tokens_are_counted_as_a_reply_counts_them(server: RealServer, client: openai.OpenAI) -> None:
+    chat = client.chat.completions.create(model=ADAPTERS[0], messages=MESSAGES, max_tokens=1)
+    completion = client.completions.create(model=BASE, prompt=TEXT, max_tokens=1)
+    with server.client() as http:
+        told = http.post("/tokenize", json={"model": ADAPTERS[0], "messages": MESSAGES}).json()
+        closed = http.post("/tokenize", json={"messages": MESSAGES, "add_generation_prompt": False}).json()
+        text = http.post("/tokenize", json={"prompt": TEXT, "return_token_strs": True}).json()
+        back = http.post("/detokenize", json={"tokens": text["tokens"]}).json()
+        turns = http.post("/detokenize", json={"tokens": told["tokens"]}).json()["prompt"]
+    assert chat.usage is not None and told["count"] == len(told["tokens"]) == chat.usage.prompt_tokens
+    assert closed["tokens"] == told["tokens"][: closed["count"]] and closed["count"] < told["count"]
+    assert completion.usage is not None and text["count"] == completion.usage.prompt_tokens
+    assert back == {"prompt": TEXT} and "".join(text["token_strs"]) == TEXT
+    assert MESSAGES[-1]["content"] in turns and "<|im_start|>" in turns
 
 
 def test_thirty_two_streams_over_sixteen_adapters(server: RealServer, client: openai.OpenAI) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from support.replies import Answer, streamed, whole
 API_KEY, ADMIN_KEY = "key-of-the-callers", "key-of-the-operator"
 SMALL = [ADAPTERS[0], ADAPTERS[6]]  # under 2 MiB
 FLAGS = ["--adapter-memory-mib", "32", "--device-memory-mib", "96", "--host-cache-mib", "32"]
+PAGE = "https://page.example"
 STREAMS = 8
 TOKENS = 32
 
@@ -89,7 +92,8 @@ def ending(first_life: RealServer) -> Ending:
 
 @pytest.fixture(scope="module")
 def second_life(ending: Ending, store: Path) -> Iterator[RealServer]:
-    with running_server(store, "--shutdown-timeout", "1", *FLAGS) as server:
+    reached = ["--cors-origins", PAGE, "--allowed-hosts", "box.local"]
+    with running_server(store, "--shutdown-timeout", "1", *reached, *FLAGS) as server:
         yield server
 
 
@@ -150,7 +154,7 @@ def test_an_upload_over_the_limit_is_cut_off(first_life: RealServer, tmp_path: P
 
 
 def test_a_full_server_sends_the_next_one_away(first_life: RealServer) -> None:
-    """Eight run and eight wait; some of sixty come back with a time to try again, and nobody gets anything else."""
+    """Eight run and seven wait for one base, a place is left to others; some of sixty are told when to try again."""
 
     def ask(index: int) -> httpx.Response:
         with first_life.client() as client:
@@ -173,6 +177,24 @@ def test_sigterm_lets_running_streams_finish(ending: Ending) -> None:
     assert ending.exit_code == 0
     assert ending.lines[-1] == "stopped"
     assert not any("Traceback" in line for line in ending.lines)
+
+
+def test_further_hosts_and_pages_are_let_in_where_settings_name_them(second_life: RealServer) -> None:
+    def get(host: str) -> httpx.Response:
+        return httpx.get(second_life.url + "/v1/models/", headers={"host": host, "origin": PAGE})
+
+    assert [get(host).status_code for host in ("box.local", "box.local:8000", "other.local")] == [200, 200, 403]
+    assert get("box.local").headers["access-control-allow-origin"] == PAGE
+    assert "--allowed-hosts" in get("other.local").json()["error"]["message"]
+
+
+def test_a_body_may_be_packed_and_connections_are_measured(second_life: RealServer) -> None:
+    packed = gzip.compress(json.dumps(body(2, 1)).encode())
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    assert httpx.post(second_life.url + "/v1/completions", content=packed, headers=headers).status_code == 200
+    assert second_life.metric("loramux_connections_cap") > 0
+    assert second_life.metric("loramux_connections_busy") >= 1
+    assert second_life.metric("loramux_connections_cut_total") == 0
 
 
 def test_sigterm_refuses_new_requests(ending: Ending) -> None:

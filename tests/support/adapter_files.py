@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -82,6 +83,19 @@ def write_adapter(
     }
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     return directory
+
+
+def as_hub_snapshot(adapter: Path, model: Path) -> Path:
+    """Move an adapter's files to where the cache of Hugging Face's hub has them, in `model`; returns the snapshot."""
+    snapshot, blobs = model / "snapshots" / "0123abcd", model / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in adapter.iterdir():
+        blob = blobs / hashlib.sha256(path.read_bytes()).hexdigest()
+        path.rename(blob)
+        (snapshot / path.name).symlink_to(Path("..", "..", "blobs", blob.name))
+    adapter.rmdir()
+    return snapshot
 
 
 def _ends_with(module: str, targets: Sequence[str]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import shutil
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,12 +15,13 @@ import httpx
 from fastapi import FastAPI
 
 from loramux_adapters.artifact.config import AdapterConfig
+from loramux_adapters.artifact.coverage import LayerCount
 from loramux_adapters.errors import AdapterNotFound, PinRefused, RollbackImpossible
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.verify import Checked
 from loramux_adapters.store.store import AdapterRecord, Lease, Published, Staging, VersionRecord
 from loramux_server.api.app import create_app
-from loramux_server.api.http.dependencies import Dependencies, Keys, Limits, Message, ServedBase
+from loramux_server.api.http.dependencies import Dependencies, Keys, Limits, ServedBase
 from loramux_server.engine.sequence import FinishReason, TokenLogprob, TokenOutput
 from loramux_server.engine.sequence import Sequence as EngineSequence
 from loramux_server.fingerprint.replay import ReplayOutcome
@@ -35,7 +36,13 @@ VERSION = hashlib.sha256(b"pirate").hexdigest()
 
 
 class FakeTokenizer:
-    """One token per byte, a beginning token 256 and an end token 257. `encoded` are the texts it was given."""
+    """One token per byte, a beginning token 256 and an end token 257.
+
+    Attributes:
+        encoded: the texts it was given.
+        special: whether special tokens were allowed in the last of them.
+        templates: the chat template of each conversation, None for the base's.
+    """
 
     vocab_size = 258
     special_ids = frozenset({256, 257})
@@ -44,12 +51,23 @@ class FakeTokenizer:
 
     def __init__(self) -> None:
         self.encoded: list[str] = []
+        self.special = True
+        self.templates: list[str | None] = []
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
         self.encoded.append(text)
+        self.special = special
         return list(text.encode())
 
-    def encode_chat(self, messages: list[Message]) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        template_kwargs: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        self.templates.append(chat_template)
         return self.encode("".join(f"{m['role']}:{m['content']}\n" for m in messages) + "assistant:")
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -63,7 +81,7 @@ class FakeEngine:
     """Answers every sequence with `reply` of its adapter, byte by byte, then the end token.
 
     Attributes:
-        refusal: raised instead of the first output.
+        refusal: raised instead of taking anything.
         hold_after: give out so many tokens, then nothing more until the iterator is closed.
         error_after: give out so many tokens, then fail the sequence.
         crash_after: give out so many tokens, then raise what is no error of ours.
@@ -82,9 +100,12 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.holding = asyncio.Event()
 
-    async def generate(self, sequence: EngineSequence) -> AsyncGenerator[TokenOutput, None]:
+    def submit(self, *sequences: EngineSequence) -> list[AsyncGenerator[TokenOutput, None]]:
         if self.refusal is not None:
             raise self.refusal
+        return [self._generate(sequence) for sequence in sequences]
+
+    async def _generate(self, sequence: EngineSequence) -> AsyncGenerator[TokenOutput, None]:
         self.sequences.append(sequence)
         self.running.add(sequence.id)
         try:
@@ -137,6 +158,8 @@ def record_of(
     target_modules: Sequence[str] = ("q_proj",),
     fingerprint: str = "none",
     older: Sequence[VersionRecord] = (),
+    layers: LayerCount | None = None,
+    notes: Sequence[str] = (),
 ) -> AdapterRecord:
     """An adapter of 1000 bytes whose current version is this one, and which keeps `older` ones too."""
     current = VersionRecord(
@@ -148,6 +171,8 @@ def record_of(
         base_verified=True,
         corrupt=False,
         fingerprint=fingerprint,
+        layers=layers,
+        notes=[*notes],
     )
     return AdapterRecord(
         name=name,
@@ -163,6 +188,8 @@ def record_of(
         versions=[current, *older],
         references=0,
         fingerprint=fingerprint,
+        layers=layers,
+        notes=current.notes,
     )
 
 
@@ -242,7 +269,13 @@ class FakeStore:
         old = self.known.get(name)
         self.files[name] = files
         self.known[name] = record_of(
-            name, version, rank=checked.rank, target_modules=checked.target_modules, fingerprint=proof
+            name,
+            version,
+            rank=checked.rank,
+            target_modules=checked.target_modules,
+            fingerprint=proof,
+            layers=checked.layers,
+            notes=checked.notes,
         )
         if old is None:
             return Published(name, version, "created")
@@ -273,15 +306,25 @@ class FakeCheck:
 
 @dataclass
 class FakeProve:
-    """Accepts everything, unless `failure` is set; `seen` are the flags of each call."""
+    """Accepts everything, unless `failure` is set; `seen` are the flags that were set of each call."""
 
     failure: Exception | None = None
     outcome: ReplayOutcome = "none"
-    seen: list[dict[str, bool]] = field(default_factory=list)
+    seen: list[set[str]] = field(default_factory=list)
 
-    async def __call__(self, directory: Path, checked: Checked, *, force: bool, allow_no_effect: bool) -> ReplayOutcome:
+    async def __call__(
+        self,
+        directory: Path,
+        checked: Checked,
+        *,
+        force: bool = False,
+        allow_no_effect: bool = False,
+        skip_replay: bool = False,
+        keep: bool = True,
+    ) -> ReplayOutcome:
         assert (directory / "adapter_model.safetensors").exists()
-        self.seen.append({"force": force, "allow_no_effect": allow_no_effect})
+        flags = {"force": force, "allow_no_effect": allow_no_effect, "skip_replay": skip_replay, "keep": keep}
+        self.seen.append({flag for flag, given in flags.items() if given})
         if self.failure is not None:
             raise self.failure
         return self.outcome

@@ -15,6 +15,7 @@ from loramux_server.cli.main import main
 from loramux_server.config.serve import ServeConfig
 from loramux_server.errors import BaseModelError
 from loramux_server.serving.startup import Stages
+from loramux_server.wire.connections import Connections
 
 LINES = 20
 SECONDS_PER_LINE = 0.05
@@ -44,11 +45,12 @@ class FakeBuilt:
     async def start(self) -> None:
         pass
 
-    async def drain(self, timeout: float) -> None:
+    async def drain(self, timeout: float) -> int:
         self.draining = True
         deadline = time.monotonic() + timeout
         while self.running and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
+        return self.running
 
     async def stop(self) -> None:
         print("fake stopped")
@@ -57,7 +59,7 @@ class FakeBuilt:
 def install(build_seconds: float, failure: str) -> None:
     """Puts a module in place of `loramux_server.serving.build`; its `build` takes this long and raises this, if any."""
 
-    def build(config: ServeConfig, stages: Stages) -> FakeBuilt:
+    def build(config: ServeConfig, stages: Stages, connections: Connections) -> FakeBuilt:
         with stages.stage("load the base"):
             time.sleep(build_seconds)
             if failure:

@@ -1,8 +1,7 @@
-"""A zip or tar.gz of a PEFT directory -> its files, without trusting a name, a size or a link in it."""
+"""A zip, tar or tar.gz of an adapter's directory -> its files, without trusting a name, a size or a link in it."""
 
 from __future__ import annotations
 
-import gzip
 import io
 import stat
 import struct
@@ -15,17 +14,30 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, cast
 
 from loramux_adapters.artifact.config import CONFIG_FILE
-from loramux_adapters.artifact.tar_reader import TarRefused, tar_files
+from loramux_adapters.artifact.tar_reader import Gunzipped, TarRefused, is_header, tar_files
 from loramux_adapters.errors import AdapterRejected, AdapterTooLarge
 
-MAX_MEMBERS = 1000
+MAX_ENTRIES = 1000  # files and directories
 MAX_NAME = 1024
 MAX_PART_BYTES = 255  # of one component of a path, what file systems take
 _MAX_READ = 2**20  # of one call: what the directory of a zip may have
 _COPY = 64 * 2**10
 _ZIP, _GZIP = b"PK\x03\x04", b"\x1f\x8b"
-# What zipfile, gzip and zlib raise over bytes that somebody has tampered with.
-_DAMAGE = (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, struct.error, EOFError, ValueError, RuntimeError)
+_OTHERS = {
+    b"BZh": "packed with bzip2",
+    b"\xfd7zXZ": "packed with xz",
+    b"\x28\xb5\x2f\xfd": "packed with zstd",
+    b"7z\xbc\xaf": "a 7-Zip archive",
+    b"Rar!": "a RAR archive",
+    b"GGUF": "a GGUF file",
+}
+# What weights unpack to is little more than what they are packed to; zeros of a layer that was not trained are.
+_MAX_RATIO = 100
+_RATIO_FREE = 16 * 2**20
+# What is not file content, headers and padding, is at most some KiB for each entry.
+_OVERHEAD = 64 * 2**20
+# What zipfile and zlib raise over bytes that somebody has tampered with.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, RuntimeError)
 _DEFLATE_OR_STORED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
@@ -38,36 +50,51 @@ class Member:
     content: BinaryIO
 
 
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """How many bytes an archive may unpack to, and what is raised for more."""
+
+    nbytes: int
+    too_large: Exception
+
+    @classmethod
+    def of(cls, archive: Path, limit: int) -> _Bound:
+        in_proportion = _MAX_RATIO * archive.stat().st_size + _RATIO_FREE
+        if in_proportion < limit:
+            return cls(in_proportion, AdapterRejected(["the archive unpacks to far more than weights would"]))
+        return cls(limit, AdapterTooLarge(limit))
+
+
 def unpack(archive: Path, target: Path, limit: int) -> None:
     """Write the files of the archive's adapter into `target`; folders beside or below it are left out.
 
-    The adapter is where the archive's topmost adapter_config.json is. Blocks; at most `limit` bytes are written or
-    unpacked. Raises AdapterRejected, AdapterTooLarge, OSError.
+    The adapter is where the archive's topmost adapter_config.json is. What the archive is packed with is told by its
+    first bytes, not by a name. Blocks; at most `limit` bytes are written or unpacked, and no more than are in
+    proportion to those that came.
+    Raises AdapterRejected, AdapterTooLarge, OSError.
     """
+    bound = _Bound.of(archive, limit)
     try:
-        folder = _topmost_folder(archive, limit)
-        with _members(archive, limit) as members:
+        folder = _topmost_folder(archive, bound)
+        with _members(archive, bound) as members:
             for member in members:
                 if member.path.parent == folder:
-                    _copy(member, target / member.path.name, limit)
+                    _copy(member, target / member.path.name, bound.nbytes)
     except TarRefused as error:
         raise AdapterRejected([f"the archive cannot be used: {error}"]) from error
     except _DAMAGE as error:
         raise AdapterRejected(["the archive is damaged"]) from error
 
 
-def _topmost_folder(archive: Path, limit: int) -> PurePosixPath:
+def _topmost_folder(archive: Path, bound: _Bound) -> PurePosixPath:
     """The folder of the topmost config. Looks at every member, so that nothing is written of an archive to refuse."""
-    total = count = 0
+    total = 0
     seen: set[PurePosixPath] = set()
-    with _members(archive, limit) as members:
+    with _members(archive, bound) as members:
         for member in members:
-            count += 1
             total += member.size
-            if count > MAX_MEMBERS:
-                raise AdapterRejected([f"the archive holds more than {MAX_MEMBERS} files"])
-            if total > limit:
-                raise AdapterTooLarge(limit)
+            if total > bound.nbytes:
+                raise bound.too_large
             if member.path in seen:
                 raise AdapterRejected(["the archive holds two files of one name"])
             seen.add(member.path)
@@ -79,22 +106,28 @@ def _topmost_folder(archive: Path, limit: int) -> PurePosixPath:
     return folders[0]
 
 
-def _members(archive: Path, limit: int) -> AbstractContextManager[Iterator[Member]]:
+def _members(archive: Path, bound: _Bound) -> AbstractContextManager[Iterator[Member]]:
     with archive.open("rb") as file:
-        magic = file.read(4)
-    if magic == _ZIP:
+        start = file.read(512)
+    if start.startswith(_ZIP):
         return _zip_members(archive)
-    if magic.startswith(_GZIP):
-        return _tar_members(archive, limit)
-    raise AdapterRejected(["the archive is neither a zip nor a tar.gz"])
+    if start.startswith(_GZIP) or is_header(start):
+        return _tar_members(archive, bound, zipped=start.startswith(_GZIP))
+    what = next((what for magic, what in _OTHERS.items() if start.startswith(magic)), None)
+    if what is None and start[8:9] == b"{":
+        what = "a safetensors file, which the part 'weights' is for, beside the part 'config'"
+    if what is not None:
+        raise AdapterRejected([f"the archive is {what}; a zip, tar or tar.gz is taken"])
+    raise AdapterRejected(["the archive is neither a zip nor a tar or tar.gz"])
 
 
 @contextmanager
-def _tar_members(archive: Path, limit: int) -> Iterator[Iterator[Member]]:
-    with gzip.open(archive, "rb") as file:
-        # What is not file content, headers and padding, is at most 2 KiB for each of MAX_MEMBERS and some extensions.
-        bounded = cast(BinaryIO, _BoundedStream(cast(BinaryIO, file), limit + 64 * 2**20, AdapterTooLarge(limit)))
-        yield (Member(_safe(entry.name), entry.size, bounded) for entry in tar_files(bounded))
+def _tar_members(archive: Path, bound: _Bound, *, zipped: bool) -> Iterator[Iterator[Member]]:
+    with archive.open("rb") as file:
+        plain = cast(BinaryIO, io.BufferedReader(Gunzipped(file), _COPY)) if zipped else file
+        stream = cast(BinaryIO, _BoundedStream(plain, bound.nbytes + _OVERHEAD, bound.too_large))
+        entries = tar_files(stream, max_entries=MAX_ENTRIES)
+        yield (Member(_safe(entry.name), entry.size, stream) for entry in entries)
 
 
 @contextmanager
@@ -104,7 +137,10 @@ def _zip_members(archive: Path) -> Iterator[Iterator[Member]]:
         container = stack.enter_context(zipfile.ZipFile(file))
 
         def members() -> Iterator[Member]:
-            for entry in container.infolist():
+            entries = container.infolist()
+            if len(entries) > MAX_ENTRIES:
+                raise AdapterRejected([f"the archive cannot be used: it holds more than {MAX_ENTRIES} entries"])
+            for entry in entries:
                 mode = entry.external_attr >> 16
                 if entry.filename.endswith("/"):  # `is_dir` fails for an empty name
                     continue

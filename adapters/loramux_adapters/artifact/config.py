@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -16,24 +17,39 @@ from loramux_adapters.errors import AdapterRejected
 
 CONFIG_FILE = "adapter_config.json"
 BASE_ID_KEY = "loramux_base_id"
+CONVERTED_KEY = "loramux_converted_from"  # what a converted adapter was, in words
 MAX_CONFIG_BYTES = 2**20
 MAX_ALPHA = 1e6
 MAX_RANK = 65_536
 MAX_NAMES = 4096
 MAX_LAYER_LISTS = 16
 MAX_NAME_LENGTH = 1024
+_SHOWN = 8  # names in a message
 
 # Read below, each with its own check.
 _READ = frozenset(
     "peft_type task_type r lora_alpha use_rslora rank_pattern alpha_pattern bias init_lora_weights target_modules "
-    "exclude_modules layers_to_transform layers_pattern base_model_name_or_path".split()
-) | {BASE_ID_KEY}
+    "exclude_modules layers_to_transform layers_pattern modules_to_save base_model_name_or_path".split()
+) | {BASE_ID_KEY, CONVERTED_KEY}
 # Fields that matter in training only, or say nothing about the weights. Their values are never looked at.
 _INFORMATIONAL = frozenset(
     "auto_mapping revision peft_version inference_mode lora_dropout loftq_config eva_config corda_config "
-    "lora_ga_config runtime_config ephemeral_gpu_offload megatron_core qalora_group_size ensure_weight_tying".split()
+    "lora_ga_config runtime_config ephemeral_gpu_offload megatron_core qalora_group_size ensure_weight_tying "
+    "merge_weights _name_or_path transformers_version".split()
 )
-# Everything else, known to PEFT or not (use_dora, modules_to_save, ...), is accepted only while it is empty.
+# Options of PEFT, of whichever release, that are off while they are empty, and not served otherwise.
+_OFF_WHILE_EMPTY = frozenset(
+    "fan_in_fan_out megatron_config trainable_token_indices use_dora velora_config alora_invocation_tokens use_qalora "
+    "monteclora_config layer_replication lora_bias target_parameters use_bdlora arrow_config kasa_config "
+    "enable_lora".split()
+)
+# Any other key is accepted, with a note, while its value says nothing by itself: null, false, zero or empty.
+_TASKS: Mapping[str, str | None] = {
+    "": None,
+    "CAUSAL_LM": None,
+    "SEQ_2_SEQ_LM": "task_type is SEQ_2_SEQ_LM, but the weights are a decoder's: they are served as CAUSAL_LM",
+}
+_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # the others change the base weights, or the maths
 _BASE_ID = re.compile("[0-9a-f]{64}")
 
@@ -49,6 +65,8 @@ class AdapterConfig:
         rule: `target_modules` and its companions, ready to be asked.
         base_model_name: as written; a label for people.
         base_id: of the base it was made for, hex; None if it does not say.
+        modules_to_save: modules that were trained as a whole, if any; their weights would be in the file.
+        notes: what was accepted and is worth a word.
     """
 
     rank: int
@@ -60,6 +78,8 @@ class AdapterConfig:
     rule: TargetRule = field(default_factory=lambda: TargetRule(None))
     base_model_name: str | None = None
     base_id: str | None = None
+    modules_to_save: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def parse_config(raw: bytes) -> AdapterConfig:
@@ -98,10 +118,15 @@ class _ConfigReader:
     def __init__(self, fields: Mapping[str, object]) -> None:
         self._fields = fields
         self._reasons: list[str] = []
+        self._notes: list[str] = []
         self._budget = Budget()
 
     def read(self) -> AdapterConfig:
         self._check_kind()
+        self._check_unread()
+        converted_from = self._text(CONVERTED_KEY)
+        if converted_from:
+            self._notes.append(f"converted from {quoted(converted_from, 160)[1:-1]}")
         config = AdapterConfig(
             rank=self._rank("r", self._fields.get("r")),
             alpha=self._alpha("lora_alpha", self._fields.get("lora_alpha")),
@@ -112,8 +137,9 @@ class _ConfigReader:
             rule=self._rule(),
             base_model_name=self._text("base_model_name_or_path"),
             base_id=self._base_id(),
+            modules_to_save=self._modules_to_save(),
+            notes=tuple(self._notes),
         )
-        self._check_unread()
         if self._reasons:
             raise AdapterRejected(list(dict.fromkeys(self._reasons)))
         return config
@@ -122,10 +148,12 @@ class _ConfigReader:
         self._reasons.append(f"{name} {why}")
 
     def _check_kind(self) -> None:
-        if self._fields.get("peft_type") != "LORA":
+        peft_type = self._fields.get("peft_type")
+        if peft_type is None and "lora_parameters" in self._fields:
+            self._refuse("peft_type", "is missing; this is a config of mlx-lm, which an upload converts")
+        elif peft_type != "LORA":
             self._refuse("peft_type", "is not LORA")
-        if self._fields.get("task_type") not in (None, "CAUSAL_LM"):
-            self._refuse("task_type", "is neither CAUSAL_LM nor null")
+        self._check_task()
         if self._fields.get("bias") not in (None, "none"):
             self._refuse("bias", 'is not "none": trained biases are not served')
         init = self._fields.get("init_lora_weights")
@@ -134,10 +162,40 @@ class _ConfigReader:
         if not any(init is plain or (isinstance(init, str) and init == plain) for plain in _PLAIN_INITS):
             self._refuse("init_lora_weights", f"is {quoted(str(init), 40)}, which changes the base or is not known")
 
+    def _check_task(self) -> None:
+        task = self._fields.get("task_type")
+        if task is None:
+            return
+        if not isinstance(task, str):
+            self._refuse("task_type", "is neither a text nor null")
+        elif task in _TASKS:
+            self._notes += [note for note in (_TASKS[task],) if note]
+        elif task in _HEADS:
+            self._refuse("task_type", f"is {task}: it was trained for an output of its own, which is no text")
+        else:
+            self._refuse("task_type", f"is {quoted(task, 40)}: only adapters that generate text are served (CAUSAL_LM)")
+
     def _check_unread(self) -> None:
+        said_nothing = []
         for name, value in self._fields.items():
-            if name not in _READ and name not in _INFORMATIONAL and not is_empty(value):
-                self._refuse(quoted(name)[1:-1], "is set, and is not served")
+            if name in _READ or name in _INFORMATIONAL or (name in _OFF_WHILE_EMPTY and is_empty(value)):
+                continue
+            shown = quoted(json.dumps(value), 60)[1:-1]
+            if name in _OFF_WHILE_EMPTY:
+                self._refuse(name, f"is {shown}, which is not served")
+            elif is_empty(value):
+                said_nothing.append(quoted(name, 40)[1:-1])
+            else:
+                self._refuse(quoted(name)[1:-1], f"is {shown}, and is not known here: it could change the result")
+        if said_nothing:
+            more = f" and {len(said_nothing) - _SHOWN} more" if len(said_nothing) > _SHOWN else ""
+            names = ", ".join(said_nothing[:_SHOWN])
+            self._notes.append(f"the config has options that are not known here, and off or empty: {names}{more}")
+
+    def _modules_to_save(self) -> tuple[str, ...]:
+        if is_empty(self._fields.get("modules_to_save")):
+            return ()
+        return tuple(sorted(self._names("modules_to_save")))
 
     def _flag(self, name: str) -> bool:
         value = self._fields.get(name)

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 from loramux_adapters.artifact.config import (
     CONFIG_FILE,
@@ -21,15 +20,22 @@ from loramux_adapters.artifact.config import (
     rank_of,
     scale_of,
 )
-from loramux_adapters.artifact.safetensors_header import TensorSpec, open_regular, read_header
+from loramux_adapters.artifact.own_files import open_regular
+from loramux_adapters.artifact.safetensors_header import TensorSpec, read_header
 from loramux_adapters.artifact.strict_json import quoted
+from loramux_adapters.artifact.tensor_names import Kind, other_tool, role_of
 from loramux_adapters.errors import AdapterRejected
 
 __all__ = [
     "CARD_FILE",
+    "CHAT_TEMPLATE_FILE",
     "CONFIG_FILE",
     "FINGERPRINT_FILE",
     "KNOWN_FILES",
+    "MLX_WEIGHTS_FILE",
+    "PICKLES",
+    "SOURCE_FILES",
+    "TOKENIZER_FILES",
     "WEIGHTS_FILE",
     "AdapterConfig",
     "Layout",
@@ -37,10 +43,11 @@ __all__ = [
     "TensorSpec",
     "VersionDigest",
     "digest_of",
-    "module_path",
     "pair_up",
     "parse_config",
+    "pickle_reason",
     "rank_of",
+    "read_chat_template",
     "read_config",
     "read_header",
     "scale_of",
@@ -49,27 +56,30 @@ __all__ = [
 WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "card.json"
 FINGERPRINT_FILE = "fingerprint.json"
-KNOWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, FINGERPRINT_FILE)
+CHAT_TEMPLATE_FILE = "chat_template.jinja"  # kept only where it is another one than the base's
+KNOWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, FINGERPRINT_FILE, CHAT_TEMPLATE_FILE)
+TOKENIZER_FILES = (  # looked at when an adapter comes in, and not kept
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.json",
+    CHAT_TEMPLATE_FILE,
+)
+MAX_TEMPLATE_BYTES = 2**20
+MLX_WEIGHTS_FILE = "adapters.safetensors"
+PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+SOURCE_FILES = (  # what is taken of a directory that somebody else wrote
+    *dict.fromkeys((*KNOWN_FILES, *TOKENIZER_FILES, MLX_WEIGHTS_FILE)),
+)
 
-Kind: TypeAlias = Literal["A", "B", "base"]
-
-_PREFIX = "base_model.model."
-_KINDS: Mapping[str, Kind] = {
-    ".lora_A.weight": "A",
-    ".lora_A.default.weight": "A",
-    ".lora_B.weight": "B",
-    ".lora_B.default.weight": "B",
-}
-_NOT_SERVED = {
-    ".lora_magnitude_vector": "a DoRA magnitude (use_dora)",
-    ".lora_embedding_": "an embedding delta",
-    ".modules_to_save": "a fully trained module (modules_to_save)",
-    ".token_adapter": "trained token embeddings (trainable_token_indices)",
-    ".lora_B.bias": "a bias of B (lora_bias)",
-    ".lora_B.default.bias": "a bias of B (lora_bias)",
-}
 _DIGEST_DOMAIN = b"loramux adapter 1\n"
 _CHUNK_BYTES = 2**20
+_SHOWN_NAMES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,37 +117,34 @@ def read_config(directory: Path) -> AdapterConfig:
         return parse_config(file.read(MAX_CONFIG_BYTES + 1))
 
 
-def module_path(tensor_name: str) -> tuple[str, Kind]:
-    """Module path in the base, and which half of its pair the tensor is.
+def pickle_reason(name: str) -> str:
+    """Why weights in a file of this name are refused, and what to do."""
+    return (
+        f"{name} is a pickle, which is never read; where you trust it, convert it: "
+        "import torch, safetensors.torch as st; "
+        f"st.save_file(torch.load({name!r}, weights_only=True), {WEIGHTS_FILE!r})"
+    )
 
-    With "base" the tensor is no LoRA weight, and the path is that of the base parameter of which it may be a copy.
-    Raises `AdapterRejected` for a kind of weight that is not served.
-    """
-    name = tensor_name.removeprefix(_PREFIX)
-    for suffix, kind in _KINDS.items():
-        if name.endswith(suffix):
-            return name.removesuffix(suffix), kind
-    for mark, what in _NOT_SERVED.items():
-        if mark in name:
-            raise AdapterRejected([f"tensor {quoted(tensor_name)} is {what}, which is not served"])
-    return name.replace(".base_layer.", "."), "base"
+
+def read_chat_template(directory: Path) -> str | None:
+    """The chat template beside an adapter, None if there is none; raises `AdapterRejected` if it is no text."""
+    path = directory / CHAT_TEMPLATE_FILE
+    if not path.is_symlink() and not path.exists():
+        return None
+    with open_regular(path) as file:
+        data = file.read(MAX_TEMPLATE_BYTES + 1)
+    if len(data) > MAX_TEMPLATE_BYTES:
+        raise AdapterRejected([f"{CHAT_TEMPLATE_FILE} has more than {MAX_TEMPLATE_BYTES} bytes"])
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise AdapterRejected([f"{CHAT_TEMPLATE_FILE} is not UTF-8"]) from error
 
 
 def pair_up(specs: Mapping[str, TensorSpec]) -> Layout:
     """Sort the tensors of a file into pairs and copies of base weights; never raises, see `Layout.reasons`."""
     layout = Layout()
-    halves: dict[str, dict[Kind, str]] = {}
-    for name in specs:
-        try:
-            path, kind = module_path(name)
-        except AdapterRejected as error:
-            layout.reasons.extend(error.reasons)
-            continue
-        found = halves.setdefault(path, {})
-        if kind in found:
-            layout.reasons.append(f"tensors {quoted(found[kind])} and {quoted(name)} are the same weight")
-        found[kind] = name
-    for path, names in halves.items():
+    for path, names in _halves(specs, layout.reasons).items():
         if "base" in names:
             layout.base_tensors[path] = names["base"]
         if "A" not in names and "B" not in names:
@@ -158,11 +165,40 @@ def pair_up(specs: Mapping[str, TensorSpec]) -> Layout:
     return layout
 
 
+def _halves(specs: Iterable[str], reasons: list[str]) -> dict[str, dict[Kind, str]]:
+    """Path -> kind -> name of the tensor. Empty if the file as a whole is not of one adapter, named as peft does it."""
+    halves: dict[str, dict[Kind, str]] = {}
+    adapters: set[str] = set()
+    foreign: dict[str, list[str]] = {}  # how a tool names tensors -> tensors named so
+    for name in specs:
+        try:
+            path, kind, adapter = role_of(name)
+        except AdapterRejected as error:
+            reasons.extend(error.reasons)
+            continue
+        tool = other_tool(name) if kind == "base" else None
+        if tool is not None:
+            foreign.setdefault(tool, []).append(name)
+            continue
+        adapters |= {adapter} - {""}
+        found = halves.setdefault(path, {})
+        if kind in found and len(adapters) < 2:
+            reasons.append(f"tensors {quoted(found[kind])} and {quoted(name)} are the same weight")
+        found[kind] = name
+    if len(adapters) > 1:
+        shown = ", ".join(quoted(adapter, 40) for adapter in sorted(adapters)[:_SHOWN_NAMES])
+        reasons[:] = [f"the tensors are of {len(adapters)} adapters, {shown}: send each of them alone"]
+    for tool, names in foreign.items():
+        reasons.append(f"{len(names)} tensors, {quoted(names[0])} the first, are named {tool}")
+    return {} if foreign or len(adapters) > 1 else halves
+
+
 class VersionDigest:
     """The version id, as an adapter's weights are read: sha256 over what it computes and over nothing else.
 
     That is, in the order of module paths, the scale and both tensors (dtype, shape, bytes). The order of tensors in the
-    file, spelling of the config, training-only fields, card and fingerprint do not count.
+    file, spelling of the config, training-only fields, card and fingerprint do not count. A chat template of its own
+    does: it changes what the adapter is asked.
     """
 
     def __init__(self) -> None:
@@ -175,6 +211,11 @@ class VersionDigest:
 
     def update(self, data: bytes | memoryview) -> None:
         self._hash.update(data)
+
+    def chat_template(self, source: str | None) -> None:
+        """After the modules: a template that comes with them."""
+        if source is not None:
+            self._hash.update(b"chat template\n" + source.encode())
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
@@ -195,6 +236,7 @@ def digest_of(config: AdapterConfig, directory: Path) -> str:
             digest.begin(module, pair, scale_of(config, module, pair.rank))
             for spec in (pair.a, pair.b):
                 _digest_bytes(digest, file, spec)
+    digest.chat_template(read_chat_template(directory))
     return digest.hexdigest()
 
 

@@ -10,18 +10,27 @@ every reason is found at once, in bounded time and memory, before the library ma
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from io import BufferedReader
 from pathlib import Path
 from types import MappingProxyType
 
+from loramux_adapters.artifact.own_files import open_regular
 from loramux_adapters.artifact.strict_json import StrictJSONError, is_int, parse_object, quoted
 from loramux_adapters.errors import AdapterRejected
 
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# What a file of this name is found to be instead, by how it begins.
+_OTHERS = {
+    b"GGUF": "is a GGUF file: send the PEFT directory that it was converted from",
+    b"PK\x03\x04": "is a pickle, as torch.save writes it, which is never read: save it with safetensors",
+    b"\x80\x02": "is a pickle, which is never read: save it with safetensors",
+    b"\x80\x04": "is a pickle, which is never read: save it with safetensors",
+    b"version ": "is a pointer of Git LFS and not the file itself: run `git lfs pull` where it was cloned",
+    b"<": "is a web page: the download of the file has failed",
+    b"\x1f\x8b": "is an archive: send it as one",
+}
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 65_536
 MAX_DIMENSIONS = 8
@@ -31,26 +40,12 @@ _REMEMBERED_BYTES = 512 * 2**10  # of a header; longer ones are parsed each time
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor of the file: `nbytes` bytes of `dtype` ("F32", "F16", "BF16") from `offset` in the file on."""
+    """One tensor of the file: `nbytes` bytes of `dtype`, one of `ITEM_BYTES`, from `offset` in the file on."""
 
     dtype: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-
-
-def open_regular(path: Path) -> BufferedReader:
-    """Open a file for reading, and only a file: a link, a pipe or a directory raises `AdapterRejected`."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise AdapterRejected([f"{path.name} is missing"]) from error
-    except OSError as error:
-        raise AdapterRejected([f"{path.name} cannot be read as a file"]) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise AdapterRejected([f"{path.name} is not a regular file"])
-    return os.fdopen(descriptor, "rb")
 
 
 def read_header(path: Path) -> Mapping[str, TensorSpec]:
@@ -61,24 +56,32 @@ def read_header(path: Path) -> Mapping[str, TensorSpec]:
     """
     with open_regular(path) as file:
         file_bytes = os.fstat(file.fileno()).st_size
-        header_bytes = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        start = file.read(LENGTH_BYTES)
+        header_bytes = int.from_bytes(start, "little")
         if file_bytes < LENGTH_BYTES:
             raise AdapterRejected([f"{path.name} is too short to be a safetensors file"])
         if header_bytes > MAX_HEADER_BYTES:
-            raise AdapterRejected([f"{path.name} claims a header of more than {MAX_HEADER_BYTES} bytes"])
+            too_long = f"claims a header of more than {MAX_HEADER_BYTES} bytes"
+            raise AdapterRejected([f"{path.name} {_other_format(start) or too_long}"])
         data_start = LENGTH_BYTES + header_bytes
         if data_start > file_bytes:
-            raise AdapterRejected([f"{path.name} claims a header that is longer than the file"])
+            too_long = "claims a header that is longer than the file"
+            raise AdapterRejected([f"{path.name} {_other_format(start) or too_long}"])
         raw = file.read(header_bytes)
+    if not raw.startswith(b"{"):
+        raise AdapterRejected([f"{path.name} {_other_format(start) or 'is not a safetensors file'}"])
     parse = _parse_remembered if header_bytes <= _REMEMBERED_BYTES else _parse
     return parse(raw, file_bytes, path.name)
+
+
+def _other_format(start: bytes) -> str | None:
+    """What a file that begins like this is instead."""
+    return next((what for magic, what in _OTHERS.items() if start.startswith(magic)), None)
 
 
 def _parse(raw: bytes, file_bytes: int, file: str) -> Mapping[str, TensorSpec]:
     """What a header of a file of this size says. Depends on nothing else. Raises `AdapterRejected`."""
     data_start = LENGTH_BYTES + len(raw)
-    if not raw.startswith(b"{"):
-        raise AdapterRejected([f"{file} is not a safetensors file"])
     try:
         header = parse_object(raw, limit=MAX_HEADER_BYTES)
     except StrictJSONError as error:
@@ -118,7 +121,7 @@ def _parse_entry(entry: object, data_start: int) -> TensorSpec | str:
         return "is not described by dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        return f"has dtype {quoted(str(dtype), 24)}; F32, F16 and BF16 are read"
+        return f"has dtype {quoted(str(dtype), 24)}; {', '.join(ITEM_BYTES)} are read"
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(is_int(n) and n >= 0 for n in shape):
         return "has a shape that is not a short list of non-negative integers"
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_int(n) and n >= 0 for n in offsets):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from typing import NoReturn
 
 MAX_DEPTH = 16
@@ -99,15 +100,15 @@ def _check_encodable(value: object) -> None:
 
 
 def _check_depth(value: object) -> None:
-    level = [value]
+    level: list[object] = [value]
     for _ in range(MAX_DEPTH):
-        level = [child for node in level for child in _children(node)]
+        level = [child for node in level for child in _children(node) if isinstance(child, dict | list)]
         if not level:
             return
     raise StrictJSONError("nests too deeply")
 
 
-def _children(node: object) -> list[object]:
+def _children(node: object) -> Iterable[object]:
     if isinstance(node, dict):
-        return list(node.values())
-    return node if isinstance(node, list) else []
+        return node.values()
+    return node if isinstance(node, list) else ()

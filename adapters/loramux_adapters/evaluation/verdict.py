@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from enum import Enum
 
 from loramux_adapters.evaluation.bootstrap import Difference
 from loramux_adapters.evaluation.evaluated import Evaluation, Level, Remark, Role, ScoreComparison
@@ -11,6 +12,7 @@ from loramux_adapters.evaluation.scores import LabelScores
 ACCURACY = "accuracy"  # a comparison beside that of the headline
 CLOSE = 0.02  # at most this far below the reference is good
 FAR = 0.05  # further below it than this is bad
+CLOSE_LOSS, FAR_LOSS = 0.02, 0.1  # the same for loss, in nats per token
 GAP = 0.05  # between training and held-out examples
 LOSS_GAP = 0.2  # the same for loss, in nats per token
 HIDING = 0.10  # recall of the rarest label this far below accuracy is hidden by it
@@ -44,21 +46,46 @@ def _all(evaluation: Evaluation) -> Iterator[Remark]:
     yield from _gap(evaluation)
 
 
+class Standing(Enum):
+    """Where a score is, beside another."""
+
+    BETTER = "better"  # surely
+    PERHAPS_BETTER = "perhaps better"  # as far as these examples tell
+    EQUAL = "equal"  # or so close that it does not matter
+    PERHAPS_WORSE = "perhaps worse"
+    WORSE = "worse"
+
+
+def standing(gain: Difference, close: float) -> Standing:
+    """What a difference means; more is better.
+
+    Args:
+        close: a difference that chance may have made and that is no larger than this is none.
+    """
+    if gain.is_significant:
+        return Standing.BETTER if gain.value > 0 else Standing.WORSE
+    if abs(gain.value) <= close:
+        return Standing.EQUAL
+    return Standing.PERHAPS_BETTER if gain.value > 0 else Standing.PERHAPS_WORSE
+
+
 def _against_base(evaluation: Evaluation) -> Iterator[Remark]:
     comparison = evaluation.compared(Role.BASE)
     if comparison is None:
         return
-    gain = _gain(comparison)
-    if gain.is_significant and gain.value > 0:
-        yield Remark(Level.GOOD, f"Better than the bare base: {_shown(comparison)}.")
-    elif gain.is_significant:
-        yield Remark(Level.BAD, f"WORSE than the bare base: {_shown(comparison)}. Do not use this adapter.")
-    else:
-        yield Remark(
-            Level.BAD,
-            f"No significant gain over the bare base: {_shown(comparison)}. More or better training data, more steps, "
-            "or more held-out examples to tell.",
-        )
+    shown, few = _shown(comparison), _too_few(evaluation)
+    more = "More or better training data, or more steps"
+    match standing(_gain(comparison), _close(comparison)):
+        case Standing.BETTER:
+            yield Remark(Level.GOOD, f"Better than the bare base: {shown}.")
+        case Standing.PERHAPS_BETTER:
+            yield Remark(Level.WARNING, f"Perhaps better than the bare base, but {few}: {shown}.")
+        case Standing.EQUAL:
+            yield Remark(Level.BAD, f"No gain over the bare base: {shown}. {more}.")
+        case Standing.PERHAPS_WORSE:
+            yield Remark(Level.BAD, f"Below the bare base, though {few}: {shown}. {more}.")
+        case Standing.WORSE:
+            yield Remark(Level.BAD, f"WORSE than the bare base: {shown}. Do not use this adapter.")
 
 
 def _against_majority(evaluation: Evaluation) -> Iterator[Remark]:
@@ -66,18 +93,34 @@ def _against_majority(evaluation: Evaluation) -> Iterator[Remark]:
     comparison = evaluation.compared(Role.MAJORITY, ACCURACY)
     if majority is None or comparison is None:
         return
-    difference = comparison.difference
-    if difference.is_significant and difference.value > 0:
-        return
-    word = "Less accurate than" if difference.is_significant else "Not significantly more accurate than"
-    yield Remark(Level.BAD, f"{word} {majority.name}: {_shown(comparison)}.")
+    shown, few = _shown(comparison), _too_few(evaluation)
+    always = f"always answering {_label(majority.name.partition(': ')[2])}"
+    match standing(_gain(comparison), CLOSE):
+        case Standing.BETTER:
+            return
+        case Standing.PERHAPS_BETTER:
+            yield Remark(Level.WARNING, f"Perhaps more accurate than {always}, but {few}: {shown}.")
+        case Standing.EQUAL:
+            yield Remark(Level.BAD, f"No more accurate than {always}: {shown}.")
+        case Standing.PERHAPS_WORSE:
+            yield Remark(Level.BAD, f"Below {always}, though {few}: {shown}.")
+        case Standing.WORSE:
+            yield Remark(Level.BAD, f"LESS accurate than {always}: {shown}.")
+
+
+def _too_few(evaluation: Evaluation) -> str:
+    return f"{evaluation.examples:,} held-out examples are too few to be sure"
+
+
+def _close(comparison: ScoreComparison) -> float:
+    return CLOSE if comparison.score != "loss" else CLOSE_LOSS
 
 
 def _against_adapter(evaluation: Evaluation, comparison: ScoreComparison) -> Remark:
     """A reference, or a further adapter: within `CLOSE` is good, beyond `FAR` is bad."""
     what = "the 16-bit reference" if comparison.role is Role.REFERENCE else comparison.other
     gain, shown = _gain(comparison), _shown(comparison)
-    close, far = (CLOSE, FAR) if comparison.score != "loss" else (0.02, 0.1)
+    close, far = (CLOSE, FAR) if comparison.score != "loss" else (CLOSE_LOSS, FAR_LOSS)
     unit = "points" if comparison.score != "loss" else "nats"
     scale = 100 if comparison.score != "loss" else 1
     sure = "" if comparison.difference.is_significant else " The difference is within what chance does."
@@ -146,6 +189,12 @@ def _gap(evaluation: Evaluation) -> Iterator[Remark]:
             Level.BAD,
             f"Overfitting: {what} on {count} training examples than on held-out ones ({bounds}). Fewer epochs, a lower "
             "rank, dropout, or more data.",
+        )
+    elif far:
+        yield Remark(
+            Level.WARNING,
+            f"Perhaps overfitting: {what} on {count} training examples than on held-out ones ({bounds}), which are too "
+            "few to be sure.",
         )
     else:
         yield Remark(

@@ -12,8 +12,10 @@ windows of a smaller one below it, as in a buddy allocator:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, KeysView, Mapping
 from dataclasses import dataclass
+
+from loramux_adapters.lora.windows import UNTOUCHABLE, Windows, key_of
 
 SMALLEST_RANK = 8  # rows of the smallest slot; every slot's rank is this times a power of two
 
@@ -65,20 +67,24 @@ def bucket_of(rank: int) -> int:
 
 
 class SlotTable:
-    """Residents of the arena. Owner: the engine thread (`fits` alone may be called from any thread)."""
+    """Residents of the arena. Owner: the engine thread (`fits` and `residents`: any thread).
+
+    A call takes time by the logarithm of the rows, and for each adapter that it moves; never by how many there are.
+    """
 
     def __init__(self, rows: int) -> None:
         """`rows`: rank rows of the arena; what exceeds a multiple of SMALLEST_RANK stays unused."""
         if rows < 0:
             raise ValueError(f"the arena cannot have {rows} rows")
         self.rows = rows
+        self.rows_used = 0  # held by residents, pinned or not
         self.evictions = 0  # since the start, as are these two: acquired versions that were resident, and that were not
         self.hits = self.misses = 0
         self._kept: frozenset[str] = frozenset()  # not evicted as long as there is another way
         self._residents: dict[str, _Resident] = {}
-        self._units: list[str | None] = [None] * (rows // SMALLEST_RANK)  # who holds each SMALLEST_RANK rows
+        self._at: dict[int, str] = {}  # offset -> who begins there
+        self._windows = Windows(rows // SMALLEST_RANK)
         self._clock = 0
-        self._full_from: int | None = None  # no window of this size or larger since the last release
 
     def fits(self, *ranks: int) -> bool:
         """True if adapters of these ranks could be placed together in an empty table. Reads constants only."""
@@ -97,18 +103,7 @@ class SlotTable:
         Calls for one version name one rank. The caller copies the weights if `is_new`; if that fails, it calls
         `release` and then `drop`.
         """
-        size = bucket_of(rank)
-        resident = self._residents.get(version)
-        if resident is not None:
-            assert resident.slot.rank == size, f"{version} is resident with another rank"
-            return self._pin(version)
-        if self._full_from is not None and size >= self._full_from:
-            return None
-        slot = self._free_window(size) or self._stalest_window(size)
-        if slot is None:
-            self._full_from = size
-            return None
-        return self._place(version, slot)
+        return None if (acquired := self.acquire_all({version: rank})) is None else acquired[version]
 
     def acquire_all(self, wanted: Mapping[str, int]) -> dict[str, Acquired] | None:
         """Pins a slot for each of these versions (version -> rank), or changes nothing and returns None.
@@ -117,29 +112,26 @@ class SlotTable:
         that nobody pins are placed anew with the rest, and are `is_new` again: so whatever `fits` is placed as soon as
         nobody else pins anything, wherever its parts were left lying.
         """
-        if len(wanted) == 1:
-            ((version, rank),) = wanted.items()
-            only = self.acquire(version, rank)
-            return None if only is None else {version: only}
         present = [version for version in wanted if version in self._residents]
+        for version in present:
+            rank = self._residents[version].slot.rank
+            assert rank == bucket_of(wanted[version]), f"{version} is resident with another rank"
+        if len(present) == len(wanted):
+            return {version: self._pin(version) for version in wanted}
         pinned = [version for version in present if self._residents[version].pins]
-        plan = self._plan(wanted, present)
-        if plan is None and len(pinned) < len(present):
-            plan = self._plan(wanted, pinned)
-        if plan is None:
+        placed = self._place_beside(present, wanted)
+        if placed is None and len(pinned) < len(present):
+            placed = self._place_beside(pinned, wanted)
+        if placed is None:
             return None
-        for version in plan.keys() & self._residents.keys():
-            self._remove(version)
-        acquired = {version: self._place(version, slot) for version, slot in plan.items()}
-        return acquired | {version: self._pin(version) for version in wanted if version not in plan}
+        return placed | {version: self._pin(version) for version in wanted if version not in placed}
 
     def release(self, version: str) -> None:
         """Takes one pin back. The version stays resident; without pins it may be evicted, least recently used first."""
         resident = self._residents[version]
         assert resident.pins > 0, f"{version} is released more often than acquired"
         resident.pins -= 1
-        self._full_from = None
-        self._touch(resident)
+        self._touch(version)
         if resident.retired and not resident.pins:
             self._remove(version)
 
@@ -150,15 +142,16 @@ class SlotTable:
             resident.retired = True
         else:
             self.drop(version)
-            self._full_from = None
 
     def keep(self, versions: Collection[str]) -> None:
         """Evict these only for a version that has no window without one of them; replaces what was said before.
 
         So they never keep another version out for good, however they lie.
         """
-        self._kept = frozenset(versions)
-        self._full_from = None
+        before, self._kept = self._kept, frozenset(versions)
+        for version in before ^ self._kept:
+            if version in self._residents:
+                self._renew(version)
 
     def drop(self, version: str) -> None:
         """Forgets an unpinned resident (its copy failed, or it was deleted). No-op if it is pinned or not resident."""
@@ -171,123 +164,138 @@ class SlotTable:
         return len(self._residents)
 
     @property
+    def residents(self) -> KeysView[str]:
+        """Versions on the device, as they are at any moment: other threads may look one up or count, but not iterate.
+
+        A version is here from when its slot is acquired, a step before it is copied.
+        """
+        return self._residents.keys()
+
+    @property
     def resident(self) -> list[str]:
-        """Versions on the device, by offset."""
+        """Versions on the device, by offset; a copy, for tests."""
         return sorted(self._residents, key=lambda version: self._residents[version].slot)
 
     @property
     def pinned(self) -> list[str]:
-        """Resident versions that may not be evicted now, by offset."""
+        """Resident versions that may not be evicted now, by offset; for tests."""
         return [version for version in self.resident if self._residents[version].pins]
 
-    @property
-    def rows_used(self) -> int:
-        """Rows held by residents, pinned or not."""
-        return sum(resident.slot.rank for resident in self._residents.values())
-
     def check_integrity(self) -> None:
-        """Asserts that slots are aligned, inside the arena and disjoint, and that the map of units agrees with them."""
-        expected: list[str | None] = [None] * len(self._units)
+        """Asserts that slots are aligned, inside the arena and disjoint, and that the windows agree with them."""
+        taken: dict[int, str] = {}  # the first row of each unit -> who holds it
+        windows = Windows(self.rows // SMALLEST_RANK)
         for version, resident in self._residents.items():
             slot = resident.slot
             assert slot.rank == bucket_of(slot.rank) and slot.offset % slot.rank == 0, f"{slot} is not aligned"
             assert 0 <= slot.offset and slot.offset + slot.rank <= self.rows, f"{slot} is outside the arena"
             assert resident.pins >= 0 and 0 < resident.used <= self._clock
-            for unit in _units_of(slot):
-                assert expected[unit] is None, f"{version} and {expected[unit]} overlap"
-                expected[unit] = version
-        assert expected == self._units, "the map of units is out of date"
+            for row in range(slot.offset, slot.offset + slot.rank, SMALLEST_RANK):
+                assert row not in taken, f"{version} and {taken[row]} overlap"
+                taken[row] = version
+            windows.occupy(*_window_of(slot), self._key(version))
+        assert {resident.slot.offset: version for version, resident in self._residents.items()} == self._at
+        assert len(taken) * SMALLEST_RANK == self.rows_used
+        assert windows.keys() == self._windows.keys(), "the windows are out of date"
+
+    def _place_beside(self, staying: Collection[str], wanted: Mapping[str, int]) -> dict[str, Acquired] | None:
+        """Places what is wanted and does not stay, moving nobody who stays; or changes nothing and returns None.
+
+        The largest are placed first. Of one size, every window that is left is as good as the next for what follows:
+        each holds as many smaller ones. So there is a way to place them if there is any.
+        """
+        for version in staying:
+            self._windows.change(*_window_of(self._residents[version].slot), UNTOUCHABLE)
+        sizes = {version: bucket_of(rank) for version, rank in wanted.items() if version not in staying}
+        removed = {version: self._remove(version) for version in sizes if version in self._residents}
+        moved = len(removed)
+        placed: dict[str, Acquired] = {}
+        for version, size in sorted(sizes.items(), key=lambda item: -item[1]):
+            number = self._windows.best(_level_of(size))
+            if number is None:
+                break
+            slot = Slot(number * size, size)
+            evicted = tuple(self._holders(slot))
+            removed |= {name: self._remove(name) for name in evicted}
+            self._put(version, _Resident(slot, pins=1, used=0), UNTOUCHABLE)
+            placed[version] = Acquired(slot, is_new=True, evicted=evicted)
+        is_complete = len(placed) == len(sizes)
+        if not is_complete:
+            for version in placed:
+                self._remove(version)
+            for version, resident in removed.items():
+                self._put(version, resident)
+        for version in staying:
+            self._renew(version)
+        if not is_complete:
+            return None
+        for version in placed:
+            self._touch(version)
+        self.evictions += len(removed) - moved
+        self.misses += len(placed)
+        return placed
 
     def _pin(self, version: str) -> Acquired:
         resident = self._residents[version]
         resident.pins += 1
         resident.retired = False
         self.hits += 1
-        self._touch(resident)
+        self._touch(version)
         return Acquired(resident.slot, is_new=False)
 
-    def _place(self, version: str, slot: Slot) -> Acquired:
-        """Puts a version that is not resident into a window in which nobody is pinned."""
-        evicted = tuple(self._holders(slot))
-        for name in evicted:
-            self._remove(name)
-        self.evictions += len(evicted)
-        self.misses += 1
-        resident = _Resident(slot, pins=1, used=0)
-        self._touch(resident)
-        self._residents[version] = resident
-        self._fill(slot, version)
-        return Acquired(slot, is_new=True, evicted=evicted)
-
-    def _plan(self, wanted: Mapping[str, int], staying: Collection[str]) -> dict[str, Slot] | None:
-        """A window for each version but those that stay, touching no pinned slot, none that stays, and no other.
-
-        The largest are placed first. Of one size, every window that is left is as good as the next for what follows:
-        each holds as many smaller ones. So there is a plan if there is any way to place them.
-        """
-        sizes = {version: bucket_of(rank) for version, rank in wanted.items() if version not in staying}
-        if self._full_from is not None and any(size >= self._full_from for size in sizes.values()):
-            return None
-        taken = {unit for version in staying for unit in _units_of(self._residents[version].slot)}
-        plan: dict[str, Slot] = {}
-        for version, size in sorted(sizes.items(), key=lambda item: -item[1]):
-            window = self._free_window(size, taken) or self._stalest_window(size, taken)
-            if window is None:
-                return None
-            plan[version] = window
-            taken.update(_units_of(window))
-        return plan
-
-    def _free_window(self, size: int, taken: Collection[int] = ()) -> Slot | None:
-        """The free window whose free neighbourhood is smallest, so that big windows stay whole; then the lowest."""
-        free = [window for window in self._windows(size, taken) if not self._holders(window)]
-        return min(free, key=lambda window: (self._free_around(window), window.offset), default=None)
-
-    def _free_around(self, window: Slot) -> int:
-        """Rank of the largest free window around this free one."""
-        while True:
-            size = 2 * window.rank
-            wider = Slot(window.offset // size * size, size)
-            if wider.offset + size > self.rows or self._holders(wider):
-                return window.rank
-            window = wider
-
-    def _stalest_window(self, size: int, taken: Collection[int] = ()) -> Slot | None:
-        """Among the windows that touch no pinned slot, the one whose last use is longest ago; then the lowest.
-
-        Windows with a kept version count only where there is no other, pinned ones included: those come free again.
-        """
-        windows = self._windows(size, taken)
-        stalest: tuple[int, Slot] | None = None
-        for window in [one for one in windows if not self._kept & self._holders(one).keys()] or windows:
-            holders = [self._residents[version] for version in self._holders(window)]
-            if any(holder.pins for holder in holders):
-                continue
-            last_used = max(holder.used for holder in holders)
-            if stalest is None or last_used < stalest[0]:
-                stalest = last_used, window
-        return None if stalest is None else stalest[1]
-
-    def _windows(self, size: int, taken: Collection[int] = ()) -> list[Slot]:
-        """All windows of this size without a unit that is taken."""
-        windows = [Slot(offset, size) for offset in range(0, self.rows - size + 1, size)]
-        return [one for one in windows if not any(unit in taken for unit in _units_of(one))] if taken else windows
-
-    def _holders(self, window: Slot) -> dict[str, None]:
+    def _holders(self, window: Slot) -> list[str]:
         """Residents that overlap the window, in order of offset."""
-        return {version: None for unit in _units_of(window) if (version := self._units[unit]) is not None}
+        around = window
+        while around.rank <= self.rows:
+            if (holder := self._resident_at(around)) is not None:
+                return [holder]
+            size = 2 * around.rank
+            around = Slot(around.offset // size * size, size)
+        found, parts = list[str](), [window]
+        while parts:
+            part = parts.pop()
+            if (holder := self._resident_at(part)) is not None:
+                found.append(holder)
+            elif self._windows.is_held(*_window_of(part)):
+                half = part.rank // 2
+                parts += [Slot(part.offset + half, half), Slot(part.offset, half)]
+        return found
 
-    def _touch(self, resident: _Resident) -> None:
+    def _resident_at(self, slot: Slot) -> str | None:
+        """Who has exactly this slot."""
+        version = self._at.get(slot.offset)
+        return version if version is not None and self._residents[version].slot.rank == slot.rank else None
+
+    def _touch(self, version: str) -> None:
         self._clock += 1
-        resident.used = self._clock
+        self._residents[version].used = self._clock
+        self._renew(version)
 
-    def _remove(self, version: str) -> None:
-        self._fill(self._residents.pop(version).slot, None)
+    def _key(self, version: str) -> int:
+        resident = self._residents[version]
+        return key_of(resident.used, pinned=resident.pins > 0, kept=version in self._kept)
 
-    def _fill(self, slot: Slot, version: str | None) -> None:
-        for unit in _units_of(slot):
-            self._units[unit] = version
+    def _renew(self, version: str) -> None:
+        self._windows.change(*_window_of(self._residents[version].slot), self._key(version))
+
+    def _put(self, version: str, resident: _Resident, key: int | None = None) -> None:
+        self._residents[version] = resident
+        self._at[resident.slot.offset] = version
+        self.rows_used += resident.slot.rank
+        self._windows.occupy(*_window_of(resident.slot), self._key(version) if key is None else key)
+
+    def _remove(self, version: str) -> _Resident:
+        resident = self._residents.pop(version)
+        del self._at[resident.slot.offset]
+        self.rows_used -= resident.slot.rank
+        self._windows.vacate(*_window_of(resident.slot))
+        return resident
 
 
-def _units_of(slot: Slot) -> range:
-    return range(slot.offset // SMALLEST_RANK, (slot.offset + slot.rank) // SMALLEST_RANK)
+def _level_of(size: int) -> int:
+    return (size // SMALLEST_RANK).bit_length() - 1
+
+
+def _window_of(slot: Slot) -> tuple[int, int]:
+    """Its level and number."""
+    return _level_of(slot.rank), slot.offset // slot.rank

@@ -3,46 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from loramux_adapters.artifact.config import BASE_ID_KEY, check_base_id, rank_of
+from loramux_adapters.artifact.coverage import LayerCount, coverage_of
 from loramux_adapters.artifact.format import (
     CARD_FILE,
     FINGERPRINT_FILE,
+    PICKLES,
     WEIGHTS_FILE,
     AdapterConfig,
     Layout,
     Pair,
     pair_up,
+    pickle_reason,
     read_config,
     read_header,
 )
-from loramux_adapters.artifact.safetensors_header import open_regular
+from loramux_adapters.artifact.own_files import open_regular
 from loramux_adapters.artifact.strict_json import StrictJSONError, parse_object, quoted
 from loramux_adapters.base_info import BaseInfo
 from loramux_adapters.errors import AdapterRejected, BaseMismatch
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.weights import read_adapter, read_tensor
 
-MAX_REASONS = 20
+MAX_REASONS = 20  # and notes
 MAX_METADATA_BYTES = 4 * 2**20
-
-# A tokenizer beside the adapter may add tokens that the served base does not know.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.json",
-    "chat_template.jinja",
-)
-_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+_SHOWN = 8  # names in a message
 
 
 T = TypeVar("T")
@@ -57,6 +48,9 @@ class Checked:
         target_modules: last parts of the module paths that carry weights ("q_proj"), sorted.
         base_id: that the adapter names, None if it names none.
         base_verified: it names the base that is served.
+        layers: how many of the base's layers carry weights; None for a base without numbered layers.
+        notes: what was accepted and is worth a word to whoever sent it, one sentence each.
+        chat_template: that it brings in place of the base's; None if it brings none.
     """
 
     config: AdapterConfig
@@ -64,6 +58,9 @@ class Checked:
     target_modules: list[str]
     base_id: str | None
     base_verified: bool
+    layers: LayerCount | None = None
+    notes: list[str] = field(default_factory=list)
+    chat_template: str | None = None
 
     @property
     def version(self) -> str:
@@ -79,6 +76,8 @@ class Checked:
 def check_adapter(directory: Path, base: BaseInfo, max_rank: int, *, force: bool = False) -> Checked:
     """Check a PEFT directory (adapter_config.json, adapter_model.safetensors, card.json?, fingerprint.json?).
 
+    Tokenizer files beside them have to mean what the base's mean; another chat template is part of what is returned.
+
     Every tensor must be half of a pair of a linear layer of the base, with that layer's shape and the configured rank,
     at most `max_rank`, and finite; or a copy of a base weight that PEFT wrote beside them. The files are only read, and
     the LoRA weights once: what is digested and checked is what is returned, to be tried out and served.
@@ -88,14 +87,16 @@ def check_adapter(directory: Path, base: BaseInfo, max_rank: int, *, force: bool
     caller's to bound.
     Raises `AdapterRejected` with every reason, `BaseMismatch` if it names another base (not with `force`).
     """
-    reasons = _file_reasons(directory)
+    instead = _instead_of_weights(directory)
+    reasons = [*instead]
     config = _collect(reasons, lambda: read_config(directory))
     card = _collect(reasons, lambda: _read_metadata(directory / CARD_FILE))
     _collect(reasons, lambda: _read_metadata(directory / FINGERPRINT_FILE))
+    chat_template = _collect(reasons, lambda: base.own_template(directory))
     base_id = _collect(reasons, lambda: _base_id_of(config, card))
     if base_id is not None and base_id != base.base_id and not force:
         raise BaseMismatch(base_id, base.base_id)
-    specs = _collect(reasons, lambda: read_header(directory / WEIGHTS_FILE))
+    specs = None if instead else _collect(reasons, lambda: read_header(directory / WEIGHTS_FILE))
     layout = pair_up(specs or {})
     reasons += layout.reasons
     if specs is not None and not layout.pairs and not layout.reasons:
@@ -103,17 +104,22 @@ def check_adapter(directory: Path, base: BaseInfo, max_rank: int, *, force: bool
     reasons += _layout_reasons(layout, config, base, max_rank)
     if config is None or reasons:
         raise AdapterRejected(_at_most(reasons))
-    adapter, not_finite = read_adapter(directory, config, layout.pairs, base.convert)
-    reasons += _foreign_tensors(directory, layout, base)
+    adapter, not_finite = read_adapter(directory, config, layout.pairs, base.convert, chat_template=chat_template)
+    reasons += _foreign_tensors(directory, layout, config, base)
     reasons += [f"module {quoted(module)} has values that are not finite in bf16" for module in not_finite]
     if reasons:
         raise AdapterRejected(_at_most(reasons))
+    coverage = coverage_of(layout.pairs, config, base.linears)
+    notes = [*_file_notes(directory), *config.notes, *_weights_notes(layout, config, adapter), *coverage.notes]
     return Checked(
         config=config,
         adapter=adapter,
         target_modules=sorted({module.rpartition(".")[2] for module in layout.pairs}),
         base_id=base_id,
         base_verified=base_id == base.base_id,
+        layers=coverage.layers,
+        notes=_at_most(notes),
+        chat_template=chat_template,
     )
 
 
@@ -131,19 +137,49 @@ def _at_most(reasons: list[str]) -> list[str]:
     return [*reasons[:MAX_REASONS], f"and {len(reasons) - MAX_REASONS} more"]
 
 
-def _file_reasons(directory: Path) -> list[str]:
+def _instead_of_weights(directory: Path) -> list[str]:
+    """Which files are there that hold weights and are not read, where those that are read are missing."""
+    if (directory / WEIGHTS_FILE).exists():
+        return []
     return [
+        *(pickle_reason(name) for name in PICKLES if (directory / name).exists()),
         *(
-            f"{name} is a pickle, which is never read: send {WEIGHTS_FILE}"
-            for name in _PICKLES
-            if (directory / name).exists()
-        ),
-        *(
-            f"{name} is there: an adapter's own tokenizer is not served, leave it out"
-            for name in _TOKENIZER_FILES
-            if (directory / name).exists()
+            f"{quoted(path.name)} is a GGUF file: send the PEFT directory that it was converted from"
+            for path in sorted(directory.glob("*.gguf"))
         ),
     ]
+
+
+def _file_notes(directory: Path) -> list[str]:
+    return [
+        f"{name} is left out: pickles are never read, and {WEIGHTS_FILE} is there"
+        for name in PICKLES
+        if (directory / name).exists()
+    ]
+
+
+def _weights_notes(layout: Layout, config: AdapterConfig, adapter: HostAdapter) -> list[str]:
+    notes = []
+    saved = {part for parameter in layout.base_tensors for part in parameter.split(".")}
+    absent = [name for name in config.modules_to_save if name.rpartition(".")[2] not in saved]
+    if absent:
+        names = ", ".join(quoted(name, 40)[1:-1] for name in absent[:_SHOWN])
+        notes.append(f"modules_to_save names {names}, but the file holds no weights for it: it is served without them")
+    if any("F64" in (pair.a.dtype, pair.b.dtype) for pair in layout.pairs.values()):
+        notes.append("the weights are F64; they are rounded to bf16 as those of any other type")
+    idle = [module for module, parts in adapter.modules.items() if any(map(_is_zero, parts))]
+    if len(idle) == len(adapter.modules):
+        notes.append("every product of lora_B and lora_A is zero: the adapter changes nothing")
+    elif idle:
+        notes.append(
+            f"{len(idle)} of {len(adapter.modules)} modules change nothing: their lora_A or lora_B is all zeros"
+        )
+    return notes
+
+
+def _is_zero(part: torch.Tensor) -> bool:
+    """`part` [rank, features]. The first row tells of nearly all that it is not: the others need not be looked at."""
+    return not part[0].any() and not part.any()
 
 
 def _read_metadata(path: Path) -> dict[str, object]:
@@ -196,10 +232,14 @@ def _pair_reason(module: str, pair: Pair, config: AdapterConfig | None, base: Ba
     return None
 
 
-def _foreign_tensors(directory: Path, layout: Layout, base: BaseInfo) -> list[str]:
+def _foreign_tensors(directory: Path, layout: Layout, config: AdapterConfig, base: BaseInfo) -> list[str]:
     """Why tensors that are no LoRA weights are no copies of the base's either."""
-    return [
-        f"tensor {quoted(tensor_name)} is neither a LoRA weight nor a copy of the base's"
-        for parameter, tensor_name in layout.base_tensors.items()
-        if not base.tensor_equals(parameter, read_tensor(directory, tensor_name))
-    ]
+    saved = {name.rpartition(".")[2] for name in config.modules_to_save}
+    reasons = []
+    for parameter, tensor_name in layout.base_tensors.items():
+        if not base.tensor_equals(parameter, read_tensor(directory, tensor_name)):
+            what = "neither a LoRA weight nor a copy of the base's"
+            if saved & {*parameter.split(".")}:
+                what = "a fully trained module (modules_to_save), which is not served"
+            reasons.append(f"tensor {quoted(tensor_name)} is {what}")
+    return reasons

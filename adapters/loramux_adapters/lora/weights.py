@@ -14,13 +14,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from loramux_adapters.artifact.config import AdapterConfig, scale_of
-from loramux_adapters.artifact.format import WEIGHTS_FILE, Pair, VersionDigest, pair_up, read_config, read_header
-from loramux_adapters.artifact.safetensors_header import open_regular
+from loramux_adapters.artifact.format import (
+    WEIGHTS_FILE,
+    Pair,
+    VersionDigest,
+    pair_up,
+    read_chat_template,
+    read_config,
+    read_header,
+)
+from loramux_adapters.artifact.own_files import open_regular
 from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.memory import mapping
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PIECE_BYTES = 4 * 2**20
 
 
@@ -54,26 +62,32 @@ def load_host_adapter(directory: Path, convert: ConvertPairs | None = None) -> H
     layout = pair_up(read_header(directory / WEIGHTS_FILE))
     if layout.reasons:
         raise AdapterRejected(layout.reasons)
-    adapter, _ = read_adapter(directory, config, layout.pairs, convert)
+    adapter, _ = read_adapter(directory, config, layout.pairs, convert, chat_template=read_chat_template(directory))
     return adapter
 
 
 def read_adapter(
-    directory: Path, config: AdapterConfig, pairs: Mapping[str, Pair], convert: ConvertPairs | None = None
+    directory: Path,
+    config: AdapterConfig,
+    pairs: Mapping[str, Pair],
+    convert: ConvertPairs | None = None,
+    *,
+    chat_template: str | None = None,
 ) -> tuple[HostAdapter, Sequence[str]]:
     """What is computed with, and the modules of which some number is not finite.
 
     The weights are read once, a piece of the file at a time, which is digested and converted. So beside the adapter
     itself this takes the memory of `_PIECE_BYTES`, or of the largest pair if that is more.
     All modules lie in one block of memory, so that an eviction leaves no holes behind.
-    `convert`: a kernel for it; None does it by tensors, with the same bits.
+    `convert`: a kernel for it; None does it by tensors, with the same bits. `chat_template`: of its own.
     Raises `AdapterRejected` if the file cannot be read.
     """
     values = sum(pair.rank * (pair.a.shape[1] + pair.b.shape[0]) for pair in pairs.values())
     block = mapping(values * torch.bfloat16.itemsize).view(torch.bfloat16)
     pieces = list(_pieces(sorted(pairs.items())))  # in the order that the digest takes
     content = np.empty(max((piece[-1].end for piece in pieces), default=0), dtype=np.uint8)
-    convert = convert or convert_by_tensors
+    if convert is None or any("F64" in (pair.a.dtype, pair.b.dtype) for pair in pairs.values()):
+        convert = convert_by_tensors  # hardly anyone writes F64: no kernel reads it
     digest = VersionDigest()
     modules: Modules = {}
     is_finite: dict[str, bool] = {}
@@ -96,6 +110,7 @@ def read_adapter(
                     digest.update(part)
             finite = convert(block[start:free], content, [place.placed for place in piece], scales)
             is_finite.update(zip((place.module for place in piece), finite, strict=True))
+    digest.chat_template(chat_template)
     adapter = HostAdapter(
         version=digest.hexdigest(),
         rank=max((pair.rank for pair in pairs.values()), default=0),

@@ -9,30 +9,17 @@ from loramux_adapters.errors import (
     AdapterCorrupt,
     AdapterNotFound,
     BaseMismatch,
-    InvalidAdapterName,
     RollbackImpossible,
 )
+from loramux_adapters.names import is_name
 from loramux_adapters.store.records import KeptVersion
 
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _VERSION_PREFIX = re.compile(r"[0-9a-f]{8,64}")
-
-
-def check_name(name: str, reserved: frozenset[str]) -> None:
-    """Raises `InvalidAdapterName` for a name that an adapter cannot have."""
-    if not NAME_PATTERN.fullmatch(name):
-        raise InvalidAdapterName(
-            "an adapter's name is 1 to 63 characters of A-Z a-z 0-9 . _ - and starts with a letter or a digit"
-        )
-    if name in reserved:
-        raise InvalidAdapterName(f"the name {name} belongs to the base model")
 
 
 def unknown(name: str) -> AdapterNotFound:
     """The error for a name that nobody has."""
-    return AdapterNotFound(
-        f"there is no adapter {name}" if NAME_PATTERN.fullmatch(name) else "no adapter has this name"
-    )
+    return AdapterNotFound(f"there is no adapter {name}" if is_name(name) else "no adapter has this name")
 
 
 def check_prefix(prefix: str) -> None:

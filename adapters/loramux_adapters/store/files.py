@@ -1,8 +1,9 @@
 """The store's directories: how a version's files come in, stay and go. Knows nothing of names.
 
-<root>/versions/<digest>/   adapter_config.json, adapter_model.safetensors, card.json?, fingerprint.json?; never changed
+<root>/versions/<digest>/   adapter_config.json, adapter_model.safetensors, card.json?, fingerprint.json?, for ever;
+                            record.json, which says what names keep the version (`version_record`)
 <root>/staging/             uploads on their way in, and versions on their way out
-<root>/quarantine/<digest>/ what was found damaged where a version belongs, until it is uploaded again or forgotten
+<root>/quarantine/          files that do not belong (`quarantine`)
 <root>/lock                 held by the store's owner, the one process that removes what is no longer needed
 """
 
@@ -10,18 +11,24 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from loramux_adapters.artifact.format import KNOWN_FILES, digest_of, read_config
-from loramux_adapters.artifact.safetensors_header import open_regular
+from loramux_adapters.artifact.own_files import open_regular
+from loramux_adapters.durable_files import sync
 from loramux_adapters.errors import AdapterRejected, StoreUnavailable
+from loramux_adapters.store.quarantine import Quarantine
+from loramux_adapters.store.version_record import RECORD_FILE
+
+logger = logging.getLogger(__name__)
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _INCOMING = "incoming-"
@@ -46,9 +53,8 @@ class VersionFiles:
         self._staging = root / "staging"
         self._versions.mkdir(parents=True, exist_ok=True)
         self._staging.mkdir(exist_ok=True)
-        self._quarantine = root / "quarantine"
-        self._quarantine.mkdir(exist_ok=True)
-        _sync(root)
+        self.quarantine = Quarantine(root)
+        sync(root)
         self._lock = open(root / "lock", "ab")
         self.is_owner = owner
         if owner and not _try_lock(self._lock.fileno()):
@@ -58,6 +64,16 @@ class VersionFiles:
     def close(self) -> None:
         """Let another process own the store. May be called twice."""
         self._lock.close()
+
+    @contextmanager
+    def ownership(self) -> Iterator[bool]:
+        """Whether this process owns the store; if nobody does, it does meanwhile."""
+        is_guest = not self.is_owner and _try_lock(self._lock.fileno())
+        try:
+            yield self.is_owner or is_guest
+        finally:
+            if is_guest:
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
 
     def directory(self, digest: str) -> Path:
         """Where a version's files are, whether or not they are there."""
@@ -92,12 +108,21 @@ class VersionFiles:
                 shutil.rmtree(path)
             else:
                 path.unlink()
-        _sync(staging.directory)
+        sync(staging.directory)
         return nbytes
 
     def exists(self, digest: str) -> bool:
         """Whether anything is where the version's files belong."""
         return self.directory(digest).exists()
+
+    def record_directory(self, digest: str) -> Path | None:
+        """Where a version's record is, or belongs: with its files, wherever they are; None if they are gone."""
+        places = (self.directory(digest), self.quarantine.damaged(digest))
+        return next((directory for directory in places if directory.exists()), None)
+
+    def has_record(self, digest: str) -> bool:
+        """Whether there is a record with the version's files."""
+        return os.path.exists(self._versions / digest / RECORD_FILE)
 
     def stored(self) -> set[str]:
         """The digests for which there are files."""
@@ -119,20 +144,33 @@ class VersionFiles:
                 raise cause from None
             return True
 
-    def install(self, staging: Staging, digest: str, *, replace: bool) -> None:
-        """Move settled files to where their version belongs; files already there stay unless `replace`.
+    def install(self, staging: Staging, digest: str, *, replace: bool) -> Callable[[], None] | None:
+        """Move settled files to where their version belongs; files already there stay unless `replace`: set aside then.
 
-        To be called with the index's write lock held, as nothing else guards two installs of one version.
+        The record of those that were there is taken over, until the change that this belongs to writes another.
+        Returns what takes the move back, None if there was none. To be called with the index's write lock held, as
+        nothing else guards two installs of one version.
         """
         target = self.directory(digest)
-        if target.exists() and not replace:
-            return
-        outgoing = self.withdraw(digest)
+        is_there = target.exists()
+        if is_there and not replace:
+            return None
+        before = self.record_directory(digest)
+        if before is not None and (before / RECORD_FILE).exists():
+            shutil.copyfile(before / RECORD_FILE, staging.directory / RECORD_FILE)
+            sync(staging.directory / RECORD_FILE)
+        if is_there:
+            self.quarantine.put_damaged(target, digest, "an upload of the same version found it damaged")
+
+        def undo() -> None:
+            os.rename(target, staging.directory)
+            if is_there:
+                self.quarantine.take_back(digest, target)
+
         os.rename(staging.directory, target)
-        _sync(self._versions)
-        _sync(self._staging)
-        if outgoing is not None:
-            self.erase(outgoing)
+        sync(self._versions)
+        sync(self._staging)
+        return undo
 
     def withdraw(self, digest: str) -> Path | None:
         """Take a version away from readers at once; returns where its files wait for `erase`, None if it has none."""
@@ -143,52 +181,28 @@ class VersionFiles:
         os.rename(directory, outgoing)
         return outgoing
 
-    def quarantine(self, digest: str) -> Path:
-        """Move a version's files aside, if there are any; returns where they are then."""
-        aside = self._quarantine / digest
-        if self.exists(digest):
-            self.release_quarantine(digest)
-            os.rename(self.directory(digest), aside)
-        return aside
-
-    def release_quarantine(self, digest: str) -> None:
-        """Free the disk of what was set aside, if anything was."""
-        aside = self._quarantine / digest
-        if aside.exists():
-            shutil.rmtree(aside)
-
     def link(self, digest: str, target: Path) -> None:
         """Give a version's files a second name in a new directory: they stay readable if the version goes."""
         target.mkdir()
         for path in self.directory(digest).iterdir():
-            os.link(path, target / path.name, follow_symlinks=False)
+            if path.name in KNOWN_FILES:
+                os.link(path, target / path.name, follow_symlinks=False)
 
     def erase(self, outgoing: Path) -> None:
         """Free the disk of what was withdrawn; large files take a moment."""
         shutil.rmtree(outgoing)
 
-    def remove_leftovers(self, keep: Collection[str], corrupt: Collection[str]) -> None:
-        """Remove staging directories whose process is gone, and versions that are not in `keep`; nothing else.
-
-        Of what was set aside, that of the versions in `corrupt` stays.
-        """
-        for digest in self.stored() - set(keep):
-            self.withdraw(digest)
-        for path in list(self._quarantine.iterdir()):
-            if _DIGEST.fullmatch(path.name) and path.name not in corrupt:
-                shutil.rmtree(path)
+    def remove_leftovers(self) -> None:
+        """Remove staging directories whose process is gone, and what was on its way out; nothing else."""
         for path in list(self._staging.iterdir()):
-            if path.name.startswith(_OUTGOING) or (path.name.startswith(_INCOMING) and _is_abandoned(path)):
-                shutil.rmtree(path)
-
-
-def _sync(directory: Path) -> None:
-    """Force a directory's entries to disk."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            if path.name.startswith(_OUTGOING):
+                reason = "its removal had begun"
+            elif path.name.startswith(_INCOMING) and _is_abandoned(path):
+                reason = "an upload that never ended"
+            else:
+                continue
+            shutil.rmtree(path)
+            logger.info("%s is removed from the store: %s", path.name, reason)
 
 
 def _try_lock(descriptor: int) -> bool:

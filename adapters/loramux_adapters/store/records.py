@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from loramux_adapters.artifact.coverage import LayerCount
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,8 @@ class UploadRow:
         checked_base: that the upload was checked against; None if the store was not told.
         created: unix seconds.
         fingerprint: how the one it came with was replayed; "none" if nobody has.
+        adapted_layers, base_layers: how many of how many layers of the base carry weights; None if nobody counted.
+        notes: lines that the check had to say of it.
     """
 
     name: str
@@ -29,6 +33,15 @@ class UploadRow:
     checked_base: str | None
     created: int
     fingerprint: str = "none"
+    adapted_layers: int | None = None
+    base_layers: int | None = None
+    notes: str = ""
+
+    @property
+    def layers(self) -> LayerCount | None:
+        if self.adapted_layers is None or self.base_layers is None:
+            return None
+        return LayerCount(self.adapted_layers, self.base_layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +53,7 @@ class KeptVersion:
         corrupt: its files were found damaged and are set aside.
         name_created, name_updated: the name's own times, unix seconds.
         name_pinned: the name is to stay in memory.
+        order: of the versions that a name keeps, the newest has the greatest.
     """
 
     upload: UploadRow
@@ -48,6 +62,7 @@ class KeptVersion:
     name_created: int
     name_updated: int
     name_pinned: bool
+    order: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +89,8 @@ class Published:
 class VersionRecord:
     """A version that a name keeps. `created`: when the name got it, unix seconds; `nbytes`: of its files;
     `corrupt`: they were found damaged, and the version cannot be used until it is uploaded again; `fingerprint`: how
-    the one it came with was replayed, "none" if nobody has.
+    the one it came with was replayed, "none" if nobody has; `layers`: how many carry weights, None if nobody counted;
+    `notes`: what the check had to say of it.
     """
 
     version: str
@@ -85,6 +101,8 @@ class VersionRecord:
     base_verified: bool
     corrupt: bool
     fingerprint: str = "none"
+    layers: LayerCount | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +110,8 @@ class AdapterRecord:
     """A name, the version it points at, and those it keeps.
 
     Attributes:
-        version, rank, target_modules, nbytes, base_verified, corrupt, fingerprint: of the current version.
+        version, rank, target_modules, nbytes, base_verified, corrupt, fingerprint, layers, notes: of the current
+            version.
         created, updated: of the name, unix seconds.
         pinned: it is to stay in memory.
         versions: newest first, the current one among them.
@@ -112,6 +131,8 @@ class AdapterRecord:
     versions: list[VersionRecord]
     references: int
     fingerprint: str = "none"
+    layers: LayerCount | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def adapter_record(kept: Sequence[KeptVersion], *, served_base_id: str | None, references: int) -> AdapterRecord:
@@ -132,6 +153,8 @@ def adapter_record(kept: Sequence[KeptVersion], *, served_base_id: str | None, r
         versions=versions,
         references=references,
         fingerprint=shown.fingerprint,
+        layers=shown.layers,
+        notes=shown.notes,
     )
 
 
@@ -146,4 +169,6 @@ def _version_record(row: KeptVersion, served_base_id: str | None) -> VersionReco
         base_verified=upload.base_id is not None and upload.base_id == (served_base_id or upload.base_id),
         corrupt=row.corrupt,
         fingerprint=upload.fingerprint,
+        layers=upload.layers,
+        notes=upload.notes.splitlines(),
     )

@@ -56,17 +56,22 @@ def install_copy(index: StoreIndex, files: VersionFiles, copy: AdapterCopy, *, r
             raise AdapterCorrupt(f"version {digest[:12]} of {copy.name} is not what it is said to be")
         files.settle(Staging(directory))
     broken = {digest for digest in copy.files if files.is_broken(digest)}
+    repaired: set[str] = set()
     with index.write() as changes:
         is_there = changes.current_digest(copy.name) is not None
         if is_there and not replace:
             return None
         for digest in {upload.digest for upload in copy.uploads} - copy.files.keys():
-            if digest not in changes.digests() - changes.corrupt_digests():
+            if not changes.is_kept(digest) or changes.is_corrupt(digest):
                 raise AdapterCorrupt(f"the files of version {digest[:12]} of {copy.name} are missing")
-        unkept = changes.remove(copy.name)
+        repaired = {digest for digest in copy.files if digest in broken or changes.is_corrupt(digest)}
+        unkept = changes.remove(copy.name, f"the adapter {copy.name} was restored from a backup, which has others")
         for digest, directory in copy.files.items():
-            files.install(Staging(directory), digest, replace=digest in broken)
+            undo = files.install(Staging(directory), digest, replace=digest in broken)
+            if undo is not None:
+                changes.on_rollback(undo)
+                changes.write_record(digest)
         changes.restore([*copy.uploads], copy.current, pinned=copy.pinned, created=copy.created, updated=copy.updated)
-    for digest in copy.files:
-        files.release_quarantine(digest)
+    for digest in repaired:
+        files.quarantine.release(digest, "the version was restored from a backup")
     return unkept

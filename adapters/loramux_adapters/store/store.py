@@ -1,25 +1,29 @@
 """The adapter store: versions on disk under the digest of what they compute, and names that point at them.
 
 A version's files are complete and on disk before the index mentions them, and the index forgets them before they go. So
-after a crash at any point the index is right, and what it does not mention is litter that the next opening removes.
+after a crash at any point the index is right. Each version's directory says by itself what the index says of it
+(`directory_records`), so that an index that is lost can be made anew; what neither knows is set aside, never removed.
 """
 
 from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loramux_adapters.artifact.coverage import LayerCount
 from loramux_adapters.artifact.format import digest_of, read_config
 from loramux_adapters.errors import AdapterCorrupt, AdapterRejected, PinRefused, StoreUnavailable
-from loramux_adapters.store.choice import NAME_PATTERN, check_name, check_servable, chosen, previous, unknown
+from loramux_adapters.names import check_name
+from loramux_adapters.store.choice import check_servable, chosen, previous, unknown
 from loramux_adapters.store.files import Staging, VersionFiles
 from loramux_adapters.store.index import StoreIndex, storage_errors
 from loramux_adapters.store.leases import Lease, VersionLeases
+from loramux_adapters.store.quarantine import Quarantined
 from loramux_adapters.store.records import (
     AdapterRecord,
     KeptVersion,
@@ -35,7 +39,7 @@ if TYPE_CHECKING:
     from loramux_adapters.lora.host_cache import HostAdapter
     from loramux_adapters.lora.weights import ConvertPairs
 
-__all__ = ["NAME_PATTERN", "AdapterRecord", "AdapterStore", "Lease", "Published", "Staging", "VersionRecord"]
+__all__ = ["AdapterRecord", "AdapterStore", "Lease", "Published", "Staging", "VersionRecord"]
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
@@ -57,6 +61,7 @@ class AdapterStore:
     ) -> None:
         """Open or create the store, as its owner; raises `StoreUnavailable`, also if another process owns it.
 
+        Raises `IndexLost` if its index is not there, or damaged, or lacks changes, beside versions that it should know.
         The owner leases versions, collects them, and begins by removing what a crash left behind. With `owner` False
         this is a tool's view beside it: to list, publish and delete; what that leaves unkept goes when an owner opens,
         or notices it (`refresh`).
@@ -75,7 +80,7 @@ class AdapterStore:
             self._files = VersionFiles(root, owner=owner)
         try:
             with storage_errors("opening"):
-                self._index = StoreIndex(root / "index.sqlite", busy_timeout=busy_timeout)
+                self._index = StoreIndex(root, self._files, busy_timeout=busy_timeout)
         except StoreUnavailable:
             self._files.close()
             raise
@@ -121,10 +126,13 @@ class AdapterStore:
         target_modules: list[str],
         proof: str = "none",
         version: str | None = None,
+        layers: LayerCount | None = None,
+        notes: Sequence[str] = (),
     ) -> Published:
         """Make the files of an upload the current version of `name`, durably and all at once.
 
-        `rank`, `base_id`, `target_modules`, `version`: as `check_adapter` found; `proof`: how the fingerprint replayed.
+        `rank`, `base_id`, `target_modules`, `version`, `layers`, `notes`: as `check_adapter` found; `proof`: how the
+        fingerprint replayed.
         A version the name already points at is left as it is, unless its files were damaged: then they are replaced.
         Raises `InvalidAdapterName`, `AdapterRejected`, `StoreUnavailable`; then nothing changed.
         """
@@ -142,19 +150,25 @@ class AdapterStore:
                 checked_base=self._served_base_id,
                 created=int(self._clock()),
                 fingerprint=proof,
+                adapted_layers=layers and layers.adapted,
+                base_layers=layers and layers.of,
+                notes="\n".join(notes),
             )
             is_broken = self._files.is_broken(digest)
             with self._index.write() as index:
                 before = index.current_digest(name)
                 is_repair = is_broken or index.is_corrupt(digest)
-                self._files.install(staging, digest, replace=is_broken)
+                undo = self._files.install(staging, digest, replace=is_broken)
+                if undo is not None:
+                    index.on_rollback(undo)
+                    index.write_record(digest)
                 if before == digest:
                     index.confirm(upload)
                 else:
                     index.keep(upload)
                     unkept = index.forget_old(name, self._keep_versions)
             if is_repair:
-                self._files.release_quarantine(digest)
+                self._files.quarantine.release(digest, "the version was uploaded again")
         self._changed(unkept)
         if before == digest:
             return Published(name, digest, "repaired" if is_repair else "unchanged")
@@ -202,7 +216,7 @@ class AdapterStore:
         with storage_errors("deleting"), self._index.write() as index:
             if index.current_digest(name) is None:
                 raise unknown(name)
-            unkept = index.remove(name)
+            unkept = index.remove(name, f"the adapter {name} was deleted")
         self._changed(unkept)
 
     def acquire(self, name: str, version_prefix: str | None = None) -> Lease:
@@ -289,6 +303,15 @@ class AdapterStore:
             unkept = install_copy(self._index, self._files, copy, replace=replace)
         self._changed(unkept or ())
         return unkept is not None
+
+    def quarantined(self) -> list[Quarantined]:
+        """What was set aside, and why. Raises `StoreUnavailable`."""
+        with storage_errors("looking into the quarantine"):
+            return self._files.quarantine.all()
+
+    def check_integrity(self) -> None:
+        """Assert what must hold between changes; for tests."""
+        self._index.check_integrity()
 
     def _record(self, kept: list[KeptVersion]) -> AdapterRecord:
         references = self._leases.of_name(kept[0].upload.name)

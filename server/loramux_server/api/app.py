@@ -4,58 +4,87 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Any
 
-from fastapi import Depends, FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute
+from starlette.applications import Starlette
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loramux_adapters.errors import AdapterError
 from loramux_server.api.adapters.routes import AdapterRoutes
 from loramux_server.api.adapters.vllm_routes import VllmRoutes
 from loramux_server.api.completions.routes import CompletionRoutes
+from loramux_server.api.completions.tokens import TokenRoutes
+from loramux_server.api.description.pages import PageRoutes
 from loramux_server.api.http.auth import Authorizer
 from loramux_server.api.http.dependencies import Dependencies
-from loramux_server.api.http.errors import answer_to, http_answer
-from loramux_server.api.http.middleware import REQUEST_ID, RequestMiddleware, request_id_of
+from loramux_server.api.http.errors import BodyStalled, answer_to, http_answer
+from loramux_server.api.http.middleware import BoundsMiddleware, CorsMiddleware, RequestMiddleware, request_id_of
 from loramux_server.api.models import ModelRoutes
 from loramux_server.api.operations import OperationsRoutes
 from loramux_server.errors import LoramuxError, ServerBusy
+from loramux_server.wire.connections import Cut
 
 CLIENT_GONE = 499  # nobody reads it; nginx's number, for the access log
 
 logger = logging.getLogger(__name__)
 
 
+class _Anything(PathConvertor):
+    """What is left of a path, slashes and line ends included: what a name may be, `names.check_name` says."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("anything", _Anything())
+
+
 def create_app(deps: Dependencies) -> FastAPI:
     """The whole API as an ASGI application. It starts and stops nothing: the parts in `deps` belong to the caller."""
-    app = FastAPI(
+    app = _Application(
+        deps,
         title="loramux",
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
-        redirect_slashes=False,  # a redirect is built from the Host header, which the caller writes
-        dependencies=[Depends(Authorizer(deps.keys).authorize)],
+        redirect_slashes=False,  # it would lose a body, and is built from the Host header, which the caller writes
     )
-    completions, adapters = CompletionRoutes(deps), AdapterRoutes(deps)
-    models, operations = ModelRoutes(deps), OperationsRoutes(deps)
+    app.router.route_class = _route_class(Authorizer(deps.keys))
+    completions, tokens, adapters = CompletionRoutes(deps), TokenRoutes(deps), AdapterRoutes(deps)
+    models, operations, pages = (
+        ModelRoutes(deps),
+        OperationsRoutes(deps),
+        PageRoutes(deps),
+    )
     routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
         ("POST", "/v1/chat/completions", completions.chat),
         ("POST", "/v1/completions", completions.completion),
+        ("POST", "/tokenize", tokens.tokenize),
+        ("POST", "/detokenize", tokens.detokenize),
         ("GET", "/v1/models", models.list),
-        ("GET", "/v1/models/{model:path}", models.show),
+        ("GET", "/v1/models/{model:anything}", models.show),
         ("GET", "/v1/adapters", adapters.list),
-        ("GET", "/v1/adapters/{name}", adapters.show),
-        ("PUT", "/v1/adapters/{name}", adapters.put),
-        ("DELETE", "/v1/adapters/{name}", adapters.delete),
-        ("GET", "/v1/adapters/{name}/archive", adapters.archive),
-        ("POST", "/v1/adapters/{name}/rollback", adapters.rollback),
-        ("POST", "/v1/adapters/{name}/pin", adapters.pin),
-        ("DELETE", "/v1/adapters/{name}/pin", adapters.unpin),
+        # Which words may follow a name is `names.PATH_WORDS`. The first route that fits is taken.
+        ("GET", "/v1/adapters/{name:anything}/archive", adapters.archive),
+        ("POST", "/v1/adapters/{name:anything}/rollback", adapters.rollback),
+        ("POST", "/v1/adapters/{name:anything}/pin", adapters.pin),
+        ("DELETE", "/v1/adapters/{name:anything}/pin", adapters.unpin),
+        ("GET", "/v1/adapters/{name:anything}", adapters.show),
+        ("PUT", "/v1/adapters/{name:anything}", adapters.put),
+        ("DELETE", "/v1/adapters/{name:anything}", adapters.delete),
         ("GET", "/health", operations.health),
         ("GET", "/ready", operations.ready),
         ("GET", "/metrics", operations.metrics),
         ("GET", "/metrics/vllm", operations.metrics_vllm),
+        ("GET", "/version", pages.version),
+        ("GET", "/", pages.home),
+        ("GET", "/docs", pages.docs),
+        ("GET", "/openapi.json", pages.openapi),
     ]
     if deps.lora_path_root is not None:
         vllm = VllmRoutes(deps, deps.lora_path_root, adapters)
@@ -64,12 +93,55 @@ def create_app(deps: Dependencies) -> FastAPI:
         app.add_api_route(path, endpoint, methods=[method], response_model=None)
     app.add_exception_handler(LoramuxError, _on_error)
     app.add_exception_handler(AdapterError, _on_error)
+    app.add_exception_handler(BodyStalled, app.on_slow_body)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(RequestValidationError, _on_bad_parameter)
     app.add_exception_handler(ClientDisconnect, _on_client_gone)
     app.add_exception_handler(Exception, _on_crash)
-    app.add_middleware(RequestMiddleware, header_bytes=deps.limits.header_bytes)
     return app
+
+
+def _route_class(authorizer: Authorizer) -> type[APIRoute]:
+    """Every route: the caller's right is looked at, then the endpoint is given the request.
+
+    FastAPI's way through dependencies and exit stacks, of which nothing is used here, would cost each waiting request
+    several KiB.
+    """
+
+    class Authorized(APIRoute):
+        async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+            methods = sorted(self.methods or ())
+            if scope["method"] not in methods:
+                raise HTTPException(405, headers={"allow": ", ".join(methods)})
+            request = Request(scope, receive, send)
+            await authorizer.authorize(request)
+            response: Response = await self.endpoint(request)
+            await response(scope, receive, send)
+
+    return Authorized
+
+
+class _Application(FastAPI):
+    """FastAPI with our middleware instead of its own, around all of it: the reply to a crash passes that too."""
+
+    def __init__(self, deps: Dependencies, **options: Any) -> None:
+        super().__init__(**options)
+        self._deps = deps
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:  # type: ignore[override]
+        """Hands on without a coroutine of its own, as our middleware does: each would wait with every request."""
+        scope["app"] = self
+        if self.middleware_stack is None:
+            self.middleware_stack = self.build_middleware_stack()
+        return self.middleware_stack(scope, receive, send)
+
+    def build_middleware_stack(self) -> ASGIApp:
+        limits, connections, origins = self._deps.limits, self._deps.connections, self._deps.cors_origins
+        inner: ASGIApp = BoundsMiddleware(Starlette.build_middleware_stack(self), limits.header_bytes, connections)
+        return RequestMiddleware(CorsMiddleware(inner, origins) if origins else inner)
+
+    async def on_slow_body(self, request: Request, error: Exception) -> Response:
+        self._deps.connections.count(Cut.BODY_TOO_SLOW)
+        return await _on_error(request, error)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
@@ -81,11 +153,16 @@ async def _on_error(request: Request, error: Exception) -> Response:
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return http_answer(error.status_code, dict(error.headers or {})).response()
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["allow"] = ", ".join(_methods_at(request))
+    return http_answer(error.status_code, headers).response()
 
 
-async def _on_bad_parameter(request: Request, error: Exception) -> Response:
-    return http_answer(400, {}).response()
+def _methods_at(request: Request) -> list[str]:
+    """All that the path takes; the router names those of one route. Of several paths that fit, the first is meant."""
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in routes if route.path == routes[0].path for method in route.methods})
 
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:
@@ -93,7 +170,5 @@ async def _on_client_gone(request: Request, error: Exception) -> Response:
 
 
 async def _on_crash(request: Request, error: Exception) -> Response:
-    """The server above logs the traceback. Our middleware does not see this response, so it gets its id here."""
-    response = answer_to(error).response()
-    response.headers[REQUEST_ID] = request_id_of(request.scope)
-    return response
+    """The server above logs the traceback."""
+    return answer_to(error).response()

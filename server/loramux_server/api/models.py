@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import Request, Response
@@ -9,6 +10,7 @@ from fastapi.responses import JSONResponse
 
 from loramux_adapters.errors import AdapterNotFound
 from loramux_server.api.http.dependencies import Dependencies
+from loramux_server.api.http.json_reply import listed
 from loramux_server.api.http.model_names import resolve_model
 from loramux_server.api.http.worker_threads import run_in_thread
 
@@ -18,13 +20,7 @@ class ModelRoutes:
         self._deps = deps
 
     async def list(self, request: Request) -> Response:
-        records = await run_in_thread(self._deps.store.records)
-        adapters = [
-            self._adapter(record.name, record.created, record.version)
-            for record in records
-            if record.name != self._deps.base.name  # registered when the base had another name: `model` means the base
-        ]
-        return JSONResponse({"object": "list", "data": [self._base(), *adapters]})
+        return await listed(lambda: [self._base(), *self._adapters()])
 
     async def show(self, request: Request) -> Response:
         """Takes whatever `model` of a generation request may be."""
@@ -39,6 +35,11 @@ class ModelRoutes:
         if len(kept) != 1:
             raise AdapterNotFound("the adapter keeps no version, or several, whose digest starts like this")
         return JSONResponse(self._adapter(model, kept[0].created, kept[0].version))
+
+    def _adapters(self) -> Iterator[dict[str, Any]]:
+        for record in self._deps.store.records():
+            if record.name != self._deps.base.name:  # registered when the base had another name: `model` means the base
+                yield self._adapter(record.name, record.created, record.version)
 
     def _base(self) -> dict[str, Any]:
         base = self._deps.base

@@ -44,6 +44,21 @@ def partial_directory(target: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+@contextmanager
+def borrowed_cache(cache: Path) -> Iterator[Path]:
+    """A cache directory that holds what `cache` holds, as links; what is added to it is gone at the end."""
+    with tempfile.TemporaryDirectory(prefix="loramux-") as scratch:
+        for path in cache.iterdir() if cache.is_dir() else ():
+            link = Path(scratch) / path.name
+            if path.is_dir() and not (path / "config.json").is_file():  # holds several things, and gets more
+                link.mkdir()
+                for each in path.iterdir():
+                    (link / each.name).symlink_to(each.resolve())
+            else:
+                link.symlink_to(path.resolve())
+        yield Path(scratch)
+
+
 def _cache_failed(cache: Path, error: OSError) -> BaseModelError:
     return BaseModelError(
         f"the cache directory {cache} cannot be used ({error.strerror}); name another with --cache-dir"

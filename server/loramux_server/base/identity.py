@@ -30,11 +30,11 @@ def compute_base_id(directory: Path, recipe: dict[str, Any]) -> str:
     """
     digest = hashlib.sha256(b"loramux base id 1\n")
     _add(digest, "recipe", _canonical(recipe))
-    config = _read_json(directory / "config.json")
+    config = read_json(directory / "config.json")
     _add(digest, "config", _canonical({key: config[key] for key in config if key not in _CONFIG_NOISE}))
     tokenizer_config = directory / "tokenizer_config.json"
     if tokenizer_config.is_file():
-        settings = _read_json(tokenizer_config)
+        settings = read_json(tokenizer_config)
         _add(digest, "tokenizer", _canonical({key: settings[key] for key in settings if key in _TOKENIZER_KEYS}))
     for name in _TOKENIZER_FILES:
         if (directory / name).is_file():
@@ -116,10 +116,11 @@ def _canonical(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of a checkpoint. Raises BaseModelError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BaseModelError(f"{path.name} of the base cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise BaseModelError(f"{path.name} of the base is not a JSON object")

@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils import logging as transformers_logging
 
 from loramux_adapters.base_info import BaseInfo
+from loramux_adapters.chat.encoder import TextEncoder
+from loramux_adapters.chat.tokenizer_files import TokenizerFiles
 from loramux_server.base.identity import cached_base_id
 from loramux_server.base.quantized import quantization_constants, quantized_once
 from loramux_server.base.source import BaseSource, Report, resolve_base
@@ -50,8 +52,8 @@ class BaseModel:
     bytes_16bit: int
     stages: list[tuple[str, float]] = field(default_factory=list)
 
-    def info(self) -> BaseInfo:
-        """The base as the adapter package sees it."""
+    def info(self, encoder: TextEncoder | None = None) -> BaseInfo:
+        """The base as the adapter package sees it. `encoder`: of its tokenizer, where there is one already."""
 
         def tensor_equals(name: str, tensor: torch.Tensor) -> bool:
             held = self.floats.get(name)
@@ -59,7 +61,8 @@ class BaseModel:
                 return False
             return bool(torch.equal(held.float().cpu(), tensor.float()))
 
-        return BaseInfo(self.base_id, dict(self.linears), tensor_equals, self.kernels.convert)
+        files = TokenizerFiles(self.tokenizer, self.source.directory, encoder)
+        return BaseInfo(self.base_id, dict(self.linears), tensor_equals, self.kernels.convert, files.own_template)
 
     @property
     def context_length(self) -> int:
@@ -90,7 +93,7 @@ def quantization_recipe(config: Any, quantize: str = "nf4") -> dict[str, Any]:
 
 
 def load_base_model(
-    spec: str,
+    spec: str | BaseSource,
     *,
     device: torch.device,
     cache_dir: Path,
@@ -102,7 +105,7 @@ def load_base_model(
     """The base in NF4 with double quantization and bf16 compute, ready to run. Quantized once, then kept in the cache.
 
     Args:
-        spec: embedded name, checkpoint directory, .gguf file or hub id.
+        spec: embedded name, checkpoint directory, .gguf file or hub id; or what was found for one of them.
         report: receives one line for each slow stage.
         quantize: "nf4", or "none" for the 16-bit weights as they are, to compare with.
         training: keep the weights as they were quantized: the packed kernels have no backward.
@@ -113,7 +116,11 @@ def load_base_model(
     transformers_logging.disable_progress_bar()  # `report` tells what is slow; bars would break its lines
     kernels = kernels or choose_kernels(device)
     stages: list[tuple[str, float]] = []
-    source = _timed(stages, "find the base", lambda: resolve_base(spec, cache_dir, report))
+    source = (
+        spec
+        if isinstance(spec, BaseSource)
+        else _timed(stages, "find the base", lambda: resolve_base(spec, cache_dir, report))
+    )
     try:
         config = AutoConfig.from_pretrained(source.directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

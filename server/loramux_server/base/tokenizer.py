@@ -2,66 +2,79 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-from tokenizers import Tokenizer
-
+from loramux_adapters.chat.encoder import TextEncoder
+from loramux_adapters.errors import TemplateFailed, TokenizerMissing
 from loramux_server.errors import BaseModelError, RequestError
 
 
 class BaseTokenizer:
-    """Wraps transformers' tokenizer; encodes and decodes through its Rust backend, which keeps no state."""
+    """Wraps transformers' tokenizer; encodes and decodes through its Rust backend, which keeps no state.
 
-    def __init__(self, tokenizer: Any, generation_config: Any, vocab_size: int) -> None:
-        """`generation_config` names further end tokens; `vocab_size` is the number of embeddings.
+    Attributes:
+        encoder: what turns text into ids.
+    """
 
+    def __init__(
+        self, tokenizer: Any, generation_config: Any, vocab_size: int, *, special_in_messages: bool = False
+    ) -> None:
+        """
+        Args:
+            generation_config: names further end tokens.
+            vocab_size: the number of embeddings.
+            special_in_messages: let what messages say become special tokens.
         Raises:
             BaseModelError: the base has no fast tokenizer.
         """
-        self._tokenizer = tokenizer
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise BaseModelError("the base has no fast tokenizer (tokenizer.json)")
-        self._backend = Tokenizer.from_str(backend.to_str())  # a copy: what follows must not change the caller's
-        self._backend.no_truncation()  # checkpoints saved after training often carry both
-        self._backend.no_padding()
+        self.stop_ids = stop_ids_of(tokenizer, generation_config)
+        try:
+            self.encoder = TextEncoder(tokenizer, self.stop_ids, special_in_messages=special_in_messages)
+        except TokenizerMissing as error:
+            raise BaseModelError(str(error)) from error
+        self._backend = self.encoder.tokens.tokenizer
         self.vocab_size = vocab_size
         self.special_ids = frozenset(int(token) for token in tokenizer.all_special_ids)
-        ends = getattr(generation_config, "eos_token_id", None)
-        ends = ends if isinstance(ends, list) else [ends]
-        self.stop_ids = frozenset(int(token) for token in [*ends, tokenizer.eos_token_id] if token is not None)
-        self._byte_of = _byte_alphabet() if "ByteLevel" in json.dumps(json.loads(backend.to_str())["decoder"]) else None
+        decoder = self._backend.decoder
+        described = b"" if decoder is None else decoder.__getstate__()
+        self._byte_of = _byte_alphabet() if b"ByteLevel" in described else None
         self.longest_token = max((len(token) for token in self._backend.get_vocab()), default=1)
         self._added = {token_id: str(token) for token_id, token in tokenizer.added_tokens_decoder.items()}
 
-    def encode(self, text: str) -> list[int]:
-        """A prompt's ids, with the special tokens that the base expects around it."""
-        return self._ids(text, special=True)
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """A prompt's ids, with the special tokens that the base expects around it.
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """The base's own chat template over the messages, ready for the assistant's turn.
-
-        The template runs in transformers' immutable sandbox.
-        Raises:
-            RequestError: the base has no template, or its template refuses these messages.
+        `special`: text that reads like a special token becomes one; otherwise no text does.
         """
-        if not self._tokenizer.chat_template:
-            raise RequestError(
-                "this base has no chat template, so it cannot chat; use /v1/completions", param="messages"
-            )
-        try:
-            text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except TemplateError as error:
-            raise RequestError(f"the base's chat template refuses these messages: {error}", param="messages") from error
-        return self._ids(text, special=False)
+        return self.encoder.encode(text, special=special)
 
-    def _ids(self, text: str, *, special: bool) -> list[int]:
-        # in a batch of one: `encode` would hold the interpreter's lock for seconds on a long text, and stop all streams
-        ids: list[int] = self._backend.encode_batch([text], add_special_tokens=special)[0].ids
-        return ids
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        template_kwargs: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """The base's own chat template over the messages, or `chat_template` in its place.
+
+        What messages and arguments say never becomes a special token, unless the server was told to let it.
+        Raises:
+            RequestError: there is no template, or it refuses these messages.
+        """
+        try:
+            template = self.encoder.template(chat_template)
+            if template is None:
+                raise RequestError(
+                    "this base has no chat template, so it cannot chat; use /v1/completions", param="messages"
+                )
+            return template.ids(template.text(messages, template_kwargs, generate=add_generation_prompt))
+        except TemplateFailed as error:
+            whose = "base" if chat_template is None else "adapter"
+            raise RequestError(
+                f"the {whose}'s chat template refuses these messages: {error}", param="messages"
+            ) from error
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of these ids, special tokens left out, without clean-up of spaces."""
@@ -80,6 +93,14 @@ class BaseTokenizer:
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes([int(token[3:5], 16)])
         return token.replace("\u2581", " ").encode()
+
+
+def stop_ids_of(tokenizer: Any, generation_config: Any) -> frozenset[int]:
+    """Ids that end a reply: the tokenizer's end token, and those that `generation_config` names."""
+    ends = getattr(generation_config, "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [ends]
+    own_end = getattr(tokenizer, "eos_token_id", None)
+    return frozenset(int(token) for token in [*ends, own_end] if token is not None)
 
 
 def _byte_alphabet() -> dict[str, int]:

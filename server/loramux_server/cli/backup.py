@@ -1,18 +1,23 @@
-"""`loramux adapters backup|restore`: the whole adapter store of this machine in one file, and back."""
+"""`loramux adapters backup|restore|quarantine|rebuild-index`: what is done with the store's directory itself."""
 
 from __future__ import annotations
 
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from loramux_adapters.store.quarantine import QUARANTINE, Quarantine
+from loramux_adapters.store.rebuild import rebuild_index as make_anew
 from loramux_adapters.store.store import AdapterStore
 from loramux_server.cli import frame
+from loramux_server.cli.screen import print_table
 from loramux_server.config.serve import ServeConfig
 from loramux_server.config.settings import settings_of
 from loramux_server.errors import CommandFailed
+from loramux_server.plain_text import for_reader
 from loramux_server.publishing.backup import BackupOutcome, describe, restore_backup, write_backup
 
 _SETTING = settings_of(ServeConfig)["adapter_dir"]
@@ -27,7 +32,7 @@ Directory = Annotated[
     ),
 ]
 
-backup, restore = frame.new_app(), frame.new_app()
+backup, restore, quarantine, rebuild = (frame.new_app() for _ in range(4))
 
 
 @backup.command(cls=frame.Command, epilog=_EPILOG)
@@ -62,12 +67,43 @@ def read(
         store.close()
 
 
+@quarantine.command(cls=frame.Command, epilog=_EPILOG)
+def list_quarantine(ctx: typer.Context, adapter_dir: Directory = None) -> None:
+    """List what the store has set aside: damaged versions, and files that its index does not know."""
+    directory = _directory(ctx, adapter_dir)
+    found = Quarantine(directory).all() if (directory / QUARANTINE).is_dir() else []
+    if not found:
+        print("nothing is set aside")
+        return
+    print_table(
+        ("since", "bytes", "directory", "why"),
+        [
+            (datetime.fromtimestamp(one.since).isoformat(" "), str(one.nbytes), f"{QUARANTINE}/{one.name}", one.reason)
+            for one in found
+        ],
+    )
+
+
+@rebuild.command(cls=frame.Command, epilog="No server may run on the store meanwhile. The old index is kept aside.")
+def rebuild_index(ctx: typer.Context, adapter_dir: Directory = None) -> int:
+    """Make the store's index anew, from what each version's directory says of itself."""
+    directory = _directory(ctx, adapter_dir)
+    if not (directory / "versions").is_dir():
+        raise CommandFailed(f"{directory} holds no adapter store; name one with --adapter-dir")
+    rebuilt = make_anew(directory)
+    AdapterStore(directory).close()  # which brings the records up to it, and sets aside what nobody knows
+    for line in rebuilt.lines():
+        print(line)
+    return 0 if rebuilt.is_whole else 1
+
+
 def _directory(ctx: typer.Context, given: Path | None) -> Path:
     return given or Path(ctx.obj.get(_SETTING.variable) or str(_SETTING.default))
 
 
 def _say(outcome: BackupOutcome, verb: str) -> int:
     """Prints what became of it; returns the exit code."""
+    stream = sys.stderr if outcome.refused else sys.stdout
     for line in describe(outcome, verb):
-        print(line, file=sys.stderr if outcome.refused else sys.stdout)
+        print(for_reader(line, stream), file=stream)
     return 1 if outcome.refused else 0

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loramux_server.base.source import check_base, resolve_base
 from loramux_server.cli import frame
+from loramux_server.cli.evaluate import evaluate_shown, print_report, written
 from loramux_server.cli.options import once, settings_app
-from loramux_server.cli.screen import example_bar
-from loramux_server.config.environment import bound_spinning, cache_dir_of
+from loramux_server.config.environment import bound_spinning, cache_dir_of, quiet_libraries
 from loramux_server.config.finish import FinishConfig
+from loramux_server.longrun.interrupt import stoppable
 from loramux_server.serving.startup import Stages
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ def run(
     """Fingerprint and evaluate a trained adapter on the serving path."""
     bound_spinning()
     frame.configure_logging("info")
+    quiet_libraries()
     finish(run_dir, config, Stages(frame.write), cache_dir=cache_dir_of(config.cache_dir, ctx.obj), skip_bad=skip_bad)
     return 0
 
@@ -53,50 +56,51 @@ def finish(
     Raises:
         AdapterError, LoramuxError: it cannot be done; what was written before stays.
     """
-    with stages.stage("import libraries"):
-        import torch
+    from loramux_adapters.training.run.card import add_scores, read_card
+    from loramux_server.evaluation.material import largest_rank, read_held, trained_on
 
-        from loramux_adapters.evaluation.evaluated import Role
-        from loramux_adapters.evaluation.labels import labels_of
-        from loramux_adapters.evaluation.report import summary, write_evaluation
-        from loramux_adapters.training.run.card import add_scores, read_card
-        from loramux_server.base.device import device_of
-        from loramux_server.cli import evaluate_run
-        from loramux_server.evaluation.contenders import evaluate
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
     directory = run_dir / "adapter"
     name = str(read_card(directory)["name"])
-    quantize = evaluate_run.trained_on(directory)
-    bases = evaluate_run.Bases(
-        settings.base,
-        device=device_of(settings.device),
-        cache_dir=cache_dir,
-        max_rank=evaluate_run.largest_rank([directory]),
-        report=stages.note,
-    )
-    with stages.stage("load the base as it is served"):
-        engine = bases.engine(quantize)
-    if quantize == "nf4":
-        with stages.stage("make the fingerprint"):
-            _write_fingerprint(engine, directory)
-    if settings.eval_data is None:
+    check_base(settings.base)
+    quantize, max_rank = trained_on(directory), largest_rank([directory])
+    data = settings.eval_data
+    material = read_held(data, settings.train_data, settings.columns(), skip_bad=skip_bad) if data is not None else None
+    with stoppable(lambda: stages.note("stopping after this stage; press Ctrl-C again to stop now")) as go_on:
+        with stages.stage("find the base"):
+            source = resolve_base(settings.base, cache_dir, stages.note)
+        go_on()
+        with stages.stage("import libraries"):
+            import torch
+
+            from loramux_adapters.evaluation.evaluated import Role
+            from loramux_adapters.evaluation.labels import labels_of
+            from loramux_adapters.evaluation.report import summary, write_evaluation
+            from loramux_server.base.device import device_of
+            from loramux_server.cli.evaluate_run import Bases, contender
+        go_on()
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        device = device_of(settings.device)
+        bases = Bases(source, device=device, cache_dir=cache_dir, max_rank=max_rank, report=stages.note)
+        with stages.stage("load the base as it is served"):
+            engine = bases.engine(quantize)
+        go_on()
+        if quantize == "nf4":
+            with stages.stage("make the fingerprint"):
+                _write_fingerprint(engine, directory)
+    if material is None:
         return None
-    held, train, notes = evaluate_run.read_held(
-        settings.eval_data, settings.train_data, settings.columns(), skip_bad=skip_bad
-    )
+    held, train, notes = material
     labels = labels_of(held.examples, settings.label_list)
     contenders = [
-        evaluate_run.contender(bases, name, Role.ADAPTER, directory, quantize),
-        evaluate_run.contender(bases, "bare base", Role.BASE, None, quantize),
+        contender(bases, name, Role.ADAPTER, directory, quantize),
+        contender(bases, "bare base", Role.BASE, None, quantize),
     ]
-    subject = bases.subject(quantize, notes)
-    with example_bar(sys.stderr) as progress:
-        evaluation = evaluate(held, contenders, subject, labels=labels, train=train, progress=progress)
+    evaluation = evaluate_shown(held, contenders, bases.subject(quantize, notes), labels=labels, train=train)
     paths = write_evaluation(run_dir, evaluation)
     add_scores(directory, evaluation.card_scores(), summary(evaluation))
-    evaluate_run.print_report(evaluation)
-    frame.write(f"\n{evaluate_run.written(paths)}\n")
+    print_report(evaluation)
+    frame.write(f"\n{written(paths)}\n")
     return evaluation
 
 
@@ -108,7 +112,7 @@ def _write_fingerprint(engine: LocalEngine, directory: Path) -> None:
     from loramux_server.fingerprint.fingerprint import make
 
     adapter = engine.load(directory)
-    fingerprint = make(engine, drift_prompts(directory, engine.base.tokenizer), adapter)
+    fingerprint = make(engine, drift_prompts(directory, engine.base.tokenizer, adapter.chat_template), adapter)
     engine.unload(adapter)
     try:
         write_whole(directory / FINGERPRINT_FILE, (json.dumps(fingerprint, indent=1) + "\n").encode())

@@ -6,8 +6,10 @@ Exit codes: 0 done, 1 it could not be done (the reason is on stderr), 2 the comm
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -19,11 +21,17 @@ from typer.core import MarkupMode, TyperCommand, TyperGroup, TyperOption
 from typer.exceptions import TyperException
 from typer.main import get_command
 
-from loramux_adapters.errors import AdapterError
+from loramux_adapters.errors import AdapterError, InvalidAdapterName
+from loramux_server.did_you_mean import suggest
 from loramux_server.errors import ConfigError, LoramuxError
+from loramux_server.plain_text import columns_of, for_reader, printable, shortened
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 PLAIN_COLUMNS = 100  # of help that goes to a pipe
+FRAME_COLUMNS = 80  # least, for help in frames: they cut what does not fit
+MAX_WORD = 400  # characters of a word in an error, such as a path
+MAX_LINE = 2500  # and of a line of one
+_LONG_WORD = re.compile(rf"\S{{{MAX_WORD},}}")
 
 
 def run(app: typer.Typer, name: str, argv: Sequence[str] | None, environ: Mapping[str, str] | None) -> int:
@@ -33,18 +41,22 @@ def run(app: typer.Typer, name: str, argv: Sequence[str] | None, environ: Mappin
         sys.stdout.flush()  # here, where a reader that has gone is dealt with
         return code
     except TyperException as error:
-        context = getattr(error, "ctx", None)
-        print(f"{context.command_path if context else name}: error: {_in_words(error)}", file=sys.stderr)
-        return 2
-    except ConfigError as error:
+        return _fail(_in_words(error), 2)
+    except (ConfigError, InvalidAdapterName) as error:
         return _fail(error, 2)
     except (LoramuxError, AdapterError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # below the ^C that the terminal shows
         return _fail("interrupted", 130)
     except BrokenPipeError:  # the reader of our output, a pager say, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return _fail(f"{shortened(str(error.filename))}: {error.strerror}", 2)
 
 
 def call(app: typer.Typer, name: str, argv: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -56,9 +68,11 @@ def call(app: typer.Typer, name: str, argv: Sequence[str], environ: Mapping[str,
         return done.exit_code
 
 
-def configure_logging(level: str) -> None:
-    """Our own messages from this level on, other libraries' from warnings on, all to stderr."""
-    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, stream=sys.stderr, force=True)
+def configure_logging(level: str, handler: logging.Handler | None = None) -> None:
+    """Our own messages from this level on, other libraries' from warnings on, all to `handler`, or else to stderr."""
+    handler = handler or logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_LogLine(LOG_FORMAT))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for name in ("loramux_server", "loramux_adapters"):
         logging.getLogger(name).setLevel(level.upper())
     logging.getLogger("uvicorn").setLevel("DEBUG" if level == "debug" else "WARNING")
@@ -68,29 +82,53 @@ def configure_logging(level: str) -> None:
 
 def write(text: str) -> None:
     """A piece of text, which may or may not end a line, at once."""
-    print(text, end="", flush=True)
+    print(for_reader(text, sys.stdout), end="", flush=True)
 
 
 def show(line: str) -> None:
     """A line, at once."""
-    print(line, flush=True)
+    write(f"{line}\n")
+
+
+def show_command(line: str) -> None:
+    """A line to be copied: it is not broken, however long it is."""
+    print(printable(line), flush=True)
+
+
+class _LogLine(logging.Formatter):
+    """Messages on one line each, with what a terminal would obey as escapes: parts of them come from clients."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), lines=True)
 
 
 def _in_words(error: TyperException) -> str:
     """What is wrong with a command line; for an unknown flag, which one was meant."""
-    if not hasattr(error, "possibilities"):
-        return error.format_message()
-    hint = f"; did you mean {error.possibilities[0]}?" if error.possibilities else ""
-    return f"unknown argument {getattr(error, 'option_name', '')}{hint}"
+    context: Any = getattr(error, "ctx", None)
+    if hasattr(error, "possibilities"):
+        flag = str(getattr(error, "option_name", ""))
+        params = context.command.get_params(context) if context is not None else []
+        hint = suggest(flag, [each for param in params for each in (*param.opts, *param.secondary_opts)])
+        said = f"unknown argument {shortened(flag)}{hint}"
+    else:
+        message = error.format_message().rstrip(".")
+        said = message[:1].lower() + message[1:]
+    return f"{said}; see `{context.command_path} --help`" if context is not None and "?" not in said else said
 
 
 def _fail(message: object, code: int) -> int:
-    print(f"loramux: {message}", file=sys.stderr)
+    """Tells why not. However long a word of it is, what is wrong with it can be read."""
+    text = _LONG_WORD.sub(lambda word: shortened(word[0], MAX_WORD // 2), f"loramux: {message}")
+    text = "\n".join(shortened(line, MAX_LINE) for line in text.split("\n"))
+    print(for_reader(text, sys.stderr), file=sys.stderr)
     return code
 
 
 class _Help(TyperCommand if TYPE_CHECKING else object):  # type: ignore[misc]
-    """Help in colours and frames on a terminal, in plain lines elsewhere; by topic in both."""
+    """Help in colours and frames on a terminal that has room for them, else in plain lines; by topic in both."""
 
     rich_markup_mode: MarkupMode
 
@@ -102,7 +140,7 @@ class _Help(TyperCommand if TYPE_CHECKING else object):  # type: ignore[misc]
         return params
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        self.rich_markup_mode = "markdown" if sys.stdout.isatty() else None
+        self.rich_markup_mode = "markdown" if (columns_of(sys.stdout) or 0) >= FRAME_COLUMNS else None
         super().format_help(ctx, formatter)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -136,6 +174,8 @@ class Commands(_Help, TyperGroup):
     """Commands, some of which are imported only when they are called (see `later`)."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
+        if not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            ctx.fail(f"there is no command {shortened(args[0])}{suggest(args[0], self.list_commands(ctx))}")
         name, command, rest = super().resolve_command(ctx, args)
         if isinstance(command, _Later) and command.callback is not None:
             command = command.callback()

@@ -65,11 +65,11 @@ def _setting_option(setting: Setting) -> inspect.Parameter:
     if setting.kind is bool:
         return _option(setting.name, bool, f"{setting.flag}/--no-{setting.flag[2:]}", **shown)
     metavar = "|".join(setting.choices) or METAVARS[setting.kind]
-    return _option(setting.name, str, setting.flag, metavar=metavar, **shown)
+    return _option(setting.name, str, setting.flag, *setting.also, metavar=metavar, **shown)
 
 
-def _option(name: str, kind: Any, flag: str, **shown: Any) -> inspect.Parameter:
-    annotation = Annotated[kind | None, typer.Option(flag, **shown)]
+def _option(name: str, kind: Any, *flags: str, **shown: Any) -> inspect.Parameter:
+    annotation = Annotated[kind | None, typer.Option(*flags, **shown)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from loramux_adapters.training.recipe import Recipe
-from loramux_server.cli.frame import configure_logging
+from loramux_server.base.source import check_base, resolve_base
+from loramux_server.cli.frame import configure_logging, show, write
 from loramux_server.cli.options import settings_app
 from loramux_server.cli.screen import print_table
-from loramux_server.config.environment import cache_dir_of
+from loramux_server.config.environment import cache_dir_of, quiet_libraries
 from loramux_server.config.plan import PlanConfig
 from loramux_server.errors import BaseModelError, ConfigError
+from loramux_server.serving.startup import Stages
 
 if TYPE_CHECKING:
     from loramux_adapters.training.run.plan import MemoryPlan
@@ -38,23 +40,32 @@ class Memory:
 def plan(config: PlanConfig, ctx: typer.Context) -> int:
     """Say how much memory a training will take, by QLoRA and by LoRA; only the base's config is read."""
     configure_logging("info")  # before bitsandbytes, which logs what it misses when it is imported
-    import torch
+    quiet_libraries()
+    check_base(config.base, weights=False)
+    cache_dir = cache_dir_of(config.cache_dir, ctx.obj)
+    stages = Stages(write)
+    with stages.stage("find the base"):
+        source = resolve_base(config.base, cache_dir, stages.note, weights=False)
+    with stages.stage("import libraries"):
+        import torch
 
-    from loramux_adapters.training.run.plan import kv_bytes, plan_memory
+        from loramux_adapters.training.run.plan import kv_bytes, plan_memory
 
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
         raise ConfigError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     cuda = config.device == "cuda" or (config.device == "auto" and available)
-    skeleton = _skeleton(config.base, cache_dir_of(config.cache_dir, ctx.obj))
     learned = config.learned or max(1, config.seq // 4)
-    plans = [
-        plan_memory(skeleton, config.recipe(quantize), sequence=config.seq, learned=learned, cuda=cuda)
-        for quantize in ("nf4", "none")
-    ]
+    with stages.stage("count its layers"):
+        skeleton = _skeleton(source.directory)
+        plans = [
+            plan_memory(skeleton, config.recipe(quantize), sequence=config.seq, learned=learned, cuda=cuda)
+            for quantize in ("nf4", "none")
+        ]
+    show("")
     memory = _cuda_memory() if cuda else _host_memory()
     for line in _about(config, plans[0]):
-        print(line)
+        show(line)
     print_table(("MiB", "QLoRA (NF4)", "LoRA (16 bit)"), _rows(*plans), numbers=True)
 
     def again(recipe: Recipe) -> MemoryPlan:
@@ -65,18 +76,15 @@ def plan(config: PlanConfig, ctx: typer.Context) -> int:
         f"serving: {kv_bytes(skeleton.config):,} bytes of KV cache for each token of a prompt or reply",
         *_verdict(config, plans[0], plans[1], memory, again),
     ]:
-        print(line)
+        show(line)
     return 0
 
 
-def _skeleton(base: str, cache_dir: Path) -> Any:
+def _skeleton(directory: Path) -> Any:
     """The base without weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from loramux_server.base.source import resolve_base
-
-    directory = resolve_base(base, cache_dir, print).directory
     try:
         found = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         factory: Any = AutoModelForCausalLM

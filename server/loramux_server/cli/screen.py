@@ -4,20 +4,37 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TextIO
+
+from loramux_server.plain_text import columns_of, for_reader, printable, wrapped
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 BAR_SECONDS = 0.2  # least time between two drawings
+_NO_BREAK = "\xa0"  # a space at which no line is broken
 LINE_SECONDS = 30.0  # between two lines where there is no terminal
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = False) -> None:
-    """Prints rows under the names of their columns, if these have any; `numbers` stand to the right."""
-    if not sys.stdout.isatty():
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = False, stacks: bool = False
+) -> None:
+    """Prints rows under the names of their columns, if these have any; `numbers` stand to the right.
+
+    Args:
+        stacks: where the terminal is too narrow, each row becomes a line with its first cell and some with the others.
+    """
+    rows = [[printable(cell) for cell in row] for row in rows]
+    width = columns_of(sys.stdout)
+    if stacks and width is not None and _width([columns, *rows]) > width:
+        for name, *cells in rows:
+            print(name)
+            told = [f"{label} {cell}" for label, cell in zip(columns[1:], cells, strict=True) if cell not in ("", "-")]
+            whole = ", ".join(each.replace(" ", _NO_BREAK) for each in told)
+            print(wrapped(f"  {whole}", width).replace(_NO_BREAK, " "))
+        return
+    if width is None:
         lines = [columns, *rows] if columns else rows
         widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
         for line in lines:
@@ -42,37 +59,52 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, number
     Console().print(table)
 
 
-@contextmanager
-def example_bar(stream: TextIO) -> Iterator[Callable[[str, int, int], None]]:
-    """Gives a function that is told what is done with how many of all examples so far."""
-    bar = LineBar(stream)
-    try:
-        yield lambda what, done, total: bar.show(f"  {what}: {done:,} of {total:,} examples", done, total)
-    finally:
-        bar.end()
+def _width(lines: Sequence[Sequence[str]]) -> int:
+    """Of a table as it is drawn on a terminal."""
+    return sum(max(map(len, cells)) + 2 for cells in zip(*lines, strict=True))
 
 
-@contextmanager
-def transfer_bar(stream: TextIO) -> Iterator[Callable[[int, int], None]]:
-    """Gives a function that is told the bytes sent so far and in all; a terminal shows them as a bar."""
-    if not stream.isatty():
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TransferSpeedColumn
+class TransferBar:
+    """How much of an upload is sent, on a terminal; lines about it everywhere."""
 
-    columns = (BarColumn(), TaskProgressColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
-    progress = Progress(*columns, console=Console(file=stream))
-    task = progress.add_task("upload", total=None)
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._drawn: tuple[Progress, TaskID] | None = None
 
-    def show(done: int, total: int) -> None:
-        progress.update(task, completed=done, total=total)
-        progress.start()  # if it is not yet: where nothing is sent, no bar is drawn
+    def show(self, done: int, total: int) -> None:
+        """Tells the bytes sent so far and in all. A bar is drawn once something is sent."""
+        if not self._stream.isatty():
+            return
+        progress, task = self._drawn = self._drawn or self._begin()
+        what = "the server tries it out" if done == total else "upload"
+        progress.update(task, completed=done, total=total, description=what)
+        progress.start()  # if it is not yet
 
-    try:
-        yield show
-    finally:
-        progress.stop()
+    def line(self, text: str) -> None:
+        """Adds a line; the bar makes way for it."""
+        self.end()
+        self._stream.write(f"{for_reader(text, self._stream)}\n")
+        self._stream.flush()
+
+    def end(self) -> None:
+        """Leaves the bar as it is; what comes next is written below."""
+        if self._drawn is not None:
+            self._drawn[0].stop()
+            self._drawn = None
+
+    def _begin(self) -> tuple[Progress, TaskID]:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn
+
+        size = DownloadColumn(binary_units=True)
+        bar = BarColumn(bar_width=_bar_width(self._stream))
+        text = TextColumn("{task.description}")
+        progress = Progress(bar, TaskProgressColumn(), size, text, console=Console(file=self._stream))
+        return progress, progress.add_task("upload", total=None)
+
+
+def _bar_width(stream: TextIO) -> int:
+    return 24 if (columns_of(stream) or 0) >= 100 else 10
 
 
 class LineBar:
@@ -98,7 +130,7 @@ class LineBar:
             self.line(text)
             return
         progress, task = self._drawn = self._drawn or self._begin()
-        progress.update(task, description=text)
+        progress.update(task, description=printable(text))
         if total:
             progress.update(task, completed=done, total=total)
         progress.start()  # if it is not yet
@@ -106,6 +138,7 @@ class LineBar:
 
     def line(self, text: str) -> None:
         """Adds a line above the bar."""
+        text = for_reader(text, self._stream)
         if self._drawn is not None:
             self._drawn[0].console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
@@ -126,6 +159,10 @@ class LineBar:
         share = TaskProgressColumn(table_column=Column(no_wrap=True, min_width=4))
         text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
         progress = Progress(
-            BarColumn(bar_width=24), share, text, console=Console(file=self._stream), auto_refresh=False
+            BarColumn(bar_width=_bar_width(self._stream)),
+            share,
+            text,
+            console=Console(file=self._stream),
+            auto_refresh=False,
         )
         return progress, progress.add_task("", total=None)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+
 import typer
 
 from loramux_server.cli.frame import configure_logging
 from loramux_server.cli.options import settings_app
 from loramux_server.config.serve import ServeConfig
+from loramux_server.repeated_log import OneLineASecond
 
 
 def run(config: ServeConfig, ctx: typer.Context) -> int:
     """Run the server: one NF4 base model, any number of adapters, OpenAI's API."""
-    configure_logging(config.log_level)
+    configure_logging(config.log_level, OneLineASecond(sys.stderr))
     from loramux_server.serving.process import serve
 
     return serve(config)

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loramux_adapters.errors import DataError, InvalidAdapterName
+from loramux_adapters.errors import DataError
 from loramux_adapters.training.data.examples import ExampleSet, read_examples
 from loramux_adapters.training.data.overlap import Overlap, refuse_overlaps
 from loramux_server.config.train import TrainConfig
 
 if TYPE_CHECKING:
     from loramux_adapters.training.data.render import Rendered
+    from loramux_server.base.source import BaseSource
     from loramux_server.serving.startup import Stages
 
 REASONS_SHOWN = 3
@@ -27,6 +28,20 @@ class Material:
     train: ExampleSet
     held: ExampleSet | None
     overlaps: list[Overlap]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What was read, found and asked before libraries are imported.
+
+    Attributes:
+        base_there: id of the base on the server that is to get the adapter, where that is known.
+    """
+
+    material: Material
+    source: BaseSource
+    cache_dir: Path
+    base_there: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,26 +125,20 @@ def check_labels(examples: ExampleSet, labels: list[str]) -> None:
 
 
 def render(
-    config: TrainConfig, material: Material, stages: Stages, *, cache_dir: Path, skip_bad: bool
+    config: TrainConfig, material: Material, stages: Stages, source: BaseSource, *, skip_bad: bool
 ) -> tuple[Tokens, Tokens | None]:
     """Training and held-out examples as tokens, as the server would render them. Needs the tokenizer, not the base.
 
     Raises:
-        BaseModelError: there is no such base.
+        BaseModelError: its tokenizer cannot be read.
         DataError: no example fits, or one cannot be rendered.
-        InvalidAdapterName: the base itself has this name.
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     from loramux_adapters.training.data.render import Renderer
-    from loramux_server.base.source import resolve_base
-    from loramux_server.base.tokenizer import BaseTokenizer
+    from loramux_server.base.tokenizer import stop_ids_of
     from loramux_server.errors import BaseModelError
 
-    with stages.stage("find the base"):
-        source = resolve_base(config.base, cache_dir, stages.note)
-    if config.name == source.name:
-        raise InvalidAdapterName(f"--name {config.name} is the base's own name; choose another")
     with stages.stage("turn the examples into tokens"):
         try:
             tokenizer = AutoTokenizer.from_pretrained(source.directory, local_files_only=True, trust_remote_code=False)
@@ -144,7 +153,7 @@ def render(
         if config.max_length > context:
             stages.note(f"--max-length {config.max_length} is more than the base's context of {context}, which it gets")
         length = min(config.max_length, context)
-        renderer = Renderer(tokenizer, length, stop_ids=BaseTokenizer(tokenizer, generation, 0).stop_ids)
+        renderer = Renderer(tokenizer, length, stop_ids=stop_ids_of(tokenizer, generation))
 
         def tokens(examples: ExampleSet) -> Tokens:
             rendered = renderer.render_set(examples, skip_bad=skip_bad)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
@@ -28,11 +26,14 @@ from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.base.originals import original_weights
 from loramux_server.cli.frame import show
 from loramux_server.cli.screen import LineBar
-from loramux_server.cli.train_data import Material, data_lines, render
+from loramux_server.cli.train_data import Prepared, data_lines, render
 from loramux_server.config.environment import kernels_of
 from loramux_server.config.train import TrainConfig
 from loramux_server.errors import CommandFailed
 from loramux_server.kernels.choice import choose_kernels
+from loramux_server.longrun.interrupt import interruptible
+from loramux_server.longrun.time_left import duration
+from loramux_server.plain_text import masked
 from loramux_server.serving.startup import Stages
 
 RECENT = 16  # steps that loss, accuracy and speed are taken over
@@ -40,38 +41,33 @@ MIB = 2**20
 
 
 def run_training(
-    config: TrainConfig,
-    material: Material,
-    run: RunDirectory,
-    stages: Stages,
-    *,
-    cache_dir: Path,
-    skip_bad: bool,
-    dry_run: bool,
+    config: TrainConfig, prepared: Prepared, run: RunDirectory, stages: Stages, *, skip_bad: bool, dry_run: bool
 ) -> TrainingOutcome | None:
     """Trains and writes the adapter; None if it was only to be shown. The base has left the memory when this returns.
 
     Raises:
         AdapterError, LoramuxError: it cannot be done; what was saved stays.
     """
+    material = prepared.material
     device = device_of(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     recipe = config.recipe()
-    train, held = render(config, material, stages, cache_dir=cache_dir, skip_bad=skip_bad)
+    train, held = render(config, material, stages, prepared.source, skip_bad=skip_bad)
     with stages.stage("load the base"):
         base = load_base_model(
-            config.base,
+            prepared.source,
             device=device,
-            cache_dir=cache_dir,
+            cache_dir=prepared.cache_dir,
             report=stages.note,
             quantize=recipe.quantize,
             training=True,
             kernels=choose_kernels(device, kernels_of(os.environ)),
         )
+    _refuse_another_base(config, prepared.base_there, base.base_id)
     with stages.stage("add the adapter" if recipe.init == "default" else f"add the adapter ({recipe.init})"):
         model = _add_adapter(base, config)
-    progress = Progress(sys.stdout, memory=_memory(device))
+    progress = Progress(sys.stdout, run.checkpoints, memory=_memory(device))
     trainer = Trainer(
         model,
         train.rendered.rows,
@@ -82,18 +78,19 @@ def run_training(
         base_id=base.base_id,
         observer=progress,
         checkpoint_every=config.checkpoint_every,
+        checkpoint_minutes=config.checkpoint_minutes,
     )
     about = [*data_lines(config, material, train, held), *_model_lines(model, base, recipe.quantize)]
     for line in ["", *about, *_step_lines(trainer.plan(), config, run), ""]:
         show(line)
     if dry_run:
-        show("nothing was trained: --dry-run")
+        show("nothing was trained, and nothing is left behind: --dry-run")
         return None
-    with _on_signal(trainer.stop):
-        try:
+    try:
+        with interruptible(progress.stopping, trainer.stop):
             outcome = trainer.run()
-        finally:
-            progress.end()
+    finally:
+        progress.end()
     if not outcome.finished:
         return outcome
     card = make_card(
@@ -120,6 +117,15 @@ def run_training(
         f"{outcome.peak_bytes / MIB:,.0f} MiB"
     )
     return outcome
+
+
+def _refuse_another_base(config: TrainConfig, there: str | None, here: str) -> None:
+    """Raises CommandFailed where the server that is to get the adapter would refuse it."""
+    if there is not None and there != here:
+        raise CommandFailed(
+            f"--upload {masked(config.upload or '')}: that server holds another base (id {there[:12]}) than --base "
+            f"{config.base} (id {here[:12]}), so it would refuse the adapter; name its base, or leave --upload out"
+        )
 
 
 def _add_adapter(base: BaseModel, config: TrainConfig) -> LoraModel:
@@ -155,9 +161,13 @@ def _step_lines(plan: Plan, config: TrainConfig, run: RunDirectory) -> list[str]
     return [
         f"steps     {plan.steps:,} of {config.batch_size} examples, {plan.steps / plan.steps_per_epoch:.2f} epochs of "
         f"{plan.tokens_per_epoch:,} tokens{left_out}",
-        f"writes    {run.path}, with a checkpoint every {config.checkpoint_every} steps; Ctrl-C stops, and the same "
-        "command goes on",
+        f"writes    {run.path}, with a checkpoint {_how_often(config)}; Ctrl-C stops, and the same command goes on",
     ]
+
+
+def _how_often(config: TrainConfig) -> str:
+    by_time = f" or {config.checkpoint_minutes:g} minutes" if config.checkpoint_minutes else ""
+    return f"every {config.checkpoint_every} steps{by_time}"
 
 
 def _draw(outcome: TrainingOutcome, run: RunDirectory, title: str) -> None:
@@ -169,26 +179,6 @@ def _draw(outcome: TrainingOutcome, run: RunDirectory, title: str) -> None:
             f"{run.curves} cannot be written: {error.strerror}. The last checkpoint is still there: make room and run "
             "the same command again"
         ) from error
-
-
-@contextmanager
-def _on_signal(stop: Callable[[], None]) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM calls `stop`; the next one ends the process as if nothing were handled."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in numbers}
-
-    def handle(number: int, frame: object) -> None:
-        stop()
-        for each in numbers:
-            signal.signal(each, before[each])
-
-    for number in numbers:
-        signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, before[number])
 
 
 def _device_in_words(device: torch.device) -> str:
@@ -203,22 +193,31 @@ def _memory(device: torch.device) -> Callable[[], int]:
 
 
 class Progress:
-    """Watches a `Trainer` and writes to a stream. Used by the thread that trains.
+    """Watches a `Trainer` and writes to a stream. Used by the thread that trains, `stopping` by any.
 
     Args:
+        checkpoints: the directory that they are written to.
         memory: bytes that the run takes now.
     """
 
     def __init__(
-        self, stream: TextIO, *, memory: Callable[[], int], clock: Callable[[], float] = time.monotonic
+        self,
+        stream: TextIO,
+        checkpoints: Path,
+        *,
+        memory: Callable[[], int],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._checkpoints = checkpoints
+        self._done = 0
+        self._evaluates = True  # before the first step
         self._bar, self._memory = LineBar(stream, clock), memory
         self._recent: deque[StepRecord] = deque(maxlen=RECENT)
         self._evaluation_seconds = 0.0
         self._plan: Plan | None = None
 
     def started(self, plan: Plan) -> None:
-        self._plan = plan
+        self._plan, self._done = plan, plan.first
         for what in plan.passed_over:
             self.line(f"a checkpoint cannot be read and is passed over: {what}")
         if plan.first:
@@ -226,9 +225,11 @@ class Progress:
 
     def step(self, record: StepRecord) -> None:
         self._recent.append(record)
+        self._done, self._evaluates = record.step, False
         self._bar.show(self._state(record), record.step, self._plan_of().steps)
 
     def evaluating(self, done: int, total: int) -> None:
+        self._evaluates = done < total
         self._bar.show(f"evaluating on held-out examples: {done:,} of {total:,}")
 
     def epoch(self, record: EpochRecord) -> None:
@@ -237,6 +238,15 @@ class Progress:
 
     def saved(self, checkpoint: Path) -> None:
         """Says nothing: what comes every few minutes was announced once, at the start."""
+
+    def stopping(self) -> None:
+        """Says what will be kept, now that the run is to stop."""
+        again = "press Ctrl-C again to stop now"
+        if self._done == 0 and self._evaluates:
+            self.line(f"stopping; nothing is learned yet; {again}")
+            return
+        where = "in this evaluation, which is made anew" if self._evaluates else "after this step"
+        self.line(f"stopping {where}; the checkpoint will be in {self._checkpoints}; {again}")
 
     def line(self, text: str) -> None:
         """Adds a line; a bar that is on the terminal makes way for it."""
@@ -279,13 +289,6 @@ def epoch_line(record: EpochRecord, plan: Plan) -> str:
     done = f"{record.epoch:.2f}".rstrip("0").rstrip(".")
     text = f"epoch {done} (step {record.step}/{plan.steps}): training {train}"
     return f"{text} | held-out {held}" if record.held_loss is not None else text
-
-
-def duration(seconds: float) -> str:
-    """`0:07`, `12:30` or `3:05:00`."""
-    whole = round(seconds)
-    minutes, hours = whole // 60 % 60, whole // 3600
-    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
 def _scores(loss: float | None, accuracy: float | None) -> str:

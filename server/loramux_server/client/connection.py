@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import select
 import socket
 import ssl
@@ -16,9 +17,13 @@ from urllib.request import getproxies, proxy_bypass
 import httpcore
 import httpx
 
-from loramux_server.errors import CommandFailed
+from loramux_server.errors import CommandFailed, ConnectionLost, ServerRefused
+from loramux_server.plain_text import masked, shortened
 
 MAX_REPLY_BYTES = 64 << 20  # a list of many thousand adapters
+MAX_MESSAGE = 2000  # characters of what a server says about a refusal, for each of its reasons
+MAX_REASONS = 50
+CONNECT_SECONDS = 30.0
 HEADERS = {b"accept": b"application/json, application/gzip", b"accept-encoding": b"identity"}
 Progress = Callable[[int, int], None]
 
@@ -46,6 +51,11 @@ class ServerConnection:
     timeout: float = 600.0
     through_proxy: bool = False
 
+    @property
+    def shown_url(self) -> str:
+        """The URL as it may be shown."""
+        return masked(self.url)
+
     def call(
         self,
         method: str,
@@ -68,7 +78,7 @@ class ServerConnection:
         text = _read(response)
         reply = _parse(text)
         if text and reply is None:
-            raise CommandFailed(f"{self.url} did not answer in JSON; is it a loramux server?")
+            raise CommandFailed(f"{self.shown_url} did not answer in JSON; is it a loramux server?")
         return ServerReply(response.status_code, reply or {})
 
     @contextmanager
@@ -90,7 +100,7 @@ class ServerConnection:
         """
         url = _http_url(self.url)
         if url is None:
-            raise CommandFailed(f"{self.url!r} is not a URL such as http://127.0.0.1:8000")
+            raise CommandFailed(f"{shortened(self.shown_url)!r} is not a URL such as http://127.0.0.1:8000")
         proxy = _proxy_for(url) if self.through_proxy else None
         with self._failures_told(proxy), self._open(url, proxy) as client:
             request = client.build_request(method, _quoted(path), params=params, json=body, files=files)
@@ -99,7 +109,7 @@ class ServerConnection:
             response = client.send(request, stream=True)
             try:
                 if not response.is_success:
-                    raise CommandFailed(_refusal(response.status_code, _read(response)))
+                    raise _refusal(response)
                 yield response
             finally:
                 response.close()
@@ -116,7 +126,7 @@ class ServerConnection:
         return httpx.Client(
             base_url=url.copy_with(userinfo=b""),  # which would take the key's place
             headers=headers,
-            timeout=self.timeout,
+            timeout=httpx.Timeout(self.timeout, connect=min(self.timeout, CONNECT_SECONDS)),
             verify=trusted,
             proxy=proxy,
             trust_env=False,
@@ -125,22 +135,24 @@ class ServerConnection:
     @contextmanager
     def _failures_told(self, proxy: httpx.Proxy | None) -> Iterator[None]:
         """Turns a failure of the network into CommandFailed."""
-        where = self.url if proxy is None else f"{self.url} through the proxy {proxy.url.host}"
+        where = self.shown_url if proxy is None else f"{self.shown_url} through the proxy {proxy.url.host}"
         try:
             yield
         except httpx.TimeoutException as error:
-            raise CommandFailed(f"{where} did not answer within {self.timeout:g} s") from error
+            seconds = self.timeout if not isinstance(error, httpx.ConnectTimeout) else CONNECT_SECONDS
+            raise CommandFailed(f"{where} did not answer within {min(self.timeout, seconds):g} s") from error
         except httpx.RequestError as error:
             match _system_error(error):
                 case ConnectionRefusedError():
                     told = f"no server answers at {where}; start one with `loramux serve`, or give --url"
+                    raise ConnectionLost(told, reached=False) from error
                 case socket.gaierror():
-                    told = f"{where}: the host is not known"
+                    raise CommandFailed(f"{where}: the host is not known") from error
                 case ssl.SSLError() as cause:
-                    told = f"{where}: TLS failed: {cause.reason or cause}"
+                    raise CommandFailed(f"{where}: TLS failed: {cause.reason or cause}") from error
                 case _:
                     told = f"the connection to {where} broke: {str(error) or type(error).__name__}"
-            raise CommandFailed(told) from error
+                    raise ConnectionLost(told, reached=not isinstance(error, httpx.ConnectError)) from error
 
 
 def _http_url(text: str) -> httpx.URL | None:
@@ -153,9 +165,14 @@ def _http_url(text: str) -> httpx.URL | None:
 
 
 def _quoted(path: Sequence[str]) -> str:
-    """Dots alone would lead to another path: `quote` leaves them as they are. A name may be any bytes of a shell's."""
+    """Slashes in a name stay: %2F is refused by many a proxy, and means the same to our server.
+
+    Dots alone would lead to another path: `quote` leaves them as they are. A name may be any bytes of a shell's.
+    """
     return "/".join(
-        quote(name, safe="", errors="surrogateescape") if name.strip(".") else name.replace(".", "%2E") for name in path
+        quote(part, safe="", errors="surrogateescape") if part.strip(".") else part.replace(".", "%2E")
+        for name in path
+        for part in name.split("/")
     )
 
 
@@ -226,14 +243,24 @@ def _parse(text: bytes) -> dict[str, Any] | None:
     return body if isinstance(body, dict) else None
 
 
-def _refusal(status: int, text: bytes) -> str:
-    """What to tell about a reply that is no success: the server's message, then its reasons, one a line."""
-    error = (_parse(text) or {}).get("error")
-    if not isinstance(error, dict):
-        return f"the server answered with status {status}"
-    lines = [str(error.get("message", "no reason given"))]
-    reasons = error.get("reasons")
-    if isinstance(reasons, list) and len(reasons) > 1:
-        lines += [f"  - {reason}" for reason in reasons]
-    hint = {401: "; set LORAMUX_ADMIN_KEY or LORAMUX_API_KEY", 403: "; set LORAMUX_ADMIN_KEY"}.get(status, "")
-    return f"the server refused ({status}): " + "\n".join(lines) + hint
+def _refusal(response: httpx.Response) -> ServerRefused:
+    """What a reply that is no success means: the server's message, then its reasons, one a line."""
+    status = response.status_code
+    error = (_parse(_read(response)) or {}).get("error")
+    if isinstance(error, dict):
+        lines = [_said(error.get("message", "no reason given"))]
+        reasons = error.get("reasons")
+        if isinstance(reasons, list) and len(reasons) > 1:
+            lines += [f"  - {_said(reason)}" for reason in reasons[:MAX_REASONS]]
+            lines += [f"  and {len(reasons) - MAX_REASONS:,} more"] if len(reasons) > MAX_REASONS else []
+        hint = {401: "; set LORAMUX_ADMIN_KEY or LORAMUX_API_KEY", 403: "; set LORAMUX_ADMIN_KEY"}.get(status, "")
+        told = f"the server refused ({status}): " + "\n".join(lines) + hint
+    else:
+        told = f"the server answered with status {status}"
+    after = response.headers.get("retry-after", "")
+    return ServerRefused(status, told, after=max(1.0, float(after)) if re.fullmatch("[0-9]{1,6}", after) else None)
+
+
+def _said(text: object) -> str:
+    """A server's words, as they may be shown."""
+    return shortened(str(text), MAX_MESSAGE)

@@ -10,9 +10,12 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from loramux_adapters.artifact.own_files import open_regular
+from loramux_adapters.errors import AdapterRejected
 from loramux_server.errors import CommandFailed
 
 if TYPE_CHECKING:
@@ -23,11 +26,23 @@ PARTS = {
     "weights": "adapter_model.safetensors",
     "card": "card.json",
     "fingerprint": "fingerprint.json",
+    "chat_template": "chat_template.jinja",
+    "chat_template_json": "chat_template.json",
+    "tokenizer": "tokenizer.json",
+    "tokenizer_config": "tokenizer_config.json",
+    "special_tokens_map": "special_tokens_map.json",
+    "added_tokens": "added_tokens.json",
+    "vocab": "vocab.json",
+    "vocab_txt": "vocab.txt",
+    "merges": "merges.txt",
+    "tokenizer_model": "tokenizer.model",
 }
+MLX_WEIGHTS = "adapters.safetensors"  # as mlx-lm calls them; the server converts them
 REQUIRED = ("config", "weights")
 CHUNK_BYTES = 256 * 1024
 MAX_PADDING_BYTES = 1 << 20  # tar fills its last block with zeros
 MAX_EXTRACTED_BYTES = 16 << 30
+MAX_ENTRIES = 1000
 
 
 def files_to_send(directory: Path) -> dict[str, Path]:
@@ -37,12 +52,23 @@ def files_to_send(directory: Path) -> dict[str, Path]:
     """
     if not directory.is_dir():
         raise CommandFailed(f"{directory} is not a directory")
+    paths = {part: directory / name for part, name in PARTS.items()}
+    if not paths["weights"].is_file() and (directory / MLX_WEIGHTS).is_file():
+        paths["weights"] = directory / MLX_WEIGHTS
     for part in REQUIRED:
-        if not (directory / PARTS[part]).is_file():
+        if not paths[part].is_file():
             only_pickle = part == "weights" and (directory / "adapter_model.bin").exists()
             hint = "; adapter_model.bin is a pickle, save with safe_serialization=True" if only_pickle else ""
             raise CommandFailed(f"{directory} holds no {PARTS[part]}{hint}")
-    return {part: directory / name for part, name in PARTS.items() if (directory / name).is_file()}
+    return {part: path for part, path in paths.items() if path.is_file()}
+
+
+def open_to_send(path: Path) -> BufferedReader:
+    """Raises CommandFailed for what is no file, and for a link that leads out of the adapter's own root."""
+    try:
+        return open_regular(path)
+    except AdapterRejected as error:
+        raise CommandFailed(f"{path.parent} cannot be sent: {error}") from error
 
 
 class ArchiveStream(io.RawIOBase):
@@ -109,7 +135,9 @@ def _unpack(archive: IO[bytes], staging: Path, max_bytes: int) -> list[str]:
     names: list[str] = []
     unzipped = gzip.GzipFile(fileobj=archive)
     with tarfile.open(fileobj=unzipped, mode="r|") as tar:
-        for member in tar:
+        for count, member in enumerate(tar):
+            if count == MAX_ENTRIES:
+                raise CommandFailed(f"the archive that the server sent holds more than {MAX_ENTRIES} entries")
             if member.isdir():
                 continue
             name = Path(member.name).name

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from loramux_adapters.artifact.format import CONFIG_FILE
+from loramux_adapters.names import file_name_of
 from loramux_server.errors import CommandFailed
 
 
@@ -18,7 +19,7 @@ def find_adapter(spec: str, trained: Path) -> Path:
         CommandFailed: there is none; the message says where it was looked for.
     """
     given = Path(spec).expanduser()
-    places = [given, given / "adapter", trained / spec / "adapter"]
+    places = [given, given / "adapter", trained / file_name_of(spec) / "adapter"]
     for place in places:
         if (place / CONFIG_FILE).is_file():
             return place

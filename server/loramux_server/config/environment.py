@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 KEY_VARIABLES = ("LORAMUX_ADMIN_KEY", "LORAMUX_API_KEY")
 KERNELS_VARIABLE = "LORAMUX_KERNELS"
+_QUIET = {
+    "TQDM_DISABLE": "1",  # bars of whoever uses tqdm
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "DATASETS_VERBOSITY": "error",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
 
 
 def cache_dir_of(given: Path | None, environ: Mapping[str, str]) -> Path:
@@ -23,6 +33,16 @@ def key_of(environ: Mapping[str, str]) -> str | None:
 def kernels_of(environ: Mapping[str, str]) -> str | None:
     """Which set of kernels to run on, by name (kernels/choice.py); None leaves the choice to the device."""
     return environ.get(KERNELS_VARIABLE) or None
+
+
+def quiet_libraries() -> None:
+    """To be called before libraries are imported: their bars, advice and warnings stay away from the terminal.
+
+    Their errors are still shown, and so is all that is ours.
+    """
+    for variable, value in _QUIET.items():
+        os.environ.setdefault(variable, value)
+    logging.getLogger().setLevel(logging.ERROR)
 
 
 def bound_spinning() -> None:

@@ -20,7 +20,9 @@ class MergeConfig(RunsBase):
     adapter: str | None = setting(
         None, "a PEFT directory, a run's directory, or the name of a trained adapter", group="Merge", unset="needed"
     )
-    out: Path | None = setting(None, "directory of the checkpoint, new or empty", group="Merge", unset="needed")
+    out: Path | None = setting(
+        None, "directory of the checkpoint, new or empty", group="Merge", unset="needed", also=("--output-dir",)
+    )
     onto: Literal["nf4", "16bit"] | None = setting(
         None,
         "what the adapter is added to: the weights as NF4 holds them, or the original 16-bit ones",

@@ -18,8 +18,12 @@ class PlanConfig(NamesBase, ShapesAdapter):
 
     table = "plan"
 
-    batch: int = setting(RECIPE.batch_size, "examples of one step", group="Steps", between=(1, 1 << 20))
-    seq: int = setting(RECIPE.max_length, "tokens of an example", group="Steps", between=(8, 1 << 20))
+    batch: int = setting(
+        RECIPE.batch_size, "examples of one step", group="Steps", between=(1, 1 << 20), also=("--batch-size",)
+    )
+    seq: int = setting(
+        RECIPE.max_length, "tokens of an example", group="Steps", between=(8, 1 << 20), also=("--max-length",)
+    )
     learned: int | None = setting(
         None, "tokens of its answer", group="Steps", between=(1, 1 << 20), unset="a quarter of --seq"
     )

@@ -14,9 +14,12 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from loramux_server.config.settings import setting
-from loramux_server.config.shared import MACHINE, RunsBase
+from loramux_server.config.shared import MACHINE, RunsBase, split
 from loramux_server.errors import ConfigError
+from loramux_server.wire.pace import Pace
 
+_ORIGIN = re.compile(r"https?://(?:[A-Za-z0-9._-]+|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?|null")
+_HOST_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,252}[A-Za-z0-9_])?")
 SERVED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,254}")
 
 
@@ -37,13 +40,14 @@ class ServeConfig(RunsBase):
     )
     preload: Path | None = setting(
         None,
-        "directory whose subdirectories are adapters to publish at start, except for names that can be served already",
+        "directory whose subdirectories (NAME, or ORG/NAME) are adapters to publish at start, except for names that "
+        "can be served already",
         group="Adapters",
     )
     watch_dir: Path | None = setting(
         None,
-        "directory whose subdirectories are published under their names, now and whenever one changes; one that "
-        "disappears unregisters nothing",
+        "directory whose subdirectories (NAME, or ORG/NAME) are published under their names, now and whenever one "
+        "changes; one that disappears unregisters nothing",
         group="Adapters",
     )
     watch_seconds: float = setting(
@@ -68,7 +72,8 @@ class ServeConfig(RunsBase):
     )
     proof_timeout: float = setting(
         60.0,
-        "longest an upload may be tried out, in seconds; then it is refused for now",
+        "longest the trial of an upload may stand still, in seconds; then it is refused for now, and so is one that "
+        "takes 30 times as long in all",
         group="Adapters",
         between=(1, 86400),
     )
@@ -90,6 +95,53 @@ class ServeConfig(RunsBase):
         "longest a request may take from arrival to its last token, in seconds",
         group="Network",
         between=(1, 86400),
+    )
+    header_timeout: float = setting(
+        20.0,
+        "longest from a connection, or a request's first byte, to the end of its header, in seconds",
+        group="Network",
+        between=(1, 3600),
+    )
+    keep_alive_timeout: int = setting(
+        75,
+        "how long a connection may wait for its next request, in seconds; longer than clients keep theirs",
+        group="Network",
+        between=(1, 86400),
+    )
+    stall_timeout: float = setting(
+        30.0,
+        "a body that comes, or is taken, more slowly than --min-body-rate is given up after so many seconds",
+        group="Network",
+        between=(1, 3600),
+    )
+    min_body_rate: int = setting(
+        16, "slowest that a body may go, in either direction, in KiB a second", group="Network", between=(1, 1 << 20)
+    )
+    upload_timeout: float = setting(
+        1800.0,
+        "longest that the files of an upload may take to arrive, in seconds",
+        group="Network",
+        between=(1, 86400),
+    )
+    max_connections: int | None = setting(
+        None,
+        "most connections that have requests at the same time; a few more are kept for health, metrics and managing "
+        "adapters",
+        group="Network",
+        between=(1, 1 << 20),
+        unset="what the limit on open files leaves, at most 16384",
+    )
+    cors_origins: str | None = setting(
+        None,
+        "web pages that may use this server from a browser, such as https://chat.example.com,http://localhost:3000; * "
+        "is every page",
+        group="Network",
+    )
+    allowed_hosts: str | None = setting(
+        None,
+        "further names, such as host.docker.internal, under which requests without a key may address this machine",
+        group="Network",
+        unset="localhost and loopback addresses",
     )
     shutdown_timeout: float = setting(
         30.0, "how long running replies may go on after SIGTERM, in seconds", group="Network", between=(0, 86400)
@@ -120,6 +172,19 @@ class ServeConfig(RunsBase):
         "0 keeps nothing",
         group="Capacity",
         between=(0, 1 << 22),
+    )
+
+    special_tokens_in_messages: bool = setting(
+        False,
+        "let text in chat messages become special tokens; then who writes a message can write other turns of the "
+        "conversation",
+        group="Prompts",
+    )
+    special_tokens_in_prompts: bool = setting(
+        True,
+        "let text in prompts of /v1/completions become special tokens; they often hold a conversation that was put "
+        "together elsewhere",
+        group="Prompts",
     )
 
     log_level: Literal["debug", "info", "warning", "error"] = setting(
@@ -163,6 +228,14 @@ class ServeConfig(RunsBase):
                 f"--max-batch-tokens ({self.max_batch_tokens}) must be at least --max-num-seqs ({self.max_num_seqs}): "
                 "every running sequence adds a token to each step"
             )
+        for origin in self.cors_origin_list:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"--cors-origins lists pages as scheme://host or scheme://host:port, without a path, not {origin!r}"
+                )
+        for name in self.allowed_host_list:
+            if not _HOST_NAME.fullmatch(name):
+                raise ConfigError(f"--allowed-hosts lists names of this machine, without a port, not {name!r}")
         for variable, key in (("LORAMUX_API_KEY", self.api_key), ("LORAMUX_ADMIN_KEY", self.admin_key)):
             if key is not None and not re.fullmatch(r"[!-~]+", key):
                 raise ConfigError(
@@ -174,6 +247,19 @@ class ServeConfig(RunsBase):
                 "set LORAMUX_API_KEY, or listen on 127.0.0.1"
             )
         return self
+
+    @property
+    def pace(self) -> Pace:
+        """How slow clients may be."""
+        return Pace(self.stall_timeout, self.min_body_rate * 1024)
+
+    @property
+    def cors_origin_list(self) -> list[str]:
+        return split(self.cors_origins)
+
+    @property
+    def allowed_host_list(self) -> list[str]:
+        return split(self.allowed_hosts)
 
     @property
     def arena_mib(self) -> int:

@@ -6,19 +6,19 @@ A field declared with `setting(...)` gives the flag `--max-num-seqs`, the variab
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType
-from typing import Any, ClassVar, Literal, cast, get_args, get_origin
+from typing import Any, ClassVar, Literal, Self, cast, get_args, get_origin
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from loramux_server.did_you_mean import suggest
 from loramux_server.errors import ConfigError
+from loramux_server.plain_text import shortened
 
 ENV_PREFIX = "LORAMUX_"
 KINDS = {int: "a whole number", float: "a number", str: "text", Path: "a path", bool: "true or false"}
@@ -32,6 +32,7 @@ def setting(
     group: str,
     between: tuple[int, int] | None = None,
     unset: str = "none",
+    also: tuple[str, ...] = (),
     secret: bool = False,
 ) -> Any:
     """Declares one field of a `Settings` class; returns Any for the type checker, as `Field` does.
@@ -40,10 +41,11 @@ def setting(
         group: the heading it stands under in `--help`.
         between: lowest and highest number allowed.
         unset: what `--help` shows as default where the default is None.
+        also: further flags, those that other tools of the field call it by.
         secret: no flag exists, and no message or repr shows the value.
     """
     low, high = between or (None, None)
-    extra: dict[str, Any] = {"group": group, "unset": unset}
+    extra: dict[str, Any] = {"group": group, "unset": unset, "also": also}
     return Field(default, description=help, ge=low, le=high, repr=not secret, json_schema_extra=extra)
 
 
@@ -61,6 +63,15 @@ class Settings(BaseSettings):
             super().__init__(**given)
         except ValidationError as error:
             raise ConfigError(in_words(type(self), error.errors()[0])) from error
+
+    @model_validator(mode="after")
+    def _can_be_named(self) -> Self:
+        """A NUL ends every path, host and name for the system; only a config file can hold one."""
+        for name, value in self:
+            if isinstance(value, str | Path) and "\0" in str(value):
+                one = settings_of(type(self))[name]
+                raise ConfigError(f"{one.variable if one.secret else one.flag} must not hold a NUL character")
+        return self
 
     @classmethod
     def settings_customise_sources(
@@ -80,6 +91,7 @@ class Setting:
     help: str
     group: str
     unset: str
+    also: tuple[str, ...]
     choices: tuple[str, ...]
     between: tuple[int, int] | None
     secret: bool
@@ -100,8 +112,8 @@ class Setting:
         """
         label = self.variable if self.secret else self.flag
         if error in _OUTSIDE and self.between:
-            return f"{label} must be from {self.between[0]} to {self.between[1]}, not {value}"
-        shown = "" if self.secret else f", not {value!r}" if isinstance(value, str) else f", not {value}"
+            return f"{label} must be from {self.between[0]} to {self.between[1]}, not {shortened(value)}"
+        shown = "" if self.secret else f", not {shortened(repr(value) if isinstance(value, str) else value)}"
         if self.choices:
             return f"{label} must be one of {', '.join(self.choices)}{shown}{suggest(value, self.choices)}"
         return f"{label} must be {KINDS[self.kind]}{shown}"
@@ -118,7 +130,7 @@ def settings_of(cls: type[Settings]) -> dict[str, Setting]:
             next((getattr(bound, side) for bound in field.metadata if hasattr(bound, side)), None)
             for side in ("ge", "le")
         )
-        extra = cast(dict[str, str], field.json_schema_extra)
+        extra = cast(dict[str, Any], field.json_schema_extra)
         found[name] = Setting(
             name=name,
             kind=str if choices else cast(type, kind),
@@ -126,6 +138,7 @@ def settings_of(cls: type[Settings]) -> dict[str, Setting]:
             help=field.description or "",
             group=extra["group"],
             unset=extra["unset"],
+            also=extra["also"],
             choices=choices,
             between=None if low is None or high is None else (low, high),
             secret=not field.repr,
@@ -142,9 +155,3 @@ def in_words(cls: type[Settings], error: ErrorDetails) -> str:
     if name not in known:
         return f"unknown setting {name}{suggest(name, known)}"
     return known[name].refusal(error["type"], error["input"])
-
-
-def suggest(word: object, known: Iterable[str]) -> str:
-    """`; did you mean X?`, or nothing when no known word is close."""
-    close = difflib.get_close_matches(str(word), list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""

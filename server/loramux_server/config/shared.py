@@ -92,12 +92,16 @@ class LabelledExamples(Settings):
 class ShapesAdapter(Settings):
     """What of a training's recipe decides how much memory it takes."""
 
-    rank: int = setting(RECIPE.rank, "LoRA rank", group=ADAPTER, between=(1, 1024))
+    rank: int = setting(RECIPE.rank, "LoRA rank", group=ADAPTER, between=(1, 1024), also=("-r", "--lora-rank"))
     target_modules: str | None = setting(
         None, "layers that get an adapter, such as q_proj,v_proj", group=ADAPTER, unset="every linear one but the head"
     )
     dropout: float = setting(
-        RECIPE.dropout, "share of the adapter's inputs that is zeroed in training", group=ADAPTER, between=(0, 1)
+        RECIPE.dropout,
+        "share of the adapter's inputs that is zeroed in training",
+        group=ADAPTER,
+        between=(0, 1),
+        also=("--lora-dropout",),
     )
     accumulation: int = setting(
         RECIPE.accumulation,

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic_settings import InitSettingsSource
 
-from loramux_server.config.settings import ENV_PREFIX, Settings, settings_of, suggest
+from loramux_server.config.settings import ENV_PREFIX, Settings, settings_of
+from loramux_server.did_you_mean import suggest
 from loramux_server.errors import ConfigError
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 
 from loramux_server.engine.engine import Engine, EngineStats
 from loramux_server.engine.sequence import FinishReason, Sequence, TokenOutput
@@ -12,6 +13,30 @@ from loramux_server.engine.sequence import FinishReason, Sequence, TokenOutput
 __all__ = ["EngineClient", "EngineStats"]
 
 logger = logging.getLogger(__name__)
+
+
+class _Outputs:
+    """What has come for one sequence and is not taken yet; one taker.
+
+    As `asyncio.Queue`, but that takes 3 KiB, and one of these is there for every request that waits.
+    """
+
+    __slots__ = ("_items", "_waiting")
+
+    def __init__(self) -> None:
+        self._items: list[TokenOutput] = []
+        self._waiting: asyncio.Future[None] | None = None
+
+    def put(self, output: TokenOutput) -> None:
+        self._items.append(output)
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    async def get(self) -> TokenOutput:
+        while not self._items:
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
+        return self._items.pop(0)
 
 
 class EngineClient:
@@ -22,7 +47,8 @@ class EngineClient:
         self._engine = engine
         self._in_host = in_host
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._streams: dict[str, asyncio.Queue[TokenOutput]] = {}
+        self._cut = 0  # sequences that ended without their reply since the drain began
+        self._streams: dict[str, _Outputs] = {}
 
     async def start(self) -> None:
         """Starts the engine and returns when it is warm; its outputs come to the loop that runs this.
@@ -34,24 +60,24 @@ class EngineClient:
         self._engine.start(self._deliver)
         await asyncio.to_thread(self._engine.wait_until_warm)
 
-    async def generate(self, sequence: Sequence) -> AsyncGenerator[TokenOutput, None]:
-        """The sequence's outputs; the last one, and only that, has a finish reason.
+    def submit(self, *sequences: Sequence) -> list[AsyncGenerator[TokenOutput, None]]:
+        """Hands over all of them, which run on the same adapters, or raises and hands over none.
 
-        The first `__anext__` submits it and may raise RequestError, ServerBusy, ServerDraining or EngineDead. Closing
-        or cancelling the iterator aborts the sequence.
+        Returns the outputs of each; the last one, and only that, has a finish reason. Closing or cancelling an iterator
+        that has begun aborts its sequence; one that never begins needs an `abort`.
+        Raises RequestError, ServerBusy, ServerDraining or EngineDead.
         """
-        self._engine.submit(sequence)
-        outputs = self._streams[sequence.id] = asyncio.Queue()  # in time: deliveries reach the loop after this returns
-        ended = False
-        try:
-            while not ended:
-                output = await outputs.get()
-                ended = output.finish_reason is not None
+        self._engine.submit(*sequences)
+        streams = {sequence.id: _Outputs() for sequence in sequences}
+        self._streams |= streams  # in time: deliveries reach the loop after this returns
+        return [self._outputs(sequence_id, stream) for sequence_id, stream in streams.items()]
+
+    async def generate(self, sequence: Sequence) -> AsyncGenerator[TokenOutput, None]:
+        """`submit` for one, at the first `__anext__`."""
+        (outputs,) = self.submit(sequence)
+        async with aclosing(outputs):
+            async for output in outputs:
                 yield output
-        finally:
-            del self._streams[sequence.id]
-            if not ended:
-                self._engine.abort(sequence.id)
 
     def abort(self, sequence_id: str) -> None:
         """Ends a sequence within one step; its iterator gets a last output with reason ABORT."""
@@ -67,11 +93,21 @@ class EngineClient:
         """Alive, warmed up and not draining."""
         return self._engine.ready
 
-    async def drain(self, timeout: float) -> None:
-        """Refuses new work, lets the rest finish for up to `timeout` seconds, aborts what is left, stops the engine."""
+    @property
+    def running(self) -> int:
+        """Sequences that have not ended."""
+        return len(self._streams)
+
+    async def drain(self, timeout: float) -> int:
+        """Refuses new work, lets the rest finish for up to `timeout` seconds, aborts what is left, stops the engine.
+
+        Returns how many sequences did not get to their end.
+        """
+        self._cut = 0
         await asyncio.to_thread(self._engine.drain, timeout)
         error = TokenOutput(finish_reason=FinishReason.ERROR, error="the engine did not stop in time")
         self._dispatch([(sequence_id, error) for sequence_id in self._streams])  # ignored by those that ended
+        return self._cut
 
     def residency(self, version: str) -> str:
         """The fastest memory that holds the version now: "device", "host" or "disk"."""
@@ -83,6 +119,18 @@ class EngineClient:
         """Counts of the last step."""
         return self._engine.stats
 
+    async def _outputs(self, sequence_id: str, stream: _Outputs) -> AsyncGenerator[TokenOutput, None]:
+        ended = False
+        try:
+            while not ended:
+                output = await stream.get()
+                ended = output.finish_reason is not None
+                yield output
+        finally:
+            if not ended:
+                self._streams.pop(sequence_id, None)
+                self._engine.abort(sequence_id)
+
     def _deliver(self, outputs: list[tuple[str, TokenOutput]]) -> None:
         """Engine thread: everything a step produced crosses to the loop in one call."""
         assert self._loop is not None
@@ -93,6 +141,8 @@ class EngineClient:
 
     def _dispatch(self, outputs: list[tuple[str, TokenOutput]]) -> None:
         for sequence_id, output in outputs:
-            stream = self._streams.get(sequence_id)
+            ends = output.finish_reason is not None
+            stream = self._streams.pop(sequence_id, None) if ends else self._streams.get(sequence_id)
             if stream is not None:  # None: its iterator was closed
-                stream.put_nowait(output)
+                stream.put(output)
+                self._cut += output.finish_reason in (FinishReason.ABORT, FinishReason.ERROR)

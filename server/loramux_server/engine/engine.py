@@ -17,7 +17,7 @@ from typing import Protocol
 from loramux_server.engine.inbox import ENDED, EngineState, Inbox
 from loramux_server.engine.scheduler import Scheduler
 from loramux_server.engine.sequence import Batch, FinishReason, RowResult, Sequence, TokenOutput
-from loramux_server.engine.step_metrics import EngineMetrics, EngineStats, StepMetrics
+from loramux_server.engine.step_metrics import EngineMetrics, EngineStats, StepMetrics, WorkRate
 from loramux_server.errors import EngineDead
 
 __all__ = ["Engine", "EngineMetrics", "EngineState", "EngineStats", "Runner"]
@@ -60,6 +60,7 @@ class Engine:
         self._runner = runner
         self._inbox = inbox
         self._metrics = StepMetrics(metrics)
+        self._rate = WorkRate()
         self._warm_up = warm_up
         self._watchdog_timeout = watchdog_timeout
         self._clock = clock
@@ -69,7 +70,6 @@ class Engine:
         self._outputs: list[tuple[str, TokenOutput]] = []  # of this step, for one delivery
         self._failed_steps = 0  # in a row
         self._step_started_at: float | None = None
-        self._resident: frozenset[str] = frozenset()
         self._stats = self._snapshot()
 
     def start(self, deliver: Deliver) -> None:
@@ -97,12 +97,16 @@ class Engine:
         if self.state is EngineState.DEAD:
             raise EngineDead("the engine could not start")
 
-    def submit(self, sequence: Sequence) -> None:
-        """Queues a sequence, or raises RequestError, ServerBusy, ServerDraining or EngineDead."""
-        self._scheduler.check_fits(sequence)
+    def submit(self, *sequences: Sequence) -> None:
+        """Queues all of them, which run on the same adapters, or none.
+
+        Raises RequestError, ServerBusy, ServerDraining or EngineDead.
+        """
+        for sequence in sequences:
+            self._scheduler.check_fits(sequence)
         if self._hangs:
             raise EngineDead("the engine does not respond; the server must be restarted")
-        self._inbox.put(sequence)
+        self._inbox.put(*sequences)
 
     def abort(self, sequence_id: str) -> None:
         """Ends a sequence before the next step, with reason ABORT; an id that is not live is ignored."""
@@ -183,8 +187,6 @@ class Engine:
             slots.keep(mail.kept)
         for version in mail.retired:  # after the aborts: what they gave up can go
             slots.retire(version)
-        if len(slots) != len(self._resident):  # some left without another in their place
-            self._resident = frozenset(slots.resident)
 
     def _prefetch(self) -> None:
         for sequence, reason in self._scheduler.prefetch():
@@ -192,7 +194,7 @@ class Engine:
             self._emit(sequence, TokenOutput(finish_reason=FinishReason.ERROR, error=reason))
 
     def _publish(self) -> None:
-        self._inbox.set_waiting(self._scheduler.num_waiting)
+        self._inbox.set_backlog(self._rate.backlog(self._scheduler.lines))
         self._stats = self._snapshot()
 
     def _run(self, batch: Batch) -> None:
@@ -208,8 +210,6 @@ class Engine:
             self._update(batch, results, self._clock() - started)
         finally:
             self._step_started_at = None
-        if batch.slot_loads:
-            self._resident = frozenset(self._scheduler.slots.resident)
 
     def _fail(self, batch: Batch) -> None:
         for sequence in self._scheduler.roll_back(batch):
@@ -230,8 +230,10 @@ class Engine:
                 continue
             if output.finish_reason is not None:
                 self._scheduler.finish(row.sequence)
+                self._rate.ended(row.sequence)
             self._emit(row.sequence, output)
         self._metrics.step_done(batch, seconds, self._scheduler.slots.evictions)
+        self._rate.step_done(batch, seconds)
 
     def _output_of(self, sequence: Sequence, result: RowResult, now: float) -> TokenOutput | None:
         """What the client gets; None if it is nothing yet, since there is more to read."""
@@ -295,10 +297,8 @@ class Engine:
             slot_rows_total=slots.rows,
             slot_hits=slots.hits,
             slot_misses=slots.misses,
-            resident=self._resident,
-            waiting_adapters=frozenset(
-                name for one in self._scheduler.waiting if one.adapter for name in one.adapter.split("+")
-            ),
+            resident=slots.residents,
+            waiting_by_adapter=dict(self._scheduler.waiting_by_adapter),
         )
 
 

@@ -1,13 +1,21 @@
-"""What other threads may say to the engine thread: take this sequence, abort that one, drop a version, finish up."""
+"""What other threads may say to the engine thread: take this sequence, abort that one, drop a version, finish up.
+
+How many may wait is bounded, and the bound is shared: a flow may hold at most FLOW_SHARE times the places that are
+still free ("dynamic thresholds", Choudhury and Hahne, 1998). So one flow by itself fills four fifths of them, and one
+of which nobody waits finds a place as long as there is any.
+"""
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
-from loramux_server.engine.sequence import Sequence
+from loramux_server.engine.sequence import Flow, Sequence
 from loramux_server.errors import EngineDead, RequestError, ServerBusy, ServerDraining
 
 
@@ -22,6 +30,15 @@ class EngineState(Enum):
 
 
 ENDED = (EngineState.STOPPED, EngineState.DEAD)
+FLOW_SHARE = 4
+LONGEST_RETRY = 600  # seconds
+
+
+class Backlog(NamedTuple):
+    """What waits of one flow: how many sequences, and how long the engine would work for them alone."""
+
+    waiting: int
+    seconds: float
 
 
 @dataclass(slots=True)
@@ -43,14 +60,16 @@ class Inbox:
     """Bounded, thread-safe. It knows which ids the engine holds, so that an id is never used twice at a time."""
 
     def __init__(self, max_waiting: int) -> None:
-        """`max_waiting`: sequences that may be in the inbox or in the scheduler's queue together."""
+        """`max_waiting`: sequences that may be in the inbox or in the scheduler's lines together."""
         self._max_waiting = max_waiting
         self._lock = threading.Lock()
         self._news = threading.Event()
         self._state = EngineState.STARTING
         self._mail = Mail()
         self._live: set[str] = set()  # ids handed in and not yet `forget`-ed
-        self._num_waiting = 0  # in the inbox or in the scheduler's queue
+        self._num_waiting = 0  # in the inbox or in the scheduler's lines
+        self._waiting: Counter[Flow] = Counter()  # the same, by flow
+        self._backlog: Mapping[Flow, Backlog] = {}  # of the scheduler's lines
 
     @property
     def state(self) -> EngineState:
@@ -58,7 +77,7 @@ class Inbox:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that have not started, as of the last `put` or `set_waiting`."""
+        """Sequences that have not started, as of the last `put` or `set_backlog`."""
         return self._num_waiting
 
     @property
@@ -67,20 +86,29 @@ class Inbox:
         with self._lock:
             return self._state is EngineState.DRAINING and not self._live
 
-    def put(self, sequence: Sequence) -> None:
-        """Any thread. Raises EngineDead, ServerDraining, ServerBusy, or RequestError for an id that is in use."""
+    def put(self, *sequences: Sequence) -> None:
+        """Any thread. Takes all of them, which are of one flow, or raises and takes none.
+
+        Raises:
+            EngineDead, ServerDraining: nothing is taken any more.
+            ServerBusy: there is no place for all of them now.
+            RequestError: there never is, or an id is in use.
+        """
         with self._lock:
             if self._state is EngineState.DEAD:
                 raise EngineDead("the engine has stopped after a failure; the server must be restarted")
             if self._state in (EngineState.DRAINING, EngineState.STOPPED):
                 raise ServerDraining("the server is shutting down and takes no new requests")
-            if self._num_waiting >= self._max_waiting:
-                raise ServerBusy(f"{self._num_waiting} requests are waiting already; try again later")
-            if sequence.id in self._live:
-                raise RequestError(f"a request with the id {sequence.id} is still running", code="duplicate_request_id")
-            self._live.add(sequence.id)
-            self._num_waiting += 1
-            self._mail.sequences.append(sequence)
+            self._check_room(sequences[0].flow, len(sequences))
+            for sequence in sequences:
+                if sequence.id in self._live:
+                    raise RequestError(
+                        f"a request with the id {sequence.id} is still running", code="duplicate_request_id"
+                    )
+            self._live.update(sequence.id for sequence in sequences)
+            self._num_waiting += len(sequences)
+            self._waiting[sequences[0].flow] += len(sequences)
+            self._mail.sequences += sequences
         self._news.set()
 
     def abort(self, sequence_id: str) -> None:
@@ -139,10 +167,13 @@ class Inbox:
             if self._state is EngineState.STARTING:
                 self._state = EngineState.RUNNING
 
-    def set_waiting(self, in_queue: int) -> None:
-        """Engine thread. `in_queue`: sequences that wait in the scheduler now; those in the inbox are added."""
+    def set_backlog(self, backlog: Mapping[Flow, Backlog]) -> None:
+        """Engine thread. What waits in the scheduler now, by flow; what is in the inbox is added."""
         with self._lock:
-            self._num_waiting = in_queue + len(self._mail.sequences)
+            self._backlog = backlog
+            self._waiting = Counter({flow: one.waiting for flow, one in backlog.items()})
+            self._waiting.update(sequence.flow for sequence in self._mail.sequences)
+            self._num_waiting = self._waiting.total()
 
     def forget(self, ids: Iterable[str]) -> None:
         """Engine thread. These sequences have ended; their ids may be used again."""
@@ -157,5 +188,41 @@ class Inbox:
             self._state = state
             left, self._live = self._live, set()
             self._mail = Mail()
-            self._num_waiting = 0
+            self._backlog, self._waiting, self._num_waiting = {}, Counter(), 0
         return left
+
+    def _check_room(self, flow: Flow, count: int) -> None:
+        """With the lock held. Raises ServerBusy or RequestError if the flow has no place for so many more."""
+        most = _places(self._max_waiting, 0)
+        if count > most:
+            raise RequestError(
+                f"the request has {count} prompts, and this server takes {most} at a time; send fewer in each request",
+                param="prompt",
+                code="too_many_prompts",
+            )
+        if count <= _places(self._max_waiting - self._num_waiting, self._waiting[flow]):
+            return
+        waiting = f"{self._num_waiting} requests are waiting already"
+        if self._num_waiting + count <= self._max_waiting:
+            waiting += f", {self._waiting[flow]} of them for the same model, and other places are kept for other models"
+        seconds = self._seconds_to_wait(flow)
+        raise ServerBusy(f"{waiting}; try again in about {seconds} s", retry_after=seconds)
+
+    def _seconds_to_wait(self, flow: Flow) -> int:
+        """Until what waits of this flow has started, when all flows get the same; at least until somebody has."""
+        measured = sum(one.waiting for one in self._backlog.values())
+        each = sum(one.seconds for one in self._backlog.values()) / max(1, measured)  # the inbox's own are like these
+        total = each * self._num_waiting
+        known = self._backlog.get(flow, Backlog(0, 0.0))
+        own = known.seconds + each * (self._waiting[flow] - known.waiting)
+        seconds = max(each, min(total, own * sum(waiting > 0 for waiting in self._waiting.values())))
+        return min(LONGEST_RETRY, max(1, math.ceil(seconds)))
+
+
+def _places(free: int, held: int) -> int:
+    """How many more sequences a flow that holds so many places may bring.
+
+    The largest n for which the last of n has less than FLOW_SHARE times what is free when it comes:
+    held + n - 1 < FLOW_SHARE * (free - n + 1).
+    """
+    return max(0, (FLOW_SHARE * (free + 1) - held) // (1 + FLOW_SHARE))

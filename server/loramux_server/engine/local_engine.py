@@ -44,12 +44,14 @@ class LocalAdapter:
     Attributes:
         version: the content digest that a store would give it.
         base_verified: it names the base it was loaded on.
+        chat_template: that it brings in place of the base's.
     """
 
     directory: Path
     version: str
     rank: int
     base_verified: bool
+    chat_template: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,7 @@ class LocalEngine:
             self._host.add(checked.adapter)
         else:
             self._host.pin(checked.version)
-        return LocalAdapter(directory, checked.version, checked.rank, checked.base_verified)
+        return LocalAdapter(directory, checked.version, checked.rank, checked.base_verified, checked.chat_template)
 
     def unload(self, adapter: LocalAdapter) -> None:
         """Lets the adapter go; once for each `load`."""

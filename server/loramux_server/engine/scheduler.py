@@ -18,11 +18,12 @@ positions, so that a step takes at most `max_scored_tokens` of it, beside one fo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from collections.abc import Sequence as ReadOnlyList
 
 from loramux_adapters.lora.slots import SlotTable, bucket_of
 from loramux_server.engine.admission import Admitted, HostView, SchedulerConfig, WaitingQueues
+from loramux_server.engine.fair_share import REPLY_WEIGHT, FairShare, Line
 from loramux_server.engine.kv_blocks import KVBlocks, extend_keys
 from loramux_server.engine.sequence import Batch, ScheduledSequence, Sequence, SequenceStatus
 from loramux_server.errors import RequestError
@@ -44,7 +45,8 @@ class Scheduler:
         self.slots = slots
         self._host = host
         self._clock = clock
-        self._waiting = WaitingQueues(config, blocks, slots, host, clock)
+        self._share = FairShare()
+        self._waiting = WaitingQueues(config, blocks, slots, host, self._share, clock)
         self._running: list[Sequence] = []  # in order of admission
         self._step: Batch | None = None  # scheduled, and neither committed nor rolled back yet
 
@@ -55,12 +57,18 @@ class Scheduler:
 
     @property
     def waiting(self) -> list[Sequence]:
-        """Sequences that have not started, in order of arrival."""
+        """Sequences that have not started, in order of arrival; a copy, for tests."""
         return [entry.sequence for entry in self._waiting]
 
     @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
+    def lines(self) -> Iterable[Line]:
+        """Those that have not started, by flow."""
+        return self._waiting.lines()
+
+    @property
+    def waiting_by_adapter(self) -> Mapping[str | None, int]:
+        """How many have not started, by the names they were asked for under; without the server's own work."""
+        return self._waiting.by_adapter
 
     @property
     def has_work(self) -> bool:
@@ -100,6 +108,8 @@ class Scheduler:
     def abort(self, ids: Collection[str]) -> list[Sequence]:
         """Ends these sequences, waiting or running, between two steps and returns them; other ids are ignored."""
         assert self._step is None, "a step is under way"
+        if not ids:
+            return []
         aborted = [sequence for sequence in self._running if sequence.id in ids]
         for sequence in aborted:
             self.finish(sequence)
@@ -166,6 +176,8 @@ class Scheduler:
         for row in batch.rows:
             row.sequence.num_computed += row.num_tokens
             self._publish(row)
+            if row.samples and not row.sequence.gives_way:
+                self._share.charge(row.sequence.flow, REPLY_WEIGHT)
 
     def roll_back(self, batch: Batch) -> list[Sequence]:
         """The step failed: finishes and returns its sequences; what it loaded is not believed to be resident."""
@@ -186,6 +198,8 @@ class Scheduler:
             self.slots.release(version)
         sequence.slots = ()
         sequence.status = SequenceStatus.FINISHED
+        if not sequence.gives_way:
+            self._share.leave(sequence.flow)
 
     def check_integrity(self) -> None:
         """Asserts that blocks and slots are held by running sequences and by nobody else."""

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from loramux_adapters.lora.slots import ScaledSlot, Slot
 
 
+Flow = tuple[str, ...]  # among whom the engine shares fairly: a path, from the outside in
+BACKGROUND = "background"  # the outer level of the server's own work: together it is one among the others
+
 NOT_FINITE = "the model's output is not finite; the adapter may be broken"  # the error of a row, and of that row alone
 
 
@@ -155,6 +158,7 @@ class Sequence:
     background: bool = False
     cache_group: str = ""
     arrived: float = field(default_factory=time.monotonic)
+    flow: Flow = field(init=False)  # by the set of its versions: those of one flow need the same on the device
 
     # filled by the scheduler
     status: SequenceStatus = SequenceStatus.WAITING
@@ -174,6 +178,10 @@ class Sequence:
     last_output: TokenOutput | None = None  # held back until all continuations are read
     first_token_at: float | None = None
     last_token_at: float | None = None
+
+    def __post_init__(self) -> None:
+        versions = "+".join(sorted({use.version for use in self.adapters}))
+        self.flow = (BACKGROUND, versions) if self.background else (versions,)
 
     @property
     def gives_way(self) -> bool:

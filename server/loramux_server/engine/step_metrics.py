@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Protocol
 
-from loramux_server.engine.sequence import Batch, Sequence
+from loramux_server.engine.fair_share import PROMPT_WEIGHT, REPLY_WEIGHT, Line
+from loramux_server.engine.inbox import Backlog
+from loramux_server.engine.sequence import Batch, Flow, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +24,9 @@ class EngineStats:
         slot_rows_used: rank rows held by resident adapters, whether they are in use or not.
         slot_rows_total: rank rows of the device's adapter memory.
         slot_hits, slot_misses: adapters of started sequences that were on the device, and that were not, so far.
-        resident: versions on the device.
-        waiting_adapters: names that sequences in the queue asked for.
+        resident: versions on the device, no snapshot but as they are now: to look one up or count, not to iterate.
+        waiting_by_adapter: how many wait in the scheduler's lines, by the names they asked for; None is the base. The
+            server's own work is left out.
     """
 
     running: int
@@ -34,8 +39,8 @@ class EngineStats:
     slot_rows_total: int
     slot_hits: int
     slot_misses: int
-    resident: frozenset[str]
-    waiting_adapters: frozenset[str]
+    resident: Set[str]
+    waiting_by_adapter: Mapping[str | None, int]
 
 
 class EngineMetrics(Protocol):
@@ -117,6 +122,47 @@ class StepMetrics:
 
     def aborted(self) -> None:
         self._metrics.aborted()
+
+
+class WorkRate:
+    """How fast the engine works, measured, and so how long it will take. Owner: the engine thread.
+
+    Recent steps and replies count most; what lies `_MEMORY` of them back counts a third.
+    """
+
+    _MEMORY = 100
+
+    def __init__(self) -> None:
+        self._work = self._seconds = 0.0  # of the last steps, by the weights of the fair share
+        self._replies = self._tokens = 0.0  # how many have ended, and with how many tokens
+
+    def step_done(self, batch: Batch, seconds: float) -> None:
+        """A step took so long."""
+        kept = 1 - 1 / self._MEMORY
+        read = sum(row.num_tokens for row in batch.rows if row.first < len(row.sequence.prompt))
+        chosen = sum(row.samples for row in batch.rows)
+        self._work = kept * self._work + PROMPT_WEIGHT * read + REPLY_WEIGHT * chosen
+        self._seconds = kept * self._seconds + seconds
+
+    def ended(self, sequence: Sequence) -> None:
+        """A reply is over."""
+        kept = 1 - 1 / self._MEMORY
+        self._replies = kept * self._replies + 1
+        self._tokens = kept * self._tokens + len(sequence.output)
+
+    def backlog(self, lines: Iterable[Line]) -> dict[Flow, Backlog]:
+        """What waits in these lines, by flow. Nothing takes time before the first step was measured."""
+        pace = self._seconds / self._work if self._work else 0.0
+        usual = self._tokens / self._replies if self._replies else math.inf  # most replies end before they must
+        found: dict[Flow, Backlog] = {}
+        for line in lines:
+            waiting = len(line)
+            replies = min(line.reply_tokens, waiting * usual)
+            seconds = pace * (PROMPT_WEIGHT * line.prompt_tokens + REPLY_WEIGHT * replies)
+            if line.flow in found:  # some of it counts as background
+                waiting, seconds = waiting + found[line.flow].waiting, seconds + found[line.flow].seconds
+            found[line.flow] = Backlog(waiting, seconds)
+        return found
 
 
 class NoMetrics:

@@ -9,8 +9,10 @@ from typing import Any
 
 from loramux_adapters.training.data.conversation import Example
 from loramux_server.client.connection import ServerConnection
+from loramux_server.client.upload_check import base_of
 from loramux_server.errors import CommandFailed
 from loramux_server.evaluation.contenders import Said
+from loramux_server.plain_text import masked
 
 AT_ONCE = 16  # requests
 ALTERNATIVES = 20  # the most that the wire gives beside each token
@@ -34,23 +36,22 @@ class Server:
 
     def base(self) -> dict[str, Any]:
         """What it says of its base."""
-        models = self._call(("v1", "models")).get("data")
-        for model in models if isinstance(models, list) else []:
-            if isinstance(model, dict) and model.get("parent") is None and isinstance(model.get("id"), str):
-                return model
-        raise CommandFailed(f"{self.url} lists no base model; is it a loramux server?")
+        return base_of(self._connection)
 
     def chat(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The first choice of a chat completion."""
         choices = self._call(("v1", "chat", "completions"), body).get("choices")
         if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-            raise CommandFailed(f"{self.url} sent a chat completion without choices")
+            raise CommandFailed(f"{masked(self.url)} sent a chat completion without choices")
         choice: dict[str, Any] = choices[0]
         return choice
 
     def _call(self, path: Sequence[str], body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        connection = ServerConnection(self.url, self.key, through_proxy=True)
-        return connection.call("GET" if body is None else "POST", path, body=body).body
+        return self._connection.call("GET" if body is None else "POST", path, body=body).body
+
+    @property
+    def _connection(self) -> ServerConnection:
+        return ServerConnection(self.url, self.key, through_proxy=True)
 
 
 class HttpScorer:

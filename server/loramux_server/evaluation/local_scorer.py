@@ -28,7 +28,11 @@ class LocalScorer:
         self._adapter = adapter
         self._tokenizer = BaseTokenizer(engine.base.tokenizer, config, engine.base.vocabulary)
         self._renderer = Renderer(
-            engine.base.tokenizer, engine.context - ROOM_FOR_REPLY, stop_ids=self._tokenizer.stop_ids
+            engine.base.tokenizer,
+            engine.context - ROOM_FOR_REPLY,
+            stop_ids=self._tokenizer.stop_ids,
+            encoder=self._tokenizer.encoder,
+            chat_template=None if adapter is None else adapter.chat_template,
         )
 
     def ask(self, examples: Sequence[Example], labels: Sequence[str], *, reply: bool) -> Said:

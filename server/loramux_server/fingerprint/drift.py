@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from loramux_adapters.artifact.format import FINGERPRINT_FILE
-from loramux_adapters.artifact.safetensors_header import open_regular
+from loramux_adapters.artifact.own_files import open_regular
+from loramux_adapters.chat.encoder import TextEncoder
 from loramux_adapters.errors import AdapterRejected
 from loramux_server.fingerprint.file import MAX_BYTES, parse
 
@@ -24,8 +25,11 @@ QUESTIONS = (
 )
 
 
-def drift_prompts(adapter: Path, tokenizer: Any) -> Sequence[Sequence[int]]:
-    """Token ids of the prompts in the adapter's fingerprint; without a readable one, of QUESTIONS."""
+def drift_prompts(adapter: Path, tokenizer: Any, chat_template: str | None = None) -> Sequence[Sequence[int]]:
+    """Token ids of the prompts in the adapter's fingerprint; without a readable one, of QUESTIONS.
+
+    `chat_template`: what the adapter brings in place of the base's. Raises TemplateFailed.
+    """
     try:
         with open_regular(adapter / FINGERPRINT_FILE) as file:
             prompts = [said.ids for said in parse(file.read(MAX_BYTES + 1)).prompts]
@@ -33,13 +37,8 @@ def drift_prompts(adapter: Path, tokenizer: Any) -> Sequence[Sequence[int]]:
         prompts = []
     if prompts and max(map(max, prompts)) < len(tokenizer):
         return prompts
-    return [_encode(tokenizer, question) for question in QUESTIONS]
-
-
-def _encode(tokenizer: Any, question: str) -> list[int]:
-    text, special = question, True
-    if tokenizer.chat_template:
-        asked = [{"role": "user", "content": question}]
-        text, special = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True), False
-    ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
-    return ids
+    encoder = TextEncoder(tokenizer)
+    template = encoder.template(chat_template)
+    if template is None:
+        return [encoder.encode(question) for question in QUESTIONS]
+    return [template.ids(template.text([{"role": "user", "content": question}])) for question in QUESTIONS]

@@ -13,8 +13,9 @@ MEAN_TOLERANCE = 0.1
 MAX_TOLERANCE = 0.4
 FLIP_TOLERANCE = 0.25
 
-# How a fingerprint replayed: stored with a version and shown to clients; "none": nobody has replayed one.
-ReplayOutcome = Literal["exact", "within_tolerance", "mismatch", "none"]
+# How a fingerprint replayed: stored with a version and shown to clients; "skipped": the upload asked not to replay it;
+# "none": there was none, or it came in another way.
+ReplayOutcome = Literal["exact", "within_tolerance", "mismatch", "skipped", "none"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import struct
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from loramux_server.kernels.abi import FUNCTIONS, Isa, difference
 logger = logging.getLogger(__name__)
 
 LIBRARY = Path(__file__).parent / "_kernels.so"
+_HEADER_BYTES = 64  # of an ELF file of 64 bits
 
 
 class LibraryUnusable(Exception):
@@ -33,6 +35,8 @@ class NativeLibrary:
         if os.name != "posix" or not path.exists():
             raise LibraryUnusable("they were not built at installation (is there a C++ compiler?)")
         try:
+            if (missing := missing_bytes(path.read_bytes())) > 0:  # loading it would end the process without a word
+                raise LibraryUnusable(f"{path.name} was cut short by {missing} bytes or more: install it anew")
             self._library = ctypes.CDLL(str(path))
             describe = self._library.loramux_abi
         except (OSError, AttributeError) as error:
@@ -48,6 +52,28 @@ class NativeLibrary:
         function.restype, function.argtypes = FUNCTIONS[name]
         bound: Callable[..., Any] = function
         return bound
+
+
+def missing_bytes(library: bytes) -> int:
+    """How much longer it must be, by its own tables; 0 for a whole one, and for what is no ELF file of 64 bits.
+
+    The tables: of segments (what is mapped) and of sections, which linkers write last.
+    """
+    magic = b"\x7fELF\2"
+    if not library or library[: len(magic)] != magic[: len(library)]:
+        return 0
+    end = _HEADER_BYTES
+    if len(library) >= end:
+        order = "<" if library[5] == 1 else ">"
+        segments, sections = struct.unpack_from(order + "QQ", library, 32)
+        segment_size, num_segments, section_size, num_sections = struct.unpack_from(order + "4H", library, 54)
+        end = max(end, segments + num_segments * segment_size, sections + num_sections * section_size)
+        if len(library) >= end:
+            for segment in range(num_segments):
+                at = segments + segment * segment_size
+                (offset,), (size,) = (struct.unpack_from(order + "Q", library, at + field) for field in (8, 32))
+                end = max(end, offset + size)
+    return max(0, end - len(library))
 
 
 @cache

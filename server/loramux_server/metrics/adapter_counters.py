@@ -106,6 +106,15 @@ class AdapterCounters(Collector):
         with self._lock:
             self._unknown.requests[outcome] = self._unknown.requests.get(outcome, 0) + 1
 
+    def label(self, adapter: str | None) -> str:
+        """Under which label value the adapter is counted now."""
+        if adapter is None:
+            return BASE
+        if _is_composed(adapter):
+            return COMPOSED
+        with self._lock:
+            return label_of(adapter) if adapter in self._named else OTHER
+
     def _of(self, adapter: str | None) -> _Counts:
         if adapter is None:
             return self._base

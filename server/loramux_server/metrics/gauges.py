@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -25,7 +26,7 @@ class GaugeReadings:
         base_bytes: size of the resident base model.
         slot_rows: rank rows of the device's adapter memory.
         device_versions: the versions resident there.
-        waiting_adapters: names that sequences in the queue asked for.
+        waiting_by_adapter: sequences in the queue, by the name they asked for, several joined by "+"; None: the base.
         lookups: (tier, "hit" or "miss") -> how often an adapter was needed there, since the start.
     """
 
@@ -40,15 +41,16 @@ class GaugeReadings:
     base_bytes: int = 0
     slot_rows: int = 0
     device_versions: Collection[str] = ()
-    waiting_adapters: Collection[str] = ()
+    waiting_by_adapter: Mapping[str | None, int] = field(default_factory=dict)
     lookups: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
 
 class GaugeCollector(Collector):
-    """Asks `source` for one consistent snapshot at each scrape."""
+    """Asks `source` for one consistent snapshot at each scrape; `label` gives an adapter's label value."""
 
-    def __init__(self) -> None:
+    def __init__(self, label: Callable[[str | None], str]) -> None:
         self.source: Callable[[], GaugeReadings] = GaugeReadings
+        self._label = label
 
     def describe(self) -> Iterable[Metric]:
         return self._families(GaugeReadings())
@@ -68,8 +70,17 @@ class GaugeCollector(Collector):
         )
         for tier, result in LOOKUPS:
             lookups.add_metric([tier, result], readings.lookups.get((tier, result), 0))
+        waiting = GaugeMetricFamily(
+            "loramux_adapter_requests_waiting", "Sequences in the queue, by adapter", labels=["adapter"]
+        )
+        by_label: Counter[str] = Counter()
+        for adapter, count in readings.waiting_by_adapter.items():
+            by_label[self._label(adapter)] += count
+        for label, count in by_label.items():
+            waiting.add_metric([label], count)
         return [
             lookups,
+            waiting,
             GaugeMetricFamily("loramux_requests_running", "Sequences in the batch", value=readings.running),
             GaugeMetricFamily("loramux_requests_waiting", "Sequences in the queue", value=readings.waiting),
             GaugeMetricFamily("loramux_kv_blocks_used", "KV cache blocks in use", value=readings.kv_blocks_used),

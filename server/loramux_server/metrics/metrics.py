@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import Metric
@@ -12,7 +13,9 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from loramux_server.metrics.adapter_counters import AdapterCounters
+from loramux_server.metrics.connections import ConnectionCollector
 from loramux_server.metrics.gauges import GaugeCollector, GaugeReadings
+from loramux_server.wire.connections import ConnectionReadings
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -22,6 +25,7 @@ _STEP = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0
 _REQUEST = (0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 45.0, 60.0, 120.0, 240.0, 480.0, 960.0)
 _QUEUE = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 _LOAD = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_PAUSE = (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0)
 _SEQUENCES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024)
 # Outcomes of checking an adapter against the base. It was accepted: it names this base, it names none, or it names
 # another one and was forced. It was refused: for what it holds, or for the base it names.
@@ -39,9 +43,11 @@ class Metrics:
         """`adapter_labels` bounds the adapters that have a label of their own; see `AdapterCounters`."""
         registry = CollectorRegistry()
         self._adapters = AdapterCounters(adapter_labels)
-        self._gauges = GaugeCollector()
+        self._gauges = GaugeCollector(self._adapters.label)
         registry.register(self._adapters)
         registry.register(self._gauges)
+        self._connections = ConnectionCollector()
+        registry.register(self._connections)
         self._exposed = _WithoutCreated(registry)
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
@@ -88,6 +94,14 @@ class Metrics:
         def gauge(name: str, text: str) -> Gauge:
             return Gauge(name, text, registry=registry)
 
+        self._loop_pause = histogram(
+            "loramux_event_loop_pause_seconds",
+            "How much too late the event loop woke up, each hundredth second",
+            _PAUSE,
+        )
+        self._longest_loop_pause = gauge(
+            "loramux_event_loop_longest_pause_seconds", "Longest pause of the event loop in the last one to two minutes"
+        )
         self._registered = gauge("loramux_adapters_registered", "Adapters in the store")
         self._pinned = gauge("loramux_adapters_pinned", "Adapters in the store that are to stay in memory")
         self._versions = gauge("loramux_adapter_versions", "Adapter versions that the store keeps")
@@ -109,8 +123,15 @@ class Metrics:
         self._proofs = {
             (acts, outcome): proofs.labels("acts" if acts else "none", outcome)
             for acts in (True, False)
-            for outcome in ("exact", "within_tolerance", "mismatch", "none")
+            for outcome in ("exact", "within_tolerance", "mismatch", "skipped", "none")
         }
+        uploads = Gauge(
+            "loramux_uploads",
+            "Adapters that come in now: running ones have one of the places, waiting ones none yet",
+            labelnames=["state"],
+            registry=registry,
+        )
+        self._uploads_waiting, self._uploads_running = uploads.labels("waiting"), uploads.labels("running")
         self._watch_failures = Counter(
             "loramux_watch_failures", "Changes in the watched directory that could not be published", registry=registry
         )
@@ -199,15 +220,34 @@ class Metrics:
         """An adapter was tried out: whether it changes any logit, and how its fingerprint replayed."""
         self._proofs[acts, fingerprint].inc()
 
+    def upload_waits(self) -> AbstractContextManager[object]:
+        """While this is entered, an upload waits for a place."""
+        return self._uploads_waiting.track_inprogress()
+
+    def upload_runs(self) -> AbstractContextManager[object]:
+        """While this is entered, an upload has a place."""
+        return self._uploads_running.track_inprogress()
+
     def watch_failed(self) -> None:
         """A change in the watched directory could not be published."""
         self._watch_failures.inc()
+
+    # event loop
+
+    def loop_paused(self, seconds: float, longest: float) -> None:
+        """The event loop stood still so long, 0 for not at all; `longest` is of the last minutes."""
+        if seconds:
+            self._loop_pause.observe(seconds)
+        self._longest_loop_pause.set(longest)
 
     # composition root
 
     def read_gauges_from(self, source: Callable[[], GaugeReadings]) -> None:
         """Gauges are read from `source`, once per scrape, on the scraping thread."""
         self._gauges.source = source
+
+    def read_connections_from(self, source: Callable[[], ConnectionReadings]) -> None:
+        self._connections.source = source
 
     def gauge_readings(self) -> GaugeReadings:
         """How full everything is now."""

@@ -58,7 +58,8 @@ class LoraRequests:
     def of(cls, gauges: GaugeReadings, records: Sequence[AdapterRecord]) -> LoraRequests:
         widest = max((bucket_of(record.rank) for record in records), default=SMALLEST_RANK)
         on_device = [record.name for record in records if record.version in gauges.device_versions]
-        return cls(gauges.slot_rows // widest, on_device, gauges.waiting_adapters)
+        waiting = {name for adapter in gauges.waiting_by_adapter if adapter for name in adapter.split("+")}
+        return cls(gauges.slot_rows // widest, on_device, waiting)
 
 
 def render_vllm(metrics: Metrics, model_name: str, adapters: LoraRequests | None, now: float) -> bytes:

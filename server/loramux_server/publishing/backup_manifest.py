@@ -16,6 +16,7 @@ MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 * 2**20
 FORMAT = "loramux backup 1"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_LATER_FIELDS = {"adapted_layers", "base_layers", "notes"}  # of a version: older backups lack them
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,9 @@ class BackedUpVersion:
     checked_base: str | None
     created: int
     fingerprint: str
+    adapted_layers: int | None = None
+    base_layers: int | None = None
+    notes: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,9 @@ class Manifest:
                 checked_base=kept.checked_base,
                 created=kept.created,
                 fingerprint=kept.fingerprint,
+                adapted_layers=kept.adapted_layers,
+                base_layers=kept.base_layers,
+                notes=kept.notes,
             )
             for kept in adapter.versions
         ]
@@ -115,6 +122,9 @@ def _adapter(name: str, kept: Sequence[KeptVersion]) -> BackedUpAdapter:
                 checked_base=row.upload.checked_base,
                 created=row.upload.created,
                 fingerprint=row.upload.fingerprint,
+                adapted_layers=row.upload.adapted_layers,
+                base_layers=row.upload.base_layers,
+                notes=row.upload.notes,
             )
             for row in kept
         ],
@@ -149,7 +159,11 @@ def _parse_adapter(value: Any, files: dict[str, Any]) -> BackedUpAdapter:
 
 
 def _parse_version(value: Any, files: dict[str, Any]) -> BackedUpVersion:
-    _require(isinstance(value, dict) and value.keys() == set(BackedUpVersion.__slots__))
+    _require(isinstance(value, dict))
+    fields = set(BackedUpVersion.__slots__)
+    _require(fields - _LATER_FIELDS <= value.keys() <= fields)
+    _require(all(value.get(key) is None or _is_count(value[key]) for key in ("adapted_layers", "base_layers")))
+    _require(isinstance(value.get("notes", ""), str))
     _require(isinstance(value["digest"], str) and value["digest"] in files)
     _require(isinstance(value["fingerprint"], str))
     _require(isinstance(value["target_modules"], str) and _is_count(value["created"]))

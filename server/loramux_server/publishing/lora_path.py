@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path, PurePosixPath
 
+from loramux_adapters.artifact.own_files import LinkInTheWay
 from loramux_adapters.errors import AdapterNotFound, AdapterRejected
 from loramux_server.errors import ConfigError, RequestError
-from loramux_server.publishing.adapter_files import LinkInTheWay, copy_adapter, is_complete, look_at
+from loramux_server.publishing.adapter_files import copy_adapter, is_complete, look_at, unread_weights
 from loramux_server.publishing.publisher import Publisher
+
+logger = logging.getLogger(__name__)
 
 _MAX_PATH = 1024
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
@@ -37,16 +41,20 @@ class LoraPathRoot:
             try:
                 look = copy_adapter(self._root, parts, target, limit=self._limit)
                 is_same = look_at(self._root, parts) == look
+                unread = None if is_complete(look) else unread_weights(self._root, parts)
             except LinkInTheWay as error:
-                raise RequestError("'lora_path' leads over a symbolic link", param="lora_path") from error
+                raise RequestError(f"'lora_path': {error}", param="lora_path") from error
             except OSError as error:
                 raise AdapterRejected([f"the adapter cannot be read: {error.strerror}"]) from error
+            if unread is not None:
+                raise AdapterRejected([unread])
             if not is_complete(look):
                 raise AdapterNotFound("No adapter found: 'lora_path' holds no config and safetensors weights of one")
             if not is_same:
                 raise AdapterRejected(["the adapter was changed while it was read; call again when it is complete"])
 
-        self._publisher.publish_files(name, fill)
+        for note in self._publisher.publish_files(name, fill).checked.notes:
+            logger.info("%s from 'lora_path': %s", name, note)
 
     def _parts_of(self, path: str) -> tuple[str, ...]:
         """The way from the root, by name alone; what is on disk is looked at step by step when it is opened."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from loramux_adapters.artifact.format import CHAT_TEMPLATE_FILE
 from loramux_adapters.errors import AdapterCorrupt, AdapterNotFound, BaseMismatch
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.verify import Checked
@@ -64,6 +65,7 @@ class Publisher:
 
         Raises InvalidAdapterName, AdapterRejected, StoreUnavailable; then nothing is published or kept.
         """
+        keep_template(staging.directory, checked.chat_template)
         # First, so that a deletion that follows at once finds it in memory and takes it out again.
         self._host.put(checked.adapter)
         try:
@@ -75,22 +77,36 @@ class Publisher:
                 target_modules=checked.target_modules,
                 proof=proof,
                 version=checked.version,
+                layers=checked.layers,
+                notes=checked.notes,
             )
         except BaseException:
             self._host.discard(checked.version)  # another name may have it: then it is loaded when it is asked for
             raise
 
-    def publish_files(self, name: str, fill: Callable[[Path], object]) -> Publication:
+    def publish_files(
+        self, name: str, fill: Callable[[Path], object], checked_as: Callable[[str], None] = lambda version: None
+    ) -> Publication:
         """Have `fill` put an adapter's files into a fresh directory, check and try them out, and publish them.
 
-        Raises what `fill`, the check and the trial raise, and InvalidAdapterName, AdapterRejected, StoreUnavailable.
+        `checked_as` is told their version before they are tried out. Raises what it, `fill`, the check and the trial
+        raise, and InvalidAdapterName, AdapterRejected, StoreUnavailable.
         """
         self._store.check_name(name)
         with self._store.stage() as staging:
             fill(staging.directory)
             checked = self._check(staging.directory)
+            checked_as(checked.version)
             proof = self._prove(staging.directory, checked)
             return Publication(self.publish(name, staging, checked, proof), checked, proof)
+
+
+def keep_template(directory: Path, chat_template: str | None) -> None:
+    """Leave a chat template among the files if it counts, wherever it came from, and none otherwise."""
+    path = directory / CHAT_TEMPLATE_FILE
+    path.unlink(missing_ok=True)
+    if chat_template is not None:
+        path.write_bytes(chat_template.encode())
 
 
 def is_usable(store: AdapterStore, name: str) -> bool:

@@ -1,24 +1,22 @@
-"""The watched directory: each subdirectory is an adapter under its own name, published whenever it has changed.
+"""The watched directory: what `adapter_names` finds in it is published under these names, whenever it has changed.
 
 An adapter is taken when it is complete and looks the same in two polls and after it was copied, so it is never half
-read. A directory whose name begins with a dot is no adapter: it is where to put files together before a rename. What
-was uploaded, rolled back or deleted by other ways stays so until the directory changes, and a directory that
-disappears unregisters nothing.
+read. What was uploaded, rolled back or deleted by other ways stays so until the directory changes, and a directory
+that disappears unregisters nothing.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from loramux_adapters.artifact.format import digest_of, read_config
 from loramux_adapters.errors import AdapterError, AdapterNotFound, AdapterRejected
 from loramux_adapters.store.store import AdapterStore
 from loramux_server.errors import LoramuxError, ServerBusy
-from loramux_server.publishing.adapter_files import Look, copy_adapter, is_complete, look_at
+from loramux_server.publishing.adapter_files import Look, copy_adapter, is_complete, look_at, unread_weights
+from loramux_server.publishing.directory_names import adapter_names
 from loramux_server.publishing.publisher import Publisher, is_usable
 
 logger = logging.getLogger(__name__)
@@ -39,10 +37,12 @@ class _Adapter:
     Attributes:
         seen: at the last poll; a str is why it could not be looked at.
         done: what was last published or refused; None if nothing was yet.
+        waits: the server was too busy for it, which was said.
     """
 
     seen: Look | str
     done: Look | str | None = None
+    waits: bool = False
 
 
 class DirectoryWatch:
@@ -86,12 +86,7 @@ class DirectoryWatch:
 
     def _names(self) -> list[str] | None:
         try:
-            with os.scandir(self._directory) as entries:
-                names = sorted(
-                    entry.name
-                    for entry in entries
-                    if not entry.name.startswith(".") and (entry.is_dir(follow_symlinks=False) or entry.is_symlink())
-                )
+            names = adapter_names(self._directory)
         except OSError as error:
             if self._is_readable:
                 logger.warning("the watched directory cannot be read: %s", error.strerror)
@@ -103,7 +98,7 @@ class DirectoryWatch:
 
     def _look(self, name: str) -> Look | str:
         try:
-            return look_at(self._directory, [name])
+            return look_at(self._directory, name.split("/"))
         except AdapterRejected as error:
             return str(error)
         except OSError as error:
@@ -114,29 +109,50 @@ class DirectoryWatch:
         if isinstance(look, str):
             self._refuse(name, look)
         elif not is_complete(look):
-            return
+            reason = self._why_incomplete(name)
+            if reason is None:
+                return
+            self._refuse(name, reason)
         else:
             try:
-                stored = self._publisher.publish_files(
-                    name, lambda target: self._copy(name, look, target, is_first)
-                ).stored
-                logger.info("%s from the watched directory: %s, %.12s", name, stored.outcome, stored.version)
-            except (_Changed, ServerBusy):
+                done = self._publisher.publish_files(
+                    name,
+                    lambda target: self._copy(name, look, target),
+                    lambda version: self._leave_kept(name, version, is_first),
+                )
+                logger.info("%s from the watched directory: %s, %.12s", name, done.stored.outcome, done.stored.version)
+                for note in done.checked.notes:
+                    logger.info("%s from the watched directory: %s", name, note)
+            except _Changed:
                 return  # its turn comes again
+            except ServerBusy as error:
+                if not adapter.waits:
+                    logger.info("%s from the watched directory is tried again at every look: %s", name, error)
+                adapter.waits = True
+                return
             except _KeptAlready:
                 logger.info("%s in the watched directory is a version that is kept already", name)
             except (AdapterError, LoramuxError) as error:
                 self._refuse(name, str(error))
             except OSError as error:
                 self._refuse(name, f"it cannot be copied: {error.strerror}")
-        adapter.done = look
+        adapter.done, adapter.waits = look, False
 
-    def _copy(self, name: str, look: Look, target: Path, is_first: bool) -> None:
-        copied = copy_adapter(self._directory, [name], target, limit=self._limit)
-        if copied != look or look_at(self._directory, [name]) != look:
+    def _why_incomplete(self, name: str) -> str | None:
+        """What will not change by waiting; None as long as the files may still come."""
+        try:
+            return unread_weights(self._directory, name.split("/"))
+        except (AdapterRejected, OSError):
+            return None  # the next look says so
+
+    def _copy(self, name: str, look: Look, target: Path) -> None:
+        copied = copy_adapter(self._directory, name.split("/"), target, limit=self._limit)
+        if copied != look or look_at(self._directory, name.split("/")) != look:
             raise _Changed
-        # After a start, a directory that nobody changed must not undo a rollback or a newer upload.
-        if is_first and is_usable(self._store, name) and self._keeps(name, digest_of(read_config(target), target)):
+
+    def _leave_kept(self, name: str, version: str, is_first: bool) -> None:
+        """After a start, a directory that nobody changed must not undo a rollback or a newer upload."""
+        if is_first and is_usable(self._store, name) and self._keeps(name, version):
             raise _KeptAlready
 
     def _keeps(self, name: str, version: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from loramux_adapters.errors import MemoryShort
 from loramux_adapters.lora.host_cache import HostCache
 from loramux_adapters.memory import resident_bytes as process_bytes
 from loramux_adapters.memory import returning_memory
+from loramux_adapters.store.quarantine import in_short
 from loramux_adapters.store.store import AdapterStore
 from loramux_server.api.app import create_app
 from loramux_server.api.http.dependencies import Dependencies, Keys, Limits, ServedBase
@@ -38,8 +40,10 @@ from loramux_server.metrics.metrics import Metrics
 from loramux_server.publishing.preload import preload
 from loramux_server.publishing.proof import Prover
 from loramux_server.serving.adapter_lifecycle import AdapterLifecycle, CountedCheck, pin_bytes
+from loramux_server.serving.loop_pauses import LoopPauses
 from loramux_server.serving.memory_plan import MIB, arena_rows, kept_blocks, num_blocks, summary
 from loramux_server.serving.startup import Stages
+from loramux_server.wire.connections import Connections
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,7 @@ class BuiltServer:
     store: AdapterStore
     host_cache: HostCache
     lifecycle: AdapterLifecycle
+    pauses: LoopPauses
 
     @property
     def models(self) -> Sequence[str]:
@@ -69,19 +74,29 @@ class BuiltServer:
         if self.preload is not None:
             with self.stages.stage("try and publish the adapters to preload"):
                 await asyncio.to_thread(self.preload)
+        gc.freeze()  # what is here now stays: a search through it for garbage stops every thread for long
+        self.pauses.start(asyncio.get_running_loop())
 
-    async def drain(self, timeout: float) -> None:
-        await self.client.drain(timeout)
+    @property
+    def running(self) -> int:
+        """Replies that are not finished."""
+        return self.client.running
+
+    async def drain(self, timeout: float) -> int:
+        return await self.client.drain(timeout)
 
     async def stop(self) -> None:
+        self.pauses.stop()
         await asyncio.to_thread(self.lifecycle.stop)
         await self.client.drain(0.0)
         self.host_cache.close()
         self.store.close()
 
 
-def build(config: ServeConfig, stages: Stages) -> BuiltServer:
+def build(config: ServeConfig, stages: Stages, connections: Connections) -> BuiltServer:
     """Loads the base and puts everything around it. Slow; run it beside the event loop.
+
+    `connections` are those of the port, for the metrics and to refuse requests that are too many.
 
     Raises:
         BaseModelError, ConfigError: the base, or the memory given to it, cannot serve.
@@ -95,6 +110,12 @@ def build(config: ServeConfig, stages: Stages) -> BuiltServer:
     with stages.stage("load the base"), returning_memory():
         base = load_base_model(config.base, device=device, cache_dir=cache_dir, report=stages.note, kernels=kernels)
         shape = probe_kv_shape(base.model, device)
+    tokenizer = BaseTokenizer(
+        base.tokenizer,
+        getattr(base.model, "generation_config", None),
+        base.vocabulary,
+        special_in_messages=config.special_tokens_in_messages,
+    )
     name = config.served_model_name or base.name
     metrics = Metrics(config.metrics_adapter_labels)
     with stages.stage("open the adapter store"):
@@ -105,18 +126,21 @@ def build(config: ServeConfig, stages: Stages) -> BuiltServer:
             keep_versions=config.keep_versions,
             pin_bytes=pin_bytes(config),
         )
+        if (set_aside := in_short(store.quarantined())) is not None:
+            stages.note(set_aside)
     rows = arena_rows(config, base)
     max_rank = min(config.max_lora_rank, 1 << (rows.bit_length() - 1))
     try:
         with stages.stage("check the base through the engine's own path"):
             parts = Parts.build(config, base, shape, store, metrics, rows)
-        check = CountedCheck(base.info(), max_rank, metrics)
+        check = CountedCheck(base.info(tokenizer.encoder), max_rank, metrics)
         context = min(config.max_model_len, base.context_length, parts.device.cache.num_blocks * BLOCK_SIZE)
 
         def build_prover(forget: Callable[[str], None]) -> Prover:
             return Prover(
                 parts.client.generate,
                 parts.host_cache.holding,
+                lambda version: parts.client.residency(version) == "device",
                 forget,
                 metrics,
                 base_id=base.base_id,
@@ -132,7 +156,6 @@ def build(config: ServeConfig, stages: Stages) -> BuiltServer:
     except BaseException:
         store.close()
         raise
-    tokenizer = BaseTokenizer(base.tokenizer, getattr(base.model, "generation_config", None), base.vocabulary)
     app = create_app(
         Dependencies(
             engine=parts.client,
@@ -144,13 +167,28 @@ def build(config: ServeConfig, stages: Stages) -> BuiltServer:
             publish=lifecycle.publisher.publish,
             metrics=metrics,
             base=ServedBase(name=name, base_id=base.base_id, context=context, created=int(time.time())),
-            keys=Keys(config.api_key, config.admin_key, check_host=is_loopback(config.host)),
-            limits=Limits(upload_bytes=config.max_upload_mib * MIB, request_seconds=config.request_timeout),
+            keys=Keys(
+                config.api_key,
+                config.admin_key,
+                check_host=is_loopback(config.host),
+                allowed_hosts=config.allowed_host_list,
+            ),
+            limits=Limits(
+                upload_bytes=config.max_upload_mib * MIB,
+                stall_seconds=config.stall_timeout,
+                body_rate=config.pace.bytes_per_second,
+                upload_seconds=config.upload_timeout,
+                request_seconds=config.request_timeout,
+            ),
             lora_path_root=lifecycle.lora_path_root,
+            special_in_prompts=config.special_tokens_in_prompts,
+            connections=connections,
+            cors_origins=config.cors_origin_list,
         )
     )
     overhead = _overhead(parts, base)
     metrics.read_gauges_from(_gauge_readings(parts, resident_bytes(base.model), overhead))
+    metrics.read_connections_from(connections.readings)
     return BuiltServer(
         app=app,
         name=name,
@@ -163,6 +201,7 @@ def build(config: ServeConfig, stages: Stages) -> BuiltServer:
         store=store,
         host_cache=parts.host_cache,
         lifecycle=lifecycle,
+        pauses=LoopPauses(metrics.loop_paused),
     )
 
 
@@ -253,7 +292,7 @@ def _gauge_readings(parts: Parts, base_bytes: int, overhead: int) -> Callable[[]
             adapters_device=len(stats.resident),
             slot_rows=stats.slot_rows_total,
             device_versions=stats.resident,
-            waiting_adapters=stats.waiting_adapters,
+            waiting_by_adapter=stats.waiting_by_adapter,
             lookups={
                 ("device", "hit"): stats.slot_hits,
                 ("device", "miss"): stats.slot_misses,

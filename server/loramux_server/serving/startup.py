@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
 
 from loramux_server.errors import CommandFailed
+from loramux_server.plain_text import printable
 
 T = TypeVar("T")
 Message: TypeAlias = MutableMapping[str, Any]
@@ -47,7 +48,7 @@ class Stages:
         try:
             yield
         except BaseException:
-            self._end_line()
+            self.break_line()
             raise
         self.seconds[name] = self._clock() - began
         if not self._line_is_open:
@@ -57,10 +58,11 @@ class Stages:
 
     def note(self, text: str) -> None:
         """Adds a line, within a stage or between two."""
-        self._end_line()
-        self._write(f"  {text}\n")
+        self.break_line()
+        self._write(f"  {printable(text)}\n")
 
-    def _end_line(self) -> None:
+    def break_line(self) -> None:
+        """What is written next, by whomever, begins a line of its own."""
         if self._line_is_open:
             self._write("\n")
             self._line_is_open = False
@@ -79,16 +81,15 @@ class StartupApp:
         """Called on the event loop, when the server is ready."""
         self._app = app
 
-    async def __call__(
+    def __call__(
         self,
         scope: Message,
         receive: Callable[[], Awaitable[Message]],
         send: Callable[[Message], Awaitable[None]],
-    ) -> None:
+    ) -> Awaitable[None]:
         if self._app is not None:
-            await self._app(scope, receive, send)
-        elif scope["type"] == "http":
-            await _answer_while_loading(scope["path"], send)
+            return self._app(scope, receive, send)
+        return _answer_while_loading(scope["path"], send)
 
 
 async def _answer_while_loading(path: str, send: Callable[[Message], Awaitable[None]]) -> None:

@@ -186,7 +186,7 @@ def test_a_sparse_map_in_an_extension_is_refused(tmp_path: Path) -> None:
 
 @both
 def test_too_many_files_are_refused(tmp_path: Path, pack: Pack) -> None:
-    with pytest.raises(AdapterRejected, match="more than 1000 files"):
+    with pytest.raises(AdapterRejected, match="more than 1000 entries"):
         unpacked(tmp_path, pack(FILES | {f"f{number}": b"" for number in range(1000)}))
 
 
@@ -253,3 +253,64 @@ def test_a_file_without_a_name_is_refused(tmp_path: Path, name: str) -> None:
 def test_a_name_that_no_file_system_takes_is_refused(tmp_path: Path, pack: Pack) -> None:
     with pytest.raises(AdapterRejected, match="too long"):
         unpacked(tmp_path, pack({**FILES, "x" * 300: b"?"}))
+
+
+def plain_tar(files: Mapping[str, bytes]) -> bytes:
+    return gzip.decompress(tarred(files))
+
+
+def test_a_tar_that_is_not_compressed_is_read_whatever_it_is_called(tmp_path: Path) -> None:
+    assert unpacked(tmp_path, plain_tar({"my-adapter/" + name: content for name, content in FILES.items()})) == FILES
+
+
+def directories(count: int) -> bytes:
+    entry = tarfile.TarInfo("d")
+    entry.type = tarfile.DIRTYPE
+    return entry.tobuf() * count
+
+
+def empty_zip_directories(count: int) -> bytes:
+    return zipped(FILES | {f"{number}/": b"" for number in range(count)})
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        directories(1001) + plain_tar(FILES),
+        gzip.compress(directories(1001) + plain_tar(FILES)),
+        gzip.compress(directories(100_000)) * 10 + tarred(FILES),
+        empty_zip_directories(1001),
+    ],
+    ids=["tar", "tar.gz", "a million in ten streams", "zip"],
+)
+def test_directories_count_as_files_do(tmp_path: Path, data: bytes) -> None:
+    with pytest.raises(AdapterRejected, match="more than 1000 entries"):
+        unpacked(tmp_path, data)
+
+
+@pytest.mark.parametrize("pack", [zipped, tarred])
+def test_an_archive_that_unpacks_out_of_proportion_is_refused_below_the_limit_too(tmp_path: Path, pack: Pack) -> None:
+    with pytest.raises(AdapterRejected, match="far more than weights would"):
+        unpacked(tmp_path, pack(FILES | {"zeros": bytes(20 * 2**20)}), limit=2**40)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (tarred(FILES) + b"x", "something follows its end"),
+        (gzip.compress(plain_tar(FILES) + b"x" * 512), "something follows its end"),
+        (gzip.compress(plain_tar(FILES)) * 2, "something follows its end"),
+        (plain_tar(FILES) + b"x", "something follows its end"),
+        (tarred(FILES)[:-4] + b"\0\0\0\0", "damaged"),
+        (b"BZh91AY", "bzip2; a zip, tar or tar.gz is taken"),
+        (b"\xfd7zXZ\0", "xz"),
+        (b"\x28\xb5\x2f\xfd", "zstd"),
+        (b"GGUF\3\0\0\0", "a GGUF file"),
+        ((2).to_bytes(8, "little") + b"{}", "safetensors file.*part 'weights'"),
+        (b"", "neither a zip nor a tar or tar.gz"),
+    ],
+)
+def test_what_is_no_whole_archive_of_ours_is_refused_by_what_it_is(tmp_path: Path, data: bytes, reason: str) -> None:
+    with pytest.raises(AdapterRejected, match=reason):
+        unpacked(tmp_path, data)
+    assert list((tmp_path / "target").iterdir()) == []

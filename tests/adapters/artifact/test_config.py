@@ -63,7 +63,8 @@ def test_every_field_of_peft_is_read_ignored_or_refused_by_name() -> None:
     ("name", "value"),
     [
         ("use_dora", True),
-        ("modules_to_save", ["embed_tokens"]),
+        ("modules_to_save", "embed_tokens"),
+        ("modules_to_save", [1]),
         ("bias", "lora_only"),
         ("lora_bias", True),
         ("trainable_token_indices", [1]),
@@ -80,6 +81,10 @@ def test_every_field_of_peft_is_read_ignored_or_refused_by_name() -> None:
         ("peft_type", "ADALORA"),
         ("peft_type", None),
         ("task_type", "SEQ_CLS"),
+        ("task_type", "TOKEN_CLS"),
+        ("task_type", "FEATURE_EXTRACTION"),
+        ("task_type", "no_such"),
+        ("task_type", 1),
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", "pissa_niter_16"),
         ("init_lora_weights", "olora"),
@@ -90,6 +95,9 @@ def test_every_field_of_peft_is_read_ignored_or_refused_by_name() -> None:
         ("init_lora_weights", "no_such"),
         ("init_lora_weights", 1),
         ("some_future_option", 1),
+        ("some_future_option", True),
+        ("some_future_option", "x"),
+        ("some_future_option", {"x": None}),
         ("r", 0),
         ("r", -1),
         ("r", True),
@@ -126,8 +134,50 @@ def test_what_is_not_served_is_refused_by_its_name(name: str, value: object) -> 
     assert name in reason
 
 
-def test_an_unknown_key_that_says_nothing_is_ignored() -> None:
-    parse_config(config_bytes(a=None, b=False, c="", d=[], e={}, f=0))
+def test_an_unknown_key_that_says_nothing_is_accepted_with_a_note() -> None:
+    (note,) = parse_config(config_bytes(a=None, b=False, c="", d=[], e={}, f=0)).notes
+    assert note.endswith("off or empty: a, b, c, d, e, f")
+    (note,) = parse_config(config_bytes(**{f"k{n}": None for n in range(1000)})).notes
+    assert "k0, " in note and note.endswith(" and 992 more")
+
+
+def test_an_unknown_key_is_refused_with_its_value() -> None:
+    assert reasons_for(config_bytes(new_trick={"beta": 0.5})) == [
+        'new_trick is {"beta": 0.5}, and is not known here: it could change the result'
+    ]
+    assert reasons_for(config_bytes(use_dora=True)) == ["use_dora is true, which is not served"]
+
+
+def test_the_defaults_of_peft_are_accepted_without_a_note() -> None:
+    written: Any = LoraConfig(target_modules=["q_proj"])
+    assert parse_config(json.dumps(written.to_dict(), default=list).encode()).notes == ()
+
+
+def test_every_field_of_this_peft_is_known() -> None:
+    """A new release may add one: then `artifact/config.py` reads it, or lists it by what it does."""
+    for field in dataclasses.fields(LoraConfig):
+        assert (
+            parse_config(config_bytes(**({field.name: None} if field.name not in MINIMAL_CONFIG else {}))).notes == ()
+        )
+
+
+def test_fields_that_old_releases_of_peft_wrote_are_accepted() -> None:
+    assert parse_config(config_bytes(enable_lora=None, merge_weights=False, lora_dropout=0.1)).notes == ()
+    assert "enable_lora" in reasons_for(config_bytes(enable_lora=[True, False]))[0]
+
+
+def test_a_decoder_that_was_trained_as_another_task_is_accepted_with_a_note() -> None:
+    assert "SEQ_2_SEQ_LM" in parse_config(config_bytes(task_type="SEQ_2_SEQ_LM")).notes[0]
+    for task in ("CAUSAL_LM", None):
+        assert parse_config(config_bytes(task_type=task)).notes == ()
+
+
+def test_modules_to_save_are_read() -> None:
+    assert parse_config(config_bytes(modules_to_save=["lm_head", "embed_tokens"])).modules_to_save == (
+        "embed_tokens",
+        "lm_head",
+    )
+    assert parse_config(config_bytes(modules_to_save=[])).modules_to_save == ()
 
 
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal"])
@@ -136,8 +186,8 @@ def test_an_initialisation_that_leaves_the_base_alone_is_accepted(init: object) 
 
 
 def test_all_reasons_are_given_at_once() -> None:
-    found = reasons_for(config_bytes(use_dora=True, bias="all", r=0, modules_to_save=["x"]))
-    assert [reason.split()[0] for reason in found] == ["bias", "r", "use_dora", "modules_to_save"]
+    found = reasons_for(config_bytes(use_dora=True, bias="all", r=0, modules_to_save=[""]))
+    assert [reason.split()[0] for reason in found] == ["bias", "use_dora", "r", "modules_to_save"]
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,10 @@ from loramux_adapters.artifact.format import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     digest_of,
-    module_path,
     pair_up,
     read_config,
     read_header,
 )
-from loramux_adapters.errors import AdapterRejected
 from support.adapter_files import TINY_LINEARS, write_adapter
 
 
@@ -29,38 +27,6 @@ def digest(directory: Path) -> str:
 def edit_config(directory: Path, **fields: object) -> None:
     path = directory / CONFIG_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("base_model.model.model.layers.0.mlp.up_proj.lora_A.weight", ("model.layers.0.mlp.up_proj", "A")),
-        ("base_model.model.model.layers.0.mlp.up_proj.lora_B.default.weight", ("model.layers.0.mlp.up_proj", "B")),
-        ("base_model.model.lm_head.lora_B.weight", ("lm_head", "B")),
-        ("lm_head.lora_A.weight", ("lm_head", "A")),
-        ("base_model.model.lm_head.base_layer.weight", ("lm_head.weight", "base")),
-        ("base_model.model.model.embed_tokens.weight", ("model.embed_tokens.weight", "base")),
-        ("", ("", "base")),
-        ("../../etc/passwd", ("../../etc/passwd", "base")),
-    ],
-)
-def test_a_tensor_name_says_which_module_it_belongs_to(name: str, expected: tuple[str, str]) -> None:
-    assert module_path(name) == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "field"),
-    [
-        ("base_model.model.lm_head.lora_magnitude_vector", "use_dora"),
-        ("base_model.model.model.embed_tokens.lora_embedding_A", "embedding"),
-        ("base_model.model.lm_head.lora_B.bias", "lora_bias"),
-        ("base_model.model.score.modules_to_save.weight", "modules_to_save"),
-        ("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", "trainable_token_indices"),
-    ],
-)
-def test_weights_of_other_kinds_are_refused_by_the_name_of_their_option(name: str, field: str) -> None:
-    with pytest.raises(AdapterRejected, match=field):
-        module_path(name)
 
 
 def test_pairs_are_complete_and_agree_on_their_rank(tmp_path: Path) -> None:

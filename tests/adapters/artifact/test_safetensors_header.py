@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,8 @@ def test_a_header_without_tensors_is_an_empty_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "header",
     [
-        {"a": entry(dtype="F64", shape=(2,))},
+        {"a": entry(dtype="F64")},
+        {"a": entry(dtype="F8_E4M3", shape=(16,))},
         {"a": entry(dtype="I32")},
         {"a": entry(dtype="BOOL", shape=(16,))},
         {"a": entry(dtype=["F32"])},
@@ -120,8 +123,8 @@ def test_every_bad_tensor_is_named(tmp_path: Path) -> None:
 
 
 def test_only_a_regular_file_is_opened(tmp_path: Path) -> None:
-    real = write(tmp_path / "w", {"a": entry()})
-    (tmp_path / "link").symlink_to(real)
+    write(tmp_path / "w", {"a": entry()})
+    (tmp_path / "link").symlink_to("/etc/passwd")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     for name in ("link", "pipe", "folder", "absent"):
@@ -176,3 +179,22 @@ def test_a_damaged_file_is_refused_or_still_sound(tmp_path: Path, position: int,
             assert set(file.keys()) == set(specs)
     except SafetensorError as error:
         pytest.fail(f"accepted a file that the library refuses: {error}")
+
+
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [
+        (b"GGUF\3\0\0\0" + bytes(64), "a GGUF file"),
+        (b"PK\3\4\0\0\x08\x08" + bytes(64), "a pickle, as torch.save writes it"),
+        (pickle.dumps({"a": 1}, 2), "a pickle"),
+        (pickle.dumps({"a": list(range(1000))}, 4), "a pickle"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "a pointer of Git LFS"),
+        (b"<!DOCTYPE html><html></html>", "a web page"),
+        (gzip.compress(bytes(range(256)) * 9, mtime=0), "an archive"),
+    ],
+)
+def test_what_is_taken_for_weights_by_mistake_is_called_by_its_name(tmp_path: Path, start: bytes, what: str) -> None:
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(start)
+    (reason,) = reasons_for(path)
+    assert f"adapter_model.safetensors is {what}" in reason

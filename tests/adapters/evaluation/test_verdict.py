@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from loramux_adapters.evaluation.bootstrap import Difference
 from loramux_adapters.evaluation.evaluated import Evaluation, Level, Role
+from loramux_adapters.evaluation.verdict import Standing, judge, standing
 from support.evaluations import HAM, NONE, flipped, labelled, text, truth_of
 
 TRUTH = truth_of(690, 110)
@@ -27,18 +30,96 @@ def test_an_adapter_that_helps_is_called_better_than_the_base() -> None:
     assert {remark.level for remark in evaluation.remarks} == {Level.GOOD}
 
 
-def test_no_gain_over_the_base_is_called_out() -> None:
-    same = labelled(TRUTH, GOOD, {Role.BASE: flipped(TRUTH, ham=4, spam=4)})
+SURE, LOW = 0.001, 0.3  # values of p
+POINTS = [
+    # difference, its interval, p -> how it stands
+    ((0.20, 0.10, 0.30, SURE), Standing.BETTER),
+    ((0.01, 0.001, 0.02, 0.04), Standing.BETTER),  # small, but sure
+    ((0.20, -0.05, 0.40, LOW), Standing.PERHAPS_BETTER),
+    ((0.03, 0.00, 0.06, 0.06), Standing.PERHAPS_BETTER),
+    ((0.02, -0.10, 0.12, LOW), Standing.EQUAL),
+    ((0.00, 0.00, 0.00, 1.0), Standing.EQUAL),
+    ((-0.02, -0.10, 0.05, LOW), Standing.EQUAL),
+    ((-0.03, -0.10, 0.05, LOW), Standing.PERHAPS_WORSE),
+    ((-0.60, -0.90, 0.10, 0.06), Standing.PERHAPS_WORSE),
+    ((-0.01, -0.02, -0.001, 0.04), Standing.WORSE),
+    ((-0.60, -0.80, -0.40, SURE), Standing.WORSE),
+]
+
+
+@pytest.mark.parametrize(("difference", "stands"), POINTS)
+def test_a_difference_is_read_by_its_sign_its_size_and_its_certainty(
+    difference: tuple[float, float, float, float], stands: Standing
+) -> None:
+    assert standing(Difference(*difference), 0.02) is stands
+
+
+@pytest.mark.parametrize(
+    ("stands", "of_base", "base_level", "of_majority", "majority_level"),
+    [
+        (Standing.BETTER, "Better than the bare base: F1 of spam +60.0", Level.GOOD, None, None),
+        (
+            Standing.PERHAPS_BETTER,
+            "Perhaps better than the bare base, but 20 held-out examples are too few to be sure: F1 of spam +20.0",
+            Level.WARNING,
+            'Perhaps more accurate than always answering "ham", but 20 held-out examples are too few to be sure',
+            Level.WARNING,
+        ),
+        (
+            Standing.EQUAL,
+            "No gain over the bare base: F1 of spam +1.0",
+            Level.BAD,
+            'No more accurate than always answering "ham": accuracy +1.0',
+            Level.BAD,
+        ),
+        (
+            Standing.PERHAPS_WORSE,
+            "Below the bare base, though 20 held-out examples are too few to be sure: F1 of spam -60.0",
+            Level.BAD,
+            'Below always answering "ham", though 20 held-out examples are too few to be sure: accuracy -60.0',
+            Level.BAD,
+        ),
+        (
+            Standing.WORSE,
+            "WORSE than the bare base: F1 of spam -60.0",
+            Level.BAD,
+            'LESS accurate than always answering "ham": accuracy -60.0',
+            Level.BAD,
+        ),
+    ],
+)
+def test_every_standing_has_words_that_say_it(
+    stands: Standing, of_base: str, base_level: Level, of_majority: str | None, majority_level: Level | None
+) -> None:
+    value = {
+        Standing.BETTER: Difference(0.6, 0.4, 0.8, SURE),
+        Standing.PERHAPS_BETTER: Difference(0.2, -0.05, 0.4, LOW),
+        Standing.EQUAL: Difference(0.01, -0.1, 0.1, LOW),
+        Standing.PERHAPS_WORSE: Difference(-0.6, -0.9, 0.1, 0.06),
+        Standing.WORSE: Difference(-0.6, -0.8, -0.4, SURE),
+    }[stands]
+    truth = truth_of(14, 6)
+    made = labelled(truth, truth, {Role.BASE: truth, Role.MAJORITY: [HAM] * 20})
+    made = replace(made, comparisons=tuple(replace(each, difference=value) for each in made.comparisons))
+    evaluation = replace(made, remarks=judge(made))
+
+    assert said(evaluation, of_base) is base_level
+    majority = [remark for remark in evaluation.remarks if "always answering" in remark.text]
+    assert [remark.level for remark in majority] == ([] if majority_level is None else [majority_level])
+    assert all(str(of_majority) in remark.text for remark in majority)
+    assert not any("significant" in remark.text for remark in evaluation.remarks)
+
+
+def test_an_adapter_that_is_worse_than_the_base_is_called_out() -> None:
     worse = labelled(TRUTH, BAD_BASE, {Role.BASE: GOOD})
 
-    assert said(same, "No significant gain over the bare base") is Level.BAD
     assert said(worse, "WORSE than the bare base") is Level.BAD
 
 
 def test_an_adapter_that_only_knows_the_majority_is_called_out() -> None:
     evaluation = labelled(TRUTH, [HAM] * 800, {Role.BASE: BAD_BASE, Role.MAJORITY: [HAM] * 800})
 
-    assert said(evaluation, "Not significantly more accurate than majority: ham") is Level.BAD
+    assert said(evaluation, 'No more accurate than always answering "ham"') is Level.BAD
     assert said(evaluation, 'Never answers "spam"') is Level.BAD
     assert said(evaluation, 'Accuracy of 86.2% hides that only 0.0% of "spam" is found') is Level.BAD
 
@@ -96,7 +177,7 @@ def test_a_gap_to_the_training_examples_is_overfitting() -> None:
     none = labelled(TRUTH, GOOD, {}, train_gap=Difference(0.01, -0.01, 0.03, 0.4))
 
     assert said(wide, "Overfitting: 9.0 points better on 400 training examples") is Level.BAD
-    assert said(unsure, "No sign of overfitting") is Level.NOTE
+    assert said(unsure, "Perhaps overfitting: 6.0 points better on 400 training examples") is Level.WARNING
     assert said(none, "No sign of overfitting: 1.0 points") is Level.NOTE
 
 
@@ -121,7 +202,7 @@ def test_free_text_is_judged_by_its_loss() -> None:
 
     assert said(text(low, high), "Better than the bare base: loss -0.99") is Level.GOOD
     assert said(text(high, low), "WORSE than the bare base: loss +0.99") is Level.BAD
-    assert said(text(low, low), "No significant gain over the bare base") is Level.BAD
+    assert said(text(low, low), "No gain over the bare base") is Level.BAD
     assert said(text(high, high, seen=low), "Overfitting: 0.99") is Level.BAD
     assert said(text(low, high, seen=low), "No sign of overfitting") is Level.NOTE
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from loramux_adapters.lora.slots import Acquired, Slot, SlotTable, bucket_of
+from support.lines_run import lines_run
+from support.plain_slots import PlainSlotTable, state_of
 
 
 def acquired(table: SlotTable, version: str, rank: int) -> Acquired:
@@ -363,3 +368,79 @@ def test_found_and_missing_versions_are_counted() -> None:
     place(table, "a", 8)
     place(table, "b", 8)
     assert (table.hits, table.misses) == (1, 2)
+
+
+WIDE = {f"{rank}-{number}": rank for rank in (1, 8, 9, 16, 20, 32, 60, 100) for number in range(4)}
+
+
+class AgainstPlain(RuleBasedStateMachine):
+    """Whatever is asked, the table does what the plain one does in the same state."""
+
+    @initialize(rows=st.sampled_from([8, 40, 64, 72, 128, 200, 256]))
+    def begin(self, rows: int) -> None:
+        self.table = SlotTable(rows)
+
+    def both(self, ask: Callable[[SlotTable | PlainSlotTable], object]) -> None:
+        plain = PlainSlotTable.like(self.table)
+        assert ask(self.table) == ask(plain)
+        assert state_of(self.table) == state_of(plain)
+
+    @rule(version=st.sampled_from(sorted(WIDE)), pinned=st.booleans())
+    def acquire(self, version: str, pinned: bool) -> None:
+        self.both(lambda table: table.acquire(version, WIDE[version]))
+        if not pinned and version in self.table.pinned:
+            self.both(lambda table: table.release(version))
+
+    @rule(versions=st.sets(st.sampled_from(sorted(WIDE)), min_size=2, max_size=5), pinned=st.booleans())
+    def acquire_all(self, versions: set[str], pinned: bool) -> None:
+        """Not the same windows always: what one of them evicted is room for the next here. But as often as there."""
+        plain, before = PlainSlotTable.like(self.table), self.table.pinned
+        held = {version: self.table.lookup(version) for version in before}
+        wanted = {version: WIDE[version] for version in sorted(versions)}
+        got = self.table.acquire_all(wanted)
+        if got is None:
+            assert state_of(self.table) == state_of(PlainSlotTable.like(self.table))
+            assert plain.acquire_all(wanted) is None or self.table._kept
+            if not before:
+                assert not self.table.fits(*wanted.values())
+            return
+        assert plain.acquire_all(wanted) is not None or self.table._kept
+        assert not {name for one in got.values() for name in one.evicted} & set(before)
+        assert {version: self.table.lookup(version) for version in before} == held
+        for version in versions if not pinned else ():
+            self.table.release(version)
+
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        if pinned := self.table.pinned:
+            version = data.draw(st.sampled_from(pinned))
+            self.both(lambda table: table.release(version))
+
+    @rule(version=st.sampled_from(sorted(WIDE)), retired=st.booleans())
+    def leave(self, version: str, retired: bool) -> None:
+        self.both(lambda table: table.retire(version) if retired else table.drop(version))
+
+    @rule(versions=st.sets(st.sampled_from(sorted(WIDE)), max_size=6))
+    def keep(self, versions: set[str]) -> None:
+        self.both(lambda table: table.keep(versions))
+
+    @invariant()
+    def is_whole(self) -> None:
+        self.table.check_integrity()
+
+
+TestAgainstPlain = AgainstPlain.TestCase
+TestAgainstPlain.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+
+
+def test_who_is_found_does_not_depend_on_how_many_rows_there_are() -> None:
+    """Steps of the interpreter in a call, with a full table of 2^6 and of 2^13 slots: by their logarithms."""
+    steps = []
+    for slots in (1 << 6, 1 << 13):
+        table = SlotTable(slots * 8)
+        for number in range(slots):
+            table.acquire(str(number), 8)
+            table.release(str(number))
+        steps.append(lines_run(partial(table.acquire, "new", 64)))
+        assert table.evictions == 8
+    assert steps[1] < 5 * steps[0]

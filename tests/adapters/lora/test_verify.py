@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -188,12 +189,31 @@ def test_files_that_are_not_served_are_named(tmp_path: Path) -> None:
     write_adapter(tmp_path, TINY_LINEARS)
     (tmp_path / "README.md").write_text("harmless")
     check_adapter(tmp_path, BASE, 256)
-    (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / WEIGHTS_FILE).rename(tmp_path / "adapter_model.bin")
     found = reasons_for(tmp_path)
     assert any("adapter_model.bin" in reason and "pickle" in reason for reason in found)
-    assert any("tokenizer.json" in reason for reason in found)
-    assert any(f"{WEIGHTS_FILE} is missing" in reason for reason in found)
+    assert not any("is missing" in reason for reason in found)
+
+
+def test_a_tokenizer_that_is_not_the_bases_is_a_reason_among_others(tmp_path: Path) -> None:
+    def refuse(directory: Path) -> str | None:
+        raise AdapterRejected(["tokenizer.json adds tokens"])
+
+    write_adapter(tmp_path, {})
+    with pytest.raises(AdapterRejected) as caught:
+        check_adapter(tmp_path, replace(BASE, own_template=refuse), 256)
+    assert caught.value.reasons[0] == "tokenizer.json adds tokens"
+    assert "no LoRA weights" in caught.value.reasons[1]
+
+
+def test_a_chat_template_of_its_own_is_part_of_the_version(tmp_path: Path) -> None:
+    write_adapter(tmp_path, TINY_LINEARS)
+    plain = check_adapter(tmp_path, BASE, 256)
+    own = check_adapter(tmp_path, replace(BASE, own_template=lambda directory: "{{ messages }}"), 256)
+    assert plain.chat_template is None and plain.version == digest_of(plain.config, tmp_path)
+    assert own.chat_template == "{{ messages }}" and own.version != plain.version
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert own.version == digest_of(own.config, tmp_path) == load_host_adapter(tmp_path).version
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS_FILE, "card.json"])
@@ -211,3 +231,133 @@ def test_reasons_come_from_both_files_and_are_bounded(tmp_path: Path) -> None:
     found = reasons_for(tmp_path)
     assert "use_dora" in found[0] and "no.such" in found[1]
     assert len(found) == MAX_REASONS + 1 and found[-1] == "and 41 more"
+
+
+def notes_of(directory: Path) -> list[str]:
+    return check_adapter(directory, BASE, 256).notes
+
+
+def rename(old: str, new: str) -> Callable[[dict[str, torch.Tensor]], object]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [*tensors]:
+            tensors[name.replace(old, new)] = tensors.pop(name)
+
+    return change
+
+
+def test_an_ordinary_adapter_has_no_notes_and_reaches_all_layers(tmp_path: Path) -> None:
+    checked = check_adapter(write_adapter(tmp_path, TINY_LINEARS), BASE, 256)
+    assert checked.notes == [] and checked.layers == (2, 2)
+
+
+def test_the_name_of_an_adapter_in_its_tensors_makes_no_difference(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "plain", TINY_LINEARS, targets=["q_proj"])
+    write_adapter(tmp_path / "named", TINY_LINEARS, targets=["q_proj"])
+    edit(tmp_path / "named", rename(".weight", ".pirate.weight"))
+    plain, named = (check_adapter(tmp_path / name, BASE, 256) for name in ("plain", "named"))
+    assert named.version == plain.version and named.notes == []
+
+
+def test_several_adapters_in_one_file_are_refused_by_their_names(tmp_path: Path) -> None:
+    write_adapter(tmp_path, TINY_LINEARS, targets=["q_proj", "k_proj"])
+    edit(tmp_path, rename("q_proj.lora_A.weight", "q_proj.lora_A.pirate.weight"))
+    assert reasons_for(tmp_path) == ["the tensors are of 2 adapters, 'default', 'pirate': send each of them alone"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "tool"),
+    [
+        (".lora_A.weight", ".lora_down.weight", "Kohya"),
+        (".lora_B.weight", ".lora.up.weight", "diffusers"),
+        (".lora_A.weight", ".lora_a", "mlx-lm"),
+    ],
+)
+def test_names_of_other_tools_are_one_reason_with_what_helps(tmp_path: Path, old: str, new: str, tool: str) -> None:
+    write_adapter(tmp_path, TINY_LINEARS)
+    edit(tmp_path, rename(old, new))
+    (reason,) = reasons_for(tmp_path)
+    assert "15 tensors, " in reason and tool in reason
+
+
+def test_f64_is_rounded_once_with_a_note(tmp_path: Path) -> None:
+    write_adapter(tmp_path, TINY_LINEARS, targets=["q_proj"])
+    single = check_adapter(tmp_path, BASE, 256)
+    edit(tmp_path, lambda tensors: tensors.update({name: value.double() for name, value in tensors.items()}))
+    double = check_adapter(tmp_path, BASE, 256)
+    assert single.notes == [] and "F64" in double.notes[0]
+    for module, parts in double.adapter.modules.items():
+        assert all(map(torch.equal, parts, single.adapter.modules[module]))
+    assert load_host_adapter(tmp_path).version == double.version
+
+
+@pytest.mark.parametrize("value", [1e300, -1e39, float("inf"), float("nan")])
+@pytest.mark.parametrize("half", ["A", "B"])
+def test_f64_beyond_the_range_of_what_is_served_is_refused(tmp_path: Path, value: float, half: str) -> None:
+    write_adapter(tmp_path, TINY_LINEARS, targets=["q_proj"])
+
+    def widen(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({name: tensor.double() for name, tensor in tensors.items()})
+        tensors[f"{PREFIX}{Q}.lora_{half}.weight"][0, 0] = value
+
+    edit(tmp_path, widen)
+    assert reasons_for(tmp_path) == [f"module '{Q}' has values that are not finite in bf16"]
+
+
+def test_a_module_to_save_without_weights_is_noted_and_one_with_weights_is_refused_by_its_option(
+    tmp_path: Path,
+) -> None:
+    write_adapter(tmp_path, TINY_LINEARS, extra_config={"modules_to_save": ["embed_tokens", "lm_head"]})
+    (note,) = notes_of(tmp_path)
+    assert "modules_to_save names embed_tokens, lm_head, but" in note
+    edit(tmp_path, lambda tensors: tensors.update({f"{PREFIX}lm_head.base_layer.weight": HEAD}))
+    (note,) = notes_of(tmp_path)
+    assert "modules_to_save names embed_tokens, but" in note
+    edit(tmp_path, lambda tensors: tensors.update({f"{PREFIX}model.embed_tokens.weight": HEAD}))
+    (reason,) = reasons_for(tmp_path)
+    assert "embed_tokens.weight' is a fully trained module (modules_to_save)" in reason
+
+
+def test_a_pickle_beside_the_weights_is_left_out_with_a_note(tmp_path: Path) -> None:
+    write_adapter(tmp_path, TINY_LINEARS)
+    (tmp_path / "adapter_model.bin").write_bytes(b"x")
+    assert notes_of(tmp_path) == [
+        "adapter_model.bin is left out: pickles are never read, and adapter_model.safetensors is there"
+    ]
+
+
+def test_a_pickle_or_a_gguf_alone_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    write_adapter(tmp_path, TINY_LINEARS)
+    (tmp_path / WEIGHTS_FILE).rename(tmp_path / "adapter_model.bin")
+    (reason,) = reasons_for(tmp_path)
+    assert "weights_only=True" in reason and "'adapter_model.safetensors'" in reason
+    (tmp_path / "adapter_model.bin").rename(tmp_path / "pirate-f16.gguf")
+    assert reasons_for(tmp_path) == [
+        "'pirate-f16.gguf' is a GGUF file: send the PEFT directory that it was converted from"
+    ]
+
+
+@pytest.mark.parametrize("half", ["A", "B"])
+def test_modules_that_change_nothing_are_counted(tmp_path: Path, half: str) -> None:
+    write_adapter(tmp_path, TINY_LINEARS)
+    edit(tmp_path, lambda tensors: tensors[f"{PREFIX}{Q}.lora_{half}.weight"].zero_())
+    assert notes_of(tmp_path) == ["1 of 15 modules change nothing: their lora_A or lora_B is all zeros"]
+
+
+def test_an_adapter_that_changes_nothing_says_so(tmp_path: Path) -> None:
+    assert notes_of(write_adapter(tmp_path, TINY_LINEARS, std_b=0)) == [
+        "every product of lora_B and lora_A is zero: the adapter changes nothing"
+    ]
+
+
+def test_layers_without_weights_are_counted_and_noted(tmp_path: Path) -> None:
+    half = {module: sizes for module, sizes in TINY_LINEARS.items() if ".1." not in module}
+    checked = check_adapter(write_adapter(tmp_path, half), BASE, 256)
+    assert checked.layers == (1, 2)
+    assert checked.notes == ["1 of 2 layers carry weights: the config leaves none out, but there are none for layer 1"]
+
+
+def test_notes_are_bounded(tmp_path: Path) -> None:
+    linears = {f"model.layers.{layer}.m{name}": (8, 8) for layer in range(40) for name in range(40)}
+    some = {module: sizes for module, sizes in linears.items() if hash(module) % 2}
+    checked = check_adapter(write_adapter(tmp_path, some, rank=1), BaseInfo(BASE_ID, linears), 256)
+    assert 5 < len(checked.notes) <= MAX_REASONS + 1 and all(len(note) < 300 for note in checked.notes)

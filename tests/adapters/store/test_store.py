@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import sqlite3
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from loramux_adapters.artifact.format import CONFIG_FILE, WEIGHTS_FILE
+from loramux_adapters.artifact.format import CONFIG_FILE, KNOWN_FILES, WEIGHTS_FILE
 from loramux_adapters.errors import (
     AdapterCorrupt,
     AdapterNotFound,
@@ -20,7 +21,9 @@ from loramux_adapters.errors import (
     InvalidAdapterName,
     StoreUnavailable,
 )
+from loramux_adapters.store import directory_records
 from loramux_adapters.store.store import AdapterStore, Published
+from loramux_adapters.store.version_record import RECORD_FILE
 from support.adapter_files import TINY_LINEARS, write_adapter
 
 
@@ -67,6 +70,7 @@ def stored(root: Path) -> set[str]:
 
 
 def is_consistent(store: AdapterStore, root: Path) -> bool:
+    store.check_integrity()
     kept = {version.version for record in store.records() for version in record.versions}
     for version in kept:
         store.load(version)
@@ -80,7 +84,7 @@ def test_a_published_adapter_is_listed_leased_and_loaded(store: AdapterStore, cl
     assert (record.name, record.version, record.rank) == ("tuned", published.version, 8)
     assert record.target_modules == ["q_proj"] and record.base_verified is False and record.references == 0
     assert (record.created, record.updated) == (1000, 1000)
-    files = list(store.directory(published.version).iterdir())
+    files = [path for path in store.directory(published.version).iterdir() if path.name in KNOWN_FILES]
     assert record.nbytes == sum(path.stat().st_size for path in files) and len(files) == 2
     with store.acquire("tuned") as lease:
         assert (lease.name, lease.version, lease.rank) == ("tuned", published.version, 8)
@@ -174,8 +178,8 @@ def test_a_kept_version_is_leased_by_a_prefix_of_its_digest(store: AdapterStore)
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "../x", "a/b", "/a", "a\0", "a\n", "-a", "_a", "a:b", "a@b", "a b", "\u00e4", "a\u2024b", "%2e%2e"]
-    + ["a" * 64, "base"],
+    ["", ".", "..", "../x", "a/../b", "/a", "a\0", "a\n", "-a", "a:b", "a@b", "a b", "\u00e4", "a\u2024b", "%2e%2e"]
+    + ["a" * 256, "base"],
 )
 def test_a_name_outside_the_rule_or_reserved_is_refused(store: AdapterStore, name: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidAdapterName):
@@ -185,7 +189,7 @@ def test_a_name_outside_the_rule_or_reserved_is_refused(store: AdapterStore, nam
     assert is_consistent(store, tmp_path / "store")
 
 
-@pytest.mark.parametrize("name", ["a", "0", "A.b_c-1", "a" * 63])
+@pytest.mark.parametrize("name", ["a", "0", "A.b_c-1", "org/adapter", "a" * 255])
 def test_a_name_inside_the_rule_is_taken(store: AdapterStore, name: str) -> None:
     assert upload(store, name).name == name
 
@@ -205,7 +209,8 @@ def test_only_the_parts_of_a_version_are_stored(store: AdapterStore) -> None:
         (staging.directory / "folder").mkdir()
         (staging.directory / "link").symlink_to("/etc")
         version = store.publish("a", staging, rank=8, base_id=None, target_modules=["q_proj"]).version
-    assert {path.name for path in store.directory(version).iterdir()} == {CONFIG_FILE, WEIGHTS_FILE, "card.json"}
+    names = {path.name for path in store.directory(version).iterdir()}
+    assert names == {CONFIG_FILE, WEIGHTS_FILE, "card.json", RECORD_FILE}
 
 
 def test_files_that_cannot_be_parsed_are_not_published(store: AdapterStore, tmp_path: Path) -> None:
@@ -287,6 +292,69 @@ def test_a_full_disk_changes_nothing(store: AdapterStore, tmp_path: Path, monkey
         raise ConnectionResetError
     assert upload(store, seed=1).outcome == "updated"
     assert is_consistent(store, tmp_path / "store")
+
+
+def fail_with(number: int) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def test_a_record_that_finds_no_room_changes_nothing_and_leaves_nothing(
+    store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "store"
+    version = upload(store).version
+    other = upload(store, "other", seed=5).version
+    (store.directory(other) / WEIGHTS_FILE).write_bytes(b"rotten")
+    before = store.records()
+    with monkeypatch.context() as patch:
+        patch.setattr(directory_records, "write_beside", fail_with(errno.ENOSPC))
+        for change in (
+            lambda: upload(store, seed=1),
+            lambda: upload(store, "new", seed=2),
+            lambda: upload(store, "other", seed=5),  # which would repair it
+            lambda: store.pin("tuned"),
+            lambda: store.delete("tuned"),
+        ):
+            with pytest.raises(StoreUnavailable, match="No space left"):
+                change()
+            assert store.records() == before and stored(root) == {version, other}
+            assert not list((root / "staging").iterdir()) and not store.quarantined()
+    assert upload(store, "other", seed=5).outcome == "repaired"
+    assert is_consistent(store, root)
+
+
+def test_a_record_that_cannot_take_its_place_is_written_with_the_next_change(
+    store: AdapterStore, open_store: Callable[..., AdapterStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(store)
+    with monkeypatch.context() as patch:
+        patch.setattr(directory_records, "put_in_place", fail_with(errno.EIO))
+        with pytest.raises(StoreUnavailable, match="Input/output error"):
+            store.pin("tuned")
+    store.check_integrity()  # it began with what was left to do
+    assert store.record("tuned").pinned
+    with monkeypatch.context() as patch:
+        patch.setattr(directory_records, "put_in_place", fail_with(errno.EIO))
+        with pytest.raises(StoreUnavailable):
+            store.unpin("tuned")
+    store.close()
+    again = open_store()
+    assert not again.record("tuned").pinned and is_consistent(again, tmp_path / "store")
+
+
+def test_another_process_that_changes_the_store_is_waited_for_and_then_named(
+    store: AdapterStore, tmp_path: Path
+) -> None:
+    upload(store)
+    with open(tmp_path / "store" / "changes.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(StoreUnavailable, match="another process keeps the adapter store locked"):
+            store.pin("tuned")
+        assert store.acquire("tuned").name == "tuned"
+    store.pin("tuned")
 
 
 def test_a_locked_index_stops_changes_and_not_lookups(store: AdapterStore, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from loramux_adapters.artifact.coverage import LayerCount
 from loramux_adapters.artifact.format import WEIGHTS_FILE
 from loramux_adapters.errors import (
     AdapterCorrupt,
@@ -330,23 +330,27 @@ def test_an_upload_between_the_failed_load_and_its_quarantine_is_not_set_aside(s
     assert not store.record("tuned").corrupt and store.load(version).version == version
 
 
-# the index of the release before
+# what the check had to say
 
 
-def test_a_store_of_the_first_schema_is_taken_over(open_store: Open, tmp_path: Path) -> None:
+def test_layers_and_notes_of_a_version_are_kept_and_a_renewed_upload_renews_them(
+    open_store: Open, tmp_path: Path
+) -> None:
     store = open_store()
-    version = upload(store).version
+    upload(store)
+    with store.stage() as staging:
+        write_adapter(staging.directory, TINY_LINEARS, targets=["q_proj"], rank=4, seed=1)
+        layers, notes = LayerCount(1, 2), ["one", "two"]
+        store.publish("tuned", staging, rank=4, base_id=None, target_modules=["q_proj"], layers=layers, notes=notes)
     store.close()
-    index = sqlite3.connect(tmp_path / "store" / "index.sqlite")
-    index.execute("ALTER TABLE adapters DROP COLUMN pinned")
-    index.execute("ALTER TABLE versions DROP COLUMN corrupt")
-    index.execute("ALTER TABLE history DROP COLUMN fingerprint")
-    index.execute("PRAGMA user_version = 1")
-    index.commit()
-    index.close()
     store = open_store()
-    assert (store.record("tuned").version, store.record("tuned").pinned) == (version, False)
-    store.pin("tuned")
+    new, old = store.record("tuned").versions
+    assert (new.layers, new.notes, old.layers, old.notes) == ((1, 2), ["one", "two"], None, [])
+    assert (store.record("tuned").layers, store.record("tuned").notes) == ((1, 2), ["one", "two"])
+    with store.stage() as staging:
+        write_adapter(staging.directory, TINY_LINEARS, targets=["q_proj"], rank=4, seed=1)
+        store.publish("tuned", staging, rank=4, base_id=None, target_modules=["q_proj"], notes=["three"])
+    assert (store.record("tuned").layers, store.record("tuned").notes) == ((1, 2), ["three"])
 
 
 # other processes

@@ -7,7 +7,7 @@ import pytest
 
 from loramux_adapters.errors import AdapterError, StoreUnavailable, TrainingError
 from loramux_server.api.http.errors import _TABLE, answer_to
-from loramux_server.errors import LoramuxError
+from loramux_server.errors import CommandFailed, LoramuxError
 from loramux_server.metrics.gauges import GaugeReadings
 from support.fakes_api import BASE_NAME, CONTEXT, VERSION, Server, make_server, record_of
 from support.raw_call import RawCall
@@ -51,16 +51,21 @@ async def test_an_adapter_that_has_the_bases_name_is_not_listed_beside_it(server
         ("pirate", VERSION),
         (f"{BASE_NAME}:pirate", VERSION),
         (f"pirate@{VERSION[:9]}", VERSION),
+        ("org/pirate", VERSION),
+        (f"{BASE_NAME}:org/pirate@{VERSION[:9]}", VERSION),
     ],
 )
 async def test_a_model_is_shown_under_each_of_its_spellings(server: Server, model: str, root: str) -> None:
+    server.store.known["org/pirate"] = record_of("org/pirate", VERSION)
     async with server.client() as client:
         reply = await client.get(f"/v1/models/{model}")
     assert (reply.status_code, reply.json()["id"], reply.json()["root"]) == (200, model, root)
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("model", ["nobody", "pirate@00000000", "../../etc/passwd", "a/b", "%00"])
+@pytest.mark.parametrize(
+    "model", ["nobody", "pirate@00000000", "../../etc/passwd", "a/b", "a/b@00000000", "%00", "%0a"]
+)
 async def test_an_unknown_model_is_404(server: Server, model: str) -> None:
     async with server.client() as client:
         reply = await client.get(f"http://localhost/v1/models/{model}")
@@ -111,7 +116,7 @@ async def test_metrics_can_be_scraped_while_the_store_cannot_be_read(
 @pytest.mark.anyio
 async def test_the_same_measurements_have_vllms_names_too(server: Server) -> None:
     server.metrics.read_gauges_from(
-        lambda: GaugeReadings(waiting=2, slot_rows=64, device_versions={VERSION}, waiting_adapters={"haiku"})
+        lambda: GaugeReadings(waiting=2, slot_rows=64, device_versions={VERSION}, waiting_by_adapter={"haiku": 2})
     )
     await server.post("/v1/completions", {"model": "pirate", "prompt": "x"})
     async with server.client() as client:
@@ -133,9 +138,9 @@ async def test_the_same_measurements_have_vllms_names_too(server: Server) -> Non
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404), ("GET", "/docs", 404), ("GET", "/openapi.json", 404), ("GET", "/v1/models/", 404),
+        ("GET", "/redoc", 404), ("POST", "/", 405), ("GET", "/v1//models", 404),
         ("POST", "/v1/load_lora_adapter", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/v1/models", 405),
-        ("PATCH", "/v1/adapters/pirate", 405), ("HEAD", "/health", 405), ("OPTIONS", "/v1/models", 405),
+        ("PATCH", "/v1/adapters/pirate", 405), ("HEAD", "/v1/completions", 405), ("OPTIONS", "/v1/models", 405),
     ],
 )  # fmt: skip
 async def test_unknown_paths_and_methods_are_refused_in_openais_shape(
@@ -147,6 +152,16 @@ async def test_unknown_paths_and_methods_are_refused_in_openais_shape(
     if method != "HEAD":
         assert reply.json()["error"].keys() == {"message", "type", "param", "code"}
     assert ("allow" in reply.headers) == (status == 405)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [("/v1/adapters/pirate", {"GET", "PUT", "DELETE"}), ("/v1/adapters/pirate/pin", {"POST", "DELETE"})],
+)
+async def test_a_refused_method_is_told_all_that_the_path_takes(server: Server, path: str, methods: set[str]) -> None:
+    async with server.client() as client:
+        assert set((await client.request("PATCH", path)).headers["allow"].split(", ")) == methods
 
 
 @pytest.mark.anyio
@@ -192,9 +207,18 @@ def tree_of(root: type[Exception]) -> set[type[Exception]]:
 
 def test_every_error_that_a_request_can_raise_has_its_row() -> None:
     rows = {kind for kind, *_ in _TABLE}
-    at_start_only = {"ConfigError", "BaseModelError", "CommandFailed", "LoramuxError", "AdapterError", "Refusal"}
+    at_start_only = {
+        "ConfigError",
+        "BaseModelError",
+        "CommandFailed",
+        "LoramuxError",
+        "AdapterError",
+        "Refusal",
+        "TokenizerMissing",
+        "IndexLost",
+    }
     kinds = {kind for kind in tree_of(LoramuxError) | tree_of(AdapterError) if kind.__module__.endswith("errors")}
-    kinds -= tree_of(TrainingError)  # of commands, which no request starts
+    kinds -= tree_of(TrainingError) | tree_of(CommandFailed)  # of commands, which no request starts
     assert {kind.__name__ for kind in kinds - rows} <= at_start_only
 
 

@@ -85,7 +85,7 @@ async def test_an_adapter_at_scale_zero_is_named_in_the_reply_and_costs_the_engi
     [
         (chat(PIRATE, model="pirate"), 400, "model", "'model' names the base"),
         (chat(PIRATE, model=f"{BASE_NAME}:pirate"), 400, "model", "'model' names the base"),
-        (chat(PIRATE, model="no/such"), 404, "model", "does not exist"),
+        (chat(PIRATE, model="no//such"), 404, "model", "does not exist"),
         (chat(), 400, "adapters", "at least 1"),
         (chat(*[{"name": f"a{index}"} for index in range(9)]), 400, "adapters", "at most 8"),
         (chat(PIRATE, {"name": "pirate", "scale": 1}), 400, "adapters.1.name", "pirate is listed twice"),
@@ -156,13 +156,13 @@ async def test_if_one_lease_fails_the_others_are_given_back(server: Server, fail
 @pytest.mark.anyio
 async def test_all_leases_are_held_while_the_request_runs_and_given_back_if_it_is_refused(server: Server) -> None:
     held: list[int] = []
-    plain = server.engine.generate
+    plain = server.engine.submit
 
-    def generate(sequence: Any) -> Any:
+    def submit(*sequences: Any) -> Any:
         held.append(server.store.leased)
-        return plain(sequence)
+        return plain(*sequences)
 
-    server.engine.generate = generate  # type: ignore[method-assign]
+    server.engine.submit = submit  # type: ignore[method-assign]
     await server.post(CHAT, chat(PIRATE, THE_OTHER))
     assert held == [2] and server.store.leased == 0
     reply = await server.post(CHAT, chat(PIRATE, THE_OTHER, max_tokens=10**6))

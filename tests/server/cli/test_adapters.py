@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import signal
 import socket
+import subprocess
 import sys
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from loramux_server.cli import adapters as cli_adapters
 from loramux_server.cli import main as cli
-from loramux_server.cli.screen import transfer_bar
+from loramux_server.cli.screen import TransferBar
 from loramux_server.client.adapters import AdaptersClient
+from loramux_server.client.retry import Patience
 from loramux_server.errors import CommandFailed
 
 VERSION = "3f786850e387550fdab836ed7e6dc881de23001b3f786850e387550fdab836ed"
@@ -43,6 +48,7 @@ class FakeServer:
     answers: dict[str, tuple[int, Any]] = field(default_factory=dict)
     asked: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
     read_at_most: int | None = None  # bytes of a request's body that are read before the answer
+    headers: dict[str, str] = field(default_factory=dict)  # of every answer
     announce_more: int = 0  # bytes promised beyond those that are sent
 
     def handler(self) -> type[BaseHTTPRequestHandler]:
@@ -61,6 +67,8 @@ class FakeServer:
                 self.send_response(status)
                 self.send_header("content-length", str(len(content) + server.announce_more))
                 self.send_header("connection", "close")
+                for name, value in server.headers.items():
+                    self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(content)
                 self.close_connection = True
@@ -83,6 +91,16 @@ def server() -> Iterator[FakeServer]:
         yield fake
         listener.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Times are shown in UTC."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "UTC")
+        time.tzset()
+        yield
+    time.tzset()
 
 
 @pytest.fixture
@@ -198,15 +216,17 @@ def test_a_missing_key_is_explained(server: FakeServer, capsys: pytest.CaptureFi
     assert expected in capsys.readouterr().err
 
 
-def test_list_prints_a_table(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
-    big = {"name": "a-longer-name", "version": "sha256:" + VERSION, "rank": 64, "bytes": 5 << 30}
-    server.answers["GET /v1/adapters"] = (200, {"object": "list", "data": [SPAM, big]})
+def test_list_prints_a_table(server: FakeServer, capsys: pytest.CaptureFixture[str], utc: None) -> None:
+    full = SPAM | {"updated": 86400, "pinned": True, "layers": {"adapted": 14, "of": 28}, "fingerprint": "skipped"}
+    big = {"name": "org/longer-name", "version": "sha256:" + VERSION, "rank": 64, "bytes": 5 << 30, "corrupt": True}
+    server.answers["GET /v1/adapters"] = (200, {"object": "list", "data": [full, big]})
 
     assert loramux(server, "list") == 0
     assert capsys.readouterr().out.splitlines() == [
-        "name           version       rank  bytes      tier",
-        "spam           3f786850e387  8     900.0 KiB  device",
-        "a-longer-name  3f786850e387  64    5.0 GiB    -",
+        "name             version       rank  layers    size       tier    updated           notes",
+        "spam             3f786850e387  8     14 of 28  900.0 KiB  device  1970-01-02 00:00  "
+        "pinned, fingerprint not replayed",
+        "org/longer-name  3f786850e387  64    -         5.0 GiB    -       -                 DAMAGED",
     ]
 
 
@@ -227,24 +247,201 @@ def test_list_and_show_can_print_json(server: FakeServer, capsys: pytest.Capture
     assert json.loads(capsys.readouterr().out) == SPAM
 
 
-def test_show_prints_one_line_per_field(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
-    current = {"version": VERSION, "rank": 8, "bytes": 921_600, "tier": "device", "current": True, "corrupt": False}
-    before = {"version": "b" * 64, "rank": 4, "bytes": 512, "tier": "disk", "current": False, "corrupt": True}
-    known = {"id": "spam", "object": "adapter", **SPAM, "created": 0, "versions": [current, before]}
-    server.answers["GET /v1/adapters/spam"] = (200, known)
+SHOWN = {
+    "id": "spam",
+    "object": "adapter",
+    **SPAM,
+    "pinned": True,
+    "corrupt": False,
+    "base": "tiny-base",
+    "fingerprint": "exact",
+    "requests": 2,
+    "layers": {"adapted": 14, "of": 28},
+    "created": 0,
+    "updated": 86400,
+    "notes": ["half of the layers have no adapter"],
+    "news": ["of a later server"],
+    "versions": [
+        {"version": VERSION, "rank": 8, "bytes": 921_600, "tier": "device", "current": True, "created": 86400},
+        {"version": "b" * 64, "rank": 4, "bytes": 512, "tier": "disk", "corrupt": True, "fingerprint": "skipped"},
+    ],
+}
+
+
+def test_show_says_in_words_what_there_is_to_know(
+    server: FakeServer, capsys: pytest.CaptureFixture[str], utc: None
+) -> None:
+    server.answers["GET /v1/adapters/spam"] = (200, SHOWN)
 
     assert loramux(server, "show", "spam") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "name            spam"
-    assert lines[1].split() == ["version", VERSION]
-    assert 'target_modules  ["q_proj", "v_proj"]' in lines
-    assert "bytes           900.0 KiB" in lines
-    created = next(line.split(maxsplit=1)[1] for line in lines if line.startswith("created"))
-    assert datetime.fromisoformat(created).timestamp() == 0
-    assert lines[-2:] == [
-        "versions        3f786850e387, rank 8, 900.0 KiB, device, current",
-        "                bbbbbbbbbbbb, rank 4, 512 B, disk, corrupt",
+    assert capsys.readouterr().out.splitlines() == [
+        "name         spam",
+        f"version      {VERSION}",
+        "rank         8",
+        "layers       14 of 28",
+        "modules      q_proj, v_proj",
+        "size         900.0 KiB",
+        "where        on the device",
+        "pinned       yes, it stays in memory",
+        "base         tiny-base, which the adapter names as its base",
+        "fingerprint  replays bit for bit",
+        "requests     2 running",
+        "created      1970-01-01 00:00",
+        "updated      1970-01-02 00:00",
+        'news         ["of a later server"]',
+        "notes        half of the layers have no adapter",
+        "versions     3f786850e387, 1970-01-02 00:00, rank 8, 900.0 KiB, on the device, current",
+        "             bbbbbbbbbbbb, -, rank 4, 512 B, on disk, DAMAGED, fingerprint not replayed",
     ]
+
+
+@pytest.mark.parametrize("columns", [60, 100])
+@pytest.mark.parametrize("argv", [["list"], ["show", "spam"]])
+def test_list_and_show_fit_the_terminal(
+    server: FakeServer, argv: list[str], columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    server.answers["GET /v1/adapters"] = (200, {"data": [SHOWN, SHOWN | {"name": "organisation/adapter-of-it"}]})
+    server.answers["GET /v1/adapters/spam"] = (200, SHOWN)
+
+    assert loramux(server, *argv) == 0
+    assert isinstance(sys.stdout, Terminal)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", sys.stdout.getvalue()).splitlines()
+    assert max(map(len, lines)) <= columns
+    words = " ".join(lines).split()
+    for word in ("spam", "3f786850e387", "pinned", "900.0", "14", "of", "28", "device"):
+        assert any(word in each for each in words)
+
+
+ODD = [
+    {"name": 7}, {"name": ["a"]}, {"rank": "8"}, {"bytes": "many"}, {"tier": {}}, {"version": 3}, {"created": "today"},
+    {"target_modules": "q_proj"}, {"layers": 3}, {"versions": {}}, {"versions": [1]}, {"versions": [[[]]]},
+    {"versions": [{"rank": "8"}]}, {"notes": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD, ids=str)
+def test_a_server_whose_adapters_are_of_other_kinds_is_told(
+    server: FakeServer, odd: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.answers["GET /v1/adapters"] = (200, {"data": [SPAM, SPAM | odd]})
+    server.answers["GET /v1/adapters/spam"] = (200, SPAM | odd)
+    for argv in (["list"], ["show", "spam"]):
+        assert loramux(server, *argv) == 1
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and "tells of an adapter with the" in err
+        assert "is it a loramux server?" in err
+
+
+@pytest.mark.parametrize("odd", [{"created": 10**30}, {"bytes": -1}, {"layers": {"of": []}}, {"rank": True}], ids=str)
+def test_numbers_that_mean_nothing_are_shown_as_they_are(server: FakeServer, odd: dict[str, Any]) -> None:
+    server.answers["GET /v1/adapters/spam"] = (200, SPAM | odd)
+    assert loramux(server, "show", "spam") == 0
+
+
+def test_what_a_server_says_cannot_steer_the_terminal(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "\x1b[2J\x9b\u202e\nloramux: done"
+    error = {"message": evil, "reasons": [evil, evil * 5000, *["x"] * 1000]}
+    adapter = SPAM | {"name": evil, "tier": evil, "base": evil, "notes": [evil], "new": evil, "target_modules": [evil]}
+    server.answers["GET /v1/adapters"] = (200, {"data": [adapter]})
+    server.answers["GET /v1/adapters/spam"] = (200, adapter)
+    server.answers["POST /v1/adapters/spam/rollback"] = (200, {"version": evil, "outcome": evil})
+    server.answers["DELETE /v1/adapters/spam"] = (422, {"error": error})
+    for argv in (["list"], ["show", "spam"], ["rollback", "spam"], ["rm", "spam"], ["list", "--json"]):
+        loramux(server, *argv)
+        said = "".join(capsys.readouterr())
+        assert all(line.isprintable() and not line.startswith("loramux: done") for line in said.splitlines())
+        assert len(said) < 10_000
+
+
+def test_a_password_in_the_url_is_shown_nowhere(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    server.answers["GET /v1/adapters"] = (200, b"<html>")
+    for url in (
+        f"http://user:word@127.0.0.1:{port}", server.url.replace("//", "//user:word@"), "http://user:word@host:port",
+        "user:word@host", "http://user:wo/rd@host", "http://user:word@models.invalid", "http://user:word@",
+    ):  # fmt: skip
+        assert loramux(server, "list", "--url", url) == 1
+        said = capsys.readouterr().err
+        assert "word" not in said and "rd@" not in said and "***@" in said
+
+
+def test_push_waits_for_a_busy_server_and_says_why(
+    server: FakeServer, adapter: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy = (503, {"error": {"message": "too many uploads at the same time"}})
+    done = (201, {"version": VERSION, "outcome": "created"})
+    replies = [busy, busy, done]
+    server.answers["PUT /v1/adapters/spam"] = busy
+    server.headers = {"retry-after": "7"}
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        server.answers["PUT /v1/adapters/spam"] = replies[len(slept)]
+
+    monkeypatch.setattr(cli_adapters, "Patience", lambda seconds, tell: Patience(seconds, tell, sleep))
+    assert loramux(server, "push", str(adapter)) == 0
+    out, err = capsys.readouterr()
+    assert out == "spam created, version 3f786850e387\n" and slept == [7, 7]
+    first = "the server refused (503): too many uploads at the same time; trying again in 7 s, for at most 300 s"
+    assert err.splitlines()[0] == first and len(err.splitlines()) == 2
+    assert len(server.asked) == 3 and all(b"weights" * 1000 in body for _, _, body in server.asked)
+
+
+def test_ctrl_c_ends_a_push_that_waits_at_once(server: FakeServer, adapter: Path) -> None:
+    server.answers["PUT /v1/adapters/spam"] = (503, {"error": {"message": "busy"}})
+    server.headers = {"retry-after": "60"}
+    script = "import sys; from loramux_server.cli.main import main; sys.exit(main())"
+    pushing = subprocess.Popen(
+        [sys.executable, "-c", script, "adapters", "push", str(adapter), "--url", server.url],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert pushing.stderr is not None
+    try:
+        assert "trying again in 60 s" in pushing.stderr.readline()
+        pushing.send_signal(signal.SIGINT)
+        _, said = pushing.communicate(timeout=10)
+        assert (pushing.returncode, said) == (130, "loramux: interrupted\n")
+    finally:
+        pushing.kill()
+
+
+def test_push_does_not_wait_where_it_shall_not(
+    server: FakeServer, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.answers["PUT /v1/adapters/spam"] = (503, {"error": {"message": "busy"}})
+    assert loramux(server, "push", str(adapter), "--wait", "0") == 1
+    assert capsys.readouterr().err == "loramux: the server refused (503): busy\n" and len(server.asked) == 1
+    assert loramux(server, "push", str(adapter), "--wait", "-1") == 2
+    assert "--wait" in capsys.readouterr().err
+
+
+def test_push_can_skip_the_replay_and_tells_what_is_out_of_the_ordinary(
+    server: FakeServer, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = {"version": VERSION, "fingerprint": "skipped", "notes": ["a\x1bb"]}
+    server.answers["PUT /v1/adapters/spam?skip_replay=true"] = (201, part)
+    assert loramux(server, "push", str(adapter), "--skip-replay") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "spam created, version 3f786850e387",
+        "  its fingerprint was not replayed",
+        "  a\\x1bb",
+    ]
+
+
+def test_push_of_a_directory_whose_name_is_none_asks_for_one(
+    server: FakeServer, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = adapter.rename(adapter.with_name("my adapter"))
+    assert loramux(server, "push", str(odd)) == 2
+    assert "give one with --name" in capsys.readouterr().err
+    server.answers["PUT /v1/adapters/org/spam"] = (201, {"version": VERSION})
+    assert loramux(server, "push", str(odd), "--name", "org/spam") == 0
 
 
 def test_rm_unregisters(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,9 +488,10 @@ def test_an_unknown_adapter_is_told_with_the_servers_words(
 
 
 def test_a_name_cannot_reach_another_route(server: FakeServer) -> None:
-    loramux(server, "rm", "../models?x=1#y")
-
-    assert server.asked[0][0] == "DELETE /v1/adapters/..%2Fmodels%3Fx%3D1%23y"
+    for name in ("../models?x=1#y", "a//b", "a/pin", "a:b", "a@b", ""):
+        for argv in (["rm", name], ["show", name], ["pin", name], ["rollback", name], ["pull", name, "new"]):
+            assert loramux(server, *argv) == 2
+    assert server.asked == []
 
 
 def test_pull_unpacks_into_a_new_directory(
@@ -376,15 +574,17 @@ def test_progress_is_drawn_on_a_terminal_and_nowhere_else(monkeypatch: pytest.Mo
     monkeypatch.setenv("COLUMNS", "100")
     terminal, file = Terminal(), io.StringIO()
     for stream in (terminal, file):
-        with transfer_bar(stream) as show:
-            for done in (1 << 20, 2 << 20, 4 << 20):
-                show(done, 4 << 20)
+        bar = TransferBar(stream)
+        for done in (1 << 20, 2 << 20, 4 << 20):
+            bar.show(done, 4 << 20)
+        bar.line("the server is busy")
+        bar.end()
 
     assert "100%" in terminal.getvalue() and "4.0/4.0 MiB" in terminal.getvalue()
-    assert file.getvalue() == ""
-    with transfer_bar(unused := Terminal()):
-        pass
-    assert not unused.getvalue().strip()
+    assert terminal.getvalue().endswith("the server is busy\n")
+    assert file.getvalue() == "the server is busy\n"
+    TransferBar(unused := Terminal()).end()
+    assert not unused.getvalue()
 
 
 def test_a_table_is_drawn_on_a_terminal_and_says_the_same(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,7 +597,7 @@ def test_a_table_is_drawn_on_a_terminal_and_says_the_same(server: FakeServer, mo
     assert isinstance(sys.stdout, Terminal)
     drawn = re.sub(r"\x1b\[[0-9;]*m", "", sys.stdout.getvalue())
     assert [line.split() for line in drawn.splitlines() if "spam" in line or "name" in line] == [
-        ["name", "version", "rank", "bytes", "tier"],
-        ["[red]spam", "3f786850e387", "8", "900.0", "KiB", "device"],
+        ["name", "version", "rank", "layers", "size", "tier", "updated", "notes"],
+        ["[red]spam", "3f786850e387", "8", "-", "900.0", "KiB", "device", "-"],
     ]
     assert "──" in drawn

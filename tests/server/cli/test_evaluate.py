@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from loramux_adapters.errors import BaseMismatch, DataError
 from loramux_server.base.loader import load_base_model
+from loramux_server.cli import evaluate as cli_evaluate
 from loramux_server.cli.evaluate import evaluate_here
 from loramux_server.config.evaluate import EvalConfig
 from loramux_server.config.load import load
@@ -144,3 +147,19 @@ def test_settings_come_from_flags_variables_and_the_file(tmp_path: Path) -> None
 def test_wrong_settings_are_named(flags: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         load(EvalConfig, flags, {})
+
+
+def test_ctrl_c_stops_an_evaluation_between_two_parts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def evaluate(held: object, contenders: object, subject: object, **options: Any) -> None:
+        options["progress"]("spam", 0, 128)
+        signal.raise_signal(signal.SIGINT)
+        options["progress"]("spam", 64, 128)
+        pytest.fail("went on")
+
+    monkeypatch.setattr("loramux_server.evaluation.contenders.evaluate", evaluate)
+    with pytest.raises(KeyboardInterrupt):
+        cli_evaluate.evaluate_shown(None, (), None, labels=(), train=())  # type: ignore[arg-type]
+
+    assert "stopping after these examples, and nothing is written; press Ctrl-C again" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import subprocess
@@ -80,7 +81,8 @@ def test_help_names_every_setting_with_its_default_but_offers_no_flag_for_a_secr
     assert max(map(len, text.splitlines())) < 100
     words = " ".join(text.split())
     for setting in settings_of(settings).values():
-        assert (f" {setting.flag} " in words) != setting.secret
+        assert bool(re.search(rf" {setting.flag}[ ,]", words)) != setting.secret
+        assert all(re.search(rf" {flag}[ ,]", words) for flag in setting.also)
         assert not setting.secret or setting.variable in words
         assert setting.secret or f"{setting.group}:" in words
         if setting.default not in (None, True, False) and setting.kind is not float:
@@ -102,14 +104,54 @@ def test_help_on_a_terminal_is_drawn_and_says_the_same(
 
 
 def test_wrong_command_lines_are_usage_errors_that_say_what_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
-    assert usage_error([], capsys) == "loramux: error: Missing command.\n"
-    assert "No such command 'sevre'. Did you mean 'serve'" in usage_error(["sevre"], capsys)
+    assert usage_error([], capsys) == "loramux: missing command; see `loramux --help`\n"
+    assert usage_error(["sevre"], capsys) == "loramux: there is no command sevre; did you mean serve?\n"
     unknown = usage_error(["serve", "--prot", "1"], capsys)
-    assert unknown == "loramux serve: error: unknown argument --prot; did you mean --port?\n"
+    assert unknown == "loramux: unknown argument --prot; did you mean --port?\n"
     assert "unknown argument --jsn; did you mean --json?" in usage_error(["adapters", "list", "--jsn"], capsys)
-    assert "unknown argument --api-key" in usage_error(["serve", "--api-key", "k"], capsys)
-    assert "loramux adapters: error: Missing command." in usage_error(["adapters"], capsys)
-    assert "Missing argument 'DIR'" in usage_error(["adapters", "push"], capsys)
+    keys = "loramux: unknown argument --api-key; did you mean LORAMUX_API_KEY?\n"
+    assert usage_error(["serve", "--api-key", "k"], capsys) == usage_error(["serve", "--api-key=k"], capsys) == keys
+    assert usage_error(["adapters"], capsys) == "loramux: missing command; see `loramux adapters --help`\n"
+    missing = "loramux: missing argument 'DIR'; see `loramux adapters push --help`\n"
+    assert usage_error(["adapters", "push"], capsys) == missing
+    assert usage_error(["serve", "--port", "x"], capsys) == "loramux: --port must be a whole number, not 'x'\n"
+
+
+@pytest.mark.parametrize("argv", [["serve", "--port"], ["adapters", "rm"], ["adapters"], ["serve", "--base"], []])
+def test_a_word_of_any_length_leaves_an_error_that_can_be_read(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for word in ("9" * 5000, "x/" * 2500, "--" + "y" * 5000, "a b" * 2000):
+        assert 40 < len(usage_error([*argv, word], capsys)) < 700
+
+
+def test_a_path_that_is_too_long_for_the_system_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "--preload", "9" * 5000], {}) == 2
+    assert len(capsys.readouterr().err) < 500
+
+
+def test_what_a_terminal_would_obey_is_shown_as_an_escape(capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("\x1b[31mred", "\x1b]0;title\x07", "\u202eesrever", "\x9b31m", "a\nloramux: b", "\udcff"):
+        for argv in (["serve", "--base", word], ["adapters", word], ["serve", f"--{word}"], ["adapters", "push", word]):
+            cli.main(argv, {})
+            out, err = capsys.readouterr()
+            assert out == "" and err.count("\n") == 1 and err.removesuffix("\n").isprintable()
+
+
+@pytest.mark.parametrize("columns", [60, 100])
+def test_errors_are_broken_at_words_on_a_terminal_and_nowhere_else(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    argv = ["serve", "--served-model-name", "a b"]
+    whole = usage_error(argv, capsys)
+    assert len(whole) > 100
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    cli.main(argv, {})
+    assert isinstance(sys.stderr, Terminal)
+    lines = sys.stderr.getvalue().splitlines()
+    assert len(lines) > 1 and max(map(len, lines)) <= columns
+    assert " ".join(line.strip() for line in lines) == whole.strip()
 
 
 def test_a_flag_may_not_be_shortened(capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,6 +260,43 @@ def test_the_command_line_is_parsed_without_importing_anything_heavy() -> None:
     )
 
     assert done.stdout == "set()\n"
+
+
+def test_what_clients_sent_stays_one_line_of_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    frame.configure_logging("info")
+    try:
+        logging.getLogger("loramux_server.test").warning("refused: %s", "\x1b[2Jx\n2026-01-01 INFO forged")
+        try:
+            raise ValueError("\x1b[2J")
+        except ValueError:
+            logging.getLogger("loramux_server.test").exception("failed")
+    finally:
+        logging.basicConfig(level=logging.WARNING, handlers=[], force=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith("refused: \\x1b[2Jx\\n2026-01-01 INFO forged")
+    assert lines[-1] == "ValueError: \\x1b[2J" and all(line.isprintable() for line in lines)
+
+
+WRONG = [
+    ["adapters", "push", "no-such-directory"], ["adapters", "push", ".", "--name", "bad name"],
+    ["adapters", "show", "a:b"], ["adapters", "list", "--jsn"], ["adapters", "backup"],
+    ["adapters", "restore", "a", "b"],
+    ["serve", "--port", "x"], ["serve", "--prot", "1"], ["serve", "--base", "no-such-base"], ["sevre"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("argv", WRONG, ids=" ".join)
+def test_what_is_wrong_is_told_before_libraries_are_imported(argv: list[str]) -> None:
+    heavy = "{'torch', 'transformers', 'fastapi', 'httpx'}"
+    script = f"import sys; from loramux_server.cli.main import main; c = main(); print(c, {heavy} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *argv],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "server"), str(ROOT / "adapters")])},
+    )
+    assert done.stdout in ("1 set()\n", "2 set()\n") and done.stderr.startswith("loramux: ")
 
 
 def test_adapters_talks_to_where_serve_listens_by_default() -> None:

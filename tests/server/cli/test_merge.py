@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from loramux_adapters.errors import BaseMismatch, CheckpointError
+from loramux_adapters.training.model import merge as model_merge
 from loramux_adapters.training.model.merge import Merged
 from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.cli import merge as cli_merge
@@ -19,6 +22,7 @@ from loramux_server.engine.local_engine import LocalEngine
 from loramux_server.errors import ConfigError
 from loramux_server.fingerprint import fingerprint
 from loramux_server.fingerprint.drift import QUESTIONS, drift_prompts
+from loramux_server.serving.startup import Stages
 from support.adapter_files import write_adapter
 from support.tiny_models import save_tiny_model, tiny_tokenizer
 
@@ -107,8 +111,8 @@ def test_a_full_directory_is_refused_before_anything_is_loaded(
         run(*arguments(tmp_path, base, found))
 
 
-def drift(quantized: float, bare: float) -> cli_merge.Drift:
-    far = [fingerprint.Agreement(8, mean, mean) for mean in (0.01, quantized, bare)]
+def drift(quantized: float, bare: float, merged: float = 0.01) -> cli_merge.Drift:
+    far = [fingerprint.Agreement(8, mean, mean) for mean in (merged, quantized, bare)]
     return cli_merge.Drift(1, 8, *far)
 
 
@@ -121,6 +125,60 @@ def test_it_is_said_when_nf4_takes_the_adapter_away_again() -> None:
 
     assert "NF4 undoes most of this adapter" in undone and "--onto 16bit" in undone and "head" in undone
     assert "loramux serve --base out" in kept and "GGUF" in kept
+
+
+@pytest.mark.parametrize(
+    ("onto", "hint"), [("16bit", "in 16 bit: try --onto nf4, the weights"), ("nf4", "in 16 bit: serve")]
+)
+def test_a_checkpoint_that_answers_unlike_the_adapter_is_not_recommended(onto: str, hint: str) -> None:
+    config = cli_merge.MergeConfig(adapter="a", out=Path("out"))
+    merged = Merged(layers=1, rounded=1, head_untied=False, delta=0.001)
+
+    said = cli_merge._lines(config, merged, onto, drift(0.09, 0.2, merged=0.33), from_gguf=False)
+
+    assert "does NOT answer as the adapter does" in said[-1] and hint in said[-1]
+    assert not any("serve it with" in line for line in said)
+
+
+def test_a_long_stage_of_a_merge_says_how_far_it_is() -> None:
+    now, written, stream = 0.0, io.StringIO(), io.StringIO()
+    stages = Stages(lambda text: written.write(text) and None, lambda: now)
+    bar = cli_merge.StageBar(stages, stream, lambda: now)
+
+    with stages.stage("merge"):
+        bar.told("merging", 0, 200, "layers")
+        now = 1.5
+        bar.told("merging", 30, 200, "layers")
+        assert stream.getvalue() == ""  # within a moment nothing is said
+        now = 10.0
+        bar.told("merging", 100, 200, "layers")
+        bar.end()
+
+    assert stream.getvalue() == "  merging: 100 of 200 layers, 0:10 left\n"
+    assert written.getvalue() == "  merge ...\n  merge 10.0 s\n"
+
+
+def test_an_interrupted_merge_is_answered_and_leaves_nothing(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = adapter(tmp_path, base, base_id=load(tmp_path, base).base_id)
+    before = sorted(tmp_path.rglob("*"))
+    through = model_merge.through_nf4
+
+    def interrupted(weight: torch.Tensor) -> torch.Tensor:
+        signal.raise_signal(signal.SIGINT)
+        return through(weight)
+
+    monkeypatch.setattr(model_merge, "through_nf4", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(*arguments(tmp_path, base, found))
+
+    said = capsys.readouterr().out
+    assert f"stopping after this part of the merge, and nothing is left in {tmp_path / 'out'}; press Ctrl-C" in said
+    assert "write the checkpoint" not in said
+    assert sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts) == [
+        path for path in before if "cache" not in path.parts
+    ]
 
 
 @pytest.mark.parametrize(

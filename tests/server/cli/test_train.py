@@ -8,23 +8,28 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from loramux_adapters.errors import AdapterError, CheckpointError, DataError, InvalidAdapterName
 from loramux_adapters.training.recipe import Recipe
 from loramux_adapters.training.run.run_dir import RunDirectory
 from loramux_adapters.training.run.trace import EpochRecord, StepRecord
 from loramux_adapters.training.run.trainer import Plan
+from loramux_server.base.loader import load_base_model
 from loramux_server.cli import finish
 from loramux_server.cli import train as cli_train
 from loramux_server.cli.frame import call
 from loramux_server.cli.train_data import read_material
-from loramux_server.cli.train_run import Progress, duration
+from loramux_server.cli.train_run import Progress
+from loramux_server.client import upload_check
 from loramux_server.client.adapters import AdaptersClient
 from loramux_server.client.connection import ServerReply
 from loramux_server.config.finish import FinishConfig
@@ -59,6 +64,7 @@ def where(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli_train, "configure_logging", lambda level: None)  # it takes pytest's own handlers away
     monkeypatch.setattr(cli_train, "_finish", lambda config, run, *, skip_bad: 0)
+    monkeypatch.setattr(upload_check, "check_upload", lambda url, key, name: None)
     examples(tmp_path / "train.jsonl", 24, seed=1)
     examples(tmp_path / "held.jsonl", 6, seed=2)
     return tmp_path
@@ -115,13 +121,17 @@ def test_flag_environment_and_file_go_together_in_this_order(tmp_path: Path) -> 
     assert (found.data, found.name, found.rank, found.alpha, found.seed) == (Path("a.jsonl"), "n", 16, 64.0, 1)
 
 
+def test_a_name_with_a_slash_is_one_directory_below_the_runs() -> None:
+    assert load(TrainConfig, {"data": "a.jsonl", "name": "org/spam"}, {}).run_dir == Path("adapters-trained/org--spam")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"data": None}, "--data is needed"),
         ({"name": None}, "--name is needed"),
         ({"name": "a:b"}, "--name 'a:b'"),
-        ({"name": "x" * 64}, "1 to 63 characters"),
+        ({"name": "x" * 256}, "1 to 255 characters"),
         ({"rank": 0}, "--rank must be from 1 to 1024, not 0"),
         ({"alpha": 0.0}, "--alpha must be positive"),
         ({"learning_rate": 3.0}, "--learning-rate must be between 0 and 1"),
@@ -131,6 +141,8 @@ def test_flag_environment_and_file_go_together_in_this_order(tmp_path: Path) -> 
         ({"labels": "ham"}, "--labels must name two or more"),
         ({"labels": "ham,ham", "eval_data": Path("h")}, "--labels must name two or more different"),
         ({"labels": "ham,spam"}, "--eval-data"),
+        ({"upload": "127.0.0.1:8000"}, "--upload '127.0.0.1:8000' is not a URL such as http://127.0.0.1:8000"),
+        ({"upload": "http://there", "quantize": "none"}, "refuses an adapter of --quantize none"),
         ({"csv_prompt": "text"}, "both --csv-prompt and --csv-completion"),
         ({"csv_prompt": "a", "csv_completion": "b", "csv_labels": "x"}, "labels must look like"),
     ],
@@ -140,6 +152,28 @@ def test_a_setting_that_cannot_be_is_refused_with_what_can(changes: dict[str, An
         config(**changes)
 
     assert said in str(caught.value)
+
+
+def test_what_other_tools_call_a_setting_is_taken_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[TrainConfig] = []
+
+    def read(config: TrainConfig, **switches: bool) -> None:
+        asked.append(config)
+        raise DataError("read")
+
+    monkeypatch.setattr("loramux_server.cli.train_data.read_material", read)
+    monkeypatch.setattr(cli_train, "configure_logging", lambda level: None)
+    given = ["--train-data", "d", "--name", "n", "--lr", "3e-4", "-r", "4", "--lora-alpha", "8", "--output-dir", "o"]
+    given += ["--num-train-epochs", "2", "--batch", "4", "--max-seq-length", "64", "--lora-dropout", "0.1"]
+    given += ["--lr-scheduler-type", "linear", "--warmup-ratio", "0.1"]
+    with pytest.raises(DataError):
+        run(given)
+
+    recipe = asked[0].recipe()
+    assert (asked[0].data, asked[0].run_dir) == (Path("d"), Path("o"))
+    assert (recipe.learning_rate, recipe.rank, recipe.alpha, recipe.epochs) == (3e-4, 4, 8.0, 2.0)
+    assert (recipe.batch_size, recipe.max_length, recipe.dropout) == (4, 64, 0.1)
+    assert (recipe.schedule, recipe.warmup) == ("linear", 0.1)
 
 
 def test_switches_and_permissions_need_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +329,9 @@ def test_a_signal_makes_a_checkpoint_and_the_same_command_goes_on(
 
     monkeypatch.setattr(Progress, "step", interrupted)
     assert run([*asked, "--out", "stopped"]) == 130
-    assert "stopped after step 4 of 6; the same command goes on from there" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "stopping after this step; the checkpoint will be in stopped/checkpoints; press Ctrl-C again" in said
+    assert "stopped after step 4 of 6; the same command goes on from there" in said
     assert signal.getsignal(number) is before
     monkeypatch.setattr(Progress, "step", show)
 
@@ -317,7 +353,36 @@ def test_a_dry_run_shows_the_plan_and_trains_nothing(
 
     text = capsys.readouterr().out
     assert "steps     3 of 8 examples" in text and "nothing was trained" in text
-    assert [path.name for path in (where / "adapters-trained" / "spam").iterdir()] == [".lock"]
+
+
+def tree(directory: Path) -> dict[str, bytes | None]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
+        for path in sorted(directory.rglob("*"))
+    }
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["with an empty cache", "with a cache"])
+def test_a_dry_run_leaves_nothing_behind(
+    where: Path, base: Path, warm: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    home, temporary = where / "home", tmp_path_factory.mktemp("temporary")
+    environ = {"HOME": str(home), "TMPDIR": str(temporary), "PATH": os.environ["PATH"]}
+    environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "server"), str(ROOT / "adapters")])
+    if warm:
+        load_base_model(
+            str(base), device=torch.device("cpu"), cache_dir=home / ".cache" / "loramux", report=lambda line: None
+        )
+    before = tree(where)
+    given = ["--data", "train.jsonl", "--name", "spam", "--base", str(base), "--rank", "4", "--dry-run"]
+    command = [sys.executable, "-m", "loramux_server", "train", *given]
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=120)
+
+    assert done.returncode == 0, done.stderr
+    assert "nothing was trained, and nothing is left behind" in done.stdout
+    assert ("reading the base as it was quantized before" in done.stdout) == warm
+    assert tree(where) == before
+    assert not list(temporary.glob("loramux*"))  # PyTorch makes an empty directory of its own there
 
 
 def test_without_held_out_examples_the_run_says_so(where: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -407,6 +472,75 @@ def test_a_done_adapter_is_uploaded_with_the_admins_key(
     assert "uploaded to http://there: spam created" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("broken", [OSError("no more files"), InvalidAdapterName("not this one"), KeyboardInterrupt()])
+def test_however_an_upload_ends_the_last_line_says_how_to_do_it(
+    where: Path,
+    base: Path,
+    broken: BaseException,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def push(*args: object, **options: object) -> ServerReply:
+        raise broken
+
+    monkeypatch.setattr(AdaptersClient, "push", push)
+
+    assert run(arguments(base, "--max-steps", "1", "--upload", "http://there")) != 0
+    last = "loramux adapters push adapters-trained/spam/adapter --name spam --url http://there"
+    assert capsys.readouterr().out.rstrip().endswith(last)
+    with pytest.raises(CommandFailed, match=f"finished run.*To upload it: {last}"):
+        run(arguments(base, "--max-steps", "1", "--upload", "http://there"))
+
+
+def test_a_server_with_another_base_is_known_before_the_first_step(
+    where: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload_check, "check_upload", lambda url, key, name: "f" * 64)
+
+    with pytest.raises(CommandFailed, match=r"holds another base \(id f{12}\) than --base"):
+        run(arguments(base, "--upload", "http://there"))
+    assert not list(where.glob("adapters-trained/**/log.jsonl"))
+
+
+def test_an_interrupted_evaluation_says_what_is_left_to_do(
+    where: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_train, "_finish", interrupted)
+
+    assert run(arguments(base, "--max-steps", "1")) == 130
+    text = capsys.readouterr().out
+    assert "interrupted; the adapter is saved in adapters-trained/spam/adapter, but not everything was done" in text
+    assert "evaluate  python -m loramux_server.cli.finish adapters-trained/spam" in text
+    assert "upload    loramux adapters push adapters-trained/spam/adapter --name spam\n" in text
+
+
+def test_the_finishing_process_gets_ctrl_c_and_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = (
+        "import pathlib, signal, sys, time\n"
+        "def stop(*_):\n"
+        f"    pathlib.Path({str(tmp_path / 'stopped')!r}).touch()\n"
+        "    sys.exit(130)\n"
+        "signal.signal(signal.SIGINT, stop)\n"
+        f"pathlib.Path({str(tmp_path / 'started')!r}).touch()\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(cli_train, "finish_command", lambda *_, **__: ["-c", script])
+
+    def interrupt() -> None:
+        while not (tmp_path / "started").exists():
+            time.sleep(0.01)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    main = threading.get_ident()
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        cli_train._finish(config(), RunDirectory(tmp_path), skip_bad=False)
+    assert (tmp_path / "stopped").exists()
+
+
 def test_a_refused_upload_or_a_failed_evaluation_loses_nothing(
     where: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -417,8 +551,11 @@ def test_a_refused_upload_or_a_failed_evaluation_loses_nothing(
     assert run(arguments(base, "--max-steps", "1", "--upload", "http://there")) == 1
 
     text = capsys.readouterr().out
-    assert "the adapter is saved but not uploaded: the server refused (507)" in text
-    assert "loramux adapters push" in text
+    assert "the adapter is saved but NOT uploaded: the server refused (507)" in text
+    assert text.splitlines()[-2:] == [
+        "It is NOT uploaded yet. What is trained and evaluated is kept; this uploads it:",
+        "          loramux adapters push adapters-trained/spam/adapter --name spam --url http://there",
+    ]
     assert (where / "adapters-trained" / "spam" / "adapter" / "adapter_model.safetensors").is_file()
 
 
@@ -436,7 +573,9 @@ def record(step: int, *, loss: float = 0.5, seconds: float = 2.0) -> StepRecord:
 
 def progress(stream: io.StringIO, *, seconds_between: float) -> Progress:
     times = iter(range(10_000))
-    shown = Progress(stream, memory=lambda: 900 << 20, clock=lambda: next(times) * seconds_between)
+    shown = Progress(
+        stream, Path("run") / "checkpoints", memory=lambda: 900 << 20, clock=lambda: next(times) * seconds_between
+    )
     shown.started(
         Plan(
             steps=20,
@@ -511,7 +650,3 @@ def test_a_file_gets_a_line_now_and_then() -> None:
     ]
     assert lines[-1] == "epoch 2 (step 20/20): training loss 0.5000, 90.0% of tokens right"
     assert "\r" not in stream.getvalue()
-
-
-def test_durations_are_read_at_a_glance() -> None:
-    assert [duration(seconds) for seconds in (7, 750.4, 11100)] == ["0:07", "12:30", "3:05:00"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import tarfile
@@ -8,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from loramux_server.client.transfer import ArchiveStream, extract, files_to_send
+from loramux_server.client.transfer import ArchiveStream, extract, files_to_send, open_to_send
 from loramux_server.errors import CommandFailed
+from support.adapter_files import as_hub_snapshot
 
 CONFIG = b'{"r": 8}'
 WEIGHTS = os.urandom(600_000)
@@ -41,13 +43,14 @@ def archive(*members: tuple[str, bytes], kind: bytes = tarfile.REGTYPE, link: st
 GOOD = (("adapter_config.json", CONFIG), ("adapter_model.safetensors", WEIGHTS))
 
 
-def test_other_files_of_the_directory_stay_where_they_are(tmp_path: Path) -> None:
+def test_a_tokenizer_goes_along_and_other_files_of_the_directory_stay_where_they_are(tmp_path: Path) -> None:
     directory = adapter(tmp_path / "a", tokenizer=b"{}")
     (directory / "README.md").write_text("hello")
 
     assert [path.name for path in files_to_send(directory).values()] == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "tokenizer.json",
     ]
 
 
@@ -62,6 +65,23 @@ def test_a_directory_that_is_no_adapter_is_refused_with_what_it_lacks(tmp_path: 
     (tmp_path / "adapter_model.bin").write_bytes(b"")
     with pytest.raises(CommandFailed, match="is a pickle"):
         files_to_send(tmp_path)
+
+
+def test_the_weights_of_mlx_lm_are_sent_as_the_weights(tmp_path: Path) -> None:
+    directory = adapter(tmp_path / "a")
+    (directory / "adapter_model.safetensors").rename(directory / "adapters.safetensors")
+    assert files_to_send(directory)["weights"].name == "adapters.safetensors"
+
+
+def test_links_of_the_hubs_cache_are_sent_and_links_that_lead_out_are_not(tmp_path: Path) -> None:
+    snapshot = as_hub_snapshot(adapter(tmp_path / "a"), tmp_path / "models--org--a")
+    for path in files_to_send(snapshot).values():
+        with open_to_send(path) as file:
+            assert file.read() in (CONFIG, WEIGHTS)
+    (tmp_path / "secret").write_bytes(WEIGHTS)
+    (snapshot / "card.json").symlink_to("../../../secret")
+    with pytest.raises(CommandFailed, match="'card.json' is a symbolic link to '../../../secret', which leads out"):
+        open_to_send(files_to_send(snapshot)["card"])
 
 
 @pytest.mark.parametrize("folder", ["", "spam/", "./"])
@@ -109,6 +129,15 @@ def test_an_archive_that_grows_too_large_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CommandFailed, match="larger than an adapter can be"):
         extract(archive(*GOOD), tmp_path / "spam", max_bytes=len(WEIGHTS))
 
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_archive_of_too_many_entries_is_refused_of_any_kind(tmp_path: Path) -> None:
+    directory = tarfile.TarInfo("d")
+    directory.type = tarfile.DIRTYPE
+    many = io.BytesIO(gzip.compress(directory.tobuf() * 100_000))
+    with pytest.raises(CommandFailed, match="more than 1000 entries"):
+        extract(many, tmp_path / "spam")
     assert os.listdir(tmp_path) == []
 
 

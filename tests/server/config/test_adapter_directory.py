@@ -18,3 +18,9 @@ def test_an_adapter_is_found_by_directory_run_or_name(tmp_path: Path, monkeypatc
         assert find_adapter(spec, trained) == directory
     with pytest.raises(CommandFailed, match="no adapter 'ham'.*loramux train"):
         find_adapter("ham", trained)
+
+
+def test_a_run_is_found_by_a_name_with_a_slash(tmp_path: Path) -> None:
+    directory = write_adapter(tmp_path / "org--spam" / "adapter", {"q_proj": (8, 8)})
+
+    assert find_adapter("org/spam", tmp_path) == directory

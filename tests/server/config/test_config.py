@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from loramux_server.config.load import OTHER_VARIABLES, TABLES, all_settings, load
 from loramux_server.config.serve import ServeConfig, is_loopback
-from loramux_server.config.settings import settings_of
+from loramux_server.config.settings import Settings, settings_of
 from loramux_server.config.train import TrainConfig
 from loramux_server.errors import ConfigError
 
@@ -45,9 +45,14 @@ def test_the_config_file_can_be_named_by_flag_or_environment_and_the_flag_wins(t
 
 def test_every_field_can_be_set_by_flag_environment_and_file(tmp_path: Path) -> None:
     samples = {int: ("64", "64"), float: ("64", "64"), str: ("cuda", '"cuda"'), Path: ("some/dir", '"some/dir"')}
-    particular = {"log_level": ("debug", '"debug"'), "host": ("127.0.0.2", '"127.0.0.2"')}
+    particular = {
+        "log_level": ("debug", '"debug"'),
+        "host": ("127.0.0.2", '"127.0.0.2"'),
+        "cors_origins": ("https://a.example,http://localhost:3000", '"https://a.example,http://localhost:3000"'),
+    }
     for name, setting in settings_of(ServeConfig).items():
-        text, in_toml = particular.get(name, samples[setting.kind])
+        switched = str(not setting.default).lower()
+        text, in_toml = particular.get(name, samples.get(setting.kind, (switched, switched)))
         from_environment = load(ServeConfig, {}, {setting.variable: text})
         from_file = load(ServeConfig, {}, {}, written(tmp_path, f"[serve]\n{name} = {in_toml}\n"))
 
@@ -78,6 +83,9 @@ def test_an_integer_in_the_file_is_fine_where_a_number_is_asked_for(tmp_path: Pa
         ({"base": ""}, "--base and --host must not be empty"),
         ({"served_model_name": "a:b"}, "--served-model-name must start with a letter or digit"),
         ({"adapter_memory_mib": "2048"}, "--device-memory-mib 2048 leaves nothing for the KV cache"),
+        ({"cors_origins": "https://a.example/"}, "--cors-origins lists pages as scheme://host or scheme://host:port"),
+        ({"cors_origins": "a.example"}, "without a path, not 'a.example'"),
+        ({"allowed_hosts": "host.docker.internal:8000"}, "--allowed-hosts lists names of this machine, without a port"),
         ({"max_batch_tokens": "16"}, "--max-batch-tokens (16) must be at least --max-num-seqs (32)"),
     ],
 )
@@ -217,6 +225,16 @@ def test_every_command_has_a_table_of_its_own_and_says_what_each_setting_is() ->
     assert tuple(cls.table for cls in all_settings()) == TABLES
     for cls in all_settings():
         assert [setting.name for setting in settings_of(cls).values() if not setting.help or not setting.group] == []
+
+
+@pytest.mark.parametrize("cls", all_settings())
+def test_a_nul_is_refused_in_every_path_and_text(cls: type[Settings], tmp_path: Path) -> None:
+    named = [setting for setting in settings_of(cls).values() if setting.kind in (str, Path) and not setting.choices]
+    assert len(named) > 2
+    for setting in named:
+        label = setting.variable if setting.secret else setting.flag
+        with pytest.raises(ConfigError, match=f"{label} must not hold a NUL"):
+            load(cls, {}, {}, written(tmp_path, f'[{cls.table}]\n{setting.name} = "a\\u0000b"\n'))
 
 
 def test_a_value_that_toml_knows_and_json_does_not_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from loramux_server.engine.sequence import AdapterUse, Sequence
 from loramux_server.errors import ConfigError
 from support.fakes_engine import sequence
 from support.fakes_scheduler import Bench
+from support.lines_run import lines_run
 
 
 def test_no_more_than_max_num_seqs_run() -> None:
@@ -56,13 +57,17 @@ def test_a_waiting_sequence_pins_its_version_until_the_copy_is_made() -> None:
     assert bench.host.pinned == set()
 
 
-def test_a_sequence_that_joins_a_resident_version_gives_its_pin_back() -> None:
-    bench = Bench(SchedulerConfig(max_num_seqs=1))
+def test_what_lies_on_the_device_is_held_in_host_memory_for_nobody() -> None:
+    bench = Bench(SchedulerConfig(max_num_seqs=1), instant=False)
     bench.add(sequence("a", version="v", max_tokens=1), sequence("b", version="v", max_tokens=1))
     bench.step()
-    assert bench.host.pins["v"] == 1
+    assert bench.host.pins["v"] == 1, "once for all that need it"
+    bench.host.end_load("v")
     bench.step()
-    assert bench.host.pinned == set()
+    assert bench.host.pinned == set() and bench.waiting == ["b"]
+    bench.host.evict_unpinned()
+    bench.step()
+    assert bench.host.requests == ["v"] and bench.ended.keys() == {"a", "b"}
 
 
 def test_a_failed_load_ends_every_sequence_of_that_version_and_no_other() -> None:
@@ -134,7 +139,7 @@ def test_a_large_version_is_not_shut_out_by_small_ones_that_would_fit() -> None:
 
 def test_nobody_gets_a_hold_on_host_memory_before_an_older_one_that_lacks_it() -> None:
     bench = Bench(SchedulerConfig(max_prefetch=1), instant=False)
-    bench.add(sequence("a", version="v"), sequence("b", version="w"), sequence("c", version="v"))
+    bench.add(sequence("a", version="v"), sequence("b", version="w"), sequence("c", version="x"))
     bench.step()
     bench.abort({"a"})
     bench.step()
@@ -319,3 +324,21 @@ def test_a_limit_below_one_is_refused(field: str) -> None:
 def test_a_negative_patience_is_refused(field: str) -> None:
     with pytest.raises(ConfigError, match=field):
         SchedulerConfig(**{field: -1})
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+def test_a_step_does_not_go_through_all_who_wait(blocked: bool) -> None:
+    """Neither where all seats are taken nor where the cache is full."""
+    lines = []
+    for waiting in (100, 5000):
+        bench = Bench(SchedulerConfig(max_num_seqs=100 if blocked else 2), num_blocks=8, block_size=4)
+        for number in range(waiting):
+            bench.scheduler.add(sequence(str(number), max_tokens=9))
+
+        def step(bench: Bench = bench) -> None:
+            bench.scheduler.prefetch()
+            bench.scheduler.commit(bench.scheduler.schedule())
+
+        step()
+        lines.append(lines_run(step))
+    assert lines[1] == pytest.approx(lines[0], rel=0.1)

@@ -135,6 +135,28 @@ async def test_what_is_refused_raises_when_it_is_first_read() -> None:
         await reader
 
 
+async def test_sequences_that_come_together_are_taken_or_refused_together() -> None:
+    async with Served(Rig(max_waiting=5, instant=False)) as served:
+        streams = served.client.submit(*(sequence(f"first {number}", version="v") for number in range(3)))
+        with pytest.raises(ServerBusy):
+            served.client.submit(*(sequence(f"second {number}", version="v") for number in range(2)))
+        await eventually(lambda: served.rig.host.loading == ["v"])
+        served.rig.host.end_load("v")
+        assert [len([output async for output in stream]) for stream in streams] == [3, 3, 3]
+        assert {row.sequence.id for batch in served.rig.runner.batches for row in batch.rows} == {
+            "first 0",
+            "first 1",
+            "first 2",
+        }
+
+
+async def test_a_stream_that_was_never_read_ends_with_the_abort_of_its_sequence() -> None:
+    async with Served(Rig(instant=False)) as served:
+        served.client.submit(sequence("one", version="v"))
+        served.client.abort("one")
+        await eventually(lambda: not served.client._streams)
+
+
 async def test_a_duplicate_id_is_refused_and_leaves_the_first_stream_alone() -> None:
     async with Served(Rig()) as served:
         served.rig.runner.gate.clear()

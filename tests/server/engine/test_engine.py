@@ -200,14 +200,14 @@ def test_the_stats_name_the_adapters_that_are_waited_for() -> None:
     rig = Rig(instant=False).start()
     for name, version in (("one", "v"), ("two", "v"), ("three", "w")):
         rig.engine.submit(sequence(name, version=version, max_tokens=1))
-    eventually(lambda: rig.engine.stats.waiting_adapters == {"v", "w"})
+    eventually(lambda: rig.engine.stats.waiting_by_adapter == {"v": 2, "w": 1})
     rig.host.end_load("v")
     rig.deliveries.final("two")
-    eventually(lambda: rig.engine.stats.waiting_adapters == {"w"})
+    eventually(lambda: rig.engine.stats.waiting_by_adapter == {"w": 1})
     rig.host.end_load("w")
     rig.deliveries.final("three")
     rig.stop()
-    assert rig.engine.stats.waiting_adapters == set()
+    assert rig.engine.stats.waiting_by_adapter == {}
 
 
 def test_the_stats_count_what_is_held_and_name_what_is_resident() -> None:

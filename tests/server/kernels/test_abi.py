@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,7 +70,7 @@ def test_a_file_that_is_no_such_library_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LibraryUnusable, match="not built at installation"):
         NativeLibrary(tmp_path / "none.so")
     broken = tmp_path / "broken.so"
-    broken.write_bytes(b"\x7fELF")
+    broken.write_bytes(b"#!/bin/sh\n")
     with pytest.raises(LibraryUnusable, match="does not load"):
         NativeLibrary(broken)
     foreign = tmp_path / "foreign.so"  # loads, and is not ours
@@ -77,3 +79,34 @@ def test_a_file_that_is_no_such_library_is_refused(tmp_path: Path) -> None:
     shutil.copy(_ctypes.__file__, foreign)
     with pytest.raises(LibraryUnusable, match="does not load"):
         NativeLibrary(foreign)
+
+
+LOADER = """
+import sys
+from pathlib import Path
+from loramux_server.kernels.native import LibraryUnusable, NativeLibrary
+
+whole, path = Path(sys.argv[1]).read_bytes(), Path(sys.argv[2])
+for end in map(int, sys.argv[3:]):
+    print(end, flush=True)  # the last line says where the process ended, should it end here
+    path.unlink(missing_ok=True)
+    path.write_bytes(whole[:end])
+    try:
+        NativeLibrary(path)
+    except LibraryUnusable as error:
+        assert ("cut short" in str(error)) == (end > 0), error
+    else:
+        raise AssertionError("it was loaded")
+print("all refused")
+"""
+
+
+@needs_library
+def test_a_library_that_was_cut_short_is_refused_wherever_the_cut_is(tmp_path: Path) -> None:
+    """Of many of these the system's loader would end the process with a signal."""
+    size = LIBRARY.stat().st_size
+    ends = sorted({0, 1, 4, 5, 16, 63, 64, 120, 624, size - 4096, size - 64, size - 1, *range(4096, size, size // 97)})
+    words = [sys.executable, "-c", LOADER, str(LIBRARY), str(tmp_path / "cut.so"), *map(str, ends)]
+    ran = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, (ran.returncode, ran.stdout[-20:], ran.stderr)
+    assert ran.stdout.endswith("all refused\n")

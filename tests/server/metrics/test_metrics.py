@@ -111,6 +111,19 @@ def test_gauges_are_asked_for_at_each_scrape() -> None:
     assert sum(name.startswith("loramux_pool_bytes") for name in values) == len(POOLS)
 
 
+def test_who_waits_is_counted_by_adapter_under_the_labels_there_are() -> None:
+    metrics = Metrics(adapter_labels=1)
+    metrics.request_started("a")
+    waiting: dict[str | None, int] = {None: 1, "a": 2, "b": 3, "c": 4, "a+b": 5}
+    metrics.read_gauges_from(lambda: GaugeReadings(waiting=15, waiting_by_adapter=waiting))
+    values = samples(metrics)
+    found = {
+        label: values[f'loramux_adapter_requests_waiting{{adapter="{label}"}}'] for label in ("base", "a", "other")
+    }
+    assert found == {"base": 1, "a": 2, "other": 7}
+    assert values['loramux_adapter_requests_waiting{adapter="composed"}'] == 5
+
+
 def test_two_servers_in_one_process_do_not_share_counts() -> None:
     first, second = Metrics(), Metrics()
     first.aborted()

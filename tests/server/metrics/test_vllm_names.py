@@ -93,7 +93,8 @@ def test_asking_again_counts_nothing_twice() -> None:
 
 def test_adapters_are_running_while_their_current_version_is_on_the_device() -> None:
     records = [record_of("pirate", V1, rank=8), record_of("haiku", V2, rank=9), record_of("twin", V1, rank=8)]
-    readings = GaugeReadings(slot_rows=100, device_versions={V1, OLD}, waiting_adapters={"haiku", "pirate"})
+    waiting: dict[str | None, int] = {"haiku": 1, "haiku+pirate": 2, None: 1}
+    readings = GaugeReadings(slot_rows=100, device_versions={V1, OLD}, waiting_by_adapter=waiting)
     adapters = LoraRequests.of(readings, records)
     assert adapters.most == 6, "rank 9 takes 16 rows"
     text = rendered(Metrics(), adapters)
@@ -106,4 +107,4 @@ def test_adapters_are_running_while_their_current_version_is_on_the_device() -> 
 
 def test_without_adapters_the_smallest_slot_counts() -> None:
     adapters = LoraRequests.of(GaugeReadings(slot_rows=100), [])
-    assert (adapters.most, adapters.running, adapters.waiting) == (12, [], ())
+    assert (adapters.most, adapters.running, adapters.waiting) == (12, [], set())

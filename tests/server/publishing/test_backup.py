@@ -15,7 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loramux_adapters.artifact.format import WEIGHTS_FILE
+from loramux_adapters.artifact.coverage import LayerCount
+from loramux_adapters.artifact.format import KNOWN_FILES, WEIGHTS_FILE
+from loramux_adapters.store.index_file import INDEX_FILE
+from loramux_adapters.store.rebuild import rebuild_index
 from loramux_adapters.store.store import AdapterStore
 from loramux_server.cli import main as cli
 from loramux_server.errors import CommandFailed
@@ -44,7 +47,8 @@ def upload(store: AdapterStore, name: str, seed: int, *, extra: bool = False) ->
         if extra:
             (staging.directory / "card.json").write_text('{"about": "x"}')
             (staging.directory / "fingerprint.json").write_text('{"prompts": []}')
-        return store.publish(name, staging, rank=4, base_id=None, target_modules=["q_proj"]).version
+        facts: Any = {"layers": LayerCount(1, 2), "notes": ["one", "two"]} if extra else {}
+        return store.publish(name, staging, rank=4, base_id=None, target_modules=["q_proj"], **facts).version
 
 
 @pytest.fixture
@@ -78,17 +82,39 @@ def rewritten(backup: Path, change: Callable[[list[tuple[tarfile.TarInfo, bytes]
 def test_names_versions_pointers_pins_cards_and_fingerprints_come_back(
     source: AdapterStore, open_store: Open, tmp_path: Path
 ) -> None:
-    assert write_backup(source, tmp_path / "b.tar.gz").done == ["a", "b"]
+    upload(source, "org/b", 7)
+    assert write_backup(source, tmp_path / "b.tar.gz").done == ["a", "b", "org/b"]
     target = open_store("target")
-    assert restore_backup(target, tmp_path / "b.tar.gz", replace=False).done == ["a", "b"]
+    assert restore_backup(target, tmp_path / "b.tar.gz", replace=False).done == ["a", "b", "org/b"]
     assert target.records() == source.records()
     for record in source.records():
         for kept in record.versions:
             assert target.load(kept.version).version == kept.version
-            for path in source.directory(kept.version).iterdir():
+            files = [path for path in source.directory(kept.version).iterdir() if path.name in KNOWN_FILES]
+            for path in files:
                 assert (target.directory(kept.version) / path.name).read_bytes() == path.read_bytes()
     assert not list((tmp_path / "target" / "staging").iterdir())
     assert target.rollback("a").outcome == "rolled_back"
+
+
+def test_a_backup_of_before_layers_were_counted_is_restored(
+    source: AdapterStore, open_store: Open, tmp_path: Path
+) -> None:
+    write_backup(source, tmp_path / "b.tar.gz")
+
+    def forget(members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
+        manifest = json.loads(members[0][1])
+        for adapter in manifest["adapters"]:
+            for version in adapter["versions"]:
+                for field in ("adapted_layers", "base_layers", "notes"):
+                    del version[field]
+        members[0] = members[0][0], json.dumps(manifest).encode()
+
+    target = open_store("target")
+    old = rewritten(tmp_path / "b.tar.gz", forget)
+    assert restore_backup(target, old, replace=False).done == ["a", "b"]
+    versions = [version for record in target.records() for version in record.versions]
+    assert all((version.layers, version.notes) == (None, []) for version in versions)
 
 
 def test_a_name_that_is_there_stays_unless_it_is_to_be_replaced(
@@ -115,6 +141,45 @@ def test_what_is_uploaded_while_it_is_written_changes_nothing_in_it(
         assert all((directory / row.upload.digest / WEIGHTS_FILE).stat().st_size for row in rows)
         assert {row.upload.name for row in rows} == {record.name for record in before}
     assert source.records() == [] and not list((tmp_path / "source" / "versions").iterdir())
+
+
+def test_the_records_of_versions_are_no_part_of_a_backup_and_written_anew(
+    source: AdapterStore, open_store: Open, tmp_path: Path
+) -> None:
+    write_backup(source, tmp_path / "backup")
+    with tarfile.open(tmp_path / "backup") as tar:
+        assert {name.rpartition("/")[2] for name in tar.getnames()} <= {"manifest.json", *KNOWN_FILES}
+    target = open_store("target")
+    restore_backup(target, tmp_path / "backup", replace=False)
+    target.check_integrity()
+    before = target.records()
+    target.close()
+    (tmp_path / "target" / INDEX_FILE).unlink()
+    assert rebuild_index(tmp_path / "target").is_whole
+    assert open_store("target").records() == before
+
+
+def test_the_commands_list_what_is_set_aside_and_make_the_index_anew(
+    source: AdapterStore, open_store: Open, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--adapter-dir", str(tmp_path / "source")]
+    before = source.records()
+    shutil.copytree(source.directory(before[0].version), tmp_path / "source" / "versions" / ("0" * 64))
+    source.close()
+    assert cli.main(["adapters", "quarantine", *where], {}) == 0
+    assert capsys.readouterr().out == "nothing is set aside\n"
+    (tmp_path / "source" / INDEX_FILE).unlink()
+    for command in ("backup", "restore"):
+        assert cli.main(["adapters", command, str(tmp_path / "file"), *where], {}) == 1
+    assert "rebuild-index" in capsys.readouterr().err
+    assert cli.main(["adapters", "rebuild-index", *where], {}) == 1  # since a stray stays unknown
+    said = capsys.readouterr().out
+    assert "made anew: 2 adapters with 4 versions" in said and f"not back: version {'0' * 12}" in said
+    assert cli.main(["adapters", "quarantine", *where], {}) == 0
+    assert f"quarantine/{'0' * 64}." in capsys.readouterr().out
+    assert open_store("source").records() == before
+    assert cli.main(["adapters", "rebuild-index", "--adapter-dir", str(tmp_path / "none")], {}) == 1
+    assert "holds no adapter store" in capsys.readouterr().err
 
 
 def test_a_damaged_version_is_left_out_and_named(source: AdapterStore, open_store: Open, tmp_path: Path) -> None:

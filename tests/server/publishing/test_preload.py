@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from loramux_adapters.base_info import BaseInfo
-from loramux_adapters.lora.verify import check_adapter
+from loramux_adapters.lora.verify import Checked, check_adapter
 from loramux_adapters.store.store import AdapterStore
-from loramux_server.errors import ConfigError
-from loramux_server.publishing.preload import preload
-from support.adapter_files import TINY_LINEARS, write_adapter
+from loramux_server.errors import ConfigError, ServerBusy
+from loramux_server.publishing.preload import BUSY_SECONDS, preload
+from support.adapter_files import TINY_LINEARS, as_hub_snapshot, write_adapter
 from support.publishing import unproved
 
 OLD, NEW = BaseInfo("aa" * 32, TINY_LINEARS), BaseInfo("bb" * 32, TINY_LINEARS)
@@ -93,6 +95,8 @@ def test_what_cannot_be_served_is_left_out_with_a_note(
     source: Path, open_store: Callable[[BaseInfo], AdapterStore]
 ) -> None:
     (source / "haiku" / "adapter_config.json").write_text("{")
+    shutil.copytree(source / "pirate", source / "pickled")
+    (source / "pickled" / "adapter_model.safetensors").rename(source / "pickled" / "adapter_model.bin")
     shutil.copytree(source / "pirate", source / "base")
     shutil.copytree(source / "pirate", source / "a b")
     store = open_store(OLD)
@@ -102,24 +106,55 @@ def test_what_cannot_be_served_is_left_out_with_a_note(
         "left out a b",
         "left out base",
         "left out haiku",
+        "left out pickled",
     ]
+    assert "adapter_model.bin is a pickle" in notes[-1] or "adapter_model.bin is a pickle" in notes[-2]
 
 
 def test_a_file_that_cannot_be_read_is_noted_and_the_others_are_published(
     source: Path, open_store: Callable[[BaseInfo], AdapterStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy = shutil.copyfile
+    plain = os.open
 
-    def copy_with_permission(path: Path, target: Path) -> Path:
-        if path.parent.name == "haiku":
+    def open_with_permission(path: str | Path, flags: int, *args: Any, **options: Any) -> int:
+        if path == "adapter_model.safetensors" and "haiku" in os.readlink(f"/proc/self/fd/{options['dir_fd']}"):
             raise PermissionError(13, "Permission denied", str(path))
-        return copy(path, target)
+        return plain(path, flags, *args, **options)
 
-    monkeypatch.setattr(shutil, "copyfile", copy_with_permission)
+    monkeypatch.setattr(os, "open", open_with_permission)
     store = open_store(OLD)
     notes = run(store, source)
     assert notes[0].startswith("left out haiku: ") and "Permission denied" in notes[0]
     assert names(store) == ["pirate"]
+
+
+def test_an_adapter_in_a_folder_has_a_name_with_a_slash(
+    source: Path, open_store: Callable[[BaseInfo], AdapterStore]
+) -> None:
+    write_adapter(source / "org" / "riddle", TINY_LINEARS, targets=["q_proj"], rank=4)
+    store = open_store(OLD)
+    assert "published org/riddle (rank 4, q_proj)" in run(store, source)
+    assert names(store) == ["haiku", "org/riddle", "pirate"]
+
+
+@pytest.mark.parametrize("times", [2, 1000], ids=["for a while", "all the time"])
+def test_an_adapter_that_the_engine_is_too_busy_to_try_is_tried_again_for_some_time(
+    source: Path, open_store: Callable[[BaseInfo], AdapterStore], times: int
+) -> None:
+    shutil.rmtree(source / "haiku")
+    store, notes, slept = open_store(OLD), list[str](), list[float]()
+
+    def busy(directory: Path) -> Checked:
+        if len(slept) < times:
+            raise ServerBusy("no time", retry_after=30)
+        return check_adapter(directory, OLD, 256)
+
+    preload(store, unproved(store, busy), source, notes.append, sleep=slept.append)
+    if times == 2:
+        assert notes == ["pirate is tried again in 30 s: no time"] * 2 + ["published pirate (rank 4, q_proj)"]
+        assert slept == [30, 30]
+    else:
+        assert notes[-1] == "left out pirate: no time" and sum(slept) == BUSY_SECONDS
 
 
 @pytest.mark.parametrize("directory", ["missing", "adapters/README.md"])
@@ -128,3 +163,17 @@ def test_a_directory_that_is_none_is_a_wrong_setting(
 ) -> None:
     with pytest.raises(ConfigError, match="--preload: cannot read the directory"):
         run(open_store(OLD), tmp_path / directory)
+
+
+def test_links_of_the_hubs_cache_are_followed_and_links_that_lead_out_are_refused(
+    source: Path, tmp_path: Path, open_store: Callable[[BaseInfo], AdapterStore]
+) -> None:
+    snapshot = as_hub_snapshot(source / "pirate", tmp_path / "models--org--pirate")
+    (source / "outside").symlink_to(snapshot)
+    (source / "again").symlink_to("haiku")
+    store = open_store(OLD)
+    notes = run(store, source)
+    assert names(store) == ["again", "haiku"]
+    assert any("'outside' is a symbolic link to" in note and str(snapshot) in note for note in notes)
+    run(store, snapshot.parent)
+    assert names(store) == [snapshot.name, "again", "haiku"]

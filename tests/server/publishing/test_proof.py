@@ -33,6 +33,8 @@ class FakeEngine:
         self.offset = 0.0  # added to the log probability of every token
         self.error: str | None = None  # of adapter sequences
         self.hangs = False
+        self.pause = 0.0  # before each token, and before each of so many parts of a prompt that are read
+        self.reads = 0
         self.sequences: list[Sequence] = []
         self.running = self.most = 0
 
@@ -47,7 +49,11 @@ class FakeEngine:
             if self.error is not None and sequence.adapters:
                 yield TokenOutput(finish_reason=FinishReason.ERROR, error=self.error)
                 return
+            for _ in range(self.reads):
+                await asyncio.sleep(self.pause)
+                sequence.num_computed += 1
             for index in range(sequence.params.max_tokens):
+                await asyncio.sleep(self.pause)
                 yield self._output(sequence, index)
         finally:
             self.running -= 1
@@ -67,6 +73,7 @@ class Rig:
         self.directory = directory
         self.engine = FakeEngine()
         self.held: list[HostAdapter] = []
+        self.resident: set[str] = set()
         self.forgotten: list[str] = []
         self.proofs: list[tuple[bool, str]] = []
         self.version = digest_of(read_config(directory), directory)
@@ -74,6 +81,7 @@ class Rig:
         self.prover = Prover(
             self.engine.generate,
             self.holding,
+            self.resident.__contains__,
             self.forgotten.append,
             self,
             base_id=BASE_ID,
@@ -226,10 +234,58 @@ async def test_a_failure_within_a_replay_is_that_failure(rig: Rig) -> None:
 async def test_an_engine_without_time_for_it_means_try_again_and_leaves_nothing_behind(rig: Rig) -> None:
     slow = Rig(rig.directory, timeout=0.01)
     slow.engine.hangs = True
-    with pytest.raises(ServerBusy, match="nothing was stored") as error:
+    with pytest.raises(ServerBusy, match=r"no progress in 0\.01 seconds.*nothing was stored") as error:
         await slow.prover.prove(slow.directory, slow.checked)
     assert error.value.retry_after > 1
     assert slow.engine.running == 0 and slow.held == [] and slow.proofs == []
+    assert slow.forgotten == [slow.version]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("reads", "tokens"), [(12, 1), (0, 12)], ids=["reading a prompt", "with tokens"])
+async def test_a_trial_that_gets_on_has_more_time_than_one_that_stands_still(rig: Rig, reads: int, tokens: int) -> None:
+    busy = Rig(rig.directory, timeout=0.2)
+    busy.write_fingerprint(
+        prompts=(Witness("p", (1, 2), "r", (4,) * tokens, tuple(-0.5 - at for at in range(tokens))),)
+    )
+    busy.engine.reads, busy.engine.pause = reads, 0.05
+    assert await busy.prover.prove(busy.directory, busy.checked) == "exact"
+    busy.engine.pause = 0.5
+    with pytest.raises(ServerBusy):
+        await busy.prover.prove(busy.directory, busy.checked)
+
+
+@pytest.mark.anyio
+async def test_a_trial_that_gets_on_and_never_ends_is_given_up(rig: Rig) -> None:
+    async def generate(sequence: Sequence) -> AsyncIterator[TokenOutput]:
+        while True:
+            await asyncio.sleep(0.001)
+            yield TokenOutput(5, None, None)
+
+    endless = Rig(rig.directory, timeout=0.02)
+    endless.prover._generate = generate
+    with pytest.raises(ServerBusy, match=r"did not end in 0\.6"):
+        await asyncio.wait_for(endless.prover.prove(endless.directory, endless.checked), 5)
+
+
+@pytest.mark.anyio
+async def test_a_replay_can_be_skipped_and_that_is_the_outcome(rig: Rig) -> None:
+    rig.write_fingerprint(base_id="0" * 64)
+    assert await rig.prover.prove(rig.directory, rig.checked, skip_replay=True) == "skipped"
+    assert rig.proofs == [(True, "skipped")] and not any(sequence.params.forced for sequence in rig.engine.sequences)
+    (rig.directory / "fingerprint.json").unlink()
+    assert await rig.prover.prove(rig.directory, rig.checked, skip_replay=True) == "none"
+
+
+@pytest.mark.anyio
+async def test_what_is_not_to_be_published_does_not_stay_on_the_device(rig: Rig) -> None:
+    await rig.prover.prove(rig.directory, rig.checked)
+    assert rig.forgotten == []
+    await rig.prover.prove(rig.directory, rig.checked, keep=False)
+    assert rig.forgotten == [rig.version]
+    rig.resident.add(rig.version)
+    await rig.prover.prove(rig.directory, rig.checked, keep=False)
+    assert rig.forgotten == [rig.version], "some name has it"
 
 
 @pytest.mark.anyio

@@ -16,7 +16,7 @@ from loramux_adapters.lora.verify import Checked, check_adapter
 from loramux_adapters.store.store import AdapterStore
 from loramux_server.errors import ServerBusy
 from loramux_server.publishing.watch import DirectoryWatch
-from support.adapter_files import TINY_LINEARS, write_adapter
+from support.adapter_files import TINY_LINEARS, as_hub_snapshot, write_adapter
 from support.publishing import unproved
 
 BASE = BaseInfo("aa" * 32, TINY_LINEARS)
@@ -155,6 +155,24 @@ def test_links_are_refused_and_files_and_hidden_directories_are_nobodys_adapters
     assert scene.names == [] and scene.failures == 3 and "symbolic link" in caplog.text
 
 
+def test_a_pickle_instead_of_the_weights_is_said_once_and_the_weights_are_still_waited_for(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = scene.write("pirate")
+    (path / WEIGHTS_FILE).rename(path / "adapter_model.bin")
+    scene.poll(5)
+    assert scene.failures == 1 and "adapter_model.bin is a pickle" in caplog.text
+    (path / "adapter_model.bin").rename(path / WEIGHTS_FILE)
+    assert scene.poll(2).names == ["pirate"]
+
+
+def test_snapshots_of_the_hubs_cache_are_published(scene: Scene, tmp_path: Path) -> None:
+    snapshot = as_hub_snapshot(scene.write("pirate"), tmp_path / "models--org--pirate")
+    scene.directory = snapshot.parent
+    scene.start()
+    assert scene.poll(2).names == [snapshot.name] and scene.failures == 0
+
+
 def test_a_directory_that_disappears_unregisters_nothing_and_says_so(
     scene: Scene, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -178,7 +196,7 @@ def test_what_was_rolled_back_or_deleted_stays_so_until_the_directory_changes_ev
     assert scene.version("pirate") == first
     scene.start()
     scene.poll(4)
-    assert scene.version("pirate") == first and scene.checks == 2
+    assert scene.version("pirate") == first and scene.checks == 3, "the check tells which version it is"
     scene.write("pirate", seed=2)
     scene.poll(2)
     assert scene.version("pirate") != first
@@ -214,12 +232,35 @@ def test_a_directory_that_cannot_be_read_is_said_once_and_taken_up_again(
     assert scene.poll(2).names == ["pirate"]
 
 
-def test_an_adapter_that_the_engine_is_too_busy_to_prove_is_taken_later(scene: Scene) -> None:
+def test_an_adapter_that_the_engine_is_too_busy_to_prove_is_taken_later(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
     def busy() -> None:
         raise ServerBusy("the queue is full")
 
     scene.write("pirate")
     scene.on_check = busy
     assert scene.poll(3).names == [] and scene.checks == 2 and scene.failures == 0
+    assert caplog.text.count("pirate from the watched directory is tried again at every look: the queue is full") == 1
     scene.on_check = lambda: None
     assert scene.poll().names == ["pirate"]
+
+
+def test_an_adapter_in_a_folder_has_a_name_with_a_slash(scene: Scene) -> None:
+    scene.write("org/pirate")
+    scene.write("org/.incoming")
+    scene.write("org/checkpoint-100")
+    scene.write("haiku/nested")
+    scene.write("haiku")
+    assert scene.poll(2).names == ["haiku", "org/pirate"] and scene.failures == 0
+    before = scene.version("org/pirate")
+    scene.write("org/pirate", seed=1)
+    assert scene.poll(2).version("org/pirate") != before
+
+
+def test_a_folder_is_not_gone_into_over_a_link(scene: Scene, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "outside" / "pirate", TINY_LINEARS, targets=["q_proj"], rank=4)
+    (scene.directory / "org").symlink_to(tmp_path / "outside")
+    (scene.directory / "mine").mkdir()
+    (scene.directory / "mine" / "pirate").symlink_to(tmp_path / "outside" / "pirate")
+    assert scene.poll(3).names == [] and scene.failures == 2

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 from support import fakes_serving
@@ -27,10 +27,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(*flags: str, build_seconds: float = 0.0, failure: str = "") -> Iterator[subprocess.Popen[str]]:
-    """The process; killed in the end if it still runs."""
+def serving(
+    *flags: str, build_seconds: float = 0.0, failure: str = "", files: int | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """The process, which may open so many files; killed in the end if it still runs."""
+    limited = [] if files is None else ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh"]
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(build_seconds), failure, *flags],
+        [*limited, sys.executable, str(SCRIPT), str(build_seconds), failure, *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -120,8 +123,10 @@ def test_a_signal_lets_running_replies_end_refuses_new_ones_and_exits_with_0() -
         with getting(port, "/stream") as stream:
             first = stream.readline()
             process.send_signal(signal.SIGTERM)
-            read_until(process, "draining")
-
+            said = read_until(process, "finishing")
+            assert said.splitlines()[-1] == (
+                "finishing 1 reply in at most 30 s, new requests are refused; press Ctrl-C again to stop now"
+            )
             assert [status_of(port, path) for path in ("/stream", "/ready", "/health")] == [503, 503, 200]
             assert (first + stream.read()).split() == [str(n).encode() for n in range(fakes_serving.LINES)]
 
@@ -138,7 +143,21 @@ def test_replies_that_outlast_the_shutdown_timeout_do_not_keep_the_process() -> 
             stream.readline()
             process.send_signal(signal.SIGINT)
 
-            assert finished(process)[0] == 0
+            code, stdout, _ = finished(process)
+            assert code == 0 and stdout.endswith("stopped; 1 reply cut off\n")
+
+
+def test_a_server_without_replies_to_finish_says_so() -> None:
+    with serving("--port", "0") as process:
+        read_until(process, "curl ")
+        process.send_signal(signal.SIGINT)
+        assert finished(process)[:2] == (0, "stopping; no reply is running\nfake stopped\nstopped\n")
+
+
+def test_a_base_that_does_not_exist_is_told_before_anything_is_imported() -> None:
+    with serving("--port", "0", "--base", "no-such-base", build_seconds=30) as process:
+        code, stdout, stderr = finished(process)
+    assert (code, stdout) == (1, "") and stderr.startswith("loramux: base 'no-such-base' is neither")
 
 
 def test_a_second_signal_ends_the_process_at_once() -> None:
@@ -148,7 +167,7 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
         with getting(port, "/stream") as stream:
             stream.readline()
             process.send_signal(signal.SIGTERM)
-            read_until(process, "draining")
+            read_until(process, "finishing")
             process.send_signal(signal.SIGTERM)
 
             code, stdout, _ = finished(process)
@@ -180,3 +199,47 @@ def test_a_wrong_setting_is_a_usage_error() -> None:
         code, _, stderr = finished(process)
 
     assert (code, stderr) == (2, "loramux: --port must be from 0 to 65535, not 70000\n")
+
+
+def test_idle_connections_by_the_hundred_leave_the_server_answering_and_its_log_small() -> None:
+    port = free_port()
+    with serving("--port", str(port), "--header-timeout", "2", files=128) as process, ExitStack() as stack:
+        read_until(process, "curl ")
+        idle = [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=SECONDS)) for _ in range(300)]
+        for _ in range(30):
+            assert status_of(port, "/health") == 200
+        with getting(port, "/stream") as stream:
+            assert len(stream.read().split()) == fakes_serving.LINES
+        for connection in idle:  # the server closes each of them, soon or when its header is overdue
+            with suppress(ConnectionResetError):
+                assert connection.recv(1) == b""
+
+        process.send_signal(signal.SIGTERM)
+        code, _, stderr = finished(process)
+        assert code == 0
+        assert len(stderr.splitlines()) <= 3, stderr
+
+
+def test_broken_requests_by_the_thousand_write_few_lines() -> None:
+    port = free_port()
+    with serving("--port", str(port)) as process:
+        read_until(process, "curl ")
+        for _ in range(1000):
+            with socket.create_connection(("127.0.0.1", port), timeout=SECONDS) as connection:
+                connection.sendall(b"hello\r\n\r\n")
+                assert connection.recv(1000).startswith(b"HTTP/1.1 400")
+        time.sleep(1.2)
+        process.send_signal(signal.SIGTERM)
+        _, _, stderr = finished(process)
+        lines = stderr.splitlines()
+        assert 2 <= len(lines) <= 30
+        counts = [int(found[1]) for line in lines if (found := re.search(r": (\d+) more like this", line))]
+        assert sum(counts) + len(lines) - len(counts) == 1000
+
+
+def test_a_limit_on_open_files_that_leaves_no_room_is_told_before_anything_is_loaded() -> None:
+    with serving("--port", "0", files=64) as process:
+        code, _, stderr = finished(process)
+
+    assert code == 2
+    assert "allows this process 64 open files" in stderr and "ulimit -n" in stderr

@@ -6,10 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-from tokenizers import Tokenizer
-
-from loramux_adapters.errors import DataError
+from loramux_adapters.chat.encoder import ChatTemplate, TextEncoder
+from loramux_adapters.errors import DataError, TemplateFailed, TokenizerMissing
 from loramux_adapters.training.data.batches import Row
 from loramux_adapters.training.data.examples import Example, ExampleSet, LineError, Message, Skipped, refusal
 
@@ -42,34 +40,49 @@ class Rendered:
 
 
 class Renderer:
-    """Turns conversations into tokens exactly as the server does, and marks those to learn."""
+    """Turns conversations into tokens exactly as the server does, and marks those to learn.
 
-    def __init__(self, tokenizer: Any, max_length: int, *, stop_ids: Iterable[int] = ()) -> None:
-        """`stop_ids` are further tokens that the server ends a reply at, beside the tokenizer's own end token.
+    As there, what is said never becomes a special token: the text of a conversation holds marks for the chat template's
+    own (`ChatTemplate`).
+    """
 
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_length: int,
+        *,
+        stop_ids: Iterable[int] = (),
+        chat_template: str | None = None,
+        encoder: TextEncoder | None = None,
+    ) -> None:
+        """
+        Args:
+            stop_ids: further tokens that the server ends a reply at, beside the tokenizer's own end token.
+            chat_template: what an adapter brings in place of the base's.
+            encoder: of this tokenizer and these tokens, where there is one already.
         Raises:
             DataError: the base has no fast tokenizer, or no token that ends a reply.
+            TemplateFailed: the template is none.
         """
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise DataError("the base has no fast tokenizer (tokenizer.json); use a base that has one")
-        self._tokenizer = tokenizer
-        self._backend = Tokenizer.from_str(backend.to_str())  # a copy: checkpoints often carry truncation and padding
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        stop_ids = [*stop_ids]
+        try:
+            self._encoder = encoder or TextEncoder(tokenizer, stop_ids)
+        except TokenizerMissing as error:
+            raise DataError(f"{error}; use a base that has one") from error
         self.max_length = max_length
         eos = tokenizer.eos_token_id
         self.end_ids = frozenset(int(token) for token in [*stop_ids, eos] if token is not None)
         if not self.end_ids:
             raise DataError("the base names no token that ends a reply (eos_token), so an answer could not end")
         self.eos_id = int(eos) if eos is not None else min(self.end_ids)
+        self._template: ChatTemplate | None = self._encoder.template(chat_template)
         added = tokenizer.added_tokens_decoder  # their text is one token wherever it stands, so text can be searched
         self._end_texts = tuple(str(added[token]) for token in sorted(self.end_ids) if token in added)
 
     @property
     def has_template(self) -> bool:
         """Whether the base can chat; if not, it can learn pairs of prompt and completion alone, as plain text."""
-        return bool(self._tokenizer.chat_template)
+        return self._template is not None
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The ids that the server runs for these messages, up to where the assistant's answer begins.
@@ -163,16 +176,15 @@ class Renderer:
 
     def _chat_text(self, messages: Sequence[Message], line: int, *, generate: bool) -> str:
         """Raises LineError."""
-        if not self.has_template:
+        if self._template is None:
             raise LineError(
                 line, "is a conversation, but this base has no chat template; write lines of 'prompt' and 'completion'"
             )
         plain = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            text = self._tokenizer.apply_chat_template(plain, add_generation_prompt=generate, tokenize=False)
-        except TemplateError as error:
+            return self._template.text(plain, generate=generate)
+        except TemplateFailed as error:
             raise LineError(line, f"is refused by the base's chat template: {error}") from error
-        return str(text)
 
     def _end_of(self, answer: str, text: str, start: int, line: int) -> tuple[int, bool]:
         """Where the answer that starts here ends, and whether the template has put an end token there.
@@ -182,7 +194,9 @@ class Renderer:
         """
         rest = text[start:]
         said_last = answer.strip().splitlines()[-1].strip()
-        ends = [(rest.find(end), -len(end)) for end in self._end_texts if end in rest]
+        assert self._template is not None
+        own = [self._template.own(end) for end in self._end_texts]
+        ends = [(rest.find(end), -len(end)) for end in own if end in rest]
         if ends:
             at, length = min(ends)
             if rest[:at].rstrip().endswith(said_last):
@@ -214,7 +228,7 @@ class Renderer:
 
     def _cuttable(self, prompt: str, example: Example, *, special: bool) -> list[tuple[int, int]]:
         """Token ranges that may be cut: the users' messages without their margins."""
-        offsets = self._backend.encode(prompt, add_special_tokens=special).offsets
+        offsets = self._offsets(prompt, special=special)
         ranges = []
         position = 0
         for message in example.prompt:
@@ -248,8 +262,15 @@ class Renderer:
         return Row(tuple(ids[index] for index in kept), tuple(learn[index] for index in kept), cut=len(ids) - len(kept))
 
     def _ids(self, text: str, *, special: bool = False) -> list[int]:
-        ids: list[int] = self._backend.encode(text, add_special_tokens=special).ids
-        return ids
+        """`special`: the text of a prompt without a template, and with what the base expects around it."""
+        if special:
+            return self._encoder.encode(text)
+        return self._encoder.tokens.encode(text, around=False) if self._template is None else self._template.ids(text)
+
+    def _offsets(self, text: str, *, special: bool) -> Sequence[tuple[int, int]]:
+        if special or self._template is None:
+            return self._encoder.tokens.offsets(text, marked=False, around=special)
+        return self._template.offsets(text)
 
 
 def _plain_prompt(example: Example) -> str:

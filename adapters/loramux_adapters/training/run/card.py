@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loramux_adapters.artifact.config import BASE_ID_KEY
 from loramux_adapters.durable_files import write_whole
 from loramux_adapters.errors import TrainingError
 from loramux_adapters.training.recipe import Recipe
-from loramux_adapters.training.run.trainer import TrainingOutcome
+
+if TYPE_CHECKING:
+    from loramux_adapters.training.run.trainer import TrainingOutcome
 
 FORMAT = 1
 CARD_FILE, README_FILE = "card.json", "README.md"

@@ -76,6 +76,15 @@ class RunDirectory:
         finally:
             os.close(lock)
 
+    def check_usable(self) -> None:
+        """As far as that can be seen without writing anything. Raises TrainingError."""
+        there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise TrainingError(
+                f"{self.path} cannot be written to: {there} is "
+                f"{'read-only' if there.is_dir() else 'no directory'}; name another directory with --out"
+            )
+
     def clear(self) -> None:
         """Removes what an earlier run left, and nothing else. Raises TrainingError."""
         try:

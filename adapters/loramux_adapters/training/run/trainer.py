@@ -10,7 +10,7 @@ import hashlib
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -123,8 +123,15 @@ class Trainer:
         base_id: str,
         observer: Observer,
         checkpoint_every: int,
+        checkpoint_minutes: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`held`: rows to evaluate on, may be empty. `checkpoint_every`: steps between two checkpoints.
+        """Looks at the rows; nothing is written before `run`.
+
+        Args:
+            held: rows to evaluate on, may be empty.
+            checkpoint_every: a checkpoint is made at each multiple of so many steps, wherever a run was resumed.
+            checkpoint_minutes: and where the last one is older than this; 0 leaves it at that.
 
         Raises:
             DataError: no example holds a token to learn.
@@ -146,7 +153,9 @@ class Trainer:
         self._optimizer = make_optimizer(self._parameters, recipe)
         made_of = {"data": data_sha256, "tokens": _tokens_sha256(self._rows), "base": base_id}
         self._checkpoints = Checkpoints(run_dir / CHECKPOINTS, made_of | {"recipe": recipe.as_json()})
-        self._checkpoint_every = checkpoint_every
+        self._checkpoint_every, self._checkpoint_seconds = checkpoint_every, 60 * checkpoint_minutes
+        self._clock = clock
+        self._saved_at = clock()
         self._run_dir = run_dir
         self.trace = Trace(run_dir / LOG_FILE)
         self._memory = PeakMemory(next(iter(self._parameters.values())).device)
@@ -166,12 +175,13 @@ class Trainer:
             TrainingError: the loss is not finite.
         """
         self._resume()
+        self._saved_at = self._clock()
         plan = self.plan()
         self._observer.started(plan)
         with self._guarded():
             while self._evaluate_if_due():
                 finished = self._step == self._steps
-                if finished or self._stopping or self._step - self._saved >= self._checkpoint_every:
+                if finished or self._stopping or self._checkpoint_is_due():
                     self._save()
                 if finished or self._stopping:
                     break
@@ -302,14 +312,21 @@ class Trainer:
             return None
         return sum(o.loss_sum for o in outcomes) / tokens, sum(o.correct for o in outcomes) / tokens
 
+    def _checkpoint_is_due(self) -> bool:
+        """At the multiples of `checkpoint_every`, and when the last one, or the start, is too long ago."""
+        if self._step % self._checkpoint_every == 0:
+            return True
+        return 0 < self._checkpoint_seconds <= self._clock() - self._saved_at
+
     def _save(self) -> None:
+        """Nothing if this step is saved already."""
         if self._step == self._saved:
             return
         tensors, numbers = read_state(self._optimizer, self._parameters)
         tensors |= {_PARAMETER + name: p.detach().cpu().contiguous() for name, p in self._parameters.items()}
         peak = self._memory.peak()
         path = self._checkpoints.save(Checkpoint(self._step, tensors, numbers, self.trace.lines(), peak))
-        self._saved = self._step
+        self._saved, self._saved_at = self._step, self._clock()
         self._observer.saved(path)
 
     def _order_of(self, epoch: int) -> list[list[int]]:

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 
+from loramux_adapters.artifact.format import KNOWN_FILES
 from loramux_server.api.http.worker_threads import run_in_thread
 
 _BLOCK = 256 * 2**10
@@ -15,7 +16,7 @@ _LEVEL = 1  # weights hardly shrink
 
 
 async def packed(directory: Path, root: str) -> AsyncGenerator[bytes, None]:
-    """The regular files of `directory` in a folder `root`, packed in worker threads."""
+    """The files of the version in `directory`, in a folder `root`, packed in worker threads."""
     pieces = _pieces(directory, root)
     while piece := await run_in_thread(_next_piece, pieces):
         yield piece
@@ -28,7 +29,8 @@ def _next_piece(pieces: Iterator[bytes]) -> bytes:
 
 def _pieces(directory: Path, root: str) -> Iterator[bytes]:
     compress = zlib.compressobj(_LEVEL, wbits=31)
-    for path in sorted(path for path in directory.iterdir() if path.is_file() and not path.is_symlink()):
+    files = (path for path in directory.iterdir() if path.name in KNOWN_FILES)
+    for path in sorted(path for path in files if path.is_file() and not path.is_symlink()):
         with path.open("rb") as file:
             entry = tarfile.TarInfo(f"{root}/{path.name}")
             entry.size = path.stat().st_size

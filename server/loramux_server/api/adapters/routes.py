@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,17 +11,21 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
+from loramux_adapters.artifact.format import CHAT_TEMPLATE_FILE
+from loramux_adapters.errors import AdapterNotFound
+from loramux_adapters.names import check_name, file_name_of
 from loramux_server.api.adapters.download import packed
 from loramux_server.api.adapters.upload import receive_upload
 from loramux_server.api.http.auth import Access, access
 from loramux_server.api.http.body import read_object
 from loramux_server.api.http.dependencies import Dependencies
-from loramux_server.api.http.model_names import check_adapter_name
+from loramux_server.api.http.json_reply import listed
 from loramux_server.api.http.streaming import Stream, until_gone
 from loramux_server.api.http.worker_threads import enter_in_thread, run_in_thread, run_in_thread_or_undo
 from loramux_server.errors import RequestError, ServerBusy
 
 if TYPE_CHECKING:
+    from loramux_adapters.artifact.coverage import LayerCount
     from loramux_adapters.lora.verify import Checked
     from loramux_adapters.store.store import AdapterRecord, Published
     from loramux_server.fingerprint.replay import ReplayOutcome
@@ -36,8 +40,7 @@ class AdapterRoutes:
         self._places = asyncio.Semaphore(deps.limits.uploads)
 
     async def list(self, request: Request) -> Response:
-        records = await run_in_thread(self._deps.store.records)
-        return JSONResponse({"object": "list", "data": [self._record_json(record) for record in records]})
+        return await listed(self._records_json)
 
     async def show(self, request: Request) -> Response:
         return await self._shown(self._name_of(request))
@@ -46,16 +49,17 @@ class AdapterRoutes:
     async def put(self, request: Request) -> Response:
         """201 for a new adapter, 200 for a new version of one, for one that is there already, and for a mere check."""
         name = self._name_of(request)
-        flags = _flags(request, ("validate_only", "force", "allow_no_effect"))
+        flags = _flags(request, ("validate_only", "force", "allow_no_effect", "skip_replay"))
+        validate_only = flags.pop("validate_only")
         store = self._deps.store
         async with self.place(), enter_in_thread(store.stage()) as staging:
             await receive_upload(request, staging.directory, self._deps.limits)
             # A client that leaves while its files are checked publishes nothing.
             checked, proof = await until_gone(
                 request.receive,
-                self._checked(staging.directory, force=flags["force"], allow_no_effect=flags["allow_no_effect"]),
+                self._checked(staging.directory, keep=not validate_only, **flags),
             )
-            if flags["validate_only"]:
+            if validate_only:
                 return JSONResponse(_checked_json(name, checked, proof))
             published = await run_in_thread(self._deps.publish, name, staging, checked, proof)
         return await self._shown(name, published)
@@ -78,9 +82,9 @@ class AdapterRoutes:
 
         headers = {
             "content-type": "application/gzip",
-            "content-disposition": f'attachment; filename="{name}.tar.gz"',
+            "content-disposition": f'attachment; filename="{file_name_of(name)}.tar.gz"',
         }
-        return Stream(packed(store.directory(lease.version), name), release, headers)
+        return Stream(packed(store.directory(lease.version), file_name_of(name)), release, headers)
 
     @access(Access.ADMIN)
     async def rollback(self, request: Request) -> Response:
@@ -108,8 +112,17 @@ class AdapterRoutes:
         return await self._shown(name)
 
     async def _shown(self, name: str, published: Published | None = None) -> Response:
-        """The adapter as it is now, and what `published` says came of the call: 201 for a new adapter, else 200."""
-        shown = self._record_json(await run_in_thread(self._deps.store.record, name))
+        """The adapter as it is now, and what `published` says came of the call: 201 for a new adapter, else 200.
+
+        What was published and then deleted by another call, before this reply, is shown as that.
+        """
+        try:
+            record = await run_in_thread(self._deps.store.record, name)
+            shown = self._record_json(record, await run_in_thread(self._with_own_template, [record]))
+        except AdapterNotFound:
+            if published is None:
+                raise
+            shown = {"id": name, "object": "adapter", "name": name, "deleted": True}
         if published is None:
             return JSONResponse(shown)
         outcome = {"outcome": published.outcome, "version": published.version}
@@ -121,23 +134,34 @@ class AdapterRoutes:
         # A web page can make a browser send a POST without a body here, but not one that says it is JSON.
         has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
         if has_body or "origin" in request.headers or "sec-fetch-site" in request.headers:
-            stall_seconds = self._deps.limits.stall_seconds
-            fields |= await read_object(request, limit=_MAX_BODY, stall_seconds=stall_seconds)
+            fields |= await read_object(request, limit=_MAX_BODY, pace=self._deps.limits.pace)
         for name in fields:
             if name not in names:
                 raise RequestError(f"unknown parameter {ascii(name[:64])}", param=name[:64], code="unknown_parameter")
         return fields
 
-    async def _checked(self, directory: Path, *, force: bool, allow_no_effect: bool) -> tuple[Checked, ReplayOutcome]:
-        """What the check found, and how the fingerprint replays."""
+    async def _checked(self, directory: Path, *, force: bool, **flags: bool) -> tuple[Checked, ReplayOutcome]:
+        """What the check found, and how the fingerprint replays; `flags` are those of the trial."""
         checked = await run_in_thread(self._deps.check, directory, force=force)
-        return checked, await self._deps.prove(directory, checked, force=force, allow_no_effect=allow_no_effect)
+        return checked, await self._deps.prove(directory, checked, force=force, **flags)
 
     def _name_of(self, request: Request) -> str:
-        return check_adapter_name(request.path_params["name"], self._deps.base.name)
+        return check_name(request.path_params["name"], (self._deps.base.name,))
 
-    def _record_json(self, record: AdapterRecord) -> dict[str, Any]:
-        """An adapter as clients see it."""
+    def _with_own_template(self, records: Sequence[AdapterRecord]) -> set[str]:
+        """The current versions that bring a chat template in place of the base's. Asks the disk."""
+        directory = self._deps.store.directory
+        return {each.version for each in records if (directory(each.version) / CHAT_TEMPLATE_FILE).exists()}
+
+    def _records_json(self) -> Iterator[dict[str, Any]]:
+        """Every adapter. Asks the disk."""
+        records = self._deps.store.records()
+        own = self._with_own_template(records)
+        for record in records:
+            yield self._record_json(record, own)
+
+    def _record_json(self, record: AdapterRecord, own_template: set[str]) -> dict[str, Any]:
+        """An adapter as clients see it. `own_template`: versions that bring a chat template."""
         return {
             "id": record.name,
             "object": "adapter",
@@ -145,6 +169,7 @@ class AdapterRoutes:
             "version": record.version,
             "rank": record.rank,
             "target_modules": [*record.target_modules],
+            "layers": _layers_json(record.layers),
             "bytes": record.nbytes,
             "tier": self._deps.engine.residency(record.version),
             "pinned": record.pinned,
@@ -152,6 +177,8 @@ class AdapterRoutes:
             "base": self._deps.base.name,
             "base_verified": record.base_verified,
             "fingerprint": record.fingerprint,
+            "notes": record.notes,
+            "chat_template": "adapter" if record.version in own_template else "base",
             "requests": record.references,
             "created": record.created,
             "updated": record.updated,
@@ -161,8 +188,10 @@ class AdapterRoutes:
                     "created": kept.created,
                     "bytes": kept.nbytes,
                     "rank": kept.rank,
+                    "layers": _layers_json(kept.layers),
                     "verified": kept.base_verified,
                     "fingerprint": kept.fingerprint,
+                    "notes": kept.notes,
                     "corrupt": kept.corrupt,
                     "current": kept.version == record.version,
                     "tier": self._deps.engine.residency(kept.version),
@@ -176,12 +205,14 @@ class AdapterRoutes:
         """One of the places for uploads. Raises ServerBusy if none becomes free in time."""
         seconds = self._deps.limits.upload_wait_seconds
         try:
-            async with asyncio.timeout(seconds):
-                await self._places.acquire()
+            with self._deps.metrics.upload_waits():
+                async with asyncio.timeout(seconds):
+                    await self._places.acquire()
         except TimeoutError as error:
             raise ServerBusy("too many uploads at the same time", retry_after=max(1, round(seconds))) from error
         try:
-            yield
+            with self._deps.metrics.upload_runs():
+                yield
         finally:
             self._places.release()
 
@@ -193,9 +224,16 @@ def _checked_json(name: str, checked: Checked, proof: ReplayOutcome) -> dict[str
         "valid": True,
         "rank": checked.rank,
         "target_modules": [*checked.target_modules],
+        "layers": _layers_json(checked.layers),
         "base_verified": checked.base_verified,
         "fingerprint": proof,
+        "notes": checked.notes,
+        "chat_template": "base" if checked.chat_template is None else "adapter",
     }
+
+
+def _layers_json(layers: LayerCount | None) -> dict[str, int] | None:
+    return None if layers is None else {"adapted": layers.adapted, "of": layers.of}
 
 
 def _flags(request: Request, names: tuple[str, ...]) -> dict[str, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -11,9 +12,11 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from loramux_adapters.artifact.archive import unpack
+from loramux_adapters.artifact.mlx_layout import convert_mlx
 from loramux_adapters.errors import AdapterTooLarge
-from loramux_server.api.http.body import blocks
+from loramux_server.api.http.body import blocks, refuse_encoded
 from loramux_server.api.http.dependencies import Limits
+from loramux_server.api.http.errors import BodyStalled
 from loramux_server.api.http.worker_threads import run_in_thread
 from loramux_server.errors import RequestError
 
@@ -22,12 +25,23 @@ FILES = {
     "weights": "adapter_model.safetensors",
     "card": "card.json",
     "fingerprint": "fingerprint.json",
+    "chat_template": "chat_template.jinja",
+    "chat_template_json": "chat_template.json",
+    "tokenizer": "tokenizer.json",
+    "tokenizer_config": "tokenizer_config.json",
+    "special_tokens_map": "special_tokens_map.json",
+    "added_tokens": "added_tokens.json",
+    "vocab": "vocab.json",
+    "vocab_txt": "vocab.txt",
+    "merges": "merges.txt",
+    "tokenizer_model": "tokenizer.model",
 }
 ARCHIVE = "archive"
 _ARCHIVE_FILE = "archive:upload"  # no member of an archive can have this name
 _BLOCK = 256 * 2**10  # bytes of the body that go to a worker thread at a time
 _SMALL_PART = 4 * 2**20
-_OVERHEAD = 3 * _SMALL_PART + 2**20  # bytes of a body beside its weights: the small parts, boundaries and headers
+_LARGE = ("weights", "archive", "tokenizer", "vocab", "vocab_txt", "merges", "tokenizer_model")
+_OVERHEAD = 8 * _SMALL_PART + 2**20  # bytes of a body beside its weights: the small parts, boundaries and headers
 _MAX_HEADERS = 8
 _MAX_HEADER_LINE = 1024
 _MAX_BOUNDARY = 70  # RFC 2046
@@ -35,29 +49,30 @@ _RAW = (b"", b"binary", b"8bit", b"7bit")
 
 
 async def receive_upload(request: Request, directory: Path, limits: Limits) -> None:
-    """Write the files of an upload into `directory` under their PEFT names.
+    """Write the files of an upload into `directory` under their PEFT names, and in PEFT's layout if they are mlx-lm's.
 
-    The body has the parts `config` and `weights`, and may have `card` and `fingerprint`; or it has the part `archive`
-    alone. Parsing and writing happen in a worker thread.
-    Raises RequestError, AdapterTooLarge, AdapterRejected, BodyStalled, OSError, and ClientDisconnect.
+    The body has the parts `config` and `weights`, and may have `card`, `fingerprint` and a tokenizer's; or it has the
+    part `archive` alone. Parsing and writing happen in a worker thread.
+    Raises RequestError, AdapterTooLarge, AdapterRejected, BodyNotDecodable, BodyStalled, OSError, and ClientDisconnect.
     """
+    refuse_encoded(request)
     writer = _PartWriter(_boundary_of(request), directory, limits.upload_bytes)
     too_large = AdapterTooLarge(limits.upload_bytes)
     try:
-        async for block in blocks(
-            request,
-            limit=limits.upload_bytes + _OVERHEAD,
-            too_large=too_large,
-            stall_seconds=limits.stall_seconds,
-            size=_BLOCK,
-        ):
-            await run_in_thread(writer.feed, block)
+        async with asyncio.timeout(limits.upload_seconds):
+            async for block in blocks(
+                request, limit=limits.upload_bytes + _OVERHEAD, too_large=too_large, pace=limits.pace, size=_BLOCK
+            ):
+                await run_in_thread(writer.feed, block)
         parts = writer.finish()
+    except TimeoutError as error:
+        raise BodyStalled(f"the upload did not arrive within {limits.upload_seconds:g} seconds") from error
     finally:
         writer.close()
     if ARCHIVE in parts:
         await run_in_thread(unpack, directory / _ARCHIVE_FILE, directory, limits.upload_bytes)
         await run_in_thread((directory / _ARCHIVE_FILE).unlink)
+    await run_in_thread(convert_mlx, directory)
 
 
 def _boundary_of(request: Request) -> bytes:
@@ -144,7 +159,7 @@ class _PartWriter:
     def _open(self) -> None:
         name = self._part_name()
         self._parts.add(name)
-        is_large = name in ("weights", ARCHIVE)
+        is_large = name in _LARGE
         self._left = self._limit if is_large else min(_SMALL_PART, self._limit)
         self._file = (self._directory / FILES.get(name, _ARCHIVE_FILE)).open("xb")
 

@@ -13,12 +13,12 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from loramux_adapters.errors import AdapterError, AdapterNotFound, InvalidAdapterName
+from loramux_adapters.names import check_name
 from loramux_server.api.adapters.routes import AdapterRoutes
 from loramux_server.api.http.auth import Access, access
 from loramux_server.api.http.body import read_object
 from loramux_server.api.http.dependencies import Dependencies
-from loramux_server.api.http.errors import answer_to
-from loramux_server.api.http.model_names import check_adapter_name
+from loramux_server.api.http.errors import Refusal, answer_to
 from loramux_server.api.http.worker_threads import run_in_thread
 from loramux_server.errors import LoramuxError, RequestError, ServerBusy
 
@@ -43,15 +43,15 @@ class VllmRoutes:
             name, path = _text(body, "lora_name"), _text(body, "lora_path")
             if not name or not path:
                 raise RequestError("Both 'lora_name' and 'lora_path' must be provided.")
-            check_adapter_name(name, self._deps.base.name)
+            check_name(name, (self._deps.base.name,))
             if body.get("load_inplace") is not True and await self._is_loaded(name):
                 raise RequestError(
                     f"The lora adapter '{name}' has already been loaded. To replace it, set 'load_inplace' to true."
                 )
             async with self._adapters.place():
                 await run_in_thread(self._root.load, name, path)
-        except ServerBusy:
-            raise  # a status that clients know how to retry
+        except (ServerBusy, Refusal):
+            raise  # a status that says by itself what to do
         except (LoramuxError, AdapterError) as error:
             return _failure(error)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
@@ -64,6 +64,8 @@ class VllmRoutes:
             if not name:
                 raise RequestError("'lora_name' needs to be provided to unload a LoRA adapter.")
             await run_in_thread(self._deps.store.delete, name)
+        except Refusal:
+            raise
         except (LoramuxError, AdapterError) as error:
             return _failure(error)
         self._deps.metrics.adapter_deleted(name)
@@ -77,7 +79,7 @@ class VllmRoutes:
         return True
 
     async def _body(self, request: Request) -> dict[str, Any]:
-        return await read_object(request, limit=_MAX_BODY, stall_seconds=self._deps.limits.stall_seconds)
+        return await read_object(request, limit=_MAX_BODY, pace=self._deps.limits.pace)
 
 
 def _text(body: dict[str, Any], field: str) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from loramux_adapters.errors import AdapterCorrupt, AdapterError
 from loramux_server.api.http.dependencies import EngineLike, StoreLike
 from loramux_server.api.http.errors import RequestTimedOut
 from loramux_server.api.http.model_names import RequestedAdapter
@@ -38,10 +39,12 @@ class AdapterLeases:
 
     Attributes:
         listed: the request named them one by one, in `adapters`; otherwise `model` named the only one.
+        store: that they are of; None for the bare base.
     """
 
     leases: tuple[tuple[Lease, float], ...] = ()
     listed: bool = False
+    store: StoreLike | None = None
 
     @classmethod
     async def acquire(cls, store: StoreLike, targets: tuple[RequestedAdapter, ...], *, listed: bool) -> AdapterLeases:
@@ -59,7 +62,7 @@ class AdapterLeases:
                 for lease, _ in leases:
                     lease.release()
                 raise
-            return cls(tuple(leases), listed)
+            return cls(tuple(leases), listed, store)
 
         return await run_in_thread_or_undo(cls._release, acquire_all) if targets else cls()
 
@@ -67,6 +70,21 @@ class AdapterLeases:
         """Gives all of them back, once."""
         if self.leases:
             await run_in_thread(self._release)
+
+    async def require_sound(self) -> None:
+        """Raises AdapterCorrupt if the store has found the files of one of them damaged since it was leased."""
+
+        def look(store: StoreLike) -> None:
+            for lease, _ in self.leases:
+                try:
+                    store.acquire(lease.name, lease.version).release()
+                except AdapterCorrupt:
+                    raise
+                except AdapterError:
+                    continue  # deleted or replaced meanwhile, which ends no request
+
+        if self.store is not None:
+            await run_in_thread(look, self.store)
 
     @property
     def adapter(self) -> str | None:
@@ -118,7 +136,7 @@ class Choice:
         self.sequence = sequence
         self.completion_tokens = 0
         self.finish: FinishReason | None = None
-        self.over = False  # the engine has let go of the sequence
+        self.over = False  # the engine has let go of the sequence, or was told to
         self.queue_seconds: float | None = None
         self.first_token_seconds: float | None = None
         self.cached_tokens = 0
@@ -213,14 +231,26 @@ class Generation:
             await give_back(self._metrics, self.leases, self._outcome, self._started)
 
     async def _generate(self) -> AsyncGenerator[Piece, None]:
+        """All sequences are taken, or the request is refused before any has begun."""
         came = False
         try:
-            async with aclosing(_merged([partial(self._follow, choice) for choice in self.choices])) as pieces:
-                async for piece in pieces:
-                    came = True
-                    yield piece
+            taken = self._engine.submit(*(choice.sequence for choice in self.choices))
+            follows = [partial(self._follow, *one) for one in zip(self.choices, taken, strict=True)]
+            try:
+                async with aclosing(_merged(follows) if len(follows) > 1 else follows[0]()) as pieces:
+                    async for piece in pieces:
+                        came = True
+                        yield piece
+            finally:  # no sequence is left in the engine, not even one that nobody followed
+                for choice in self.choices:
+                    if not choice.over:
+                        self._engine.abort(choice.sequence.id)
         except (RequestError, ServerBusy):
             self._outcome = "error" if came else "rejected"
+            raise
+        except SequenceFailed:
+            self._outcome = "error"
+            await self.leases.require_sound()
             raise
         except Exception:
             self._outcome = "error"
@@ -228,9 +258,8 @@ class Generation:
         finished = {choice.finish for choice in self.choices}
         self._outcome = "length" if FinishReason.LENGTH in finished else "stop"
 
-    async def _follow(self, choice: Choice) -> AsyncGenerator[Piece, None]:
-        """The pieces of one choice. When this ends, its sequence has left the engine or is told to leave."""
-        outputs = self._engine.generate(choice.sequence)
+    async def _follow(self, choice: Choice, outputs: AsyncGenerator[TokenOutput, None]) -> AsyncGenerator[Piece, None]:
+        """The pieces of one choice."""
         try:
             while choice.finish is None:
                 try:
@@ -247,6 +276,7 @@ class Generation:
                 yield choice.feed(output)
         finally:
             if not choice.over:
+                choice.over = True
                 self._engine.abort(choice.sequence.id)
             await outputs.aclose()
 
@@ -262,11 +292,6 @@ Follow = Callable[[], AsyncGenerator[Piece, None]]
 
 async def _merged(sources: Sequence[Follow]) -> AsyncGenerator[Piece, None]:
     """Pieces of all sources as they come. The first error ends everything."""
-    if len(sources) == 1:
-        async with aclosing(sources[0]()) as only:
-            async for piece in only:
-                yield piece
-        return
     queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
 
     async def pump(source: Follow) -> None:

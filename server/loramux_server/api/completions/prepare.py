@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
+from loramux_adapters.artifact.format import read_chat_template
 from loramux_adapters.errors import AdapterError
 from loramux_server.api.completions.generation import AdapterLeases, Choice, Generation, give_back
-from loramux_server.api.completions.schemas import AdapterPart, ChatRequest, CompletionRequest, GenerationRequest
-from loramux_server.api.http.dependencies import Dependencies, Message
+from loramux_server.api.completions.schemas import (
+    AdapterPart,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    TemplateOptions,
+)
+from loramux_server.api.http.dependencies import Dependencies, StoreLike
 from loramux_server.api.http.model_names import RequestedAdapter, resolve_model
 from loramux_server.api.http.worker_threads import run_in_thread
 from loramux_server.base.detokenizer import Detokenizer
@@ -57,6 +64,23 @@ def requested_adapters(model: str, parts: Sequence[AdapterPart] | None, base_nam
     return tuple(targets.values())
 
 
+def chat_template_of(store: StoreLike, leases: AdapterLeases) -> str | None:
+    """The chat template that the leased versions bring in place of the base's; None if they bring none.
+
+    Reads their files. Raises RequestError if they do not agree: no template suits adapters that learned from two.
+    """
+    own = [(lease.name, read_chat_template(store.directory(lease.version))) for lease, _ in leases.leases]
+    for name, template in own[1:]:
+        if template != own[0][1]:
+            raise RequestError(
+                f"the adapters {own[0][0]} and {name} use different chat templates, so they cannot chat together; use "
+                "/v1/completions, or publish them with the same chat template",
+                param="adapters",
+                code="invalid_value",
+            )
+    return own[0][1] if own else None
+
+
 class Preparation:
     """`leases` first, then `chat` or `completion` with them."""
 
@@ -72,11 +96,10 @@ class Preparation:
 
     async def chat(self, body: ChatRequest, leases: AdapterLeases) -> Generation:
         """Owns the leases from now on: if it raises (RequestError), they are released."""
-        messages = [{"role": message.role, "content": message.content} for message in body.messages]
         return await self._prepare(
             body,
             leases,
-            prompts=lambda: [self._encoded_chat(messages)],
+            prompts=lambda: [self.encoded_chat(body, leases)],
             param="messages",
             max_tokens=lambda prompt: body.longest_reply or self._deps.base.context - len(prompt),
             continues=False,
@@ -87,7 +110,7 @@ class Preparation:
         return await self._prepare(
             body,
             leases,
-            prompts=lambda: [self._encoded(prompt) for prompt in body.prompt],
+            prompts=lambda: map(self.encoded, body.prompt),
             param="prompt",
             max_tokens=lambda prompt: body.max_tokens or COMPLETION_MAX_TOKENS,
             continues=True,
@@ -98,7 +121,7 @@ class Preparation:
         body: GenerationRequest,
         leases: AdapterLeases,
         *,
-        prompts: Callable[[], list[list[int]]],
+        prompts: Callable[[], Iterable[list[int]]],
         param: str,
         max_tokens: Callable[[list[int]], int],
         continues: bool,
@@ -107,12 +130,11 @@ class Preparation:
         started = time.monotonic()
         outcome = "abort"
         try:
-            encoded = await run_in_thread(prompts)
+            # Each is checked before the next is encoded: the first that is too long ends it.
+            encoded = await run_in_thread(lambda: [self._limited(prompt, max_tokens, param) for prompt in prompts()])
             identity = uuid.uuid4().hex
             choices = []
-            for index, prompt in enumerate(encoded):
-                limit = max_tokens(prompt)
-                self._check_length(prompt, limit, param)
+            for index, (prompt, limit) in enumerate(encoded):
                 sequence = self._sequence(f"{identity}-{index}", prompt, limit, body, leases)
                 choices.append(Choice(index, sequence, self._detokenizer(body, prompt if continues else ())))
         except BaseException as error:
@@ -151,20 +173,32 @@ class Preparation:
             tokenizer.decode, stop=body.stop, skip=tokenizer.special_ids, context=context[-_CONTEXT_TOKENS:]
         )
 
-    def _encoded_chat(self, messages: list[Message]) -> list[int]:
-        self._check_characters(sum(len(message["content"]) for message in messages), "messages")
-        return self._deps.tokenizer.encode_chat(messages)
+    def encoded_chat(self, body: TemplateOptions, leases: AdapterLeases) -> list[int]:
+        """Messages as tokens, by the base's template or the adapters'. Raises RequestError.
 
-    def _encoded(self, prompt: str | list[int]) -> list[int]:
+        In a worker thread: it reads files, and may take long.
+        """
+        self._check_characters(sum(len(message.content) for message in body.messages), "messages")
+        return self._deps.tokenizer.encode_chat(
+            [message.for_template for message in body.messages],
+            chat_template=chat_template_of(self._deps.store, leases),
+            template_kwargs=body.template_variables,
+            add_generation_prompt=body.opens_turn,
+        )
+
+    def encoded(self, prompt: str | list[int]) -> list[int]:
+        """A prompt as tokens. Raises RequestError; in a worker thread, since it may take long."""
         if isinstance(prompt, str):
             self._check_characters(len(prompt), "prompt")
-            return self._deps.tokenizer.encode(prompt)
-        vocab_size = self._deps.tokenizer.vocab_size
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            raise RequestError(
-                f"'prompt': token ids must be 0 to {vocab_size - 1}", param="prompt", code="invalid_value"
-            )
+            return self._deps.tokenizer.encode(prompt, special=self._deps.special_in_prompts)
+        self.check_token_ids(prompt, "prompt")
         return prompt
+
+    def check_token_ids(self, tokens: Sequence[int], param: str) -> None:
+        """Raises RequestError for an id that is no token."""
+        vocab_size = self._deps.tokenizer.vocab_size
+        if tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
+            raise RequestError(f"'{param}': token ids must be 0 to {vocab_size - 1}", param=param, code="invalid_value")
 
     def _check_characters(self, count: int, param: str) -> None:
         """Refuses a text that cannot fit, before the tokenizer spends seconds on it."""
@@ -177,8 +211,9 @@ class Preparation:
                 code=CONTEXT_EXCEEDED,
             )
 
-    def _check_length(self, prompt: list[int], max_tokens: int, param: str) -> None:
-        context = self._deps.base.context
+    def _limited(self, prompt: list[int], max_tokens: Callable[[list[int]], int], param: str) -> tuple[list[int], int]:
+        """A prompt that fits, and the most tokens of its reply."""
+        context, limit = self._deps.base.context, max_tokens(prompt)
         if not prompt:
             raise RequestError(f"'{param}': no tokens are left of it", param=param, code="invalid_value")
         if len(prompt) >= context:
@@ -188,10 +223,11 @@ class Preparation:
                 param=param,
                 code=CONTEXT_EXCEEDED,
             )
-        if len(prompt) + max_tokens > context:
+        if len(prompt) + limit > context:
             raise RequestError(
-                f"the context holds {context} tokens; the prompt has {len(prompt)} and max_tokens is {max_tokens}: "
+                f"the context holds {context} tokens; the prompt has {len(prompt)} and max_tokens is {limit}: "
                 "shorten one of them",
                 param="max_tokens",
                 code=CONTEXT_EXCEEDED,
             )
+        return prompt, limit

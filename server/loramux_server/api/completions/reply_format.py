@@ -16,11 +16,16 @@ from loramux_adapters.errors import AdapterError
 from loramux_server.api.completions.generation import Generation, Piece, TokenEntry
 from loramux_server.api.http.dependencies import TokenizerLike
 from loramux_server.api.http.errors import answer_to
+from loramux_server.api.http.json_reply import json_in_pieces
 from loramux_server.api.http.streaming import DONE, event
+from loramux_server.api.http.worker_threads import run_in_thread
 from loramux_server.engine.sequence import FinishReason
 from loramux_server.errors import LoramuxError
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this
+_SMALL = 64 * 2**10  # characters of a reply that is put together on the event loop: a thread would take longer
+_ENTRY_CHARACTERS = 1024  # about, of one token's log probabilities
+_DEPTH_OF_ENTRIES = 5  # reply, choices, choice, logprobs, list of entries
 
 Json = dict[str, Any]
 
@@ -58,7 +63,11 @@ class ReplyFormat(ABC):
         choices = [WholeChoice() for _ in generation.choices]
         async for piece in generation.pieces:
             choices[piece.index].add(piece)
-        return json.dumps(self._whole_reply(generation, choices)).encode()
+        if sum(len(choice.text) + _ENTRY_CHARACTERS * len(choice.entries) for choice in choices) <= _SMALL:
+            return json.dumps(self._whole_reply(generation, choices)).encode()
+        return await run_in_thread(
+            lambda: json_in_pieces(self._whole_reply(generation, choices), depth=_DEPTH_OF_ENTRIES)
+        )
 
     async def events(self, generation: Generation, first: Piece, request_id: str) -> AsyncGenerator[bytes, None]:
         """The reply as server-sent events; `first` is its first piece, already taken from the generation.
@@ -173,7 +182,7 @@ class ChatFormat(ReplyFormat):
 
     def _token(self, token_id: int, logprob: float) -> Json:
         raw = self._tokenizer.token_bytes(token_id)
-        return {"token": _token_text(raw), "logprob": _finite(logprob), "bytes": list(raw)}
+        return {"token": token_text(raw), "logprob": _finite(logprob), "bytes": list(raw)}
 
 
 class CompletionFormat(ReplyFormat):
@@ -207,7 +216,7 @@ class CompletionFormat(ReplyFormat):
         }
 
     def _text_of(self, token_id: int) -> str:
-        return _token_text(self._tokenizer.token_bytes(token_id))
+        return token_text(self._tokenizer.token_bytes(token_id))
 
 
 def time_headers(generation: Generation) -> dict[str, str]:
@@ -216,7 +225,7 @@ def time_headers(generation: Generation) -> dict[str, str]:
     return {name: str(_milliseconds(seconds)) for name, seconds in times.items() if seconds is not None}
 
 
-def _token_text(raw: bytes) -> str:
+def token_text(raw: bytes) -> str:
     """A token's text; part of a character is written the way OpenAI does."""
     try:
         return raw.decode("utf-8")

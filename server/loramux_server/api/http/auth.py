@@ -46,6 +46,7 @@ class Authorizer:
 
     def __init__(self, keys: Keys) -> None:
         self._check_host = keys.check_host
+        self._hosts = frozenset(name.lower().encode() for name in keys.allowed_hosts)
         self._admin = (keys.admin_key or keys.api_key or "").encode()
         self._api = (keys.api_key or "").encode()
 
@@ -80,8 +81,19 @@ class Authorizer:
         if not self._check_host:
             return
         values = _header_values(request, b"host")
-        if len(values) != 1 or not _LOCAL_HOST.fullmatch(values[0]):
-            raise NotAllowed("without a key this server answers only requests to localhost; set a key to be reached")
+        if len(values) == 1 and (_LOCAL_HOST.fullmatch(values[0]) or _name_in(values[0]) in self._hosts):
+            return
+        host = ascii(values[0][:100].decode("latin-1")) if values else "no host"
+        raise NotAllowed(
+            f"without a key this server answers requests that address localhost, and not {host}: name that host in "
+            "--allowed-hosts (LORAMUX_ALLOWED_HOSTS) when you start the server, or set LORAMUX_API_KEY"
+        )
+
+
+def _name_in(host: bytes) -> bytes:
+    """A Host header without its port."""
+    name, colon, port = host.lower().rpartition(b":")
+    return name if colon and port.isdigit() else host.lower()
 
 
 def _header_values(request: Request, name: bytes) -> list[bytes]:

@@ -6,13 +6,15 @@ and each protocol says why they do.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from loramux_server.metrics.metrics import Metrics
+from loramux_server.wire.connections import Connections
+from loramux_server.wire.pace import Pace
 
 if TYPE_CHECKING:
     from loramux_adapters.lora.verify import Checked
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
     from loramux_server.publishing.lora_path import LoraPathRoot
     from loramux_server.publishing.pins import Pins
 
-Message = dict[str, str]  # {"role": ..., "content": ...}
-
 
 class EngineLike(Protocol):
     """The engine as the event loop sees it; the server's is `EngineClient`.
@@ -32,10 +32,12 @@ class EngineLike(Protocol):
     Tests replace it: theirs needs no model, and stalls, fails or crashes at the token they choose.
     """
 
-    def generate(self, sequence: EngineSequence) -> AsyncGenerator[TokenOutput, None]:
-        """Outputs of one sequence; the last has a finish reason. Closing the iterator aborts the sequence.
+    def submit(self, *sequences: EngineSequence) -> Sequence[AsyncGenerator[TokenOutput, None]]:
+        """Takes all sequences of a request, or none. Outputs of each; the last has a finish reason.
 
-        Raises, when first advanced: ServerBusy, ServerDraining, EngineDead, RequestError.
+        Closing an iterator that has begun aborts its sequence; one that never begins needs an `abort`.
+
+        Raises: ServerBusy, ServerDraining, EngineDead, RequestError.
         """
         ...
 
@@ -99,7 +101,14 @@ class AdapterProof(Protocol):
     """
 
     async def __call__(
-        self, directory: Path, checked: Checked, *, force: bool, allow_no_effect: bool
+        self,
+        directory: Path,
+        checked: Checked,
+        *,
+        force: bool = False,
+        allow_no_effect: bool = False,
+        skip_replay: bool = False,
+        keep: bool = True,
     ) -> ReplayOutcome: ...
 
 
@@ -140,14 +149,24 @@ class TokenizerLike(Protocol):
         """Most characters that one token can stand for."""
         ...
 
-    def encode(self, text: str) -> list[int]:
-        """A prompt's ids, with the special tokens that the base expects around it."""
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """A prompt's ids, with the special tokens that the base expects around it.
+
+        `special`: text that reads like a special token becomes one. Without it no text does.
+        """
         ...
 
-    def encode_chat(self, messages: list[Message]) -> list[int]:
-        """The base's own chat template over the messages, ready for the assistant's turn.
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        template_kwargs: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """A chat template over the messages: the base's own, or another that an adapter brings.
 
-        Raises RequestError if the base has no template, or its template refuses these messages.
+        Raises RequestError if there is no template, or it refuses these messages.
         """
         ...
 
@@ -185,11 +204,13 @@ class Keys:
         api_key: for everything but adapter management, and for that too if there is no `admin_key`.
         admin_key: for everything.
         check_host: where a route is open, take only requests whose Host is this machine (against DNS rebinding).
+        allowed_hosts: further names of this machine, without a port.
     """
 
     api_key: str | None = field(default=None, repr=False)
     admin_key: str | None = field(default=None, repr=False)
     check_host: bool = True
+    allowed_hosts: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,8 +221,9 @@ class Limits:
         body_bytes: a JSON body.
         upload_bytes: the files of an adapter, before and after they are unpacked.
         header_bytes: all header names and values of a request.
-        stall_seconds: longest that a body may take for its next 64 KiB.
+        stall_seconds, body_rate: a body comes with so many bytes a second, and may be behind that by so many seconds.
         uploads: uploads at the same time; others wait up to `upload_wait_seconds` for a place.
+        upload_seconds: longest that the files of one may take to arrive.
         request_seconds: longest from arrival to the last token; None is no limit.
     """
 
@@ -209,9 +231,15 @@ class Limits:
     upload_bytes: int = 1024 * 2**20
     header_bytes: int = 32 * 2**10
     stall_seconds: float = 30.0
+    body_rate: float = 16 * 2**10
     uploads: int = 4
     upload_wait_seconds: float = 10.0
+    upload_seconds: float = 1800.0
     request_seconds: float | None = None
+
+    @property
+    def pace(self) -> Pace:
+        return Pace(self.stall_seconds, self.body_rate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +249,9 @@ class Dependencies:
     Attributes:
         check, prove, publish: the three stations of an upload, in this order.
         lora_path_root: loads adapters from this machine's disk for vLLM's calls; without it those routes do not exist.
+        special_in_prompts: text in prompts of /v1/completions may become special tokens.
+        connections: those that are open, and what was refused and cut.
+        cors_origins: web pages that may call from a browser; "*" is every page.
     """
 
     engine: EngineLike
@@ -235,3 +266,6 @@ class Dependencies:
     keys: Keys = field(default_factory=Keys)
     limits: Limits = field(default_factory=Limits)
     lora_path_root: LoraPathRoot | None = None
+    special_in_prompts: bool = True
+    connections: Connections = field(default_factory=Connections)
+    cors_origins: Sequence[str] = ()

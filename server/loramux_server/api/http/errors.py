@@ -5,8 +5,9 @@ LoramuxError
 │   ├── NotAuthenticated    no key, or a wrong one
 │   ├── NotAllowed          the key is right but does not allow this; or the Host is not this machine
 │   ├── BodyTooLarge        a JSON body over its limit
+│   ├── BodyNotDecodable    a body in an encoding that is not taken
 │   ├── HeadersTooLarge     the header over its limit
-│   └── BodyStalled         the client does not send what it announced
+│   └── BodyStalled         the client does not send what it announced, or too slowly
 └── RequestTimedOut         the reply took longer than the operator allows
 """
 
@@ -25,10 +26,13 @@ from loramux_adapters.errors import (
     AdapterRejected,
     AdapterTooLarge,
     BaseMismatch,
+    IndexLost,
     InvalidAdapterName,
     PinRefused,
     RollbackImpossible,
     StoreUnavailable,
+    TemplateFailed,
+    TemplateRefuses,
 )
 from loramux_server.errors import EngineDead, LoramuxError, RequestError, SequenceFailed, ServerBusy, ServerDraining
 
@@ -57,6 +61,14 @@ class BodyTooLarge(Refusal):
         super().__init__(f"the request body is larger than the limit of {limit} bytes")
 
 
+class BodyNotDecodable(Refusal):
+    """`accepted` are the content encodings that are, where this body goes."""
+
+    def __init__(self, encoding: str, accepted: str) -> None:
+        super().__init__(f"the body's Content-Encoding {ascii(encoding[:64])} is not taken here; {accepted} is")
+        self.accepted = accepted
+
+
 class HeadersTooLarge(Refusal):
     """`limit` is in bytes."""
 
@@ -67,8 +79,8 @@ class HeadersTooLarge(Refusal):
 class BodyStalled(Refusal):
     """The next part of the body did not come in time."""
 
-    def __init__(self) -> None:
-        super().__init__("the request body came too slowly")
+    def __init__(self, message: str = "the request body came too slowly") -> None:
+        super().__init__(message)
 
 
 class RequestTimedOut(LoramuxError):
@@ -101,6 +113,7 @@ _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (NotAllowed, 403, "permission_error", "not_allowed"),
     (BodyStalled, 408, INVALID, "body_too_slow"),
     (BodyTooLarge, 413, INVALID, "body_too_large"),
+    (BodyNotDecodable, 415, INVALID, "encoding_not_accepted"),
     (HeadersTooLarge, 431, INVALID, "header_too_large"),
     (RequestTimedOut, 504, SERVER, "request_timeout"),
     (RequestError, 400, INVALID, None),
@@ -115,6 +128,8 @@ _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (BaseMismatch, 409, INVALID, "base_mismatch"),
     (AdapterTooLarge, 413, INVALID, "adapter_too_large"),
     (AdapterRejected, 422, INVALID, "adapter_rejected"),
+    (TemplateRefuses, 400, INVALID, "chat_template"),
+    (TemplateFailed, 400, INVALID, "chat_template"),
     (AdapterCorrupt, 500, SERVER, "adapter_corrupt"),
     (StoreUnavailable, 503, SERVER, "store_unavailable"),
 )
@@ -123,6 +138,7 @@ _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
 _FIXED_MESSAGE: dict[type[Exception], str] = {
     AdapterCorrupt: "the stored files of this adapter cannot be read; upload it again",
     StoreUnavailable: "the adapter store cannot be used now; try again later",
+    IndexLost: "the adapter store cannot be used until its index is made anew; the server's log says how",
 }
 
 
@@ -154,6 +170,8 @@ def _answer(error: LoramuxError | AdapterError, status: int, type_: str, code: s
         headers["retry-after"] = str(error.retry_after)
     elif isinstance(error, StoreUnavailable):
         headers["retry-after"] = str(STORE_RETRY_SECONDS)
+    elif isinstance(error, BodyNotDecodable):
+        headers["accept-encoding"] = error.accepted
     elif isinstance(error, NotAuthenticated):
         headers["www-authenticate"] = "Bearer"
     elif isinstance(error, AdapterRejected):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -20,20 +20,31 @@ SSE_HEADERS = {
 }
 
 
-async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def until_gone(receive: Receive, work: Awaitable[T]) -> T:
     """The result of `work`; it is cancelled, and ClientDisconnect raised, as soon as the client leaves.
 
     The request's body must have been read: whatever `receive` still brings is taken as the client's end.
     """
-    working = asyncio.ensure_future(work)
+    task = asyncio.current_task()
+    assert task is not None
     watching = asyncio.ensure_future(_disconnected(receive))
+    cancelled_before, is_gone = task.cancelling(), False
+
+    def stop(_: object) -> None:
+        nonlocal is_gone
+        is_gone = True
+        task.cancel()
+
+    watching.add_done_callback(stop)
     try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
+        return await work
+    except asyncio.CancelledError:
+        if is_gone and task.uncancel() <= cancelled_before:  # and nobody else wants this task to end
+            raise ClientDisconnect from None
+        raise
     finally:
-        await cancel(working, watching)
+        watching.remove_done_callback(stop)
+        await cancel(watching)
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from loramux_adapters.errors import CheckpointError, TrainingError
 from loramux_adapters.lora.weights import load_host_adapter
-from loramux_adapters.training.model.merge import merge_into, whole_directory, write_checkpoint
+from loramux_adapters.training.model.merge import merge_into, write_checkpoint
+from loramux_adapters.training.model.whole_directory import whole_directory
 from loramux_server.base.loader import load_base_model
 from support.adapter_files import write_adapter
 from support.tiny_models import save_tiny_model, tiny_tokenizer

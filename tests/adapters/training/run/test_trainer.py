@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,69 @@ def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit(
         return [{key: value for key, value in line.items() if key != "seconds"} for line in read]
 
     assert lines("killed") == lines("whole")
+
+
+def test_checkpoints_keep_to_multiples_of_the_interval_after_a_resume(tmp_path: Path) -> None:
+    stopping: list[Trainer] = []
+
+    def stop(record: StepRecord) -> None:
+        if record.step == 6:
+            stopping[0].stop()
+
+    stopping.append(trainer(tmp_path, observer=Remembering(stop)))
+    stopping[0].run()
+    resumed = Remembering()
+    trainer(tmp_path, observer=resumed).run()
+
+    assert resumed.checkpoints == ["step-00000008", "step-00000012", "step-00000015"]
+
+
+class Clock:
+    """Goes on by so many minutes at each step."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def minutes(self, count: float) -> Callable[[StepRecord], None]:
+        def after_step(record: StepRecord) -> None:
+            self.now += 60 * count
+
+        return after_step
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_checkpoint_is_made_when_the_last_one_is_so_many_minutes_old(tmp_path: Path) -> None:
+    clock = Clock()
+    observer = Remembering(clock.minutes(2.5))
+    timed = {"checkpoint_every": 7, "checkpoint_minutes": 10, "clock": clock}
+    trainer(tmp_path / "timed", observer=observer, **timed).run()
+    by_steps = Remembering()
+    trainer(tmp_path / "by steps", observer=by_steps, checkpoint_every=7).run()
+
+    assert observer.checkpoints == [f"step-{step:08d}" for step in (4, 7, 11, 14, 15)]
+    assert by_steps.checkpoints == [f"step-{step:08d}" for step in (7, 14, 15)]
+
+
+def test_a_run_that_goes_on_from_a_timed_checkpoint_makes_the_same_weights_bit_for_bit(tmp_path: Path) -> None:
+    whole = FakeModel()
+    trainer(tmp_path / "whole", whole).run()
+    clock = Clock()
+
+    def kill(record: StepRecord) -> None:
+        clock.minutes(4)(record)
+        if record.step == 8:
+            raise Killed
+
+    timed = {"checkpoint_every": 1000, "checkpoint_minutes": 10, "clock": clock}
+    with pytest.raises(Killed):
+        trainer(tmp_path / "killed", observer=Remembering(kill), **timed).run()
+    resumed, observer = FakeModel(seed=99), Remembering()
+    trainer(tmp_path / "killed", resumed, observer=observer).run()
+
+    assert observer.plans[0].first == 6
+    assert weights(resumed) == weights(whole)
 
 
 def test_another_seed_or_another_dropout_is_another_adapter(tmp_path: Path) -> None:

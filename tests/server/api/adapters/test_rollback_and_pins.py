@@ -100,7 +100,7 @@ async def test_a_pin_for_which_there_is_no_memory_is_409_and_says_what_to_do(ser
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("call", [("POST", "rollback"), ("POST", "pin"), ("DELETE", "pin")])
-@pytest.mark.parametrize("name", [".x", "a%00", "a@b", "%2e%2e", "x" * 64, "tiny-base"])
+@pytest.mark.parametrize("name", [".x", "a%00", "a@b", "%2e%2e", "x" * 256, "tiny-base", "a%2F%2Fb", "org%2Fpin"])
 async def test_an_illegal_name_is_400(server: Server, call: tuple[str, str], name: str) -> None:
     async with server.client() as client:
         reply = await client.request(call[0], f"/v1/adapters/{name}/{call[1]}")

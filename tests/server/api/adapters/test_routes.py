@@ -10,13 +10,17 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi.routing import APIRoute
 
+from loramux_adapters.artifact.coverage import LayerCount
 from loramux_adapters.errors import AdapterRejected, BaseMismatch, StoreUnavailable
 from loramux_adapters.lora.verify import Checked
+from loramux_adapters.names import PATH_WORDS
+from loramux_adapters.store.records import AdapterRecord
 from loramux_server.api.app import create_app
 from loramux_server.api.http.dependencies import Dependencies
 from loramux_server.errors import ServerBusy
-from support.fakes_api import BASE_NAME, VERSION, FakeCheck, FakeProve, Server, make_server
+from support.fakes_api import BASE_NAME, VERSION, FakeCheck, FakeProve, Server, make_server, record_of
 from support.raw_call import RawCall
 
 FILES = {"config": b"{}", "weights": b"w" * 1000}
@@ -41,7 +45,27 @@ async def test_an_upload_is_201_then_200_for_the_same_bytes_and_for_a_new_versio
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize(("name", "status", "outcome"), [("new", 201, "created"), ("pirate", 200, "updated")])
+async def test_an_upload_that_is_deleted_before_its_reply_says_both(
+    server: Server, name: str, status: int, outcome: str
+) -> None:
+    record = server.store.record
+
+    def record_after_deletion(name: str) -> AdapterRecord:
+        server.store.known.pop(name, None)  # by another call
+        return record(name)
+
+    server.store.record = record_after_deletion  # type: ignore[method-assign]
+    reply = await put(server, name)
+    assert reply.status_code == status
+    shown = reply.json()
+    assert (shown["name"], shown["outcome"], shown["deleted"]) == (name, outcome, True)
+    assert len(shown["version"]) > 8
+
+
+@pytest.mark.anyio
 async def test_an_adapter_is_shown_with_everything_there_is_to_know(server: Server) -> None:
+    server.store.known["pirate"] = record_of("pirate", VERSION, layers=LayerCount(14, 28), notes=["a word"])
     async with server.client() as client:
         listed = (await client.get("/v1/adapters")).json()
         shown = (await client.get("/v1/adapters/pirate")).json()
@@ -53,6 +77,7 @@ async def test_an_adapter_is_shown_with_everything_there_is_to_know(server: Serv
         "version": VERSION,
         "rank": 8,
         "target_modules": ["q_proj"],
+        "layers": {"adapted": 14, "of": 28},
         "bytes": 1000,
         "tier": "device",
         "pinned": False,
@@ -60,6 +85,8 @@ async def test_an_adapter_is_shown_with_everything_there_is_to_know(server: Serv
         "base": BASE_NAME,
         "base_verified": True,
         "fingerprint": "none",
+        "notes": ["a word"],
+        "chat_template": "base",
         "requests": 0,
         "created": 1_700_000_000,
         "updated": 1_700_000_000,
@@ -69,8 +96,10 @@ async def test_an_adapter_is_shown_with_everything_there_is_to_know(server: Serv
                 "created": 1_700_000_000,
                 "bytes": 1000,
                 "rank": 8,
+                "layers": {"adapted": 14, "of": 28},
                 "verified": True,
                 "fingerprint": "none",
+                "notes": ["a word"],
                 "corrupt": False,
                 "current": True,
                 "tier": "device",
@@ -89,8 +118,11 @@ async def test_a_mere_check_stores_nothing(server: Server) -> None:
         "valid": True,
         "rank": 4,
         "target_modules": ["q_proj", "v_proj"],
+        "layers": None,
         "base_verified": False,
         "fingerprint": "none",
+        "notes": [],
+        "chat_template": "base",
     }
     assert "new" not in server.store.known
     assert server.check.seen == [["adapter_config.json", "adapter_model.safetensors"]]
@@ -138,9 +170,14 @@ async def test_a_store_that_cannot_write_is_503(server: Server) -> None:
 
 
 ILLEGAL = [
-    ".hidden", "-x", "_x", "a b", "x" * 64, "a:b", "a@b", "caf%C3%A9", "%00", "a%00", "a%0d%0aX-Evil:1", "%2e%2e",
+    ".hidden", "-x", "a b", "x" * 256, "a:b", "a@b", "caf%C3%A9", "%00", "a%00", "a%0d%0aX-Evil:1", "%2e%2e",
     "a%5cb", "%EF%BC%8E%EF%BC%8E", "a%3f", "%F0%9F%98%80", BASE_NAME,
+    "..%2fx", "%2fetc%2fpasswd", "a%2f", "a//b", "a/.b", "a/%2e%2e/b", "a/b:c", "a%0a/b",
+    "org%2farchive", "org%2fpin", "org%2frollback",
 ]  # fmt: skip
+
+# Where what looks like a name is a route of the adapter `org`, which nobody has.
+MEANT_OTHERWISE = {("org%2farchive", "GET"), ("org%2fpin", "DELETE")}
 
 
 @pytest.mark.anyio
@@ -149,16 +186,58 @@ ILLEGAL = [
 async def test_an_illegal_name_is_400(server: Server, name: str, method: str) -> None:
     async with server.client() as client:
         reply = await client.request(method, f"http://localhost/v1/adapters/{name}")
-    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_adapter_name")
+    if (name, method) in MEANT_OTHERWISE:
+        assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
+    else:
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_adapter_name")
     assert "x-evil" not in reply.headers
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("name", ["..%2fx", "%2fetc%2fpasswd", "a%2fb", ""])
-async def test_a_name_with_a_slash_is_no_adapter_path_at_all(server: Server, name: str) -> None:
+@pytest.mark.parametrize("slash", ["/", "%2F", "%2f"])
+async def test_a_name_as_hubs_write_it_takes_every_route(server: Server, slash: str) -> None:
+    path = f"/v1/adapters/org{slash}my_adapter-v1.0"
     async with server.client() as client:
-        reply = await client.put(f"http://localhost/v1/adapters/{name}", files=FILES)
-    assert reply.status_code in (404, 405)
+        assert (await client.put(path, files=FILES)).json()["name"] == "org/my_adapter-v1.0"
+        assert (await client.get(path)).json()["name"] == "org/my_adapter-v1.0"
+        assert (await client.post(f"{path}/pin")).json()["pinned"]
+        assert not (await client.delete(f"{path}/pin")).json()["pinned"]
+        assert (await client.post(f"{path}/rollback")).json()["error"]["code"] == "rollback_impossible"
+        server.store.directory(server.store.known["org/my_adapter-v1.0"].version).mkdir()
+        archive = await client.get(f"{path}/archive")
+        assert archive.headers["content-disposition"] == 'attachment; filename="org--my_adapter-v1.0.tar.gz"'
+        assert (await client.get(f"/v1/models/org{slash}my_adapter-v1.0")).json()["id"] == "org/my_adapter-v1.0"
+        assert (await client.delete(path)).json()["id"] == "org/my_adapter-v1.0"
+
+
+@pytest.mark.anyio
+async def test_an_archive_of_an_adapter_with_the_longest_name_can_be_unpacked(server: Server) -> None:
+    name = "o" * 127 + "/" + "n" * 127
+    async with server.client() as client:
+        version = (await client.put(f"/v1/adapters/{name}", files=FILES)).json()["version"]
+        directory = server.store.directory(version)
+        directory.mkdir()
+        (directory / "adapter_config.json").write_bytes(b"{}")
+        reply = await client.get(f"/v1/adapters/{name}/archive")
+    with tarfile.open(fileobj=io.BytesIO(reply.content), mode="r:gz") as archive:
+        (member,) = archive.getnames()
+    folder, file = member.split("/")
+    assert file == "adapter_config.json" and len(folder) <= 80 and folder.startswith("ooo")
+
+
+@pytest.mark.anyio
+async def test_one_word_names_may_be_words_of_the_api(server: Server) -> None:
+    async with server.client() as client:
+        for name in sorted(PATH_WORDS):
+            assert (await client.put(f"/v1/adapters/{name}", files=FILES)).status_code == 201
+            assert (await client.post(f"/v1/adapters/{name}/pin")).json()["name"] == name
+            assert (await client.delete(f"/v1/adapters/{name}")).json()["deleted"]
+
+
+def test_no_name_can_be_meant_by_a_route_of_another(server: Server) -> None:
+    paths = [route.path for route in server.app.routes if isinstance(route, APIRoute)]
+    ends = {path.partition("{name:anything}/")[2] for path in paths if "{name:anything}/" in path}
+    assert ends == PATH_WORDS
 
 
 @pytest.mark.anyio
@@ -184,7 +263,7 @@ async def test_an_adapter_can_be_fetched_as_an_archive_and_uploaded_again(server
     stored = server.store.directory(VERSION)
     stored.mkdir()
     files = {"adapter_config.json": b'{"r": 8}', "adapter_model.safetensors": bytes(range(256)) * 3000}
-    for name, content in files.items():
+    for name, content in {**files, "record.json": b"what the store says of it"}.items():
         (stored / name).write_bytes(content)
     async with server.client() as client:
         reply = await client.get("/v1/adapters/pirate/archive")
@@ -270,7 +349,16 @@ async def test_an_upload_is_tried_out_and_the_outcome_is_stored_and_shown(server
         assert reply.status_code == 201
         shown = (await client.get("/v1/adapters/new")).json()
     assert shown["fingerprint"] == shown["versions"][0]["fingerprint"] == "within_tolerance"
-    assert prove.seen == [{"force": False, "allow_no_effect": False}, {"force": False, "allow_no_effect": True}]
+    assert prove.seen == [set(), {"allow_no_effect", "keep"}]
+
+
+@pytest.mark.anyio
+async def test_the_replay_can_be_skipped(server: Server) -> None:
+    prove = server.deps.prove
+    assert isinstance(prove, FakeProve)
+    prove.outcome = "skipped"
+    assert (await put(server, query="?skip_replay=true")).json()["fingerprint"] == "skipped"
+    assert prove.seen == [{"skip_replay", "keep"}]
 
 
 @pytest.mark.anyio

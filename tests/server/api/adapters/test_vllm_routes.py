@@ -18,7 +18,7 @@ from loramux_server.api.app import create_app
 from loramux_server.api.http.dependencies import Keys
 from loramux_server.errors import ConfigError
 from loramux_server.publishing.lora_path import LoraPathRoot
-from support.adapter_files import TINY_LINEARS, write_adapter
+from support.adapter_files import TINY_LINEARS, as_hub_snapshot, write_adapter
 from support.fakes_api import Server, make_server
 from support.publishing import unproved
 
@@ -169,18 +169,39 @@ async def test_a_symbolic_link_is_400_wherever_it_stands(
         source = secret if kind == "a file in it" else root / "team" / "pirate"
         (root / "linked" / "adapter_config.json").unlink()
         (root / "linked" / "adapter_config.json").symlink_to(source / "adapter_config.json")
-    assert error_of(await load(server, lora_name="a", lora_path=path)) == (400, "InvalidUserInput", 400)
+    reply = await load(server, lora_name="a", lora_path=path)
+    assert error_of(reply) == (400, "InvalidUserInput", 400)
+    assert "is a symbolic link to " in reply.text and "leads out of" in reply.text
     assert store.records() == []
 
 
 @pytest.mark.anyio
+async def test_a_pickle_instead_of_the_weights_is_called_one(server: Server, root: Path) -> None:
+    weights = root / "team" / "pirate" / "adapter_model.safetensors"
+    weights.rename(weights.with_name("adapter_model.bin"))
+    reply = await load(server, lora_name="a", lora_path="team/pirate")
+    assert reply.status_code == 500 and "adapter_model.bin is a pickle" in reply.text
+
+
+@pytest.mark.anyio
+async def test_a_snapshot_of_the_hubs_cache_is_loaded(server: Server, store: AdapterStore, root: Path) -> None:
+    snapshot = as_hub_snapshot(root / "team" / "pirate", root / "models--org--pirate")
+    reply = await load(server, lora_name="a", lora_path=str(snapshot.relative_to(root)))
+    assert reply.status_code == 200 and [record.name for record in store.records()] == ["a"]
+
+
+@pytest.mark.anyio
 async def test_an_illegal_name_is_400_and_one_too_large_500(server: Server, root: Path) -> None:
-    for name in ("../x", "tiny-base", "a b", "a@b"):
+    for name in ("../x", "tiny-base", "a b", "a@b", "a//b", "a/pin"):
         reply = await load(server, lora_name=name, lora_path="team/pirate")
         assert error_of(reply) == (400, "InvalidUserInput", 400)
     with (root / "team" / "pirate" / "adapter_model.safetensors").open("ab") as file:
         file.truncate(2**21)
-    assert error_of(await load(server, lora_name="a", lora_path="team/pirate")) == (500, "InternalServerError", 500)
+    assert error_of(await load(server, lora_name="team/pirate", lora_path="team/pirate")) == (
+        500,
+        "InternalServerError",
+        500,
+    )
 
 
 @pytest.mark.anyio

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from loramux_adapters.errors import AdapterCorrupt, StoreUnavailable
+from loramux_adapters.errors import AdapterCorrupt, IndexLost, StoreUnavailable
+from loramux_adapters.store.store import Lease
+from loramux_server.engine.sequence import FinishReason, Sequence, TokenOutput
 from loramux_server.errors import EngineDead, RequestError, SequenceFailed, ServerBusy, ServerDraining
 from support.fakes_api import BASE_NAME, Server, make_server
 from support.raw_call import RawCall
@@ -77,6 +80,42 @@ async def test_a_failed_step_is_500_with_the_engines_reason(server: Server, afte
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_damaged_adapter_is_called_so_from_the_first_request_on(server: Server, stream: bool) -> None:
+    acquire = server.store.acquire
+    found: list[AdapterCorrupt] = []
+
+    def acquire_until_found(name: str, version_prefix: str | None = None) -> Lease:
+        if found:
+            raise found[0]
+        return acquire(name, version_prefix)
+
+    async def fail_to_load(sequence: Sequence) -> AsyncGenerator[TokenOutput, None]:
+        found.append(AdapterCorrupt("version 1234 of the adapter pirate is damaged"))
+        yield TokenOutput(finish_reason=FinishReason.ERROR, error="the stored files cannot be read as published")
+
+    server.store.acquire = acquire_until_found  # type: ignore[method-assign]
+    server.engine.submit = lambda *sequences: [fail_to_load(each) for each in sequences]  # type: ignore[method-assign]
+    for _ in range(2):
+        reply = await server.post(CHAT, chat(model="pirate", stream=stream))
+        assert (reply.status_code, reply.json()["error"]["code"]) == (500, "adapter_corrupt")
+        assert "upload it again" in reply.json()["error"]["message"]
+    assert server.store.leased == 0
+
+
+@pytest.mark.anyio
+async def test_a_name_that_was_deleted_since_is_not_what_a_failed_step_is_blamed_on(server: Server) -> None:
+    async def fail(sequence: Sequence) -> AsyncGenerator[TokenOutput, None]:
+        server.store.delete("pirate")
+        yield TokenOutput(finish_reason=FinishReason.ERROR, error="the step failed")
+
+    server.engine.submit = lambda *sequences: [fail(each) for each in sequences]  # type: ignore[method-assign]
+    reply = await server.post(CHAT, chat(model="pirate"))
+    assert (reply.status_code, reply.json()["error"]["message"]) == (500, "the step failed")
+    assert server.store.leased == 0
+
+
+@pytest.mark.anyio
 async def test_a_crash_tells_the_client_nothing_of_itself(server: Server) -> None:
     server.engine.crash_after = 2
     reply = await server.post(CHAT, chat(model="pirate"))
@@ -91,7 +130,12 @@ async def test_a_crash_tells_the_client_nothing_of_itself(server: Server) -> Non
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(
-    ("failure", "status"), [(StoreUnavailable("/srv/store is full"), 503), (AdapterCorrupt("/srv/x differs"), 500)]
+    ("failure", "status"),
+    [
+        (StoreUnavailable("/srv/store is full"), 503),
+        (IndexLost("it lacks changes", 3, "/srv/store"), 503),
+        (AdapterCorrupt("/srv/x differs"), 500),
+    ],
 )
 async def test_a_store_that_fails_does_not_show_its_paths(server: Server, failure: Exception, status: int) -> None:
     server.store.failure = failure

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from loramux_server.engine.sequence import AdapterUse
+from loramux_server.errors import ServerBusy
 from support.fakes_api import BASE_NAME, CONTEXT, VERSION, Server, make_server, usage_of
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -155,6 +156,21 @@ async def test_several_prompts_give_several_choices_in_order(server: Server) -> 
     assert body["usage"] == usage_of(6, 15)
     assert sorted(len(sequence.prompt) for sequence in server.engine.sequences) == [1, 2, 3]
     assert len({sequence.id for sequence in server.engine.sequences}) == 3
+
+
+@pytest.mark.anyio
+async def test_several_prompts_are_refused_before_any_has_begun(server: Server) -> None:
+    asked: list[int] = []
+
+    def full(*sequences: Any) -> Any:
+        asked.append(len(sequences))
+        raise ServerBusy("full", retry_after=7)
+
+    server.engine.submit = full  # type: ignore[method-assign]
+    reply = await server.post(COMPLETIONS, completion(prompt=["a", "bb", "ccc"]))
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "7")
+    assert asked == [3] and not server.engine.sequences and not server.engine.aborted
+    assert server.metric('loramux_requests_total{adapter="base",outcome="rejected"}') == 1
 
 
 @pytest.mark.anyio

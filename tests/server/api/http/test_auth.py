@@ -14,7 +14,7 @@ from support.fakes_api import make_server
 from support.raw_call import RawCall
 
 API, ADMIN = "api-secret", "admin-secret"
-PUBLIC_PATHS = {"/health", "/ready"}
+PUBLIC_PATHS = ("/", "/health", "/ready")
 
 
 async def endpoint() -> None:
@@ -148,7 +148,7 @@ def routes_of(app: Any) -> list[APIRoute]:
 
 
 @pytest.mark.anyio
-async def test_every_route_but_two_asks_for_a_key(tmp_path: Path) -> None:
+async def test_every_route_but_three_asks_for_a_key(tmp_path: Path) -> None:
     server = make_server(tmp_path, keys=Keys(API, ADMIN))
     checked = 0
     async with server.client() as client:
@@ -159,7 +159,7 @@ async def test_every_route_but_two_asks_for_a_key(tmp_path: Path) -> None:
                 expected = 200 if path in PUBLIC_PATHS else 401
                 assert reply.status_code == expected, (method, path)
                 checked += 1
-    assert checked == 16
+    assert checked == 22
 
 
 @pytest.mark.anyio
@@ -175,17 +175,19 @@ async def test_management_routes_are_those_that_change_or_give_out_adapters(tmp_
     server = make_server(tmp_path, keys=Keys(API, ADMIN))
     async with server.client(headers={"authorization": f"Bearer {API}"}) as client:
         statuses = {
-            (method, route.path): (await client.request(method, route.path.replace("{name}", "pirate"))).status_code
+            (method, route.path): (
+                await client.request(method, route.path.replace("{name:anything}", "pirate"))
+            ).status_code
             for route in routes_of(server.app)
             for method in route.methods or ()
         }
     assert {key for key, status in statuses.items() if status == 403} == {
-        ("PUT", "/v1/adapters/{name}"),
-        ("DELETE", "/v1/adapters/{name}"),
-        ("GET", "/v1/adapters/{name}/archive"),
-        ("POST", "/v1/adapters/{name}/rollback"),
-        ("POST", "/v1/adapters/{name}/pin"),
-        ("DELETE", "/v1/adapters/{name}/pin"),
+        ("PUT", "/v1/adapters/{name:anything}"),
+        ("DELETE", "/v1/adapters/{name:anything}"),
+        ("GET", "/v1/adapters/{name:anything}/archive"),
+        ("POST", "/v1/adapters/{name:anything}/rollback"),
+        ("POST", "/v1/adapters/{name:anything}/pin"),
+        ("DELETE", "/v1/adapters/{name:anything}/pin"),
     }
 
 
@@ -238,3 +240,24 @@ async def test_an_upload_without_a_key_is_refused_before_its_body_is_read(tmp_pa
     async with server.client() as client:
         reply = await client.put("/v1/adapters/new", content=body())
     assert (reply.status_code, read) == (401, 0)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("host", "outcome_of_it"),
+    [
+        (b"host.docker.internal", "ok"), (b"Host.Docker.Internal:8000", "ok"), (b"localhost", "ok"),
+        (b"[::1]:80", "ok"),
+        (b"host.docker.internal.evil.example", "403"), (b"evil.example", "403"), (b"host.docker.internal:x", "403"),
+    ],
+)  # fmt: skip
+async def test_further_names_of_this_machine_can_be_allowed(host: bytes, outcome_of_it: str) -> None:
+    keys = Keys(allowed_hosts=["host.docker.internal"])
+    assert await outcome(keys, endpoint, (b"host", host)) == outcome_of_it
+
+
+@pytest.mark.anyio
+async def test_a_refused_host_is_named_with_the_setting_that_allows_it() -> None:
+    scope = {"type": "http", "endpoint": endpoint, "headers": [(b"host", b"host.docker.internal:8000")], "path": "/"}
+    with pytest.raises(NotAllowed, match=r"'host\.docker\.internal:8000'.*--allowed-hosts \(LORAMUX_ALLOWED_HOSTS\)"):
+        await Authorizer(Keys()).authorize(Request(scope))

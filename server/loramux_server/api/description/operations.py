@@ -1,0 +1,169 @@
+"""Every call of the API: what it takes, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from loramux_server.api.adapters.upload import ARCHIVE, FILES
+from loramux_server.api.completions.options import Option, unserved
+from loramux_server.api.completions.schemas import (
+    MESSAGE,
+    PART,
+    STREAM,
+    TOKENIZE_CHAT,
+    TOKENIZE_PROMPT,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    RequestPart,
+    TokenizeChatRequest,
+    TokenizePromptRequest,
+)
+from loramux_server.api.description import replies
+
+JSON, TEXT, HTML, GZIP = "application/json", "text/plain", "text/html", "application/gzip"
+EVENTS, FORM = "text/event-stream", "multipart/form-data"
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One method of one path.
+
+    Attributes:
+        requests: bodies that it takes, any one of them.
+        options: of a body, by its name: taken or refused beside its fields.
+        body_needed: False where a request may have none.
+        reply: JSON that it answers with; None is another media type.
+        event: of a stream, which it answers with where `stream` is true.
+        statuses: that its reply may have.
+        missing: whether what it is asked for may not be there.
+        query: names of parameters, with what they may be.
+    """
+
+    summary: str
+    requests: tuple[type[BaseModel], ...] = ()
+    options: Mapping[str, Mapping[str, Option]] = field(default_factory=dict)
+    body_needed: bool = True
+    takes: str = JSON
+    reply: type[BaseModel] | None = None
+    event: type[BaseModel] | None = None
+    media: str = JSON
+    statuses: tuple[int, ...] = (200,)
+    missing: bool = False
+    query: Mapping[str, type[BaseModel] | Mapping[str, object]] = field(default_factory=dict)
+
+
+_PARTS: dict[str, Any] = {
+    **{part: (bytes, Field(None, description=file)) for part, file in FILES.items()},
+    ARCHIVE: (bytes, Field(None, description="a PEFT directory as an archive")),
+}
+AdapterUpload: type[BaseModel] = create_model(
+    "AdapterUpload",
+    __doc__="The files of an adapter, `config` and `weights` at least; or `archive` alone.",
+    __config__=ConfigDict(
+        json_schema_extra={"oneOf": [{"required": ["config", "weights"]}, {"required": [ARCHIVE], "maxProperties": 1}]}
+    ),
+    **_PARTS,
+)
+
+
+class RollbackRequest(RequestPart):
+    """To which version; without one, to the version before."""
+
+    version: Annotated[str | None, Field(description="the beginning of a kept version's digest")] = None
+
+
+class NoFields(RequestPart):
+    """An object without fields."""
+
+
+class LoadRequest(BaseModel):
+    """vLLM's call: a PEFT directory of this machine, below the directory that the operator allows."""
+
+    lora_name: Annotated[str, Field(min_length=1)]
+    lora_path: Annotated[str, Field(min_length=1)]
+    load_inplace: bool = False
+
+
+class UnloadRequest(BaseModel):
+    """vLLM's call."""
+
+    lora_name: Annotated[str, Field(min_length=1)]
+    lora_int_id: int | None = None
+
+
+_FLAG: Mapping[str, object] = {"enum": ["true", "false", "1", "0"]}
+_ADAPTER = "/v1/adapters/{name}"
+
+OPERATIONS: Mapping[tuple[Literal["GET", "POST", "PUT", "DELETE"], str], Operation] = {
+    ("POST", "/v1/chat/completions"): Operation(
+        "A reply to a conversation, whole or streamed",
+        requests=(ChatRequest,),
+        options={"ChatRequest": unserved("chat"), "ChatMessage": MESSAGE, "TextPart": PART, "StreamOptions": STREAM},
+        reply=replies.ChatReply,
+        event=replies.ChatChunk,
+        missing=True,
+    ),
+    ("POST", "/v1/completions"): Operation(
+        "How a text goes on, whole or streamed",
+        requests=(CompletionRequest,),
+        options={"CompletionRequest": unserved("completions")},
+        reply=replies.CompletionReply,
+        event=replies.CompletionReply,
+        missing=True,
+    ),
+    ("POST", "/tokenize"): Operation(
+        "The tokens of a text or a conversation",
+        requests=(TokenizePromptRequest, TokenizeChatRequest),
+        options={"TokenizePromptRequest": TOKENIZE_PROMPT, "TokenizeChatRequest": TOKENIZE_CHAT},
+        reply=replies.TokenizeReply,
+        missing=True,
+    ),
+    ("POST", "/detokenize"): Operation(
+        "The text of tokens", requests=(DetokenizeRequest,), reply=replies.DetokenizeReply, missing=True
+    ),
+    ("GET", "/v1/models"): Operation("The base and every adapter", reply=replies.ModelList),
+    ("GET", "/v1/models/{model}"): Operation("The base or an adapter", reply=replies.Model, missing=True),
+    ("GET", "/v1/adapters"): Operation("Every adapter with its versions", reply=replies.AdapterList),
+    ("GET", _ADAPTER): Operation("An adapter with its versions", reply=replies.Adapter, missing=True),
+    ("PUT", _ADAPTER): Operation(
+        "Uploads an adapter, or a new version of one",
+        requests=(AdapterUpload,),
+        takes=FORM,
+        reply=replies.Adapter,
+        statuses=(200, 201),
+        query={"validate_only": _FLAG, "force": _FLAG, "allow_no_effect": _FLAG, "skip_replay": _FLAG},
+    ),
+    ("DELETE", _ADAPTER): Operation("Unregisters an adapter", reply=replies.AdapterDeleted, missing=True),
+    ("GET", _ADAPTER + "/archive"): Operation("An adapter's files as tar.gz", media=GZIP, missing=True),
+    ("POST", _ADAPTER + "/rollback"): Operation(
+        "Back to the version before, or to another one that is kept",
+        requests=(RollbackRequest,),
+        body_needed=False,
+        reply=replies.Adapter,
+        missing=True,
+        query={"version": {"type": "string"}},
+    ),
+    ("POST", _ADAPTER + "/pin"): Operation(
+        "Keeps an adapter in memory", requests=(NoFields,), body_needed=False, reply=replies.Adapter, missing=True
+    ),
+    ("DELETE", _ADAPTER + "/pin"): Operation("Lets an adapter go again", reply=replies.Adapter, missing=True),
+    ("POST", "/v1/load_lora_adapter"): Operation(
+        "vLLM's call: an adapter from this machine's disk", requests=(LoadRequest,), media=TEXT, missing=True
+    ),
+    ("POST", "/v1/unload_lora_adapter"): Operation(
+        "vLLM's call: unregisters an adapter", requests=(UnloadRequest,), media=TEXT, missing=True
+    ),
+    ("GET", "/health"): Operation("503: restart me", reply=replies.Status, statuses=(200, 503)),
+    ("GET", "/ready"): Operation("503: send no requests now", reply=replies.Status, statuses=(200, 503)),
+    ("GET", "/version"): Operation("What runs here", reply=replies.VersionReply),
+    ("GET", "/metrics"): Operation("For Prometheus", media=TEXT),
+    ("GET", "/metrics/vllm"): Operation("For Prometheus, under vLLM's names", media=TEXT),
+    ("GET", "/"): Operation("What this is, to read", media=HTML),
+    ("GET", "/docs"): Operation("This document, to read", media=HTML),
+    ("GET", "/openapi.json"): Operation("This document", media=JSON),
+}
