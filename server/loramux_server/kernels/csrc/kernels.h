@@ -42,43 +42,33 @@ struct FilePair {  // as it lies in a file: A [rank, inputs], B [outputs, rank];
     int64_t a_offset, a_kind, b_offset, b_kind, rank, inputs, outputs;
 };
 
-struct DecoderLinear {   // codes null: there is none
-    const uint8_t* codes;   // [outputs / 16, inputs / 4, 32]
-    const float* scales;    // [inputs / 64, outputs]
-    const uint16_t* bias;   // [outputs] bf16, or null
+struct DecoderLinear {
+    const uint8_t* codes;
+    const float* scales;
+    const uint16_t* levels;
+    const uint16_t* bias;  // or null
     LoraArena arena;
     int64_t inputs, outputs;
 };
 
 struct DecoderNorm {
-    const float* weight;  // null: none
+    const uint16_t* weight;  // null: none
     double eps;
 };
 
-enum Activation : int64_t { kSilu = 0, kGelu = 1 };  // GELU by tanh
-
-// One layer: what is null or zero is not there. x += residual * after_attention(o(attend(rotate(norm(q)), ...))), and so on.
 struct DecoderLayer {
-    DecoderNorm before_attention, q_norm, k_norm, after_attention, before_mlp, after_mlp;
-    DecoderLinear q, k, v;     // k and v null: q gives all three, one behind the other
-    DecoderLinear o;
-    DecoderLinear gate, up;    // up null: gate gives both
-    DecoderLinear down;
-    int64_t whole_norms;       // q_norm and k_norm are of all heads together, not of each
-    int64_t rotary;            // which table of angles; -1: none
-    int64_t window, activation;
+    DecoderNorm before_attention, q_norm, k_norm, before_mlp;
+    DecoderLinear q, k, v, o, gate, up, down;
     double scaling, softcap;
+    int64_t window;
 };
 
 struct DecoderModel {
     const DecoderLayer* layers;
-    const uint16_t* embedding;    // [vocabulary, hidden] bf16
-    const int16_t* head;          // [padded / 16, hidden / 2, 16, 2]
-    const float* head_scales;     // [hidden / 64, padded]
+    const uint16_t *embedding, *head;
     LoraArena head_arena;
     DecoderNorm norm;
-    int64_t num_layers, hidden, heads, kv_heads, head_dim, rotary_pairs, vocabulary, padded_vocabulary;
-    double embedding_factor, residual_factor, logit_factor, logit_softcap;  // softcap 0: none
+    int64_t num_layers, hidden, heads, kv_heads, head_dim, vocabulary;
 };
 
 struct DecoderStep {
@@ -87,15 +77,13 @@ struct DecoderStep {
     const int32_t* sequence;    // [rows]
     const int32_t* tables;      // [sequences, table_width]
     const int64_t* sampled;     // [samples]: their rows
-    const float* const* cos;    // by table: [positions, rotary_pairs]
-    const float* const* sin;
-    int16_t* const* k_cache;    // by layer
-    int16_t* const* v_cache;
-    float* const* kv_scales;
+    const uint16_t *cos, *sin;  // [positions, head_dim]
+    uint16_t* const* k_cache;   // by layer
+    uint16_t* const* v_cache;
     const LoraEntries* lora;       // adapters of the rows, or null
     const LoraEntries* head_lora;  // of the sampled rows, or null
-    char* scratch;              // loramux_decoder_scratch(rows) bytes
-    float* logits;              // [samples, padded_vocabulary]
+    uint16_t* scratch;          // loramux_decoder_scratch(rows) numbers
+    uint16_t* logits;           // [samples, vocabulary]
     int64_t rows, samples, table_width, threads;
 };
 

@@ -1,11 +1,11 @@
-// A whole step of a decoder, from token ids to logits, as DecoderModel describes it.
+// A whole step of a decoder, from token ids to logits, as ExactModel describes it.
 //
 // The residual stream and everything between kernels is fp32. In the last layer only sampled rows go on behind the
 // attention: nobody looks at the others.
 
 #pragma once
 
-#include "../kernels.h"
+#include "exact.h"
 #include "../threads.h"
 #include "attention.h"
 #include "elementwise.h"
@@ -22,7 +22,7 @@ constexpr int16_t kNf4Levels[16] = {-2047, -1425, -1075, -808, -582, -378, -186,
 
 struct Widths {  // numbers of a row
     int64_t hidden, q, kv, qkv, inner, in;
-    explicit Widths(const DecoderModel& model) {
+    explicit Widths(const ExactModel& model) {
         hidden = model.hidden;
         q = model.heads * model.head_dim;
         kv = model.kv_heads * model.head_dim;
@@ -61,15 +61,15 @@ struct Places {  // in the scratch of a step
 };
 
 struct DecoderRun {
-    const DecoderModel& model;
-    const DecoderStep& step;
+    const ExactModel& model;
+    const ExactStep& step;
     const Widths width{model};
     const Places at{width, step.rows, step.scratch};
     const int32_t threads = static_cast<int32_t>(step.threads);
     const Levels levels{kNf4Levels};
 
     // The codes that each thread begins a product with.
-    int64_t code_spans(Span* spans, const DecoderLinear& layer) const {
+    int64_t code_spans(Span* spans, const ExactLinear& layer) const {
         constexpr int64_t kMost = 1 << 20;
         const char* from = reinterpret_cast<const char*>(layer.codes);
         const int64_t bytes = layer.inputs * layer.outputs / 2, parts = threads < kSpans ? threads : kSpans;
@@ -110,14 +110,14 @@ struct DecoderRun {
         return count;
     }
 
-    void norm(float* y, const float* x, const DecoderNorm& norm, int64_t rows, int64_t dim) const {
+    void norm(float* y, const float* x, const ExactNorm& norm, int64_t rows, int64_t dim) const {
         for_rows(rows, dim, threads, [&](int64_t t) {
             norm_row(y + t * dim, x + t * dim, norm.weight, dim, static_cast<float>(norm.eps));
         });
     }
 
     // n = norm(x), or x itself where there is none; and what products read of it.
-    const float* normed(const DecoderNorm& norm, int64_t rows) const {
+    const float* normed(const ExactNorm& norm, int64_t rows) const {
         const int64_t dim = width.hidden;
         const float* from = norm.weight ? at.n : at.x;
         for_rows(rows, dim, threads, [&](int64_t t) {
@@ -135,8 +135,8 @@ struct DecoderRun {
     // y = the rounded rows times the layer, + bias, + adapters' deltas of x, which the rows were rounded from. While the
     // product keeps the cores busy, memory brings what is read next: the weights of the adapters, those of the product
     // that follows, and a part of the keys and values of layer `cached`.
-    void linear(float* y, const float* x, const DecoderLinear& layer, int64_t rows, const LoraEntries* lora,
-                const DecoderLinear* next, int64_t cached = -1, int64_t part = 0) const {
+    void linear(float* y, const float* x, const ExactLinear& layer, int64_t rows, const LoraEntries* lora,
+                const ExactLinear* next, int64_t cached = -1, int64_t part = 0) const {
         Span spans[3][kSpans];
         Reads reads[3];
         int64_t count = 0;
@@ -151,7 +151,7 @@ struct DecoderRun {
     }
 
     // x += factor * norm(part)
-    void add(const DecoderNorm& norm, int64_t rows) const {
+    void add(const ExactNorm& norm, int64_t rows) const {
         const int64_t dim = width.hidden;
         const auto factor = static_cast<float>(model.residual_factor);
         for_rows(rows, dim, threads, [&](int64_t t) {
@@ -167,7 +167,7 @@ struct DecoderRun {
     }
 
     void attention(int64_t index) const {
-        const DecoderLayer& layer = model.layers[index];
+        const ExactLayer& layer = model.layers[index];
         const int64_t rows = step.rows, dim = model.head_dim;
         const bool fused = !layer.k.codes;
         const float* n = normed(layer.before_attention, rows);
@@ -190,7 +190,7 @@ struct DecoderRun {
     }
 
     // Norm and rotation of the heads of queries or keys, in place.
-    void turn(float* x, int64_t stride, int64_t heads, const DecoderNorm& norm, const DecoderLayer& layer) const {
+    void turn(float* x, int64_t stride, int64_t heads, const ExactNorm& norm, const ExactLayer& layer) const {
         if (!norm.weight && layer.rotary < 0) return;
         const int64_t dim = model.head_dim, pairs = model.rotary_pairs;
         const auto eps = static_cast<float>(norm.eps);
@@ -208,7 +208,7 @@ struct DecoderRun {
     }
 
     void mlp(int64_t index, int64_t rows, const LoraEntries* lora) const {
-        const DecoderLayer& layer = model.layers[index];
+        const ExactLayer& layer = model.layers[index];
         const int64_t inner = layer.down.inputs;
         const bool fused = !layer.up.codes;
         const float* n = normed(layer.before_mlp, rows);
@@ -217,20 +217,20 @@ struct DecoderRun {
         float* up = fused ? gate + inner : gate + rows * inner;
         if (!fused) linear(up, n, layer.up, rows, lora, &layer.down, index + 1, 1);
         const int64_t stride = fused ? 2 * inner : inner;
-        const auto activation = static_cast<Activation>(layer.activation);
+        const bool gelu = layer.gelu != 0;
         if (!fused) {
             for_rows(rows, inner, threads, [&](int64_t t) {
-                gate_row(gate + t * stride, up + t * stride, inner, activation);
+                gate_row(gate + t * stride, up + t * stride, inner, gelu);
                 round_row(t, gate, inner);
             });
         } else {  // the rows move together, so one after the other
             for (int64_t t = 0; t < rows; ++t) {
-                gate_row(gate + t * stride, up + t * stride, inner, activation);
+                gate_row(gate + t * stride, up + t * stride, inner, gelu);
                 std::memmove(gate + t * inner, gate + t * stride, inner * sizeof(float));
                 round_row(t, gate, inner);
             }
         }
-        const DecoderLinear* next = index + 1 < model.num_layers ? &model.layers[index + 1].q : nullptr;
+        const ExactLinear* next = index + 1 < model.num_layers ? &model.layers[index + 1].q : nullptr;
         linear(at.part, gate, layer.down, rows, lora, next, index + 1, 2);
         add(layer.after_mlp, rows);
     }
@@ -240,7 +240,7 @@ struct DecoderRun {
         for_rows(rows, dim, threads, [&](int64_t t) {
             norm_row(at.n + t * dim, at.x + t * dim, model.norm.weight, dim, static_cast<float>(model.norm.eps));
             quantize_row(at.rounded + t * dim, at.row_scales + t * (dim / kBlock), at.n + t * dim, dim, kHeadRowTop,
-                         kHeadTop);
+                         1.f);
         });
         const DenseWeights weights{model.head, model.head_scales, dim, padded};
         multiply(step.logits, Rows{at.rounded, at.row_scales, rows}, weights, nullptr, 0, threads);
@@ -266,7 +266,7 @@ struct DecoderRun {
         int64_t rows = step.rows;
         const LoraEntries* lora = step.lora;
         for (int64_t index = 0; index < model.num_layers; ++index) {
-            const DecoderLayer& layer = model.layers[index];
+            const ExactLayer& layer = model.layers[index];
             attention(index);
             if (index + 1 == model.num_layers) {
                 gather(at.x, dim);

@@ -14,7 +14,7 @@
 
 #pragma once
 
-#include "../kernels.h"
+#include "exact.h"
 #include "../threads.h"
 #include "product.h"
 

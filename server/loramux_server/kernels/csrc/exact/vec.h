@@ -4,7 +4,12 @@
 
 #pragma once
 
-#if defined(__AVX512BW__)
+#include <cstdint>
+#include <cstring>
+
+#if defined(LORAMUX_PORTABLE)
+#include "vec_portable.h"
+#elif defined(__AVX512BW__)
 #include "vec_avx512.h"
 #elif defined(__AVX2__)
 #include "vec_avx2.h"
@@ -66,36 +71,5 @@ inline float widen(uint16_t bits) {
     std::memcpy(&value, &word, sizeof value);
     return value;
 }
-
-// A number of bf16 for one of fp32, rounded to even; NaN stays NaN.
-inline uint16_t narrow(float value) {
-    uint32_t word;
-    std::memcpy(&word, &value, sizeof word);
-    if ((word & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((word >> 16) | 0x40u);
-    return static_cast<uint16_t>((word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
-}
-
-// Memory that grows and is not kept in order.
-template <class Number>
-class Buffer {
-  public:
-    Buffer() = default;
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-    ~Buffer() { __builtin_free(at_); }
-    Number* fit(int64_t count) {
-        if (count > size_) {
-            __builtin_free(at_);
-            at_ = static_cast<Number*>(__builtin_malloc((count + 16) * sizeof(Number)));
-            if (!at_) __builtin_trap();
-            size_ = count;
-        }
-        return at_;
-    }
-
-  private:
-    Number* at_ = nullptr;
-    int64_t size_ = 0;
-};
 
 }  // namespace

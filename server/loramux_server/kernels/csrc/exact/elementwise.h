@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "../kernels.h"
+#include "exact.h"
 #include "../threads.h"
 #include "vec.h"
 
@@ -32,10 +32,10 @@ inline void norm_row(float* y, const float* x, const float* w, int64_t dim, floa
 }
 
 // gate = activation(gate) * up
-inline void gate_row(float* gate, const float* up, int64_t dim, Activation activation) {
+inline void gate_row(float* gate, const float* up, int64_t dim, bool gelu) {
     for (int64_t i = 0; i < dim; i += kLanes) {
         const Floats g = load(gate + i);
-        store(gate + i, (activation == kSilu ? silu_of(g) : gelu_of(g)) * load(up + i));
+        store(gate + i, (gelu ? gelu_of(g) : silu_of(g)) * load(up + i));
     }
 }
 
@@ -52,10 +52,16 @@ inline void add_bias(float* y, const uint16_t* b, int64_t dim) {
 // Rotary position embedding (https://arxiv.org/abs/2104.09864) of one head: `pairs` pairs of the dimensions i and
 // i + pairs; cos and sin [pairs].
 inline void rotate_head(float* x, const float* cos, const float* sin, int64_t pairs) {
-    for (int64_t i = 0; i < pairs; i += kLanes) {
+    int64_t i = 0;
+    for (; i + kLanes <= pairs; i += kLanes) {
         const Floats a = load(x + i), b = load(x + pairs + i), c = load(cos + i), s = load(sin + i);
         store(x + i, fma(a, c, splat(0.f) - b * s));
         store(x + pairs + i, fma(b, c, a * s));
+    }
+    for (; i < pairs; ++i) {  // what fills no vector, in the same way
+        const float a = x[i], b = x[pairs + i];
+        x[i] = __builtin_fmaf(a, cos[i], 0.f - b * sin[i]);
+        x[pairs + i] = __builtin_fmaf(b, cos[i], a * sin[i]);
     }
 }
 

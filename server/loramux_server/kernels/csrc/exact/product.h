@@ -9,7 +9,7 @@
 
 #pragma once
 
-#include "../kernels.h"
+#include "exact.h"
 #include "../row_groups.h"
 #include "../threads.h"
 #include "vec.h"
