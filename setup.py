@@ -7,6 +7,7 @@ same and the tensor code does the work.
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -16,6 +17,17 @@ from setuptools.errors import BaseError, CCompilerError
 
 SOURCES = "server/loramux_server/kernels/csrc"
 FLAGS = ["-O3", "-std=c++17", "-pthread", "-g0"]  # the first two decide bits; Python may have been built with -g
+# The kernels of exact integers are compiled once for each instruction set; where one is not known here, its file is
+# empty. No product and sum may become an fma that is not written as one: the bits are the same on all of them.
+EXACT = ["-ffp-contract=off", "-fno-math-errno"]
+INSTRUCTION_SETS = {
+    "portable": [],
+    "avx2": ["-march=x86-64-v3"],
+    "avx_vnni": ["-march=x86-64-v3", "-mavxvnni"],
+    "avx512": ["-march=x86-64-v4"],
+    "avx512_vnni": ["-march=x86-64-v4", "-mavx512vnni"],
+    "neon": [],
+}
 
 
 def files(pattern: str) -> list[str]:
@@ -35,10 +47,25 @@ class BuildKernels(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         try:
+            self._compile_for_instruction_sets(ext)
             super().build_extension(ext)
         except (BaseError, CCompilerError, OSError) as error:
             reason = (str(error).splitlines() or ["unknown reason"])[0]
             print(f"loramux: {ext.name} was not built ({reason}); the slower tensor path will be used")
+
+    def _compile_for_instruction_sets(self, ext: Extension) -> None:
+        for name, flags in INSTRUCTION_SETS.items():
+            source = [f"{SOURCES}/exact/{name}.cpp"]
+            x86 = platform.machine() in ("x86_64", "AMD64")
+            for more in ([*EXACT, *flags], EXACT) if x86 and flags else (EXACT,):
+                try:
+                    ext.extra_objects += self.compiler.compile(
+                        source, output_dir=self.build_temp, extra_postargs=[*FLAGS, *more], depends=ext.depends
+                    )
+                    break
+                except CCompilerError:
+                    if more is EXACT:
+                        raise
 
 
 class Wheel(bdist_wheel):
@@ -52,8 +79,8 @@ setup(
     ext_modules=[
         Extension(
             "loramux_server.kernels._kernels",
-            sources=files("*.cpp"),
-            depends=files("*.h"),
+            sources=[*files("*.cpp"), f"{SOURCES}/exact/exact.cpp"],
+            depends=[*files("*.h"), *files("exact/*.h")],
             language="c++",
             extra_compile_args=FLAGS,
             extra_link_args=["-pthread"],

@@ -32,6 +32,17 @@ class Isa(IntEnum):
         return {Isa.PORTABLE: "portable", Isa.AVX512_BF16: "AVX512-BF16"}[self]
 
 
+class VectorIsa(IntEnum):
+    """An instruction set that the kernels of exact integers are compiled for (csrc/exact/exact.h)."""
+
+    PORTABLE = 0
+    AVX2 = 1
+    AVX_VNNI = 2
+    AVX512 = 3
+    AVX512_VNNI = 4
+    NEON = 5
+
+
 class LoraArena(ctypes.Structure):
     _fields_ = [("a", POINTER), ("bt", POINTER), ("targeted", POINTER), ("inputs", SIZE), ("outputs", SIZE)]
 
@@ -89,9 +100,51 @@ class DecoderStep(ctypes.Structure):
     ]
 
 
+class ExactLinear(ctypes.Structure):
+    _fields_ = [
+        *((name, POINTER) for name in ("codes", "scales", "bias")),
+        ("arena", LoraArena),
+        *((name, SIZE) for name in ("inputs", "outputs")),
+    ]
+
+
+class ExactNorm(ctypes.Structure):
+    _fields_ = [("weight", POINTER), ("eps", DOUBLE)]
+
+
+class ExactLayer(ctypes.Structure):
+    _fields_ = [
+        *((name, ExactNorm) for name in ("before_attention", "q_norm", "k_norm", "after_attention")),
+        *((name, ExactNorm) for name in ("before_mlp", "after_mlp")),
+        *((name, ExactLinear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, SIZE) for name in ("whole_norms", "rotary", "window", "gelu")),
+        *((name, DOUBLE) for name in ("scaling", "softcap")),
+    ]
+
+
+class ExactModel(ctypes.Structure):
+    _fields_ = [
+        *((name, POINTER) for name in ("layers", "embedding", "head", "head_scales")),
+        ("head_arena", LoraArena),
+        ("norm", ExactNorm),
+        *((name, SIZE) for name in ("num_layers", "hidden", "heads", "kv_heads", "head_dim", "rotary_pairs")),
+        *((name, SIZE) for name in ("vocabulary", "padded_vocabulary")),
+        *((name, DOUBLE) for name in ("embedding_factor", "residual_factor", "logit_factor", "logit_softcap")),
+    ]
+
+
+class ExactStep(ctypes.Structure):
+    _fields_ = [
+        *((name, POINTER) for name in ("tokens", "position", "sequence", "tables", "sampled", "cos", "sin")),
+        *((name, POINTER) for name in ("k_cache", "v_cache", "kv_scales", "lora", "head_lora", "scratch", "logits")),
+        *((name, SIZE) for name in ("rows", "samples", "table_width", "threads")),
+    ]
+
+
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     *(LoraArena, LoraEntries, SlotWeights, FilePair),
     *(DecoderLinear, DecoderNorm, DecoderLayer, DecoderModel, DecoderStep),
+    *(ExactLinear, ExactNorm, ExactLayer, ExactModel, ExactStep),
 )
 
 _TENSORS = [POINTER, *[POINTER, SIZE, SIZE] * 3]  # out; q, k, v with two strides each
@@ -114,6 +167,11 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "loramux_decoder_step": (None, [POINTER] * 2),
     "loramux_convert_pairs": (None, [POINTER] * 5 + [SIZE]),
     "loramux_copy_slot": (None, [POINTER] * 2 + [SIZE] * 3),
+    "loramux_exact_isas": (INT, []),
+    "loramux_exact_product": (None, [POINTER] * 4 + [SIZE] * 3 + [INT] * 2),
+    "loramux_exact_pack_head": (None, [POINTER] * 3 + [SIZE] * 3 + [INT] * 2),
+    "loramux_exact_scratch": (SIZE, [POINTER, SIZE]),
+    "loramux_exact_step": (None, [POINTER] * 2 + [INT]),
 }
 
 

@@ -4,6 +4,7 @@
 #include <string>
 #include <type_traits>
 
+#include "exact/exact.h"
 #include "kernels.h"
 #include "threads.h"
 
@@ -33,6 +34,32 @@ std::string signature_of(Result (*)(Arguments...)) {
 #define STRUCT(name) "struct " #name " " + std::to_string(sizeof(name))
 #define FIELD(owner, name) \
     " " #name ":" + std::to_string(offsetof(owner, name)) + ":" + std::to_string(sizeof(owner::name))
+
+std::string describe_exact_structs() {
+    std::string text;
+    using L = ExactLinear;
+    text += STRUCT(ExactLinear) + FIELD(L, codes) + FIELD(L, scales) + FIELD(L, bias) + FIELD(L, arena) +
+            FIELD(L, inputs) + FIELD(L, outputs);
+    using N = ExactNorm;
+    text += "\n" STRUCT(ExactNorm) + FIELD(N, weight) + FIELD(N, eps);
+    using Y = ExactLayer;
+    text += "\n" STRUCT(ExactLayer) + FIELD(Y, before_attention) + FIELD(Y, q_norm) + FIELD(Y, k_norm) +
+            FIELD(Y, after_attention) + FIELD(Y, before_mlp) + FIELD(Y, after_mlp) + FIELD(Y, q) + FIELD(Y, k) +
+            FIELD(Y, v) + FIELD(Y, o) + FIELD(Y, gate) + FIELD(Y, up) + FIELD(Y, down) + FIELD(Y, whole_norms) +
+            FIELD(Y, rotary) + FIELD(Y, window) + FIELD(Y, gelu) + FIELD(Y, scaling) + FIELD(Y, softcap);
+    using M = ExactModel;
+    text += "\n" STRUCT(ExactModel) + FIELD(M, layers) + FIELD(M, embedding) + FIELD(M, head) +
+            FIELD(M, head_scales) + FIELD(M, head_arena) + FIELD(M, norm) + FIELD(M, num_layers) + FIELD(M, hidden) +
+            FIELD(M, heads) + FIELD(M, kv_heads) + FIELD(M, head_dim) + FIELD(M, rotary_pairs) +
+            FIELD(M, vocabulary) + FIELD(M, padded_vocabulary) + FIELD(M, embedding_factor) +
+            FIELD(M, residual_factor) + FIELD(M, logit_factor) + FIELD(M, logit_softcap);
+    using S = ExactStep;
+    text += "\n" STRUCT(ExactStep) + FIELD(S, tokens) + FIELD(S, position) + FIELD(S, sequence) + FIELD(S, tables) +
+            FIELD(S, sampled) + FIELD(S, cos) + FIELD(S, sin) + FIELD(S, k_cache) + FIELD(S, v_cache) +
+            FIELD(S, kv_scales) + FIELD(S, lora) + FIELD(S, head_lora) + FIELD(S, scratch) + FIELD(S, logits) +
+            FIELD(S, rows) + FIELD(S, samples) + FIELD(S, table_width) + FIELD(S, threads);
+    return text;
+}
 
 std::string describe_structs() {
     std::string text;
@@ -64,7 +91,7 @@ std::string describe_structs() {
             FIELD(S, sampled) + FIELD(S, cos) + FIELD(S, sin) + FIELD(S, k_cache) + FIELD(S, v_cache) +
             FIELD(S, lora) + FIELD(S, head_lora) + FIELD(S, scratch) + FIELD(S, logits) + FIELD(S, rows) +
             FIELD(S, samples) + FIELD(S, table_width) + FIELD(S, threads);
-    return text + "\n";
+    return text + "\n" + describe_exact_structs() + "\n";
 }
 
 std::string describe() {
@@ -73,7 +100,8 @@ std::string describe() {
            FUNCTION(loramux_add_lora) + FUNCTION(loramux_attention) + FUNCTION(loramux_head) +
            FUNCTION(loramux_rms_norm) + FUNCTION(loramux_silu_mul) + FUNCTION(loramux_argmax) +
            FUNCTION(loramux_decoder_scratch) + FUNCTION(loramux_decoder_step) + FUNCTION(loramux_convert_pairs) +
-           FUNCTION(loramux_copy_slot);
+           FUNCTION(loramux_copy_slot) + FUNCTION(loramux_exact_isas) + FUNCTION(loramux_exact_product) +
+           FUNCTION(loramux_exact_pack_head) + FUNCTION(loramux_exact_scratch) + FUNCTION(loramux_exact_step);
 }
 
 }  // namespace

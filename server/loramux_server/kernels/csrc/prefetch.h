@@ -3,8 +3,8 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
+#include "buffer.h"
 #include "threads.h"
 
 struct Span {
@@ -45,10 +45,11 @@ class SharePrefetch {
   public:
     // What one piece of the loop prefetches, over so many steps.
     SharePrefetch(const Reads* reads, int64_t count, int64_t piece, int64_t pieces, int64_t steps) {
-        static thread_local std::vector<Span> spans;
-        spans.clear();
         if (steps <= 0) return;
-        int64_t lines = 0;
+        static thread_local Buffer<Span> buffer;
+        int64_t most = 0, found = 0, lines = 0;
+        for (const Reads* from = reads; from < reads + count; ++from) most += from->count;
+        Span* spans = buffer.fit(most);
         for (const Reads* from = reads; from < reads + count; ++from) {
             int64_t bytes = 0, passed = 0;
             for (int64_t i = 0; i < from->count; ++i) bytes += from->spans[i].bytes;
@@ -58,13 +59,13 @@ class SharePrefetch {
                 const int64_t begin = passed < share.begin ? share.begin - passed : 0;
                 const int64_t end = span.bytes < share.end - passed ? span.bytes : share.end - passed;
                 if (begin >= end) continue;
-                spans.push_back({span.at + begin, end - begin});
+                spans[found++] = {span.at + begin, end - begin};
                 lines += (end - begin) / kCacheLine + 1;
             }
         }
         lines_ = lines / steps + 1 < kMost ? lines / steps + 1 : kMost;
-        next_ = spans.data();
-        end_ = next_ + spans.size();
+        next_ = spans;
+        end_ = next_ + found;
         take();
     }
 
