@@ -52,7 +52,12 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD if columns else None, show_header=bool(columns), pad_edge=False)
+    table = Table(
+        box=box.SIMPLE_HEAD if columns else None,
+        show_header=bool(columns),
+        padding=(0, 1, 0, 0) if columns else (0, 1),
+        pad_edge=False,
+    )
     for at in range(len(rows[0])):
         table.add_column(
             Text(columns[at]) if columns else "",
@@ -68,7 +73,7 @@ def print_table(
 
 def _width(lines: Sequence[Sequence[str]]) -> int:
     """Of a table as it is drawn on a terminal."""
-    return sum(max(map(len, cells)) + 3 for cells in zip(*lines, strict=True))
+    return sum(max(map(len, cells)) + 2 for cells in zip(*lines, strict=True))
 
 
 class TransferBar:

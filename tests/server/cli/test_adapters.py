@@ -609,7 +609,7 @@ def test_remarks_wrap_before_a_list_is_no_table_any_more(server: FakeServer, mon
     assert isinstance(sys.stdout, Terminal)
     drawn = re.sub(r"\x1b\[[0-9;]*m", "", sys.stdout.getvalue())
     lines = [line.rstrip() for line in drawn.splitlines() if line.strip()]
-    assert [line.split()[-1] for line in lines[2:]] == ["pinned,", "fingerprint", "replayed"]
+    assert [line.split()[-1] for line in lines[2:]] == ["fingerprint", "replayed"]
     assert lines[2].split()[:2] == ["a-name-of-20-letters", "3f786850e387"]
 
 

@@ -409,7 +409,7 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(
     with pytest.raises(error, match=said):
         run(arguments(base, *more))
 
-    assert not list(where.glob("adapters-trained/**/step-*"))
+    assert not list(where.glob("adapters-trained/*"))
 
 
 def test_two_runs_do_not_share_a_directory(where: Path, base: Path) -> None:
