@@ -32,6 +32,7 @@ _LINK = re.compile(r"\[[^\]\n]*(?:\n[^\]\n]*)?\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 _VARIABLE = re.compile(r"\bLORAMUX_[A-Z_]+\b")
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
+_SWITCH = re.compile(r"--\[no-\]([a-z-]+)")
 _PROMPTED = re.compile(r"^(?:\.venv/bin/)?loramux(?= )")
 _STYLING = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -177,7 +178,7 @@ def listed(command: tuple[str, ...]) -> list[str]:
 
 @cache
 def flags_of(command: tuple[str, ...]) -> frozenset[str]:
-    return frozenset(_FLAG.findall(help_of(command)))
+    return frozenset(_FLAG.findall(_SWITCH.sub(r"--\1, --no-\1", help_of(command))))
 
 
 def all_flags() -> frozenset[str]:

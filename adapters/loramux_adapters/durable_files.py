@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+from loramux_adapters.digests import sha256_of_json
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -54,7 +55,7 @@ def sync(path: Path) -> None:
 
 def sealed(content: dict[str, Any]) -> bytes:
     """JSON that shows by itself whether it is whole: the content and its check sum."""
-    return json.dumps({"sha256": _check_sum(content), "content": content}, indent=1).encode() + b"\n"
+    return json.dumps({"sha256": sha256_of_json(content), "content": content}, indent=1).encode() + b"\n"
 
 
 def unsealed(raw: bytes) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def unsealed(raw: bytes) -> dict[str, Any]:
         raise ValueError("nested too deeply") from error
     if not isinstance(whole, dict) or not isinstance(content := whole.get("content"), dict):
         raise ValueError("not sealed")
-    if whole.get("sha256") != _check_sum(content):
+    if whole.get("sha256") != sha256_of_json(content):
         raise ValueError("its check sum is another one")
     return content
 
@@ -95,7 +96,3 @@ def remove_tree(directory: Path) -> None:
 
 def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
-
-
-def _check_sum(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

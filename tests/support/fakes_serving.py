@@ -8,12 +8,16 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from loramux_server.base.source import BaseSource
 from loramux_server.cli.main import main
 from loramux_server.config.serve import ServeConfig
 from loramux_server.errors import BaseModelError
+from loramux_server.serving import process
 from loramux_server.serving.startup import Stages
 from loramux_server.wire.connections import Connections
 
@@ -57,15 +61,22 @@ class FakeBuilt:
 
 
 def install(build_seconds: float, failure: str) -> None:
-    """Puts a module in place of `loramux_server.serving.build`; its `build` takes this long and raises this, if any."""
+    """Puts a module in place of `loramux_server.serving.build`; its `build` takes this long and raises this, if any.
 
-    def build(config: ServeConfig, stages: Stages, connections: Connections) -> FakeBuilt:
+    Any base is found.
+    """
+
+    def build(config: ServeConfig, source: BaseSource, stages: Stages, connections: Connections) -> FakeBuilt:
         with stages.stage("load the base"):
             time.sleep(build_seconds)
             if failure:
                 raise BaseModelError(failure)
         return FakeBuilt()
 
+    def found(spec: str, cache_dir: Path, report: Callable[[str], None]) -> BaseSource:
+        return BaseSource(cache_dir, spec, from_gguf=False)
+
+    process.resolve_base = found  # type: ignore[assignment]
     module = ModuleType("loramux_server.serving.build")
     module.build = build  # type: ignore[attr-defined]
     sys.modules["loramux_server.serving.build"] = module

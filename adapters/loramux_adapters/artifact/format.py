@@ -36,6 +36,7 @@ __all__ = [
     "PICKLES",
     "SOURCE_FILES",
     "TOKENIZER_FILES",
+    "UPLOAD_PARTS",
     "WEIGHTS_FILE",
     "AdapterConfig",
     "Layout",
@@ -57,6 +58,22 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "card.json"
 FINGERPRINT_FILE = "fingerprint.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"  # kept only where it is another one than the base's
+UPLOAD_PARTS: Mapping[str, str] = {  # of a form that carries an adapter, and the files that they hold
+    "config": CONFIG_FILE,
+    "weights": WEIGHTS_FILE,
+    "card": CARD_FILE,
+    "fingerprint": FINGERPRINT_FILE,
+    "chat_template": CHAT_TEMPLATE_FILE,
+    "chat_template_json": "chat_template.json",
+    "tokenizer": "tokenizer.json",
+    "tokenizer_config": "tokenizer_config.json",
+    "special_tokens_map": "special_tokens_map.json",
+    "added_tokens": "added_tokens.json",
+    "vocab": "vocab.json",
+    "vocab_txt": "vocab.txt",
+    "merges": "merges.txt",
+    "tokenizer_model": "tokenizer.model",
+}
 KNOWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, FINGERPRINT_FILE, CHAT_TEMPLATE_FILE)
 TOKENIZER_FILES = (  # looked at when an adapter comes in, and not kept
     "tokenizer.json",

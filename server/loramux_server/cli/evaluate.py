@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 
 from loramux_server.base.source import check_base, resolve_base
-from loramux_server.cli.frame import configure_logging, write
+from loramux_server.cli.frame import configure_logging, show, write
 from loramux_server.cli.options import once, settings_app
 from loramux_server.cli.screen import LineBar, print_table
 from loramux_server.config.adapter_directory import find_adapter
@@ -46,6 +46,7 @@ def run(
     configure_logging("info")
     quiet_libraries()
     if config.url is not None:
+        show(f"  ask the server at {masked(config.url)}")
         evaluation = evaluate_server(config, key_of(ctx.obj), skip_bad=skip_bad)
     else:
         cache_dir = cache_dir_of(config.cache_dir, ctx.obj)

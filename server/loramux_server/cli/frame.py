@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from copy import copy
 from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ PLAIN_COLUMNS = 100  # of help that goes to a pipe
 FRAME_COLUMNS = 80  # least, for help in frames: they cut what does not fit
 MAX_WORD = 400  # characters of a word in an error, such as a path
 MAX_LINE = 2500  # and of a line of one
+_WHOLE_HYPHEN = "\u2011"  # at which no line is broken, so that flags stay whole
 _LONG_WORD = re.compile(rf"\S{{{MAX_WORD},}}")
 
 
@@ -132,20 +134,26 @@ class _Help(TyperCommand if TYPE_CHECKING else object):  # type: ignore[misc]
 
     rich_markup_mode: MarkupMode
 
+    _is_shown = False
+
     def get_params(self, ctx: Any) -> list[Any]:
         params: list[Any] = super().get_params(ctx)
-        for param in params:
-            if isinstance(param, TyperOption) and param.is_flag:
-                param.metavar = ""  # instead of <bool>
-        return params
+        return [_shown(param) for param in params] if self._is_shown else params
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         self.rich_markup_mode = "markdown" if (columns_of(sys.stdout) or 0) >= FRAME_COLUMNS else None
-        super().format_help(ctx, formatter)
+        self._is_shown = True
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            self._is_shown = False
+        formatter.buffer[:] = [piece.replace(_WHOLE_HYPHEN, "-") for piece in formatter.buffer]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         topics: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
+            if param.help:
+                param.help = param.help.replace("-", _WHOLE_HYPHEN)
             record = param.get_help_record(ctx)
             if record is not None:
                 standard = "Arguments" if param.param_type_name == "argument" else "Options"
@@ -163,7 +171,21 @@ class _Help(TyperCommand if TYPE_CHECKING else object):  # type: ignore[misc]
             if paragraph.startswith("    "):
                 formatter.write(paragraph + "\n")
             else:
-                formatter.write_text(paragraph)
+                formatter.write_text(paragraph.replace("-", _WHOLE_HYPHEN))
+
+
+def _shown(param: Any) -> Any:
+    """As help shows it: frames cut what is long, so an option stands there by its own name, and a switch once."""
+    param = copy(param)
+    if not isinstance(param, TyperOption):
+        return param
+    own, *others = [flag for flag in param.opts if flag.startswith("--")]
+    if param.is_flag:
+        param.metavar = ""  # instead of <bool>
+        own = f"--[no-]{own[2:]}" if param.secondary_opts else own
+    param.opts = [own, *(flag for flag in param.opts if flag not in (own, *others) and not flag.startswith("--"))]
+    param.secondary_opts = []
+    return param
 
 
 class Command(_Help, TyperCommand):

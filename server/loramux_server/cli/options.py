@@ -74,11 +74,13 @@ def _option(name: str, kind: Any, *flags: str, **shown: Any) -> inspect.Paramete
 
 
 def _help(setting: Setting) -> str:
-    """The field's line, and its default."""
+    """The field's line, its further flags, and its default."""
     if setting.kind is bool:
         default = f"default: {'yes' if setting.default else 'no'}"
     elif setting.default is None:
         default = {"none": "", "needed": "needed"}.get(setting.unset, f"default: {setting.unset}")
     else:
         default = f"default: {setting.default:g}" if setting.kind is float else f"default: {setting.default}"
-    return f"{setting.help} ({default})" if default else setting.help
+    also = ", ".join(flag for flag in setting.also if flag.startswith("--"))
+    told = "; ".join(each for each in (also and f"also {also}", default) if each)
+    return f"{setting.help} ({told})" if told else setting.help

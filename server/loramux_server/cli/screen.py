@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 BAR_SECONDS = 0.2  # least time between two drawings
 _NO_BREAK = "\xa0"  # a space at which no line is broken
+LEAST_REMARK = 12  # columns that the remarks of a table need at least, where there are any
 LINE_SECONDS = 30.0  # between two lines where there is no terminal
 
 
@@ -23,11 +24,16 @@ def print_table(
     """Prints rows under the names of their columns, if these have any; `numbers` stand to the right.
 
     Args:
-        stacks: where the terminal is too narrow, each row becomes a line with its first cell and some with the others.
+        stacks: the last column is remarks, which wrap; where the terminal is too narrow for the others, each row
+            becomes a line with its first cell and some with the others.
     """
     rows = [[printable(cell) for cell in row] for row in rows]
     width = columns_of(sys.stdout)
-    if stacks and width is not None and _width([columns, *rows]) > width:
+    if (
+        stacks
+        and width is not None
+        and _width([columns, *([*row[:-1], row[-1][:LEAST_REMARK]] for row in rows)]) > width
+    ):
         for name, *cells in rows:
             print(name)
             told = [f"{label} {cell}" for label, cell in zip(columns[1:], cells, strict=True) if cell not in ("", "-")]
@@ -46,13 +52,19 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD if columns else None, show_header=bool(columns), pad_edge=False)
+    table = Table(
+        box=box.SIMPLE_HEAD if columns else None,
+        show_header=bool(columns),
+        padding=(0, 1, 0, 0) if columns else (0, 1),
+        pad_edge=False,
+    )
     for at in range(len(rows[0])):
         table.add_column(
             Text(columns[at]) if columns else "",
             justify="right" if numbers and at else "left",
             style="" if at else "bold",
             overflow="fold",
+            no_wrap=stacks and at < len(rows[0]) - 1,
         )
     for row in rows:
         table.add_row(*map(Text, row))
@@ -81,7 +93,9 @@ class TransferBar:
         progress.start()  # if it is not yet
 
     def line(self, text: str) -> None:
-        """Adds a line; the bar makes way for it."""
+        """Adds a line in place of the bar: what that said of an upload that starts anew is no longer so."""
+        if self._drawn is not None:
+            self._drawn[0].live.transient = True
         self.end()
         self._stream.write(f"{for_reader(text, self._stream)}\n")
         self._stream.flush()

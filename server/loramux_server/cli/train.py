@@ -121,7 +121,12 @@ def _finish(config: TrainConfig, run: RunDirectory, *, skip_bad: bool) -> int:
     Raises KeyboardInterrupt if it was stopped.
     """
     show("")
-    show("evaluating the adapter and making its fingerprint on the serving path, in a fresh process")
+    work = (
+        "evaluating the adapter and making its fingerprint"
+        if config.eval_data is not None
+        else "making its fingerprint"
+    )
+    show(f"{work} on the serving path, in a fresh process")
     child = subprocess.Popen([sys.executable, *finish_command(config, run, skip_bad=skip_bad)])
     try:
         with interruptible(lambda: None, lambda: child.send_signal(signal.SIGINT)):  # it has an answer of its own

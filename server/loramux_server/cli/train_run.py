@@ -67,7 +67,7 @@ def run_training(
     _refuse_another_base(config, prepared.base_there, base.base_id)
     with stages.stage("add the adapter" if recipe.init == "default" else f"add the adapter ({recipe.init})"):
         model = _add_adapter(base, config)
-    progress = Progress(sys.stdout, run.checkpoints, memory=_memory(device))
+    progress = Progress(sys.stdout, run.checkpoints, memory=_memory(device), evaluates=held is not None)
     trainer = Trainer(
         model,
         train.rendered.rows,
@@ -198,6 +198,7 @@ class Progress:
     Args:
         checkpoints: the directory that they are written to.
         memory: bytes that the run takes now.
+        evaluates: there are held-out examples, which are looked at before the first step and after each epoch.
     """
 
     def __init__(
@@ -206,11 +207,12 @@ class Progress:
         checkpoints: Path,
         *,
         memory: Callable[[], int],
+        evaluates: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._checkpoints = checkpoints
         self._done = 0
-        self._evaluates = True  # before the first step
+        self._evaluates = evaluates  # now; the first step comes after that
         self._bar, self._memory = LineBar(stream, clock), memory
         self._recent: deque[StepRecord] = deque(maxlen=RECENT)
         self._evaluation_seconds = 0.0
@@ -218,6 +220,7 @@ class Progress:
 
     def started(self, plan: Plan) -> None:
         self._plan, self._done = plan, plan.first
+        self._evaluates = self._evaluates and plan.first % plan.steps_per_epoch == 0
         for what in plan.passed_over:
             self.line(f"a checkpoint cannot be read and is passed over: {what}")
         if plan.first:

@@ -144,7 +144,7 @@ class ServerConnection:
         except httpx.RequestError as error:
             match _system_error(error):
                 case ConnectionRefusedError():
-                    told = f"no server answers at {where}; start one with `loramux serve`, or give --url"
+                    told = f"no server answers at {where}; start one with `loramux serve`, or give another URL"
                     raise ConnectionLost(told, reached=False) from error
                 case socket.gaierror():
                     raise CommandFailed(f"{where}: the host is not known") from error

@@ -56,5 +56,5 @@ class Patience:
         left = ends - self.clock()
         if not seconds <= left:
             raise error
-        self.tell(f"{error}; trying again in {seconds:.0f} s, for at most {left:.0f} s")
+        self.tell(f"{str(error).rstrip('.')}; trying again in {seconds:.0f} s, for at most {left:.0f} s")
         self.sleep(seconds)

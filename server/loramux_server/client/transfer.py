@@ -14,6 +14,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from loramux_adapters.artifact.format import MLX_WEIGHTS_FILE, UPLOAD_PARTS
 from loramux_adapters.artifact.own_files import open_regular
 from loramux_adapters.errors import AdapterRejected
 from loramux_server.errors import CommandFailed
@@ -21,23 +22,6 @@ from loramux_server.errors import CommandFailed
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-PARTS = {
-    "config": "adapter_config.json",
-    "weights": "adapter_model.safetensors",
-    "card": "card.json",
-    "fingerprint": "fingerprint.json",
-    "chat_template": "chat_template.jinja",
-    "chat_template_json": "chat_template.json",
-    "tokenizer": "tokenizer.json",
-    "tokenizer_config": "tokenizer_config.json",
-    "special_tokens_map": "special_tokens_map.json",
-    "added_tokens": "added_tokens.json",
-    "vocab": "vocab.json",
-    "vocab_txt": "vocab.txt",
-    "merges": "merges.txt",
-    "tokenizer_model": "tokenizer.model",
-}
-MLX_WEIGHTS = "adapters.safetensors"  # as mlx-lm calls them; the server converts them
 REQUIRED = ("config", "weights")
 CHUNK_BYTES = 256 * 1024
 MAX_PADDING_BYTES = 1 << 20  # tar fills its last block with zeros
@@ -52,14 +36,14 @@ def files_to_send(directory: Path) -> dict[str, Path]:
     """
     if not directory.is_dir():
         raise CommandFailed(f"{directory} is not a directory")
-    paths = {part: directory / name for part, name in PARTS.items()}
-    if not paths["weights"].is_file() and (directory / MLX_WEIGHTS).is_file():
-        paths["weights"] = directory / MLX_WEIGHTS
+    paths = {part: directory / name for part, name in UPLOAD_PARTS.items()}
+    if not paths["weights"].is_file() and (directory / MLX_WEIGHTS_FILE).is_file():
+        paths["weights"] = directory / MLX_WEIGHTS_FILE  # which the server converts
     for part in REQUIRED:
         if not paths[part].is_file():
             only_pickle = part == "weights" and (directory / "adapter_model.bin").exists()
             hint = "; adapter_model.bin is a pickle, save with safe_serialization=True" if only_pickle else ""
-            raise CommandFailed(f"{directory} holds no {PARTS[part]}{hint}")
+            raise CommandFailed(f"{directory} holds no {UPLOAD_PARTS[part]}{hint}")
     return {part: path for part, path in paths.items() if path.is_file()}
 
 
@@ -141,7 +125,7 @@ def _unpack(archive: IO[bytes], staging: Path, max_bytes: int) -> list[str]:
             if member.isdir():
                 continue
             name = Path(member.name).name
-            if not member.isreg() or name not in PARTS.values() or name in names:
+            if not member.isreg() or name not in UPLOAD_PARTS.values() or name in names:
                 raise CommandFailed(
                     f"the archive that the server sent holds {member.name!r}, which is not expected there"
                 )
@@ -155,7 +139,7 @@ def _unpack(archive: IO[bytes], staging: Path, max_bytes: int) -> list[str]:
             names.append(name)
     if len(unzipped.read(MAX_PADDING_BYTES + 1)) > MAX_PADDING_BYTES:  # reading to the end checks the checksum
         raise CommandFailed("the archive that the server sent has something behind its end")
-    missing = [PARTS[part] for part in REQUIRED if PARTS[part] not in names]
+    missing = [UPLOAD_PARTS[part] for part in REQUIRED if UPLOAD_PARTS[part] not in names]
     if missing:
         raise CommandFailed(f"the archive that the server sent holds no {' and no '.join(missing)}")
     return names

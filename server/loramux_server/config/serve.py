@@ -133,8 +133,8 @@ class ServeConfig(RunsBase):
     )
     cors_origins: str | None = setting(
         None,
-        "web pages that may use this server from a browser, such as https://chat.example.com,http://localhost:3000; * "
-        "is every page",
+        "web pages that may use this server from a browser, such as https://chat.example.com; several with commas "
+        "between them, * is every page",
         group="Network",
     )
     allowed_hosts: str | None = setting(
@@ -176,7 +176,7 @@ class ServeConfig(RunsBase):
 
     special_tokens_in_messages: bool = setting(
         False,
-        "let text in chat messages become special tokens; then who writes a message can write other turns of the "
+        "let text in chat messages become special tokens; then whoever writes a message can write other turns of the "
         "conversation",
         group="Prompts",
     )
@@ -196,7 +196,7 @@ class ServeConfig(RunsBase):
     metrics_adapter_labels: int = setting(
         100,
         "adapters that get a metrics label of their own; the rest count as `other`",
-        group="Operation",
+        group="Adapters",
         between=(0, 10000),
     )
     api_key: str | None = setting(None, "key that requests must carry", group="Keys", secret=True)

@@ -23,6 +23,7 @@ from loramux_server.api.app import create_app
 from loramux_server.api.http.dependencies import Dependencies, Keys, Limits, ServedBase
 from loramux_server.base.device import device_of
 from loramux_server.base.loader import BaseModel, load_base_model, resident_bytes
+from loramux_server.base.source import BaseSource
 from loramux_server.base.tokenizer import BaseTokenizer
 from loramux_server.config.environment import cache_dir_of, kernels_of
 from loramux_server.config.serve import ServeConfig, is_loopback
@@ -93,10 +94,11 @@ class BuiltServer:
         self.store.close()
 
 
-def build(config: ServeConfig, stages: Stages, connections: Connections) -> BuiltServer:
+def build(config: ServeConfig, source: BaseSource, stages: Stages, connections: Connections) -> BuiltServer:
     """Loads the base and puts everything around it. Slow; run it beside the event loop.
 
-    `connections` are those of the port, for the metrics and to refuse requests that are too many.
+    `source` is the base that was found. `connections` are those of the port, for the metrics and to refuse requests
+    that are too many.
 
     Raises:
         BaseModelError, ConfigError: the base, or the memory given to it, cannot serve.
@@ -108,7 +110,7 @@ def build(config: ServeConfig, stages: Stages, connections: Connections) -> Buil
     cache_dir = cache_dir_of(config.cache_dir, os.environ)
     kernels = choose_kernels(device, kernels_of(os.environ))
     with stages.stage("load the base"), returning_memory():
-        base = load_base_model(config.base, device=device, cache_dir=cache_dir, report=stages.note, kernels=kernels)
+        base = load_base_model(source, device=device, cache_dir=cache_dir, report=stages.note, kernels=kernels)
         shape = probe_kv_shape(base.model, device)
     tokenizer = BaseTokenizer(
         base.tokenizer,

@@ -22,8 +22,9 @@ from typing import Any, NoReturn, Protocol, cast
 
 import uvicorn
 
-from loramux_server.base.source import check_base
-from loramux_server.config.environment import bound_spinning
+from loramux_adapters.store.store import check_store
+from loramux_server.base.source import check_base, resolve_base
+from loramux_server.config.environment import bound_spinning, cache_dir_of
 from loramux_server.config.serve import ServeConfig
 from loramux_server.errors import ConfigError
 from loramux_server.plain_text import for_reader
@@ -80,13 +81,16 @@ def serve(config: ServeConfig) -> int:
     Raises:
         ConfigError: a directory that adapters come from is not there, or the system allows too few open files.
         BaseModelError: there is no such base.
-        CommandFailed: the port cannot be had; like the first two, this is found before anything is loaded.
+        CommandFailed: the port cannot be had.
+        StoreUnavailable, IndexLost: another server uses the store, or its index is lost. All of this is found before
+            anything is loaded.
         LoramuxError, AdapterError: the base or the store cannot be used.
     """
     _require_directories(config)
     check_base(config.base)
     bound_spinning()
     sys.setswitchinterval(_SWITCH_SECONDS)
+    check_store(config.adapter_dir)
     connections = Connections(connection_cap(config.max_connections))
     with take_port(config.host, config.port) as listener:
         return asyncio.run(_serve(config, listener, connections))
@@ -163,9 +167,11 @@ async def _first_of(work: asyncio.Future[Any], stop: asyncio.Event) -> None:
 
 
 def _build(config: ServeConfig, stages: Stages, connections: Connections) -> Built:
+    with stages.stage("find the base"):
+        source = resolve_base(config.base, cache_dir_of(config.cache_dir, os.environ), stages.note)
     with stages.stage("import libraries"):
         from loramux_server.serving.build import build
-    return build(config, stages, connections)
+    return build(config, source, stages, connections)
 
 
 class _Server(uvicorn.Server):
@@ -235,14 +241,18 @@ def _stop_on_signals() -> asyncio.Event:
 
 
 def _stopping(running: int, seconds: float) -> str:
-    """What the first signal is answered with, below the ^C that a terminal shows for it."""
-    line = "\n" if sys.stdout.isatty() else ""
+    """What the first signal is answered with."""
     if not running:
-        return f"{line}stopping; no reply is running"
+        return f"{_below_ctrl_c()}stopping; no reply is running"
     return (
-        f"{line}finishing {_replies(running)} in at most {seconds:g} s, new requests are refused; press Ctrl-C again "
-        "to stop now"
+        f"{_below_ctrl_c()}finishing {_replies(running)} in at most {seconds:g} s, new requests are refused; "
+        "press Ctrl-C again to stop now"
     )
+
+
+def _below_ctrl_c() -> str:
+    """What stands before a line that answers a signal: a terminal shows ^C for it, wherever it is in a line."""
+    return "\n" if sys.stdout.isatty() else ""
 
 
 def _replies(count: int) -> str:
@@ -273,7 +283,7 @@ def _command(url: str, models: Sequence[str], config: ServeConfig) -> str:
 
 def _leave(message: str, code: int) -> NoReturn:
     """Ends the process here and now, whatever its other threads do."""
-    _show(message)
+    _show(f"{_below_ctrl_c()}{message}")
     sys.stderr.flush()
     os._exit(code)
 

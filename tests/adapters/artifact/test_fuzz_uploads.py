@@ -27,12 +27,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from loramux_adapters.artifact.archive import unpack
+from loramux_adapters.artifact.format import UPLOAD_PARTS
 from loramux_adapters.artifact.safetensors_header import read_header
 from loramux_adapters.base_info import BaseInfo
 from loramux_adapters.errors import AdapterError, AdapterRejected, AdapterTooLarge, BaseMismatch
 from loramux_adapters.lora.verify import check_adapter
 from loramux_adapters.lora.weights import load_host_adapter
-from loramux_server.api.adapters.upload import FILES, _PartWriter
+from loramux_server.api.adapters.upload import _PartWriter
 from loramux_server.errors import RequestError
 from support.adapter_files import TINY_LINEARS, write_adapter
 
@@ -70,9 +71,9 @@ def no_leak(error: Exception) -> None:
 
 PARTS = st.sampled_from(["adapter", "..", ".", "", "x" * 300, "a\\b", "c:", "caf\u00e9", "\u202e", "\0", "~", "%2e%2e"])
 NAMES = st.one_of(
-    st.sampled_from([*FILES.values(), "README.md", "adapter_model.bin", "tokenizer.json"]),
+    st.sampled_from([*UPLOAD_PARTS.values(), "README.md", "adapter_model.bin", "tokenizer.json"]),
     st.lists(PARTS, min_size=1, max_size=4).map("/".join),
-    st.tuples(PARTS, st.sampled_from([*FILES.values()])).map("/".join),
+    st.tuples(PARTS, st.sampled_from([*UPLOAD_PARTS.values()])).map("/".join),
     st.text(max_size=20),
 )
 TYPES = st.sampled_from([tarfile.REGTYPE] * 6 + [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE])
@@ -333,5 +334,5 @@ def test_a_body_of_anything_is_refused_or_becomes_known_files(room: Callable[[],
         no_leak(error)
     finally:
         writer.close()
-    assert {path.name for path in place.iterdir()} <= {*FILES.values(), "archive:upload"}
+    assert {path.name for path in place.iterdir()} <= {*UPLOAD_PARTS.values(), "archive:upload"}
     shutil.rmtree(place)

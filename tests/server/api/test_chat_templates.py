@@ -18,6 +18,7 @@ from loramux_adapters.artifact.format import (
     CHAT_TEMPLATE_FILE,
     KNOWN_FILES,
     TOKENIZER_FILES,
+    UPLOAD_PARTS,
     digest_of,
     read_config,
 )
@@ -26,7 +27,6 @@ from loramux_adapters.chat.tokenizer_files import TokenizerFiles
 from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.lora.verify import Checked, check_adapter
 from loramux_adapters.store.store import AdapterStore
-from loramux_server.api.adapters import upload
 from loramux_server.api.app import create_app
 from loramux_server.client import transfer
 from loramux_server.publishing.backup import restore_backup, write_backup
@@ -72,7 +72,7 @@ class Scene:
         """Files by the names of an upload's parts."""
         directory = write_adapter(self.root / "adapters" / name, TINY_LINEARS, targets=["q_proj"], rank=4)
         for part, text in files.items():
-            (directory / upload.FILES[part]).write_text(text)
+            (directory / UPLOAD_PARTS[part]).write_text(text)
         return directory
 
     def template(self, name: str) -> str | None:
@@ -136,8 +136,7 @@ Way = Callable[[Scene, str], Any]
 
 
 def test_every_tokenizer_file_is_sent_and_taken() -> None:
-    assert {*KNOWN_FILES, *TOKENIZER_FILES} == set(upload.FILES.values()) == set(transfer.PARTS.values())
-    assert upload.FILES == transfer.PARTS
+    assert {*KNOWN_FILES, *TOKENIZER_FILES} == set(UPLOAD_PARTS.values())
 
 
 @pytest.mark.anyio

@@ -527,7 +527,7 @@ def test_a_server_that_is_not_there_is_told_with_what_to_do(capsys: pytest.Captu
         port = listener.getsockname()[1]
 
     assert cli.main(["adapters", "list", "--url", f"http://127.0.0.1:{port}"], {}) == 1
-    message = f"no server answers at http://127.0.0.1:{port}; start one with `loramux serve`, or give --url"
+    message = f"no server answers at http://127.0.0.1:{port}; start one with `loramux serve`, or give another URL"
     assert capsys.readouterr().err == f"loramux: {message}\n"
 
 
@@ -585,6 +585,32 @@ def test_progress_is_drawn_on_a_terminal_and_nowhere_else(monkeypatch: pytest.Mo
     assert file.getvalue() == "the server is busy\n"
     TransferBar(unused := Terminal()).end()
     assert not unused.getvalue()
+
+
+def test_a_bar_makes_way_for_why_the_upload_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    bar = TransferBar(terminal := Terminal())
+    bar.show(4 << 20, 4 << 20)
+    bar.line("the server is busy")
+
+    *_, erased, said, end = re.split(r"(\x1b\[2K|\n)", terminal.getvalue())[-4:]
+    assert (erased, said, end) == ("the server is busy", "\n", "")
+    assert "\x1b[1A\x1b[2K" in terminal.getvalue()  # up, and the line is empty
+
+
+def test_remarks_wrap_before_a_list_is_no_table_any_more(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    remarkable = SPAM | {"name": "a-name-of-20-letters", "fingerprint": "skipped", "pinned": True}
+    server.answers["GET /v1/adapters"] = (200, {"data": [remarkable]})
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "stdout", Terminal())
+
+    assert loramux(server, "list") == 0
+
+    assert isinstance(sys.stdout, Terminal)
+    drawn = re.sub(r"\x1b\[[0-9;]*m", "", sys.stdout.getvalue())
+    lines = [line.rstrip() for line in drawn.splitlines() if line.strip()]
+    assert [line.split()[-1] for line in lines[2:]] == ["fingerprint", "replayed"]
+    assert lines[2].split()[:2] == ["a-name-of-20-letters", "3f786850e387"]
 
 
 def test_a_table_is_drawn_on_a_terminal_and_says_the_same(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:

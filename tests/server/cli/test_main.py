@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.main import get_command
 
 from loramux_adapters.errors import StoreUnavailable
 from loramux_server.cli import adapters as cli_adapters
-from loramux_server.cli import frame
+from loramux_server.cli import frame, train
 from loramux_server.cli import main as cli
 from loramux_server.cli.options import settings_app
 from loramux_server.config.load import all_settings
@@ -81,13 +82,35 @@ def test_help_names_every_setting_with_its_default_but_offers_no_flag_for_a_secr
     assert max(map(len, text.splitlines())) < 100
     words = " ".join(text.split())
     for setting in settings_of(settings).values():
-        assert bool(re.search(rf" {setting.flag}[ ,]", words)) != setting.secret
-        assert all(re.search(rf" {flag}[ ,]", words) for flag in setting.also)
+        flag = f"--[no-]{setting.flag[2:]}" if setting.kind is bool else setting.flag
+        assert bool(re.search(rf" {re.escape(flag)} ", words)) != setting.secret
+        assert all(re.search(rf" {flag}[ ,;)]", words) for flag in setting.also)
         assert not setting.secret or setting.variable in words
         assert setting.secret or f"{setting.group}:" in words
         if setting.default not in (None, True, False) and setting.kind is not float:
-            assert f"(default: {setting.default})" in words
+            assert re.search(rf"[(;] ?default: {re.escape(str(setting.default))}\)", words)
     assert f"    loramux {settings.table}" in text  # an example, as it would be typed
+
+
+@pytest.mark.parametrize("settings", all_settings(), ids=lambda settings: settings.table)
+@pytest.mark.parametrize("columns", ["80", "100"])
+def test_help_on_a_terminal_cuts_no_flag(
+    settings: type[Settings], columns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    cli.main([settings.table, "--help"], {})
+    assert isinstance(sys.stdout, Terminal)
+
+    assert "…" not in sys.stdout.getvalue()
+
+
+def test_help_leaves_a_command_as_it_was() -> None:
+    command = get_command(train.app)
+    context = command.make_context("train", [], resilient_parsing=True)
+    command.get_help(context)
+
+    assert any("--lr" in param.opts for param in command.get_params(context))
 
 
 def test_help_on_a_terminal_is_drawn_and_says_the_same(

@@ -409,7 +409,7 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(
     with pytest.raises(error, match=said):
         run(arguments(base, *more))
 
-    assert not list(where.glob("adapters-trained/**/step-*"))
+    assert not list(where.glob("adapters-trained/*"))
 
 
 def test_two_runs_do_not_share_a_directory(where: Path, base: Path) -> None:
@@ -571,28 +571,48 @@ def record(step: int, *, loss: float = 0.5, seconds: float = 2.0) -> StepRecord:
     return StepRecord(step, step / 10, loss, 0.9, 16, 500, 1e-3, 1.0, seconds)
 
 
+def plan(first: int) -> Plan:
+    return Plan(
+        steps=20,
+        first=first,
+        steps_per_epoch=10,
+        tokens_per_epoch=5000,
+        learned_per_epoch=160,
+        left_out=0,
+        passed_over=(),
+    )
+
+
 def progress(stream: io.StringIO, *, seconds_between: float) -> Progress:
     times = iter(range(10_000))
     shown = Progress(
         stream, Path("run") / "checkpoints", memory=lambda: 900 << 20, clock=lambda: next(times) * seconds_between
     )
-    shown.started(
-        Plan(
-            steps=20,
-            first=0,
-            steps_per_epoch=10,
-            tokens_per_epoch=5000,
-            learned_per_epoch=160,
-            left_out=0,
-            passed_over=(),
-        )
-    )
+    shown.started(plan(0))
     return shown
 
 
 def plain(stream: io.StringIO) -> str:
     """What was written, without colours and movements of the cursor."""
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("evaluates", "first", "said"),
+    [
+        (True, 0, "stopping; nothing is learned yet;"),
+        (False, 0, "stopping after this step; the checkpoint will be in run/checkpoints;"),
+        (True, 3, "stopping after this step; the checkpoint will be in run/checkpoints;"),
+        (True, 10, "stopping in this evaluation, which is made anew; the checkpoint will be in run/checkpoints;"),
+    ],
+)
+def test_a_signal_before_the_first_step_is_answered_with_what_happens(evaluates: bool, first: int, said: str) -> None:
+    stream = io.StringIO()
+    shown = Progress(stream, Path("run") / "checkpoints", memory=lambda: 0, evaluates=evaluates)
+    shown.started(plan(first))
+    shown.stopping()
+
+    assert stream.getvalue().splitlines()[-1].startswith(said)
 
 
 def test_a_terminal_gets_a_bar_below_the_lines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,12 @@ def busy(after: float | None = None) -> ServerRefused:
     return ServerRefused(503, "busy", after=after)
 
 
+def test_a_reason_that_is_a_sentence_goes_on() -> None:
+    scene = Scene(ServerRefused(503, "The server is still starting.", after=5))
+    assert scene.call() == "done"
+    assert scene.told == ["The server is still starting; trying again in 5 s, for at most 100 s"]
+
+
 def test_the_servers_own_pause_is_kept_and_said() -> None:
     scene = Scene(busy(5), busy(20))
     assert scene.call() == "done" and scene.slept == [5, 20]

@@ -171,15 +171,16 @@ def test_the_commands_list_what_is_set_aside_and_make_the_index_anew(
     (tmp_path / "source" / INDEX_FILE).unlink()
     for command in ("backup", "restore"):
         assert cli.main(["adapters", command, str(tmp_path / "file"), *where], {}) == 1
-    assert "rebuild-index" in capsys.readouterr().err
+        assert "rebuild-index" in capsys.readouterr().err
     assert cli.main(["adapters", "rebuild-index", *where], {}) == 1  # since a stray stays unknown
     said = capsys.readouterr().out
     assert "made anew: 2 adapters with 4 versions" in said and f"not back: version {'0' * 12}" in said
     assert cli.main(["adapters", "quarantine", *where], {}) == 0
     assert f"quarantine/{'0' * 64}." in capsys.readouterr().out
     assert open_store("source").records() == before
-    assert cli.main(["adapters", "rebuild-index", "--adapter-dir", str(tmp_path / "none")], {}) == 1
-    assert "holds no adapter store" in capsys.readouterr().err
+    for command in ("rebuild-index", "quarantine"):
+        assert cli.main(["adapters", command, "--adapter-dir", str(tmp_path / "none")], {}) == 1
+        assert "holds no adapter store" in capsys.readouterr().err
 
 
 def test_a_damaged_version_is_left_out_and_named(source: AdapterStore, open_store: Open, tmp_path: Path) -> None:

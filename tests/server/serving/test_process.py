@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
+from loramux_adapters.store.store import AdapterStore
 from support import fakes_serving
 
 SCRIPT = Path(fakes_serving.__file__)
@@ -185,6 +186,19 @@ def test_a_port_in_use_is_told_in_one_line_before_anything_is_loaded() -> None:
         stderr
         == f"loramux: port {port} on 127.0.0.1 is in use; stop what listens there, or choose another with --port\n"
     )
+
+
+def test_a_store_that_cannot_be_opened_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    flags = ("--port", "0", "--adapter-dir", str(tmp_path))
+    with closing(AdapterStore(tmp_path)), serving(*flags, build_seconds=30) as process:
+        code, stdout, stderr = finished(process)
+    assert (code, stdout) == (1, "") and stderr.startswith("loramux: another server uses this store")
+
+    (tmp_path / "index.sqlite").unlink()
+    (tmp_path / "versions" / ("0" * 64)).mkdir()
+    with serving(*flags, build_seconds=30) as process:
+        code, stdout, stderr = finished(process)
+    assert (code, stdout) == (1, "") and "loramux adapters rebuild-index" in stderr
 
 
 def test_a_base_that_cannot_be_loaded_is_told_in_one_line() -> None:

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from loramux_adapters.digests import sha256_of_file, sha256_of_json
 from loramux_adapters.durable_files import remove_tree, replace_directory
 from loramux_adapters.errors import CheckpointError
 
@@ -135,9 +135,9 @@ class Checkpoints:
             "numbers": dict(checkpoint.numbers),
             "peak_bytes": checkpoint.peak_bytes,
             "made_of": self._made_of,
-            "sha256": {name: _digest(directory / name) for name in (_STATE, _LOG)},
+            "sha256": {name: sha256_of_file(directory / name) for name in (_STATE, _LOG)},
         }
-        index = {"content": content, "sha256": _digest_of(content)}
+        index = {"content": content, "sha256": sha256_of_json(content)}
         (directory / _INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
 
     def _read(self, step: int) -> Checkpoint:
@@ -145,7 +145,7 @@ class Checkpoints:
         try:
             index = json.loads((directory / _INDEX).read_text(encoding="utf-8"))
             content = index["content"]
-            if index["sha256"] != _digest_of(content) or content["step"] != step:
+            if index["sha256"] != sha256_of_json(content) or content["step"] != step:
                 raise _Damaged(f"{_INDEX} has changed")
             if content["format"] != FORMAT:
                 raise CheckpointError(
@@ -153,7 +153,7 @@ class Checkpoints:
                     f"reads {FORMAT}); continue it there, or start again with --overwrite"
                 )
             for name in (_STATE, _LOG):
-                if content["sha256"][name] != _digest(directory / name):
+                if content["sha256"][name] != sha256_of_file(directory / name):
                     raise _Damaged(f"{name} has changed")
             self._refuse_another_run(content["made_of"])
             return Checkpoint(
@@ -194,15 +194,6 @@ def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _short(value: object) -> str:
     return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else json.dumps(value)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest_of(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _try_to_remove(directory: Path) -> None:

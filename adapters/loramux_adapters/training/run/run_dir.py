@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,9 +58,12 @@ class RunDirectory:
     def owned(self) -> Iterator[None]:
         """Makes the directory; for as long as this lasts no other process can write to it.
 
+        One that was made for this and holds nothing in the end goes again.
+
         Raises:
             TrainingError: the directory cannot be made, or another process trains in it.
         """
+        was_there = self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -74,6 +77,10 @@ class RunDirectory:
         except BlockingIOError as error:
             raise TrainingError(f"another process trains in {self.path}; wait for it, or name another --out") from error
         finally:
+            if not was_there and os.listdir(self.path) == [_LOCK]:
+                with suppress(OSError):
+                    (self.path / _LOCK).unlink()
+                    self.path.rmdir()
             os.close(lock)
 
     def check_usable(self) -> None:

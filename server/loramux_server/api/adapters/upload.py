@@ -12,6 +12,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from loramux_adapters.artifact.archive import unpack
+from loramux_adapters.artifact.format import UPLOAD_PARTS
 from loramux_adapters.artifact.mlx_layout import convert_mlx
 from loramux_adapters.errors import AdapterTooLarge
 from loramux_server.api.http.body import blocks, refuse_encoded
@@ -20,22 +21,6 @@ from loramux_server.api.http.errors import BodyStalled
 from loramux_server.api.http.worker_threads import run_in_thread
 from loramux_server.errors import RequestError
 
-FILES = {
-    "config": "adapter_config.json",
-    "weights": "adapter_model.safetensors",
-    "card": "card.json",
-    "fingerprint": "fingerprint.json",
-    "chat_template": "chat_template.jinja",
-    "chat_template_json": "chat_template.json",
-    "tokenizer": "tokenizer.json",
-    "tokenizer_config": "tokenizer_config.json",
-    "special_tokens_map": "special_tokens_map.json",
-    "added_tokens": "added_tokens.json",
-    "vocab": "vocab.json",
-    "vocab_txt": "vocab.txt",
-    "merges": "merges.txt",
-    "tokenizer_model": "tokenizer.model",
-}
 ARCHIVE = "archive"
 _ARCHIVE_FILE = "archive:upload"  # no member of an archive can have this name
 _BLOCK = 256 * 2**10  # bytes of the body that go to a worker thread at a time
@@ -134,7 +119,7 @@ class _PartWriter:
         else:
             for name in ("config", "weights"):
                 if name not in self._parts:
-                    raise RequestError(f"the part '{name}' is missing ({FILES[name]})", param=name)
+                    raise RequestError(f"the part '{name}' is missing ({UPLOAD_PARTS[name]})", param=name)
         return self._parts
 
     def close(self) -> None:
@@ -161,14 +146,14 @@ class _PartWriter:
         self._parts.add(name)
         is_large = name in _LARGE
         self._left = self._limit if is_large else min(_SMALL_PART, self._limit)
-        self._file = (self._directory / FILES.get(name, _ARCHIVE_FILE)).open("xb")
+        self._file = (self._directory / UPLOAD_PARTS.get(name, _ARCHIVE_FILE)).open("xb")
 
     def _part_name(self) -> str:
         kind, options = parse_options_header(self._headers.get(b"content-disposition", b""))
         raw = options.get(b"name", b"")
         name = raw.decode("ascii", "replace")
-        if kind != b"form-data" or (name not in FILES and name != ARCHIVE):
-            known = ", ".join([*FILES, ARCHIVE])
+        if kind != b"form-data" or (name not in UPLOAD_PARTS and name != ARCHIVE):
+            known = ", ".join([*UPLOAD_PARTS, ARCHIVE])
             raise RequestError(f"unknown part {ascii(name[:64])}; the parts of an upload are {known}", param=name[:64])
         if name in self._parts:
             raise RequestError(f"the part '{name}' comes twice", param=name)

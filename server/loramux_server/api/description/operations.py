@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from loramux_server.api.adapters.upload import ARCHIVE, FILES
+from loramux_adapters.artifact.format import UPLOAD_PARTS
+from loramux_server.api.adapters.upload import ARCHIVE
 from loramux_server.api.completions.options import Option, unserved
 from loramux_server.api.completions.schemas import (
     MESSAGE,
@@ -58,7 +59,7 @@ class Operation:
 
 
 _PARTS: dict[str, Any] = {
-    **{part: (bytes, Field(None, description=file)) for part, file in FILES.items()},
+    **{part: (bytes, Field(None, description=file)) for part, file in UPLOAD_PARTS.items()},
     ARCHIVE: (bytes, Field(None, description="a PEFT directory as an archive")),
 }
 AdapterUpload: type[BaseModel] = create_model(
