@@ -57,6 +57,14 @@ async def test_every_reference_leads_somewhere(tmp_path: Path) -> None:
     assert len(ids) == len(set(ids)) == len(OPERATIONS)
 
 
+@pytest.mark.anyio
+async def test_a_null_default_is_a_value_of_its_schema(tmp_path: Path) -> None:
+    schemas = (await document_of(with_lora_path_root(tmp_path)))["components"]["schemas"]
+    fields = [field for schema in schemas.values() for field in schema.get("properties", {}).values()]
+    nulls = [field for field in fields if "default" in field and field["default"] is None]
+    assert nulls and all({"type": "null"} in field.get("anyOf", []) for field in nulls)
+
+
 def _values(value: Any, key: str) -> Any:
     if isinstance(value, dict):
         for name, item in value.items():
