@@ -26,6 +26,7 @@ COLUMNS = ("name", "version", "rank", "layers", "size", "tier", "updated", "note
 SHORT_VERSION = 12  # digits of a digest, enough to tell versions apart
 MAX_WAIT = 86400.0
 TIERS = {"device": "on the device", "host": "in host memory", "disk": "on disk"}
+TEMPLATES = {"base": "the base's", "adapter": "its own"}
 FINGERPRINTS = {
     "exact": "replays bit for bit",
     "within_tolerance": "replays, as closely as on other numerics it can",
@@ -232,14 +233,15 @@ def _rows(adapter: dict[str, Any]) -> Iterator[tuple[str, str]]:
         "target_modules": ", ".join(map(str, adapter.get("target_modules") or ())),
         "bytes": _size(adapter.get("bytes")),
         "tier": _in_words(TIERS, adapter.get("tier")),
-        "pinned": "yes, it stays in memory" if adapter.get("pinned") else "no",
+        "pinned": _pinned(adapter),
         "base": f"{_told(adapter.get('base'))}{_verified(adapter.get('base_verified'))}",
+        "chat_template": _in_words(TEMPLATES, adapter.get("chat_template")),
         "fingerprint": _in_words(FINGERPRINTS, adapter.get("fingerprint")),
         "requests": f"{_told(adapter.get('requests'))} running",
         "created": _time(adapter.get("created")),
         "updated": _time(adapter.get("updated")),
     }
-    labels = {"target_modules": "modules", "bytes": "size", "tier": "where"}
+    labels = {"target_modules": "modules", "bytes": "size", "tier": "where", "chat_template": "template"}
     if adapter.get("corrupt"):
         yield "DAMAGED", "its stored files cannot be read; upload it again"
     yield from ((labels.get(field, field), text) for field, text in known.items() if field in adapter)
@@ -250,6 +252,12 @@ def _rows(adapter: dict[str, Any]) -> Iterator[tuple[str, str]]:
         ("versions", map(_version_in_words, adapter.get("versions") or ())),
     ):
         yield from (("" if at else field, line) for at, line in enumerate(lines))
+
+
+def _pinned(adapter: dict[str, Any]) -> str:
+    if not adapter.get("pinned"):
+        return "no"
+    return "yes, it stays in memory" if not adapter.get("corrupt") else "yes, once it is uploaded again"
 
 
 def _version_in_words(version: dict[str, Any]) -> str:
