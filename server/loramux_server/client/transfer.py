@@ -14,6 +14,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from loramux_adapters.artifact.format import MLX_WEIGHTS_FILE, PICKLES, pickle_reason
 from loramux_adapters.artifact.own_files import open_regular
 from loramux_adapters.errors import AdapterRejected
 from loramux_server.errors import CommandFailed
@@ -37,7 +38,6 @@ PARTS = {
     "merges": "merges.txt",
     "tokenizer_model": "tokenizer.model",
 }
-MLX_WEIGHTS = "adapters.safetensors"  # as mlx-lm calls them; the server converts them
 REQUIRED = ("config", "weights")
 CHUNK_BYTES = 256 * 1024
 MAX_PADDING_BYTES = 1 << 20  # tar fills its last block with zeros
@@ -53,12 +53,12 @@ def files_to_send(directory: Path) -> dict[str, Path]:
     if not directory.is_dir():
         raise CommandFailed(f"{directory} is not a directory")
     paths = {part: directory / name for part, name in PARTS.items()}
-    if not paths["weights"].is_file() and (directory / MLX_WEIGHTS).is_file():
-        paths["weights"] = directory / MLX_WEIGHTS
+    if not paths["weights"].is_file() and (directory / MLX_WEIGHTS_FILE).is_file():
+        paths["weights"] = directory / MLX_WEIGHTS_FILE  # the server converts them
     for part in REQUIRED:
         if not paths[part].is_file():
-            only_pickle = part == "weights" and (directory / "adapter_model.bin").exists()
-            hint = "; adapter_model.bin is a pickle, save with safe_serialization=True" if only_pickle else ""
+            pickles = [name for name in PICKLES if part == "weights" and (directory / name).exists()]
+            hint = f": {pickle_reason(pickles[0])}" if pickles else ""
             raise CommandFailed(f"{directory} holds no {PARTS[part]}{hint}")
     return {part: path for part, path in paths.items() if path.is_file()}
 
