@@ -25,7 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, pass_environment
 
 MAX_TEXT = 4 * 2**20  # characters of any text, and of all output
-MAX_MADE = 32 * MAX_TEXT  # characters and items of all that is made, kept or not
+MAX_MADE = 64 * MAX_TEXT  # characters of all texts and items of all lists that are made, kept or not
 MAX_TURNS = 100_000  # of all loops, and calls
 MAX_SECONDS = 5.0  # of the thread's own time
 _STEPS_A_LOOK = 16  # between two looks at the clock
@@ -104,7 +104,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         The same list in two places counts twice, as it does for whatever walks over it.
         """
         self._look()
-        self._count(_size_of((value,)))
+        _size_of((value,))
+        if isinstance(value, str | list | tuple | Mapping):
+            self._count(len(value))
         return value
 
     def concat(self, pieces: Iterable[str]) -> str:
@@ -127,11 +129,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def _count(self, size: int) -> None:
         self._budget.made += size
         if self._budget.made > MAX_MADE:
-            raise TooMuch(f"it makes more than {MAX_MADE} characters in all")
+            raise TooMuch(f"it makes more than {MAX_MADE} characters and items in all")
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        self.tick()
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
+        if owner is self:  # what `own_text` put into the template, which counts for itself
+            return obj(*args)
+        self.tick()
         if isinstance(owner, str):
             if name == "replace" and args:
                 _check_replace(owner, *args[:2])

@@ -163,6 +163,16 @@ def test_what_a_template_makes_is_small_all_the_way_down_and_what_holds_itself_e
     )
 
 
+def test_a_long_conversation_may_be_put_together_step_by_step() -> None:
+    said = [{"role": "user", "content": "x" * 400}] * 1000
+    written = rendered(
+        "{% set ns = namespace(text='', said=[]) %}{% for m in messages %}{% set ns.text = ns.text ~ m.content %}"
+        "{% set ns.said = ns.said + [m] %}{% endfor %}{{ ns.text }}{{ ns.said | length }}",
+        said,
+    )
+    assert written == "x" * 400_000 + "1000"
+
+
 def test_a_failure_names_its_line_and_a_refusal_says_what_the_template_says() -> None:
     with pytest.raises(TemplateFailed, match=r"line 3 of the template"):
         rendered("{{ bos_token }}\n\n{{ messages | nothing }}")
