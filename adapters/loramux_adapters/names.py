@@ -16,26 +16,31 @@ NAME_FORM = (
     f"an adapter's name is 1 to {MAX_NAME} characters: one or more parts with a / between them, such as adapter or "
     "org/adapter; a part is made of A-Z a-z 0-9 . _ - and starts with a letter, a digit or _"
 )
-_PART = r"[A-Za-z0-9_][A-Za-z0-9._-]*+"
-_NAME = re.compile(rf"(?=.{{1,{MAX_NAME}}}\Z){_PART}(?:/{_PART})*+")
+_PART = "[A-Za-z0-9_][A-Za-z0-9._-]*"
+NAME_PATTERN = f"^{_PART}(/{_PART})*$"  # also for programs in other languages; with `MAX_NAME` all but PATH_WORDS
+_NAME = re.compile(NAME_PATTERN)
 _MAX_FILE_NAME = 80
 
 
 def is_name(name: str) -> bool:
     """Whether an adapter may be called so. No name holds a `:`, `@`, `+` or `,`, which have meanings of their own."""
     above, _, last = name.rpartition("/")
-    return _NAME.fullmatch(name) is not None and not (above and last in PATH_WORDS)
+    return _has_form(name) and not (above and last in PATH_WORDS)
 
 
 def check_name(name: str, reserved: Collection[str] = ()) -> str:
     """The name itself. Raises `InvalidAdapterName` for one that no adapter can have, or that is `reserved`."""
-    if not _NAME.fullmatch(name):
+    if not _has_form(name):
         raise InvalidAdapterName(NAME_FORM)
     if not is_name(name):
         raise InvalidAdapterName(f"the last part of a name cannot be {', '.join(sorted(PATH_WORDS))}")
     if name in reserved:
         raise InvalidAdapterName(f"the name {name} belongs to the base model")
     return name
+
+
+def _has_form(name: str) -> bool:
+    return len(name) <= MAX_NAME and _NAME.fullmatch(name) is not None
 
 
 def file_name_of(name: str) -> str:

@@ -20,6 +20,10 @@ _NO_EFFECT = ("trim_offsets",)  # on ids
 _SAMPLES = ("a", " Grüße, 世界!\n\n  x", "it's 1234 - <b>")
 
 
+class _NoTemplate(Exception):
+    """What a file calls its chat template is none that could be used."""
+
+
 @dataclass(slots=True)
 class Compared:
     """What was found.
@@ -74,6 +78,8 @@ def compare(directory: Path, base: str, base_directory: Path | None, ends: Mappi
                 found.reasons += [f"{name} {reason}" for reason in reader(path.read_bytes(), known, name)]
                 template = _template_of(path)
                 found.chat_template = found.chat_template if template is None else template
+            except _NoTemplate as error:
+                found.reasons.append(f"{name} {error}")
             except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError):
                 found.reasons.append(f"{name} is damaged")
     return found
@@ -184,7 +190,7 @@ def _of_sentencepiece(data: bytes, base: _Base, name: str) -> list[str]:
 
 
 def _template_of(path: Path) -> str | None:
-    """Raises ValueError."""
+    """Raises _NoTemplate, ValueError."""
     if path.name not in ("tokenizer_config.json", "chat_template.json"):
         return None
     template = _object(path.read_bytes()).get("chat_template")
@@ -192,9 +198,9 @@ def _template_of(path: Path) -> str | None:
         named = {str(each["name"]): each["template"] for each in template}
         template = named.get("default")
         if named and template is None:
-            raise ValueError("none is the default")
+            raise _NoTemplate("holds chat templates, and none of them is named default")
     if template is not None and not isinstance(template, str):
-        raise ValueError("no text")
+        raise _NoTemplate("holds a chat_template that is no text")
     return template
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from loramux_adapters.chat.sandbox import MAX_SECONDS
 from loramux_adapters.chat.special_tokens import SpecialTokens, fast_tokenizer
 from loramux_adapters.chat.template import GIVEN, CompiledTemplate, Conversation, normal
 from loramux_adapters.errors import TemplateFailed, TokenizerMissing
@@ -112,9 +114,15 @@ class ChatTemplate:
         return self._tokens.marked(token) if self._marks else token
 
     def _marks_all(self) -> bool:
-        """Whether the marks give the tokens that the template's text gives, where nobody says anything special."""
+        """Whether the marks give the tokens that the template's text gives, where nobody says anything special.
+
+        Raises TemplateFailed if all these conversations together take longer than one may.
+        """
+        deadline = time.thread_time() + MAX_SECONDS
         for messages in trial_conversations():
             for generate in (True, False):
+                if time.thread_time() > deadline:
+                    raise TemplateFailed(f"a few short conversations take longer than {MAX_SECONDS:g} seconds")
                 try:
                     text = self._compiled.render(messages, self._variables, {}, generate=generate)
                 except TemplateFailed:

@@ -122,7 +122,7 @@ class OwnText(NodeTransformer):
 
 
 class Counted(NodeTransformer):
-    """Has each turn of a loop and each call of a macro counted, and `~` looked at before it is done."""
+    """Has each turn of a loop and each call of a macro counted, and all that is made and compared looked at."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         return self._counting(node)
@@ -137,10 +137,31 @@ class Counted(NodeTransformer):
         self.generic_visit(node)
         return _call("joined", node.nodes, node.lineno)
 
+    def visit_List(self, node: nodes.List) -> nodes.Node:
+        return self._looking(node, "made")
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
+        return self._looking(node, "made")
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        return self._looking(node, "made") if node.ctx == "load" else node
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        return self._looking(node, "compared")
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        if isinstance(node.arg, nodes.Slice):
+            return self._looking(node, "made")
+        return self.generic_visit(node)
+
     def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
         if isinstance(node, _FROM_ELSEWHERE):
             raise TemplateSyntaxError("a chat template has no other files to take in", node.lineno)
         return super().generic_visit(node, *args, **kwargs)
+
+    def _looking(self, node: nodes.Expr, method: str) -> nodes.Node:
+        self.generic_visit(node)
+        return _call(method, [node], node.lineno)
 
     def _counting(self, node: Any) -> nodes.Node:
         self.generic_visit(node)

@@ -233,8 +233,9 @@ def _rows(adapter: dict[str, Any]) -> Iterator[tuple[str, str]]:
         "target_modules": ", ".join(map(str, adapter.get("target_modules") or ())),
         "bytes": _size(adapter.get("bytes")),
         "tier": _in_words(TIERS, adapter.get("tier")),
-        "pinned": "yes, it stays in memory" if adapter.get("pinned") else "no",
+        "pinned": _pinned(adapter),
         "base": f"{_told(adapter.get('base'))}{_verified(adapter.get('base_verified'))}",
+        "chat_template": _in_words(TEMPLATES, adapter.get("chat_template")),
         "fingerprint": _in_words(FINGERPRINTS, adapter.get("fingerprint")),
         "chat_template": _in_words(TEMPLATES, adapter.get("chat_template")),
         "requests": f"{_told(adapter.get('requests'))} running",
@@ -252,6 +253,12 @@ def _rows(adapter: dict[str, Any]) -> Iterator[tuple[str, str]]:
         ("versions", map(_version_in_words, adapter.get("versions") or ())),
     ):
         yield from (("" if at else field, line) for at, line in enumerate(lines))
+
+
+def _pinned(adapter: dict[str, Any]) -> str:
+    if not adapter.get("pinned"):
+        return "no"
+    return "yes, it stays in memory" if not adapter.get("corrupt") else "yes, once it is uploaded again"
 
 
 def _version_in_words(version: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from loramux_adapters.artifact.format import MLX_WEIGHTS_FILE, UPLOAD_PARTS
+from loramux_adapters.artifact.format import MLX_WEIGHTS_FILE, PICKLES, UPLOAD_PARTS, pickle_reason
 from loramux_adapters.artifact.own_files import open_regular
 from loramux_adapters.errors import AdapterRejected
 from loramux_server.errors import CommandFailed
@@ -38,11 +38,11 @@ def files_to_send(directory: Path) -> dict[str, Path]:
         raise CommandFailed(f"{directory} is not a directory")
     paths = {part: directory / name for part, name in UPLOAD_PARTS.items()}
     if not paths["weights"].is_file() and (directory / MLX_WEIGHTS_FILE).is_file():
-        paths["weights"] = directory / MLX_WEIGHTS_FILE  # which the server converts
+        paths["weights"] = directory / MLX_WEIGHTS_FILE  # the server converts them
     for part in REQUIRED:
         if not paths[part].is_file():
-            only_pickle = part == "weights" and (directory / "adapter_model.bin").exists()
-            hint = "; adapter_model.bin is a pickle, save with safe_serialization=True" if only_pickle else ""
+            pickles = [name for name in PICKLES if part == "weights" and (directory / name).exists()]
+            hint = f": {pickle_reason(pickles[0])}" if pickles else ""
             raise CommandFailed(f"{directory} holds no {UPLOAD_PARTS[part]}{hint}")
     return {part: path for part, path in paths.items() if path.is_file()}
 

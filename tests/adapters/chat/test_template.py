@@ -113,6 +113,25 @@ def test_it_writes_what_it_writes_in_transformers(source: str) -> None:
         "{% extends 'x' %}",
         "{{ namespace(__class__=1) }}",
         "{{ tick }}{{ environment.x.y }}",
+        *(grown("[1]", "[ns.s, ns.s]", behind) for behind in ("", "{{ [ns.s]|sort }}", "{{ ns.s|replace('a', 'b') }}")),
+        grown("(1,)", "(ns.s, ns.s)", "{{ {ns.s: 1} }}"),
+        grown("{}", "{'a': ns.s, 'b': ns.s}", "{{ raise_exception(ns.s) }}"),
+        grown("{}", "dict(a=ns.s, b=ns.s)", "{{ messages[ns.s].x }}"),
+        grown("[1]", "([ns.s] * 9)[1:]", "{{ ns.s.index(0) }}"),
+        "{% set a = range(90000) | list %}{{ ([a] * 90000) | sum(start=[]) }}",
+        "{{ [[1], [2]] | sum(start=[]) }}",
+        "{% set n = namespace(x='x' * 4000000) %}{{ ([n] * 90000) | join('', attribute='x') }}",
+        "{{ 'x y '.split() * 200000 }}",
+        "{{ ('x ' * 2000000).split() }}",
+        "{{ ('f' * 4000000) | int(0, 16) }}",
+        "{% set a = range(90000) | list %}{{ a | select('in', range(90000, 180000) | list) | list }}",
+        "".join(f"{{% set a{n} = '{n}' * 1000000 %}}" for n in range(1000)),
+        (
+            "{% set ns = namespace(s=0) %}{% for i in range(90000) %}"
+            "{% set ns.s = namespace(s=ns.s, t='x' * (4000000 + i)) %}{% endfor %}"
+        ),
+        grown("messages", "[ns.s]", "{{ ((range(9999) | list,) * 20, ns.s) | tojson(indent=16) }}")
+        + grown("range(99999) | list", "[ns.s]", "{{ ns.s | tojson(indent=16) }}"),
     ],
 )
 def test_no_template_takes_long_grows_large_or_reaches_out(source: str) -> None:
@@ -130,6 +149,28 @@ def test_what_is_out_of_reach_is_empty_and_cannot_be_gone_on_from(reach: str) ->
     assert rendered(f"{{{{ {reach} }}}}") == ""
     with pytest.raises(TemplateFailed):
         rendered(f"{{{{ ({reach}).x }}}}")
+
+
+def test_what_a_template_makes_is_small_all_the_way_down_and_what_holds_itself_ends() -> None:
+    holds_itself = "{% set ns = namespace(a=1) %}{% set ns.a = [ns, ns] %}"
+    assert rendered(holds_itself + "{{ ns == ns }}{{ ns|string }}") == "True<Namespace>"
+    assert rendered(holds_itself + "{{ ns.a|length }}{% set b, c = [1, 2], (3,) %}{{ b }}{{ c }}") == "2[1, 2](3,)"
+    assert rendered("{{ messages|map(attribute='role')|list }}{{ [1, 2.5]|sum }}{{ [{'a': 1}]|sum('a', 2) }}") == (
+        "['user', 'assistant']3.53"
+    )
+    assert rendered("{{ messages|join('+', attribute='role') }}{{ messages|join(d='', attribute='role') }}") == (
+        "user+assistantuserassistant"
+    )
+
+
+def test_a_long_conversation_may_be_put_together_step_by_step() -> None:
+    said = [{"role": "user", "content": "x" * 400}] * 1000
+    written = rendered(
+        "{% set ns = namespace(text='', said=[]) %}{% for m in messages %}{% set ns.text = ns.text ~ m.content %}"
+        "{% set ns.said = ns.said + [m] %}{% endfor %}{{ ns.text }}{{ ns.said | length }}",
+        said,
+    )
+    assert written == "x" * 400_000 + "1000"
 
 
 def test_a_failure_names_its_line_and_a_refusal_says_what_the_template_says() -> None:

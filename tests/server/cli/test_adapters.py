@@ -255,6 +255,7 @@ SHOWN = {
     "corrupt": False,
     "base": "tiny-base",
     "fingerprint": "exact",
+    "chat_template": "adapter",
     "requests": 2,
     "layers": {"adapted": 14, "of": 28},
     "created": 0,
@@ -284,6 +285,7 @@ def test_show_says_in_words_what_there_is_to_know(
         "where        on the device",
         "pinned       yes, it stays in memory",
         "base         tiny-base, which the adapter names as its base",
+        "template     its own",
         "fingerprint  replays bit for bit",
         "requests     2 running",
         "created      1970-01-01 00:00",
@@ -293,6 +295,16 @@ def test_show_says_in_words_what_there_is_to_know(
         "versions     3f786850e387, 1970-01-02 00:00, rank 8, 900.0 KiB, on the device, current",
         "             bbbbbbbbbbbb, -, rank 4, 512 B, on disk, DAMAGED, fingerprint not replayed",
     ]
+
+
+def test_show_does_not_say_of_a_damaged_adapter_that_it_stays_in_memory(
+    server: FakeServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.answers["GET /v1/adapters/spam"] = (200, SHOWN | {"corrupt": True})
+
+    assert loramux(server, "show", "spam") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("DAMAGED") and "pinned       yes, once it is uploaded again" in lines
 
 
 @pytest.mark.parametrize("columns", [60, 100])

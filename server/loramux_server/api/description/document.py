@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from loramux_adapters.names import MAX_NAME, NAME_PATTERN
 from loramux_server.api.completions.options import OPTIONS
 from loramux_server.api.description.operations import EVENTS, FORM, JSON, OPERATIONS, Operation
 from loramux_server.api.description.replies import AdapterValidation, ErrorReply
@@ -84,7 +85,8 @@ def _operation(route: DescribedRoute, needs_key: bool) -> dict[str, Any]:
 
 def _parameters(route: DescribedRoute) -> Iterator[dict[str, Any]]:
     for name in route.parameters:
-        yield {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+        form = {"maxLength": MAX_NAME, "pattern": NAME_PATTERN} if name == "name" else {"minLength": 1}
+        yield {"name": name, "in": "path", "required": True, "schema": {"type": "string"} | form}
     for name, schema in route.operation.query.items():
         yield {"name": name, "in": "query", "required": False, "schema": schema}
 

@@ -59,8 +59,8 @@ class Operation:
 
 
 _PARTS: dict[str, Any] = {
-    **{part: (bytes, Field(None, description=file)) for part, file in UPLOAD_PARTS.items()},
-    ARCHIVE: (bytes, Field(None, description="a PEFT directory as an archive")),
+    **{part: (bytes, Field(default_factory=bytes, description=file)) for part, file in UPLOAD_PARTS.items()},
+    ARCHIVE: (bytes, Field(default_factory=bytes, description="a PEFT directory as an archive")),
 }
 AdapterUpload: type[BaseModel] = create_model(
     "AdapterUpload",

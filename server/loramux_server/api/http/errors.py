@@ -65,7 +65,7 @@ class BodyNotDecodable(Refusal):
     """`accepted` are the content encodings that are, where this body goes."""
 
     def __init__(self, encoding: str, accepted: str) -> None:
-        super().__init__(f"the body's Content-Encoding {ascii(encoding[:64])} is not taken here; {accepted} is")
+        super().__init__(f"the body's Content-Encoding {ascii(encoding[:64])} is not taken here; what is: {accepted}")
         self.accepted = accepted
 
 

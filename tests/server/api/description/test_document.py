@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from loramux_adapters.errors import AdapterRejected
+from loramux_adapters.names import is_name
 from loramux_server.api.description import replies
 from loramux_server.api.description.document import described_path
 from loramux_server.api.description.operations import OPERATIONS
@@ -55,6 +57,24 @@ async def test_every_reference_leads_somewhere(tmp_path: Path) -> None:
     assert names and names <= set(document["components"]["schemas"])
     ids = list(_values(document["paths"], "operationId"))
     assert len(ids) == len(set(ids)) == len(OPERATIONS)
+
+
+@pytest.mark.anyio
+async def test_the_path_says_which_names_an_adapter_can_have(server: Server) -> None:
+    paths = (await document_of(server))["paths"]
+    for path in ("/v1/adapters/{name}", "/v1/adapters/{name}/pin"):
+        (name,) = [each for each in paths[path]["delete"]["parameters"] if each["in"] == "path"]
+        form, longest = re.compile(name["schema"]["pattern"]), name["schema"]["maxLength"]
+        assert form.search("org/adapter") and form.search("x" * longest) and is_name("x" * longest)
+        assert not any(form.search(other) for other in ("", "a b", "org/", "/org", "a//b", ".a", "a:b", "ä"))
+
+
+@pytest.mark.anyio
+async def test_a_null_default_is_a_value_of_its_schema(tmp_path: Path) -> None:
+    schemas = (await document_of(with_lora_path_root(tmp_path)))["components"]["schemas"]
+    fields = [field for schema in schemas.values() for field in schema.get("properties", {}).values()]
+    nulls = [field for field in fields if "default" in field and field["default"] is None]
+    assert nulls and all({"type": "null"} in field.get("anyOf", []) for field in nulls)
 
 
 def _values(value: Any, key: str) -> Any:
