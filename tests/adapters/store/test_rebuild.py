@@ -189,9 +189,7 @@ def test_what_cannot_come_back_is_named_and_set_aside(
     assert "2 versions' files" in str(in_short(store.quarantined())) and in_short([]) is None
 
 
-def test_what_is_no_version_and_no_record_does_not_stop_the_rest_from_coming_back(
-    open_store: Open, root: Path
-) -> None:
+def test_what_is_no_version_and_no_record_does_not_stop_the_rest_from_coming_back(open_store: Open, root: Path) -> None:
     store = open_store()
     kept = upload(store, "kept", 0).version
     odd = upload(store, "odd", 1).version
