@@ -68,8 +68,10 @@ class SpecialTokens:
         return self._mark.sub(lambda found: self._texts.get(found[0], found[0]), marked)
 
     def may_read_as_token(self, text: str) -> bool:
-        """Whether a protected token could begin or end in this text."""
-        return any(part[:2] in text or part[-2:] in text for part in self.marks)
+        """Whether a protected token could begin or end in this text, or in what the tokenizer makes of it."""
+        normalizer = self._real.normalizer
+        forms = (text,) if normalizer is None else (text, normalizer.normalize_str(text))
+        return any(part[:2] in form or part[-2:] in form for part in self.marks for form in forms)
 
     def encode(self, text: str, *, around: bool) -> list[int]:
         """Text as it is, special tokens included. `around`: with those that the base expects around a prompt."""

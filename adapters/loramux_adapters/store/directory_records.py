@@ -89,6 +89,8 @@ class DirectoryRecords:
             return None if directory is None else parse_record((directory / RECORD_FILE).read_bytes(), digest)
         except FileNotFoundError:
             return None
+        except IsADirectoryError as error:
+            raise ValueError("it is a directory") from error
 
     def newest(self, digests: Collection[str]) -> int:
         """The greatest number that any record has; 0 if none can be read."""
@@ -154,6 +156,7 @@ class DirectoryRecords:
         descriptor = os.open(self._generation_file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             os.write(descriptor, sealed({"generation": generation}).ljust(_GENERATION_BYTES))
+            os.ftruncate(descriptor, _GENERATION_BYTES)  # it may have been damaged, and longer
             os.fsync(descriptor)
         finally:
             os.close(descriptor)

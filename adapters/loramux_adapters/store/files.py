@@ -126,7 +126,8 @@ class VersionFiles:
 
     def stored(self) -> set[str]:
         """The digests for which there are files."""
-        return {path.name for path in self._versions.iterdir() if _DIGEST.fullmatch(path.name)}
+        with os.scandir(self._versions) as entries:
+            return {entry.name for entry in entries if _DIGEST.fullmatch(entry.name) and entry.is_dir()}
 
     def is_broken(self, digest: str) -> bool:
         """Whether the version's files are there but no longer have this digest; reads all of them.

@@ -1,8 +1,8 @@
 """What other threads may say to the engine thread: take this sequence, abort that one, drop a version, finish up.
 
-How many may wait is bounded, and the bound is shared: a flow may hold at most FLOW_SHARE times the places that are
-still free ("dynamic thresholds", Choudhury and Hahne, 1998). So one flow by itself fills four fifths of them, and one
-of which nobody waits finds a place as long as there is any.
+How many may wait is bounded, and the bound is shared: all flows of one share, which is their outermost part, may hold
+at most FLOW_SHARE times the places that are still free ("dynamic thresholds", Choudhury and Hahne, 1998). So one share
+by itself fills four fifths of them, and one of which nobody waits finds a place as long as there is any.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
-from loramux_server.engine.sequence import Flow, Sequence
+from loramux_server.engine.sequence import Sequence
 from loramux_server.errors import EngineDead, RequestError, ServerBusy, ServerDraining
 
 
@@ -35,7 +35,7 @@ LONGEST_RETRY = 600  # seconds
 
 
 class Backlog(NamedTuple):
-    """What waits of one flow: how many sequences, and how long the engine would work for them alone."""
+    """What waits of one share: how many sequences, and how long the engine would work for them alone."""
 
     waiting: int
     seconds: float
@@ -68,8 +68,8 @@ class Inbox:
         self._mail = Mail()
         self._live: set[str] = set()  # ids handed in and not yet `forget`-ed
         self._num_waiting = 0  # in the inbox or in the scheduler's lines
-        self._waiting: Counter[Flow] = Counter()  # the same, by flow
-        self._backlog: Mapping[Flow, Backlog] = {}  # of the scheduler's lines
+        self._waiting: Counter[str] = Counter()  # the same, by share
+        self._backlog: Mapping[str, Backlog] = {}  # of the scheduler's lines
 
     @property
     def state(self) -> EngineState:
@@ -99,7 +99,8 @@ class Inbox:
                 raise EngineDead("the engine has stopped after a failure; the server must be restarted")
             if self._state in (EngineState.DRAINING, EngineState.STOPPED):
                 raise ServerDraining("the server is shutting down and takes no new requests")
-            self._check_room(sequences[0].flow, len(sequences))
+            share = sequences[0].flow[0]
+            self._check_room(share, len(sequences))
             for sequence in sequences:
                 if sequence.id in self._live:
                     raise RequestError(
@@ -107,7 +108,7 @@ class Inbox:
                     )
             self._live.update(sequence.id for sequence in sequences)
             self._num_waiting += len(sequences)
-            self._waiting[sequences[0].flow] += len(sequences)
+            self._waiting[share] += len(sequences)
             self._mail.sequences += sequences
         self._news.set()
 
@@ -167,12 +168,12 @@ class Inbox:
             if self._state is EngineState.STARTING:
                 self._state = EngineState.RUNNING
 
-    def set_backlog(self, backlog: Mapping[Flow, Backlog]) -> None:
-        """Engine thread. What waits in the scheduler now, by flow; what is in the inbox is added."""
+    def set_backlog(self, backlog: Mapping[str, Backlog]) -> None:
+        """Engine thread. What waits in the scheduler now, by share; what is in the inbox is added."""
         with self._lock:
             self._backlog = backlog
-            self._waiting = Counter({flow: one.waiting for flow, one in backlog.items()})
-            self._waiting.update(sequence.flow for sequence in self._mail.sequences)
+            self._waiting = Counter({share: one.waiting for share, one in backlog.items()})
+            self._waiting.update(sequence.flow[0] for sequence in self._mail.sequences)
             self._num_waiting = self._waiting.total()
 
     def forget(self, ids: Iterable[str]) -> None:
@@ -191,8 +192,8 @@ class Inbox:
             self._backlog, self._waiting, self._num_waiting = {}, Counter(), 0
         return left
 
-    def _check_room(self, flow: Flow, count: int) -> None:
-        """With the lock held. Raises ServerBusy or RequestError if the flow has no place for so many more."""
+    def _check_room(self, share: str, count: int) -> None:
+        """With the lock held. Raises ServerBusy or RequestError if the share has no place for so many more."""
         most = _places(self._max_waiting, 0)
         if count > most:
             raise RequestError(
@@ -200,27 +201,29 @@ class Inbox:
                 param="prompt",
                 code="too_many_prompts",
             )
-        if count <= _places(self._max_waiting - self._num_waiting, self._waiting[flow]):
+        if count <= _places(self._max_waiting - self._num_waiting, self._waiting[share]):
             return
         waiting = f"{self._num_waiting} requests are waiting already"
         if self._num_waiting + count <= self._max_waiting:
-            waiting += f", {self._waiting[flow]} of them for the same model, and other places are kept for other models"
-        seconds = self._seconds_to_wait(flow)
+            waiting += (
+                f", {self._waiting[share]} of them for the same model, and other places are kept for other models"
+            )
+        seconds = self._seconds_to_wait(share)
         raise ServerBusy(f"{waiting}; try again in about {seconds} s", retry_after=seconds)
 
-    def _seconds_to_wait(self, flow: Flow) -> int:
-        """Until what waits of this flow has started, when all flows get the same; at least until somebody has."""
+    def _seconds_to_wait(self, share: str) -> int:
+        """Until what waits of this share has started, when all get the same; at least until somebody has."""
         measured = sum(one.waiting for one in self._backlog.values())
         each = sum(one.seconds for one in self._backlog.values()) / max(1, measured)  # the inbox's own are like these
         total = each * self._num_waiting
-        known = self._backlog.get(flow, Backlog(0, 0.0))
-        own = known.seconds + each * (self._waiting[flow] - known.waiting)
+        known = self._backlog.get(share, Backlog(0, 0.0))
+        own = known.seconds + each * (self._waiting[share] - known.waiting)
         seconds = max(each, min(total, own * sum(waiting > 0 for waiting in self._waiting.values())))
         return min(LONGEST_RETRY, max(1, math.ceil(seconds)))
 
 
 def _places(free: int, held: int) -> int:
-    """How many more sequences a flow that holds so many places may bring.
+    """How many more sequences a share that holds so many places may bring.
 
     The largest n for which the last of n has less than FLOW_SHARE times what is free when it comes:
     held + n - 1 < FLOW_SHARE * (free - n + 1).

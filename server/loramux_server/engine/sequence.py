@@ -158,7 +158,7 @@ class Sequence:
     background: bool = False
     cache_group: str = ""
     arrived: float = field(default_factory=time.monotonic)
-    flow: Flow = field(init=False)  # by the set of its versions: those of one flow need the same on the device
+    flow: Flow = field(init=False)  # ends with the set of its versions: those of one flow need the same on the device
 
     # filled by the scheduler
     status: SequenceStatus = SequenceStatus.WAITING
@@ -180,8 +180,10 @@ class Sequence:
     last_token_at: float | None = None
 
     def __post_init__(self) -> None:
-        versions = "+".join(sorted({use.version for use in self.adapters}))
-        self.flow = (BACKGROUND, versions) if self.background else (versions,)
+        versions = sorted({use.version for use in self.adapters})
+        # A sum of adapters shares with the first of them: else whoever asks for ever new sums would get most turns.
+        share = BACKGROUND if self.background else "".join(versions[:1])
+        self.flow = (share, "+".join(versions))
 
     @property
     def gives_way(self) -> bool:

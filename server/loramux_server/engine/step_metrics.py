@@ -10,7 +10,7 @@ from typing import Protocol
 
 from loramux_server.engine.fair_share import PROMPT_WEIGHT, REPLY_WEIGHT, Line
 from loramux_server.engine.inbox import Backlog
-from loramux_server.engine.sequence import Batch, Flow, Sequence
+from loramux_server.engine.sequence import Batch, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,18 +150,17 @@ class WorkRate:
         self._replies = kept * self._replies + 1
         self._tokens = kept * self._tokens + len(sequence.output)
 
-    def backlog(self, lines: Iterable[Line]) -> dict[Flow, Backlog]:
-        """What waits in these lines, by flow. Nothing takes time before the first step was measured."""
+    def backlog(self, lines: Iterable[Line]) -> dict[str, Backlog]:
+        """What waits in these lines, by share. Nothing takes time before the first step was measured."""
         pace = self._seconds / self._work if self._work else 0.0
         usual = self._tokens / self._replies if self._replies else math.inf  # most replies end before they must
-        found: dict[Flow, Backlog] = {}
+        found: dict[str, Backlog] = {}
         for line in lines:
             waiting = len(line)
             replies = min(line.reply_tokens, waiting * usual)
             seconds = pace * (PROMPT_WEIGHT * line.prompt_tokens + REPLY_WEIGHT * replies)
-            if line.flow in found:  # some of it counts as background
-                waiting, seconds = waiting + found[line.flow].waiting, seconds + found[line.flow].seconds
-            found[line.flow] = Backlog(waiting, seconds)
+            before = found.get(line.flow[0], Backlog(0, 0.0))
+            found[line.flow[0]] = Backlog(before.waiting + waiting, before.seconds + seconds)
         return found
 
 

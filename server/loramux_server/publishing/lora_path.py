@@ -15,6 +15,7 @@ from loramux_server.publishing.publisher import Publisher
 logger = logging.getLogger(__name__)
 
 _MAX_PATH = 1024
+_MAX_NAME = 255  # bytes of a part of it, on most file systems
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
@@ -62,6 +63,8 @@ class LoraPathRoot:
             raise self._refusal("is a URL; nothing is fetched, it must be a directory")
         if not path or len(path) > _MAX_PATH or not path.isprintable() or "\\" in path:
             raise self._refusal("is not a path")
+        if any(len(part.encode()) > _MAX_NAME for part in path.split("/")):
+            raise self._refusal(f"holds a name of more than {_MAX_NAME} bytes")
         way = PurePosixPath(path)
         if ".." in way.parts:
             raise self._refusal("holds '..'")

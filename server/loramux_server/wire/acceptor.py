@@ -42,7 +42,7 @@ class Acceptor:
         self._starting: set[asyncio.Task[None]] = set()
         self._listens = self._is_closed = False
         listener.setblocking(False)
-        connections.when_left = self._listen
+        connections.when_room = self._listen
         self._listen()
 
     def close(self) -> None:
@@ -75,7 +75,7 @@ class Acceptor:
             except OSError as error:
                 logger.error("no connection can be accepted now: %s", error.strerror)
                 if error.errno in _SHORT:
-                    self._connections.close_longest_idle()
+                    self._connections.close_one()
                 self._rest()
                 self._loop.call_later(RETRY_SECONDS, self._listen)
                 return

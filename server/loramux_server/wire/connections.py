@@ -28,6 +28,7 @@ class Cut(Enum):
     BODY_UNREAD = "body_unread"  # the request has its answer, and the client goes on sending
     READER_TOO_SLOW = "reader_too_slow"
     IDLE = "idle_made_room"
+    LAGGING = "slow_reader_made_room"
     FULL = "full"
 
 
@@ -51,7 +52,7 @@ class Connection(Protocol):
     """What is known of one here."""
 
     def make_room(self) -> None:
-        """Close: it has no request, and another client waits."""
+        """Close: it can be spared, and another client waits."""
 
     def check(self, now: float) -> None:
         """Close if a deadline has passed."""
@@ -61,16 +62,18 @@ class Connections:
     """Owner: the event loop; `readings` may be called by any thread.
 
     A connection without a request is closed when a new one needs its place, the longest idle first, so connections
-    that only stay open never keep anybody out. The cap counts those with a request.
+    that only stay open never keep anybody out. Where there is none, one goes whose client does not take its reply. The
+    cap counts those with a request.
     """
 
     def __init__(self, cap: int | None = None) -> None:
         self.cap = cap
-        self.when_left: Callable[[], None] = lambda: None
-        """Called after each end of a connection."""
+        self.when_room: Callable[[], None] = lambda: None
+        """Called whenever there may be a place for one more."""
         self._open: tuple[set[Connection], ...] = tuple(set() for _ in range(PARTS))
         self._busy: set[Connection] = set()
         self._idle: dict[Connection, None] = {}  # the longest idle first
+        self._lagging: dict[Connection, None] = {}  # the longest first
         self._cuts: Counter[Cut] = Counter()
 
     def entered(self, connection: Connection) -> None:
@@ -88,11 +91,21 @@ class Connections:
         self._idle.pop(connection, None)
         self._busy.add(connection)
 
+    def lags(self, connection: Connection) -> None:
+        """Its client leaves a reply untaken, from now on."""
+        if connection not in self._lagging:
+            self._lagging[connection] = None
+            self.when_room()
+
+    def keeps_up(self, connection: Connection) -> None:
+        self._lagging.pop(connection, None)
+
     def left(self, connection: Connection) -> None:
         self._part_of(connection).discard(connection)
         self._busy.discard(connection)
         self._idle.pop(connection, None)
-        self.when_left()
+        self._lagging.pop(connection, None)
+        self.when_room()
 
     def admit(self, purpose: Purpose) -> bool:
         """False, and counted, where the request that has just begun is one too many for its purpose."""
@@ -107,20 +120,23 @@ class Connections:
 
     @property
     def can_accept(self) -> bool:
-        return self.cap is None or bool(self._idle) or self.open_count < self.cap + RESERVE
+        return self.cap is None or bool(self._idle or self._lagging) or self.open_count < self.cap + RESERVE
 
     def make_room(self) -> None:
-        """Closes the longest idle connection if there are more than there may be."""
+        """Closes the most dispensable connection if there are more than there may be."""
         if self.cap is not None and self.open_count > self.cap + RESERVE:
-            self.close_longest_idle()
+            self.close_one()
 
-    def close_longest_idle(self) -> None:
-        """Does nothing where all are busy."""
-        if self._idle:
-            oldest = next(iter(self._idle))
-            del self._idle[oldest]
-            self.count(Cut.IDLE)
-            oldest.make_room()
+    def close_one(self) -> None:
+        """The longest idle one, else the one that lags longest; does nothing where all are busy and keep up."""
+        for candidates, cut in ((self._idle, Cut.IDLE), (self._lagging, Cut.LAGGING)):
+            if candidates:
+                longest = next(iter(candidates))
+                self._idle.pop(longest, None)
+                self._lagging.pop(longest, None)
+                self.count(cut)
+                longest.make_room()
+                return
 
     def check(self, now: float, turn: int) -> None:
         """Looks at the deadlines of one part; to be called `PARTS` times a second, with a number that counts up."""

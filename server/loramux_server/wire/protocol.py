@@ -18,6 +18,7 @@ from loramux_server.wire.strict_http import StrictConnection
 from loramux_server.wire.transport import CountedTransport, LeanFlowControl, OneWaiter
 
 LINGER_SECONDS = 2.0  # in which a client that was refused can read why
+LAG_SECONDS = 2.0  # so far behind its pace, a reader makes room where there is none
 
 logger = logging.getLogger(__name__)
 
@@ -158,9 +159,14 @@ class DeadlineProtocol(H11Protocol):
         pace = self._deadlines.pace
         if watch.taken == watch.sink.written:
             watch.credit = pace.seconds
+            self._open.keeps_up(self)
             return
         before, watch.taken = watch.taken, watch.sink.written - watch.sink.left()
         watch.credit = pace.credit(watch.credit, waited, watch.taken - before)
+        if pace.seconds - watch.credit > LAG_SECONDS:
+            self._open.lags(self)
+        else:
+            self._open.keeps_up(self)
         if watch.credit < 0:
             self._open.count(Cut.READER_TOO_SLOW)
             logger.warning(

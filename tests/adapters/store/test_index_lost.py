@@ -215,10 +215,11 @@ def test_the_number_of_the_last_change_is_found_in_the_records_if_its_file_is_lo
         upload(store, "kept", 1)
         acknowledged = store.records()
     new = (root / INDEX_FILE).read_bytes()
-    (root / "generation").write_bytes(b"{}")
-    with opened(root) as store:  # nothing is missing
-        assert store.records() == acknowledged
-        store.check_integrity()
+    for damaged in (b"{}", (root / "generation").read_bytes() + b"x" * 5000):
+        (root / "generation").write_bytes(damaged)
+        with opened(root) as store:  # nothing is missing
+            assert store.records() == acknowledged
+            store.check_integrity()
     (root / "generation").unlink()
     (root / INDEX_FILE).write_bytes(old)
     with pytest.raises(IndexLost, match="it lacks the last 1 changes"):

@@ -189,6 +189,23 @@ def test_what_cannot_come_back_is_named_and_set_aside(
     assert "2 versions' files" in str(in_short(store.quarantined())) and in_short([]) is None
 
 
+def test_what_is_no_version_and_no_record_does_not_stop_the_rest_from_coming_back(open_store: Open, root: Path) -> None:
+    store = open_store()
+    kept = upload(store, "kept", 0).version
+    odd = upload(store, "odd", 1).version
+    store.close()
+    lose_index(root)
+    (root / "versions" / odd / RECORD_FILE).unlink()
+    (root / "versions" / odd / RECORD_FILE).mkdir()
+    stray = root / "versions" / ("a" * 64)
+    stray.write_text("a file")
+    rebuilt = rebuild_index(root)
+    assert rebuilt.names == {"kept": 1}
+    assert rebuilt.unknown == {odd: "its record is damaged: it is a directory"}
+    assert open_store().record("kept").version == kept
+    assert stray.read_text() == "a file"
+
+
 def test_versions_that_the_index_does_not_know_are_set_aside_and_never_removed(open_store: Open, root: Path) -> None:
     store = open_store()
     version = upload(store).version

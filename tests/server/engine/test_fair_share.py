@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from loramux_server.engine.admission import SchedulerConfig
 from loramux_server.engine.fair_share import PROMPT_WEIGHT, REPLY_WEIGHT, FairShare
-from loramux_server.engine.sequence import Flow, Sequence
+from loramux_server.engine.sequence import AdapterUse, Flow, Sequence
 from support.fakes_engine import sequence
 from support.fakes_scheduler import Bench
 
@@ -110,6 +110,19 @@ def test_one_request_beside_two_hundred_of_another_adapter_takes_the_next_seat()
     assert len(bench.ended) == 4, "those that ran"
 
 
+def test_whoever_asks_for_many_sums_of_adapters_gets_no_more_than_their_adapters_would() -> None:
+    bench = Bench(SchedulerConfig(max_num_seqs=2), num_blocks=256, rows=256)
+    sums = [names for size in range(1, 5) for names in combinations("abcd", size)]
+    for number in range(20):
+        for names in sums:
+            uses = [AdapterUse(name, 8, 1) for name in names]
+            bench.add(sequence(f"sum {number} {names}", uses=uses, max_tokens=4))
+    bench.add(*(sequence(f"one {number}", version="other", max_tokens=4) for number in range(100)))
+    bench.run(400)
+    ended = Counter(name.split()[0] for name in bench.ended)
+    assert ended["one"] >= ended["sum"] / 4 - 2 > 10, "of five adapters that all wait, one"
+
+
 def test_a_flow_whose_adapter_was_loading_has_no_credit_for_that_time() -> None:
     bench = Bench(SchedulerConfig(max_num_seqs=2), instant=False)
     bench.add(*(sequence(f"late {number}", version="v", max_tokens=4) for number in range(40)))
@@ -127,11 +140,11 @@ def test_tokens_found_in_the_prefix_cache_cost_nothing() -> None:
     bench = Bench(SchedulerConfig(max_num_seqs=1), num_blocks=64, block_size=4, max_kept=64)
     bench.add(sequence("first", text="x", prompt=16, max_tokens=1, version="v"))
     bench.step()
-    before = bench.scheduler._share.turn(("v",))
+    before = bench.scheduler._share.turn(("v", "v"))
     bench.add(sequence("second", text="x", prompt=16, max_tokens=1, version="v"))
     bench.step()
     assert bench.ended.keys() == {"first", "second"}
-    (cost,) = (after - first for after, first in zip(bench.scheduler._share.turn(("v",)), before, strict=True))
+    cost, _ = (after - first for after, first in zip(bench.scheduler._share.turn(("v", "v")), before, strict=True))
     assert cost == PROMPT_WEIGHT * 4 + REPLY_WEIGHT, "one block had to be computed"
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loramux_server.engine.inbox import FLOW_SHARE, Backlog, EngineState, Inbox
-from loramux_server.engine.sequence import Flow
+from loramux_server.engine.sequence import AdapterUse
 from loramux_server.errors import EngineDead, RequestError, ServerBusy, ServerDraining
 from support.fakes_engine import sequence
 
@@ -32,13 +32,13 @@ def test_a_full_inbox_refuses_until_the_engine_has_started_some() -> None:
         inbox.put(sequence("c"))
     assert error.value.retry_after >= 1 and not isinstance(error.value, ServerDraining)
     inbox.take()
-    inbox.set_backlog({("",): Backlog(1, 0.0)})
+    inbox.set_backlog({"": Backlog(1, 0.0)})
     inbox.put(sequence("c"))
-    inbox.set_backlog({("",): Backlog(1, 0.0)})
+    inbox.set_backlog({"": Backlog(1, 0.0)})
     assert inbox.num_waiting == 2
 
 
-BASE, PIRATE = ("",), ("pirate",)
+BASE, PIRATE = "", "pirate"
 
 
 def fill(inbox: Inbox, version: str | None, most: int = 10_000) -> int:
@@ -84,13 +84,27 @@ def test_a_flow_of_which_nobody_waits_finds_a_place_as_long_as_there_is_any(
         taken = sorted(waiting.elements())[leaving:]
         waiting = Counter(taken)
         inbox.take()
-        inbox.set_backlog({(name,): Backlog(held, 1.0) for name, held in waiting.items()})
+        inbox.set_backlog({name: Backlog(held, 1.0) for name, held in waiting.items()})
 
 
 def test_the_servers_own_work_finds_a_place_beside_a_crowd_for_the_same_base() -> None:
     inbox = Inbox(10)
     assert fill(inbox, None) == 8
     inbox.put(sequence("probe", background=True))
+
+
+def test_sums_of_adapters_fill_no_more_than_one_of_them_does() -> None:
+    inbox = Inbox(10)
+    taken = 0
+    for number in range(20):
+        uses = [AdapterUse("a", 8, 1), AdapterUse(f"b{number}", 8, 1)]
+        try:
+            inbox.put(sequence(f"sum {number}", uses=uses))
+        except ServerBusy:
+            continue
+        taken += 1
+    assert taken == 8
+    inbox.put(sequence("another", version="other"))
 
 
 def test_several_prompts_of_a_request_are_taken_together_or_not_at_all() -> None:
@@ -126,10 +140,10 @@ def test_more_prompts_than_the_server_ever_takes_are_no_reason_to_come_back() ->
         ({BASE: Backlog(10, 1e9)}, BASE, 600),
     ],
 )
-def test_who_is_refused_hears_when_to_come_back(backlog: dict[Flow, Backlog], asked: Flow, seconds: int) -> None:
+def test_who_is_refused_hears_when_to_come_back(backlog: dict[str, Backlog], asked: str, seconds: int) -> None:
     inbox = Inbox(10)
     inbox.set_backlog(backlog)
-    version = asked[0] or None
+    version = asked or None
     fill(inbox, version)
     with pytest.raises(ServerBusy, match=f"about {seconds} s") as error:
         inbox.put(sequence("late", version=version))

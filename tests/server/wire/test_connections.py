@@ -47,14 +47,14 @@ def test_the_longest_idle_goes_first() -> None:
     first, second = FakeConnection(connections), FakeConnection(connections)
     connections.is_busy(first)
     connections.is_idle(first)
-    connections.close_longest_idle()
+    connections.close_one()
     assert (first.closed, second.closed) == (False, True)
 
 
 def test_where_all_are_busy_none_is_accepted_until_one_leaves() -> None:
     connections = Connections(cap=1)
     told = []
-    connections.when_left = lambda: told.append(1)
+    connections.when_room = lambda: told.append(1)
     busy(connections, 1 + RESERVE)
     last = next(iter(connections._busy))
     assert not connections.can_accept
@@ -62,6 +62,26 @@ def test_where_all_are_busy_none_is_accepted_until_one_leaves() -> None:
     assert connections.can_accept
     assert told == [1]
     assert connections.readings().busy == connections.readings().open == RESERVE
+
+
+def test_where_all_are_busy_the_one_that_lags_longest_makes_room() -> None:
+    connections = Connections(cap=1)
+    told = []
+    ones = [FakeConnection(connections) for _ in range(1 + RESERVE)]
+    for one in ones:
+        connections.is_busy(one)
+    connections.when_room = lambda: told.append(1)
+    for one in (ones[3], ones[2], ones[1], ones[3]):
+        connections.lags(one)
+    connections.keeps_up(ones[3])
+    assert connections.can_accept
+    assert told == [1, 1, 1]
+
+    FakeConnection(connections)
+    connections.is_busy(list(connections._idle)[0])
+    connections.make_room()
+    assert [one.closed for one in ones[:4]] == [False, False, True, False]
+    assert connections.readings().cuts[Cut.LAGGING] == 1
 
 
 def test_in_each_round_every_connection_is_looked_at_once_and_few_at_a_time() -> None:

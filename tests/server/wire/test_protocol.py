@@ -176,6 +176,20 @@ async def test_where_all_are_busy_new_ones_wait_for_the_end_of_one(app: Applicat
 
 
 @pytest.mark.anyio
+async def test_readers_that_stop_reading_do_not_keep_everybody_out(
+    app: Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loramux_server.wire.protocol.LAG_SECONDS", 0.2)
+    async with wired(app, cap=4) as server:
+        for _ in range(40):
+            client = await server.connect(GET % b"flood")
+            client.writer.transport.pause_reading()  # type: ignore[attr-defined]  # of a transport that reads
+        assert b"done" in await server.ask(LAST % b"a")
+        assert server.cuts(Cut.LAGGING) >= 1
+        assert server.cuts(Cut.READER_TOO_SLOW) == 0
+
+
+@pytest.mark.anyio
 async def test_without_descriptors_it_tries_again_a_second_later(
     app: Application, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
