@@ -237,7 +237,6 @@ def _rows(adapter: dict[str, Any]) -> Iterator[tuple[str, str]]:
         "base": f"{_told(adapter.get('base'))}{_verified(adapter.get('base_verified'))}",
         "chat_template": _in_words(TEMPLATES, adapter.get("chat_template")),
         "fingerprint": _in_words(FINGERPRINTS, adapter.get("fingerprint")),
-        "chat_template": _in_words(TEMPLATES, adapter.get("chat_template")),
         "requests": f"{_told(adapter.get('requests'))} running",
         "created": _time(adapter.get("created")),
         "updated": _time(adapter.get("updated")),
