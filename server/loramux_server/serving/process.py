@@ -27,6 +27,7 @@ from loramux_server.base.source import check_base, resolve_base
 from loramux_server.config.environment import bound_spinning, cache_dir_of
 from loramux_server.config.serve import ServeConfig
 from loramux_server.errors import ConfigError
+from loramux_server.longrun.interrupt import SAME_SECONDS
 from loramux_server.plain_text import for_reader
 from loramux_server.serving.startup import ASGIApp, Stages, StartupApp, in_daemon_thread, take_port, url_of
 from loramux_server.wire.acceptor import Acceptor
@@ -227,13 +228,16 @@ def _uvicorn_config(config: ServeConfig, app: ASGIApp) -> uvicorn.Config:
 
 
 def _stop_on_signals() -> asyncio.Event:
-    """An event that the first SIGTERM or SIGINT sets; the second ends the process."""
-    stop = asyncio.Event()
+    """An event that the first SIGTERM or SIGINT sets; the second, unless it is the same one again, ends the process."""
+    stop, first_at = asyncio.Event(), time.monotonic()
 
     def on_signal() -> None:
-        if stop.is_set():
+        nonlocal first_at
+        if not stop.is_set():
+            first_at = time.monotonic()
+            stop.set()
+        elif time.monotonic() - first_at >= SAME_SECONDS:
             _leave("stopped at once", 1)
-        stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)

@@ -15,6 +15,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 from loramux_adapters.store.store import AdapterStore
+from loramux_server.longrun.interrupt import SAME_SECONDS
 from support import fakes_serving
 
 SCRIPT = Path(fakes_serving.__file__)
@@ -169,10 +170,20 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
             stream.readline()
             process.send_signal(signal.SIGTERM)
             read_until(process, "finishing")
+            time.sleep(SAME_SECONDS)
             process.send_signal(signal.SIGTERM)
 
             code, stdout, _ = finished(process)
             assert (code, stdout) == (1, "stopped at once\n")
+
+
+def test_a_signal_that_comes_twice_at_once_is_one() -> None:
+    """Service managers send it to the whole group, and `make` hands it on."""
+    with serving("--port", "0") as process:
+        read_until(process, "curl ")
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
+        assert finished(process)[:2] == (0, "stopping; no reply is running\nfake stopped\nstopped\n")
 
 
 def test_a_port_in_use_is_told_in_one_line_before_anything_is_loaded() -> None:
