@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "lora_batch.h"
 #include "lora_rows.h"
 #include "threads.h"
 
@@ -20,16 +21,7 @@ struct Scratch {
     std::vector<float> sums;
 };
 
-struct Batch : LoraArena, LoraEntries {
-    bool counts(int32_t e) const { return targeted[offset[e] / kRankGroup] != 0; }
-
-    // Ranks of rows [start, stop): what they take, in proportion.
-    int64_t work(int64_t start, int64_t stop) const {
-        int64_t ranks = 0;
-        for (int32_t e = first[start]; e < first[stop]; ++e) ranks += counts(e) ? rank[e] : 0;
-        return ranks;
-    }
-
+struct Batch : LoraBatch {
     void entries_of(int64_t t, std::vector<Entry>& entries) const {
         entries.clear();
         for (int32_t e = first[t]; e < first[t + 1]; ++e)
@@ -37,14 +29,6 @@ struct Batch : LoraArena, LoraEntries {
                 const int64_t at = offset[e];
                 entries.push_back({a + at * inputs, bt + at * outputs, rank[e], scale[e]});
             }
-    }
-
-    bool same_adapters(int64_t t, int64_t u) const {
-        const int32_t count = first[t + 1] - first[t];
-        if (first[u + 1] - first[u] != count) return false;
-        for (int32_t e = first[t], f = first[u]; e < first[t + 1]; ++e, ++f)
-            if (offset[e] != offset[f] || rank[e] != rank[f] || scale[e] != scale[f]) return false;
-        return true;
     }
 
     void run_portable(uint16_t* y, const uint16_t* x, int64_t start, int64_t stop, Scratch& scratch) const {
@@ -93,19 +77,13 @@ extern "C" {
 // y [rows, out] bf16, changed in place; x [rows, in] bf16.
 void loramux_add_lora(uint16_t* y, const uint16_t* x, const LoraArena* arena, const LoraEntries* step, int32_t isa,
                       int32_t threads) {
-    const Batch batch{*arena, *step};
+    const Batch batch{{*arena, *step}};
     const int64_t rows = batch.count;
     const int64_t work = batch.work(0, rows);
     if (work == 0) return;
     const int64_t pieces = pieces_of(rows, work * (batch.inputs + batch.outputs), threads);
     in_pieces(pieces, threads, [&](int64_t piece) {
-        // Rows [start, stop) of this piece: its share of all ranks, in whole rows.
-        int64_t start = 0, stop = 0, done = 0;
-        for (int64_t t = 0; t < rows; ++t) {
-            done += batch.work(t, t + 1);
-            if (done * pieces <= work * piece) start = t + 1;
-            if (done * pieces <= work * (piece + 1)) stop = t + 1;
-        }
+        const auto [start, stop] = batch.rows_of(piece, pieces, work);
         static thread_local Scratch scratch;
 #if defined(__x86_64__)
         if (isa == kAvx512Bf16) return batch.run_vector(y, x, start, stop, scratch);
@@ -116,16 +94,7 @@ void loramux_add_lora(uint16_t* y, const uint16_t* x, const LoraArena* arena, co
 
 // Where the weights lie that loramux_add_lora reads for such a step: their number, `room` at most.
 int64_t loramux_lora_spans(const LoraArena* arena, const LoraEntries* step, Span* spans, int64_t room) {
-    const Batch batch{*arena, *step};
-    int64_t count = 0;
-    for (int32_t e = 0, last = -1; e < batch.first[batch.count] && count + 2 <= room; ++e) {
-        const int64_t at = batch.offset[e], rank = batch.rank[e];
-        if (at == last || !batch.counts(e)) continue;  // rows of one adapter lie together
-        last = batch.offset[e];
-        spans[count++] = {reinterpret_cast<const char*>(batch.a + at * batch.inputs), rank * batch.inputs * 2};
-        spans[count++] = {reinterpret_cast<const char*>(batch.bt + at * batch.outputs), rank * batch.outputs * 2};
-    }
-    return count;
+    return LoraBatch{*arena, *step}.spans(spans, room);
 }
 
 }  // extern "C"

@@ -97,25 +97,6 @@ struct DecoderRun {
         return count;
     }
 
-    int64_t lora_spans(Span* spans, const LoraArena& arena, const LoraEntries& entries) const {
-        const LoraBatch batch{arena, entries};
-        int64_t count = 0;
-        for (int32_t e = 0, last = -1; e < batch.first[batch.count] && count + 2 <= kSpans; ++e) {
-            const int64_t from = batch.offset[e], rank = batch.rank[e];
-            if (from == last || !batch.counts(e)) continue;  // rows of one adapter lie together
-            last = batch.offset[e];
-            spans[count++] = {reinterpret_cast<const char*>(batch.a + from * batch.inputs), rank * batch.inputs * 2};
-            spans[count++] = {reinterpret_cast<const char*>(batch.bt + from * batch.outputs), rank * batch.outputs * 2};
-        }
-        return count;
-    }
-
-    void norm(float* y, const float* x, const ExactNorm& norm, int64_t rows, int64_t dim) const {
-        for_rows(rows, dim, threads, [&](int64_t t) {
-            norm_row(y + t * dim, x + t * dim, norm.weight, dim, static_cast<float>(norm.eps));
-        });
-    }
-
     // n = norm(x), or x itself where there is none; and what products read of it.
     const float* normed(const ExactNorm& norm, int64_t rows) const {
         const int64_t dim = width.hidden;
@@ -140,7 +121,7 @@ struct DecoderRun {
         Span spans[3][kSpans];
         Reads reads[3];
         int64_t count = 0;
-        if (lora && layer.arena.a) reads[count++] = {spans[0], lora_spans(spans[0], layer.arena, *lora)};
+        if (lora && layer.arena.a) reads[count++] = {spans[0], LoraBatch{layer.arena, *lora}.spans(spans[0], kSpans)};
         if (next && next->codes) reads[count++] = {spans[1], code_spans(spans[1], *next)};
         if (cached >= 0 && cached < model.num_layers) reads[count++] = {spans[2], cache_spans(spans[2], cached, part)};
         const Nf4Weights weights{layer.codes, layer.scales, levels, layer.inputs, layer.outputs};

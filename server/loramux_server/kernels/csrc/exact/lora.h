@@ -9,9 +9,10 @@
 
 #pragma once
 
-#include "exact.h"
+#include "../lora_batch.h"
 #include "../prefetch.h"
 #include "../threads.h"
+#include "exact.h"
 #include "vec.h"
 
 namespace {
@@ -27,35 +28,17 @@ struct LoraScratch {
     Buffer<float> factors;
 };
 
-struct LoraBatch : LoraArena, LoraEntries {
-    bool counts(int32_t e) const { return targeted[offset[e] / kRankGroup] != 0; }
-
-    // Ranks of rows [start, stop): what they take, in proportion.
-    int64_t work(int64_t start, int64_t stop) const {
-        int64_t ranks = 0;
-        for (int32_t e = first[start]; e < first[stop]; ++e) ranks += counts(e) ? rank[e] : 0;
-        return ranks;
-    }
-
-    int64_t entries_of(int64_t t, Buffer<Entry>& into) const {
-        Entry* entries = into.fit(first[t + 1] - first[t]);
-        int64_t found = 0;
-        for (int32_t e = first[t]; e < first[t + 1]; ++e)
-            if (counts(e)) {
-                const int64_t at = offset[e];
-                entries[found++] = {a + at * inputs, bt + at * outputs, rank[e], scale[e]};
-            }
-        return found;
-    }
-
-    bool same_adapters(int64_t t, int64_t u) const {
-        const int32_t number = first[t + 1] - first[t];
-        if (first[u + 1] - first[u] != number) return false;
-        for (int32_t e = first[t], f = first[u]; e < first[t + 1]; ++e, ++f)
-            if (offset[e] != offset[f] || rank[e] != rank[f] || scale[e] != scale[f]) return false;
-        return true;
-    }
-};
+inline int64_t entries_of(const LoraBatch& batch, int64_t t, Buffer<Entry>& into) {
+    Entry* entries = into.fit(batch.first[t + 1] - batch.first[t]);
+    int64_t found = 0;
+    for (int32_t e = batch.first[t]; e < batch.first[t + 1]; ++e)
+        if (batch.counts(e)) {
+            const int64_t at = batch.offset[e];
+            entries[found++] = {batch.a + at * batch.inputs, batch.bt + at * batch.outputs, batch.rank[e],
+                                batch.scale[e]};
+        }
+    return found;
+}
 
 // h [rank, R] = scale * x [R, in] @ a [rank, in].T; a rank is a multiple of 8.
 template <int R>
@@ -142,14 +125,14 @@ inline void add_lora_rows(const LoraBatch& batch, float* y, int64_t y_row, const
     const int64_t in = batch.inputs, out = batch.outputs;
     bool cached = false;  // the rows before used the same adapters
     for (int64_t t = start; t < stop;) {
-        const int64_t number = batch.entries_of(t, scratch.entries);
+        const int64_t number = entries_of(batch, t, scratch.entries);
         const Entry* entries = scratch.entries.fit(number);
         int64_t same = t + 1;
         while (same < stop && same < t + 4 && batch.same_adapters(t, same)) ++same;
         const int64_t count = same - t >= 4 ? 4 : same - t >= 2 ? 2 : 1;
         const bool goes_on = t + count < stop && batch.same_adapters(t, t + count);
         const Entry* next = nullptr;
-        if (t + count < stop && !goes_on && batch.entries_of(t + count, scratch.next) > 0) next = scratch.next.fit(1);
+        if (t + count < stop && !goes_on && entries_of(batch, t + count, scratch.next) > 0) next = scratch.next.fit(1);
         if (number > 0) {
             const auto run = count == 4 ? add_rows<4> : count == 2 ? add_rows<2> : add_rows<1>;
             run(y + t * y_row, y_row, x + t * in, entries, number, in, out, cached, next, scratch.factors);
@@ -166,13 +149,7 @@ inline void add_lora(float* y, int64_t y_row, const float* x, const LoraArena& a
     if (work == 0) return;
     const int64_t pieces = pieces_of(rows, work * (arena.inputs + arena.outputs), threads);
     in_pieces(pieces, threads, [&](int64_t piece) {
-        // Rows [start, stop) of this piece: its share of all ranks, in whole rows.
-        int64_t start = 0, stop = 0, done = 0;
-        for (int64_t t = 0; t < rows; ++t) {
-            done += batch.work(t, t + 1);
-            if (done * pieces <= work * piece) start = t + 1;
-            if (done * pieces <= work * (piece + 1)) stop = t + 1;
-        }
+        const auto [start, stop] = batch.rows_of(piece, pieces, work);
         static thread_local LoraScratch scratch;
         add_lora_rows(batch, y, y_row, x, start, stop, scratch);
     });
