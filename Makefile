@@ -7,12 +7,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 KERNELS := server/loramux_server/kernels
-SOURCES := $(wildcard $(KERNELS)/csrc/*.cpp $(KERNELS)/csrc/*.h $(KERNELS)/csrc/exact/*)
+SOURCES := $(wildcard $(KERNELS)/compiled/csrc/*.cpp $(KERNELS)/compiled/csrc/*.h $(KERNELS)/compiled/csrc/exact/*)
 SERVE_ARGS ?= --preload adapters/examples
 LOAD_ARGS ?= run --spawn
 TEST_ARGS ?=
+ISA ?= $(if $(filter x86_64 amd64,$(shell uname -m)),avx2,neon)
 
-.PHONY: help install serve spam check test test-gpu wheel load clean
+.PHONY: help install serve spam check test test-isa test-gpu wheel load clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do printf 'make %-10s %s\n' "$$name" "$$text"; done
@@ -34,6 +35,9 @@ check: $(STAMP) ## formatting, lint and types
 test: $(STAMP) ## every test that needs no GPU; TEST_ARGS="tests/server/config -k loopback" runs some
 	@$(BIN)/pytest $(if $(TEST_ARGS),$(TEST_ARGS),--cov)
 
+test-isa: $(STAMP) ## the end-to-end tests on a lower instruction set: ISA=avx2, say; TEST_ARGS as above
+	@LORAMUX_ISA=$(ISA) $(BIN)/pytest $(or $(TEST_ARGS),tests/e2e)
+
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	@$(BIN)/pytest tests/gpu
 
@@ -45,7 +49,7 @@ load: $(STAMP) ## load test over HTTP on a server of its own, under 10 minutes; 
 
 clean: ## remove .venv, build results and caches; the adapter store and the converted base stay
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
-	rm -f $(KERNELS)/_kernels.so
+	rm -f $(KERNELS)/compiled/_kernels.so
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "loramux needs Python 3.11 or newer; set PYTHON=python3.11, say"; exit 1; }
@@ -55,9 +59,10 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES)
 	@$(BIN)/pip install --disable-pip-version-check --progress-bar off --log .venv/install.log \
 			-c constraints.txt -e '.[train,dev]' 2>&1 \
 		| sed -un -e 's/^ *Downloading \([^ ]*\) (\([0-9.]* [MG]B\)).*/    \1  \2/p' \
+			-e 's/^ *Building editable for loramux .*started.*/    compiling the CPU kernels, about a minute/p' \
 			-e 's/^Installing collected packages.*/    installing them/p' -e '/ERROR/p' \
 		|| { echo "could not install; .venv/install.log says why"; exit 1; }
-	@ls $(KERNELS)/_kernels.so > /dev/null 2>&1 \
+	@ls $(KERNELS)/compiled/_kernels.so > /dev/null 2>&1 \
 		&& echo "3/3 CPU kernels compiled" \
 		|| echo "3/3 CPU kernels not compiled (no C++ compiler?): the slower tensor path will be used"
 	@touch $(STAMP)

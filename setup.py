@@ -7,7 +7,10 @@ same and the tensor code does the work.
 
 from __future__ import annotations
 
+import os
 import platform
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -15,7 +18,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
-SOURCES = "server/loramux_server/kernels/csrc"
+SOURCES = "server/loramux_server/kernels/compiled/csrc"
 FLAGS = ["-O3", "-std=c++17", "-pthread", "-g0"]  # the first two decide bits; Python may have been built with -g
 # The kernels of exact integers are compiled once for each instruction set; where one is not known here, its file is
 # empty. No product and sum may become an fma that is not written as one: the bits are the same on all of them.
@@ -54,18 +57,29 @@ class BuildKernels(build_ext):
             print(f"loramux: {ext.name} was not built ({reason}); the slower tensor path will be used")
 
     def _compile_for_instruction_sets(self, ext: Extension) -> None:
-        for name, flags in INSTRUCTION_SETS.items():
+        is_x86 = self._target().startswith(("x86_64", "amd64"))
+
+        def compiled(name: str, flags: list[str]) -> list[str]:
             source = [f"{SOURCES}/exact/{name}.cpp"]
-            x86 = platform.machine() in ("x86_64", "AMD64")
-            for more in ([*EXACT, *flags], EXACT) if x86 and flags else (EXACT,):
+            for more in ([*EXACT, *flags], EXACT) if is_x86 and flags else (EXACT,):
                 try:
-                    ext.extra_objects += self.compiler.compile(
+                    return self.compiler.compile(
                         source, output_dir=self.build_temp, extra_postargs=[*FLAGS, *more], depends=ext.depends
                     )
-                    break
                 except CCompilerError:
                     if more is EXACT:
                         raise
+            return []
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # each thread waits for a compiler
+            for objects in pool.map(compiled, INSTRUCTION_SETS.keys(), INSTRUCTION_SETS.values()):
+                ext.extra_objects += objects
+
+    def _target(self) -> str:
+        """What the compiler makes code for, "aarch64-linux-gnu" say: CC and CXX may name one for another processor."""
+        compiler = getattr(self.compiler, "compiler_so_cxx", None) or self.compiler.compiler_so
+        asked = subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True)
+        return (asked.stdout if asked.returncode == 0 else platform.machine()).strip().lower()
 
 
 class Wheel(bdist_wheel):
@@ -78,8 +92,8 @@ class Wheel(bdist_wheel):
 setup(
     ext_modules=[
         Extension(
-            "loramux_server.kernels._kernels",
-            sources=[*files("*.cpp"), f"{SOURCES}/exact/exact.cpp"],
+            "loramux_server.kernels.compiled._kernels",
+            sources=[*files("*.cpp"), f"{SOURCES}/exact/exact.cpp", f"{SOURCES}/exact/training.cpp"],
             depends=[*files("*.h"), *files("exact/*.h")],
             language="c++",
             extra_compile_args=FLAGS,

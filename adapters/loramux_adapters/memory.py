@@ -10,26 +10,36 @@ import os
 import re
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
+_HUGE_PAGE = 2 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
-def mapping(nbytes: int) -> torch.Tensor:
+def mapping(nbytes: int, *, huge_pages: bool = False) -> torch.Tensor:
     """[nbytes] uint8 zeros in host memory, a mapping of its own: all of it goes back to the system with its last view.
 
+    Args:
+        huge_pages: ask for pages of 2 MiB, where the system has them: a processor then waits less often for what it
+            reads once and not soon again. The tensor begins at such a page.
     Raises:
         MemoryError: there is no room for it.
     """
+    huge_pages &= nbytes >= _HUGE_PAGE
+    size = (-(-nbytes // _HUGE_PAGE) + 1) * _HUGE_PAGE if huge_pages else max(1, nbytes)
     try:
-        return torch.frombuffer(
-            mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8
-        )[:nbytes]
+        mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"{nbytes} bytes of host memory cannot be had") from error
+    offset = 0
+    if huge_pages:
+        offset = -torch.frombuffer(mapped, dtype=torch.uint8).data_ptr() % _HUGE_PAGE
+        with suppress(OSError, AttributeError):  # small pages do as well
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(mapped, dtype=torch.uint8, count=max(1, nbytes), offset=offset)[:nbytes]
 
 
 def reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

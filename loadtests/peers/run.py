@@ -6,6 +6,9 @@ The first time, the peers' environments are made: gigabytes from the package reg
 Every server is tuned as its makers say, runs on all cores, and is frozen while another one is measured. Ours serves the
 base in NF4, vLLM in bf16, llama.cpp in Q4_1. `--base` is the checkpoint that the GGUF file was converted to (ours puts
 it into its cache directory at the first start).
+
+With `--isa avx2` every server is held to AVX2, as on a processor without AVX-512: llama.cpp is built without it, and
+vLLM's PyTorch and oneDNN are told so and run in float32, their best there; vLLM's own kernels may still use more.
 """
 
 from __future__ import annotations
@@ -71,9 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, required=True, help="directory of the base checkpoint")
     parser.add_argument("--environments", type=Path, required=True, help="where the peers' environments are, or go")
     parser.add_argument("--only", nargs="+", choices=("vllm", "llama"), default=["vllm", "llama"], help="peers to run")
+    parser.add_argument("--isa", choices=("avx2",), help="hold every server to this instruction set")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default: 3)")
     parser.add_argument("--seconds", type=float, default=120.0, help="most seconds of one measurement (default: 120)")
-    parser.add_argument("--out", type=Path, default=Path("loadtests/results"), help="where peers.json goes")
+    parser.add_argument(
+        "--out", type=Path, default=Path("loadtests/results"), help="where peers.json (peers-avx2.json) goes"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -85,9 +91,14 @@ def main(args: argparse.Namespace) -> int:
                 _measure(scenario, sides, results, number, args.seconds)
     print("\n" + show(results))
     write_json(
-        args.out / "peers.json",
+        args.out / (f"peers-{args.isa}.json" if args.isa else "peers.json"),
         {
-            "settings": {"rounds": args.rounds, "scenarios": [asdict(it) for it in SCENARIOS], "rank": RANK},
+            "settings": {
+                "isa": args.isa,
+                "rounds": args.rounds,
+                "scenarios": [asdict(it) for it in SCENARIOS],
+                "rank": RANK,
+            },
             "results": {
                 label: {
                     name: {"rates": it.rates, "first_token_p95": it.first_token_p95} for name, it in by_server.items()
@@ -124,15 +135,16 @@ def _all_sides(args: argparse.Namespace, scratch: Path) -> Iterator[list[Side]]:
 
         for lora in (True, False):
             store, log = scratch / f"store-{lora}", logs / f"loramux-{lora}.log.tmp"
-            add(servers.ours(args.base, adapters, store=store, log=log, lora=lora))
+            add(servers.ours(args.base, adapters, store=store, log=log, lora=lora, isa=args.isa))
         if "vllm" in args.only:
             env = environments.vllm(root, say)
             preloads = environments.preloads(env)
             for lora in (True, False):
                 log = logs / f"vllm-{lora}.log.tmp"
-                add(servers.vllm(env, args.base, adapters if lora else {}, preloads, log=log, rank=RANK))
+                chosen = adapters if lora else {}
+                add(servers.vllm(env, args.base, chosen, preloads, log=log, rank=RANK, isa=args.isa))
         if "llama" in args.only:
-            env, gguf = environments.llama(root, say), environments.base_gguf(root, say)
+            env, gguf = environments.llama(root, say, args.isa), environments.base_gguf(root, say)
             files = {name: _converted(env, directory, shapes) for name, directory in adapters.items()}
             for lora in (True, False):
                 add(servers.llama(env, gguf, files if lora else {}, log=logs / f"llama-{lora}.log.tmp"))

@@ -118,6 +118,7 @@ def ours(
     preload: Path | None = None,
     program: Program | None = None,
     name: str = "loramux",
+    isa: str | None = None,
 ) -> Iterator[Side]:
     """Our own server; with `lora` the adapters are uploaded to it.
 
@@ -125,12 +126,16 @@ def ours(
         base: None leaves the server its default.
         preload: a directory of further adapters.
         program: whose server; None is the one of this environment.
+        isa: the instruction set that it is held to; None leaves it what the processor has.
     """
     port, program = free_port(), program or own_program()
+    environ = program.environ
+    if isa is not None:
+        environ = {**(os.environ if environ is None else environ), "LORAMUX_ISA": isa}
     command = program.serve(port, base, store)
     command += ["--preload", str(preload)] if preload is not None else []
     target = Target(f"http://127.0.0.1:{port}", "", extra={"ignore_eos": True})
-    with started(name, command, port, target, lora=lora, log=log, ready="/ready", environ=program.environ) as side:
+    with started(name, command, port, target, lora=lora, log=log, ready="/ready", environ=environ) as side:
         server = Server(target.url)
         with side.turn():
             side.target = replace(target, base_model=server.base_model())
@@ -140,12 +145,19 @@ def ours(
 
 
 def vllm(
-    env: Path, base: Path, adapters: Mapping[str, Path], preloads: str, *, log: Path, rank: int
+    env: Path,
+    base: Path,
+    adapters: Mapping[str, Path],
+    preloads: str,
+    *,
+    log: Path,
+    rank: int,
+    isa: str | None = None,
 ) -> AbstractContextManager[Side]:
-    """vLLM on the CPU in bf16; without adapters it is started with LoRA off."""
+    """vLLM on the CPU in bf16, held to AVX2 in float32; without adapters it is started with LoRA off."""
     port = free_port()
     command = [str(env / "bin" / "vllm"), "serve", str(base), "--port", str(port), "--host", "127.0.0.1"]
-    command += ["--dtype", "bfloat16", "--max-model-len", "2048", "--max-num-seqs", "32"]
+    command += ["--dtype", "float32" if isa else "bfloat16", "--max-model-len", "2048", "--max-num-seqs", "32"]
     command += ["--served-model-name", "base"]
     if adapters:
         count = str(len(adapters))
@@ -159,6 +171,7 @@ def vllm(
         "HF_HUB_OFFLINE": "1",
         "LD_PRELOAD": preloads,
         "PATH": f"{env / 'bin'}:{os.environ['PATH']}",
+        **({"ATEN_CPU_CAPABILITY": isa, "ONEDNN_MAX_CPU_ISA": isa.upper()} if isa else {}),
     }
     target = Target(f"http://127.0.0.1:{port}", "base", extra={"ignore_eos": True})
     lora = bool(adapters)

@@ -37,7 +37,8 @@ def small_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServe
 
 def body(model: str) -> dict[str, Any]:
     """One request for each model: short and greedy, or in chunks and sampled."""
-    asked = {"model": model, "max_tokens": 10, "logprobs": 1}
+    during_a_change = model in (*REPLACED, DELETED)  # long enough for an upload to be over before it
+    asked = {"model": model, "max_tokens": 64 if during_a_change else 10, "logprobs": 1, "ignore_eos": True}
     if model != BASE and ADAPTERS.index(model) % 2:
         return asked | {"prompt": LONG, "temperature": 0.9, "seed": 7}
     return asked | {"prompt": SHORT, "temperature": 0}

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_ops import RANKS, make_arena, make_rows, make_sums
 
 from loramux_adapters.lora.ops import Arena, add_lora_loop
 from loramux_adapters.lora.slots import Slot
@@ -14,10 +13,11 @@ from loramux_adapters.lora.weights import load_host_adapter
 from loramux_server.base.loader import load_base_model
 from loramux_server.engine.start_check import Checker
 from loramux_server.engine.step_graphs import OFTEN
-from loramux_server.kernels.attention import AttentionParams, AttentionStep, attend_reference
+from loramux_server.kernels.attention.kv_cache import KVCache, KVShape
+from loramux_server.kernels.attention.paged_attention import AttentionParams, AttentionStep, attend_reference
 from loramux_server.kernels.choice import choose_kernels
-from loramux_server.kernels.kv_cache import KVCache, KVShape
 from support.adapter_files import write_adapter
+from support.lora_rows import RANKS, make_arena, make_rows, make_sums
 from support.stepping import Stepper, relative_difference
 from support.tiny_models import save_tiny_model
 
@@ -132,7 +132,7 @@ def test_attention_on_the_device_equals_the_reference(window: int) -> None:
             k,
             v,
             0,
-            AttentionStep(KVCache(shape, 6, device, tiled=False), path, tables, sequence, position, runs),
+            AttentionStep(KVCache(shape, 6, device), path, tables, sequence, position, runs),
             AttentionParams(0.125, window=window),
         )
         for path in (attend, attend_reference)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loramux_server.kernels.abi import (
+from loramux_server.kernels.compiled.abi import (
     POINTER,
     ExactLayer,
     ExactLinear,
@@ -21,7 +21,7 @@ from loramux_server.kernels.abi import (
     LoraEntries,
     VectorIsa,
 )
-from loramux_server.kernels.native import NativeLibrary
+from loramux_server.kernels.compiled.library import NativeLibrary
 
 Array = NDArray[Any]
 
@@ -105,6 +105,7 @@ class Shape:
     inner: int = 192
     layers: int = 2
     vocabulary: int = 70
+    tied: bool = False  # there is no embedding but the head
     bias: bool = False
     qk_norm: str = ""  # "", "head" or "whole"
     post_norms: bool = False
@@ -116,7 +117,7 @@ class Shape:
     rotary: bool = True
     embedding_factor: float = 1.0
     residual_factor: float = 1.0
-    logit_factor: float = 1.0
+    logit_divisor: float = 1.0
     logit_softcap: float = 0.0
 
 
@@ -160,7 +161,7 @@ class Decoder:
             }
             self.layers.append(layer)
         self.embedding = bf16(random.normal(0, 1, (s.vocabulary, s.hidden)))
-        self.head = bf16(random.normal(0, 0.1, (s.vocabulary, s.hidden)))
+        self.head = self.embedding if s.tied else bf16(random.normal(0, 0.1, (s.vocabulary, s.hidden)))
         self.norm = norm(s.hidden)
         positions = np.arange(256)[:, None] * 10000.0 ** (-np.arange(s.head_dim // 2) / (s.head_dim // 2))
         self.cos, self.sin = np.cos(positions).astype(np.float32), np.sin(positions).astype(np.float32)
@@ -187,7 +188,7 @@ class Decoder:
         self.structures = structures
         self.model = ExactModel(
             layers=ctypes.addressof(structures),
-            embedding=at(self.embedding),
+            embedding=None if s.tied else at(self.embedding),
             head=at(self.numbers),
             head_scales=at(self.head_scales),
             norm=ExactNorm(at(self.norm), EPS),
@@ -201,9 +202,17 @@ class Decoder:
             padded_vocabulary=self.padded,
             embedding_factor=s.embedding_factor,
             residual_factor=s.residual_factor,
-            logit_factor=s.logit_factor,
+            logit_divisor=s.logit_divisor,
             logit_softcap=s.logit_softcap,
         )
+
+    def embed(self, tokens: list[int]) -> Array:
+        """[len(tokens), hidden] fp32, before the factor."""
+        if not self.shape.tied:
+            return widened(self.embedding[tokens])
+        which = np.array(tokens)
+        rows = self.numbers[which // TILE, :, which % TILE].reshape(len(which), -1, 64).astype(np.float32)
+        return (rows * self.head_scales.T[which][..., None]).reshape(len(which), -1)
 
     def cache(self, blocks: int) -> Cache:
         s = self.shape
@@ -287,7 +296,7 @@ class Decoder:
             inner = _activation(gate, s.gelu) * up
             part = np.stack([layer["down"].reference(row, adapters) for row in inner])
             x = x + s.residual_factor * _norm(part, layer["after_mlp"])
-        logits = _norm(x, self.norm) @ widened(self.head).T.astype(float) * s.logit_factor
+        logits = _norm(x, self.norm) @ widened(self.head).T.astype(float) / s.logit_divisor
         return s.logit_softcap * np.tanh(logits / s.logit_softcap) if s.logit_softcap else logits
 
     def _turn(self, x: Array, heads: int, weight: Array | None) -> Array:

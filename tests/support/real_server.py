@@ -108,8 +108,9 @@ def running_server(store: Path, *flags: str, environ: dict[str, str] | None = No
 
 
 def clean_environment() -> dict[str, str]:
-    """The tests' own environment without settings of a server."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("LORAMUX_")}
+    """The tests' own environment without settings of a server, but for the instruction set (`make test-isa`)."""
+    kept = "LORAMUX_ISA"
+    return {name: value for name, value in os.environ.items() if name == kept or not name.startswith("LORAMUX_")}
 
 
 def _read(server: RealServer, ready: threading.Event) -> None:

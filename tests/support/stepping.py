@@ -13,14 +13,24 @@ from loramux_adapters.lora.lora_linear import AdapterSlots, head_path
 from loramux_adapters.lora.ops import AddLora
 from loramux_adapters.lora.slots import ScaledSlot, Slot
 from loramux_server.engine.model_runner import ModelRunner
-from loramux_server.engine.sequence import Batch, SamplingParams, ScheduledSequence, SlotLoad
+from loramux_server.engine.sampler import Sampler
+from loramux_server.engine.sequence import Batch, SamplingParams, ScheduledSequence, SlotLoad, TokenLogprob
 from loramux_server.engine.sequence import Sequence as EngineSequence
-from loramux_server.kernels.attention import Attend, probe_kv_shape
+from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVCache
+from loramux_server.kernels.attention.paged_attention import Attend, probe_kv_shape
 from loramux_server.kernels.choice import choose_kernels
-from loramux_server.kernels.kv_cache import BLOCK_SIZE, KVCache
 
 CPU = torch.device("cpu")
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64, logprobs=0)
+
+
+def told(logits: torch.Tensor, token: int, top: int = 0) -> TokenLogprob:
+    """What a sampler alone with these logits [vocabulary] reports of a token and of the `top` likeliest."""
+    params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=top, forced=(token,))
+    row = ScheduledSequence(EngineSequence("told", [0], params), 1, samples=True)
+    found = Sampler(choose_kernels(CPU).sampling).results(logits[None], [row])[0].logprob
+    assert found is not None
+    return found
 
 
 class Stepper:
@@ -35,11 +45,14 @@ class Stepper:
         attend: Attend | None = None,
         add_lora: AddLora | None = None,
         device: torch.device = CPU,
-        tiled: bool | None = None,
         kernels: str | None = None,
     ) -> None:
-        """`kernels`: another set than the device's own; `attend`, `add_lora`, `tiled`: other parts than the set's."""
-        shape = probe_kv_shape(model, device)
+        """`kernels`: another set than the device's own; `attend`, `add_lora`: other parts than the set's.
+
+        The cache holds floats where `attend` is given.
+        """
+        whole_numbers = attend is None and choose_kernels(device, kernels).whole_numbers
+        shape = probe_kv_shape(model, device, whole_numbers=whole_numbers)
         chosen = choose_kernels(device, kernels, shape)
         if attend is not None or add_lora is not None:
             chosen = replace(
@@ -49,13 +62,13 @@ class Stepper:
                 compile_step=None,
                 graphs=None,
             )
-        self.kernels = chosen if tiled is None else replace(chosen, tiled=tiled)
+        self.kernels = chosen
         self.host: dict[str, HostAdapter] = {}
         self.slots = AdapterSlots(model, rows, chosen.add_lora, chosen.copy_slot, head=head_path(model))
         self.runner = ModelRunner(
             model,
             slots=self.slots,
-            cache=KVCache(shape, blocks, device, tiled=self.kernels.tiled),
+            cache=KVCache(shape, blocks, device),
             kernels=self.kernels,
             host_adapter=self.host.get,
             device=device,

@@ -75,6 +75,24 @@ class ScoreComparison:
     difference: Difference
 
 
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """How far the judged adapter's numbers are, as they are served, from fp32 arithmetic on the same weights.
+
+    Attributes:
+        examples: whose answers were scored in both ways.
+        tokens: of those answers.
+        mean, max: absolute difference of the tokens' log probabilities, in nats.
+        unlike: tokens that are the likeliest in one of the two ways alone.
+    """
+
+    examples: int
+    tokens: int
+    mean: float
+    max: float
+    unlike: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """One adapter on one set of held-out examples, beside everything it is measured against.
@@ -85,6 +103,7 @@ class Evaluation:
         predictors: the judged adapter first.
         gap: training examples' score minus that of held-out ones (of loss: held-out minus training, in nats).
         train_examples: that `gap` was taken on.
+        fidelity: None where it was not asked for, or cannot be had.
         from_gguf: the base's 16-bit weights were themselves dequantized.
         notes: what a reader must know of how this was done.
         seconds: the whole of it took.
@@ -103,6 +122,7 @@ class Evaluation:
     comparisons: tuple[ScoreComparison, ...] = ()
     gap: Difference | None = None
     train_examples: int = 0
+    fidelity: Fidelity | None = None
     notes: tuple[str, ...] = ()
     remarks: tuple[Remark, ...] = ()
     seconds: float = 0.0

@@ -13,7 +13,7 @@ from loramux_adapters.durable_files import write_whole
 from loramux_adapters.errors import TrainingError
 from loramux_adapters.evaluation.bootstrap import Interval
 from loramux_adapters.evaluation.confusion_plot import draw_confusion
-from loramux_adapters.evaluation.evaluated import Evaluation, Level, Role
+from loramux_adapters.evaluation.evaluated import Evaluation, Fidelity, Level, Role
 from loramux_adapters.evaluation.scores import LabelScores, TextScores
 
 JSON_FILE, TEXT_FILE, FIGURE_FILE = "evaluation.json", "evaluation.md", "confusion.png"
@@ -108,6 +108,10 @@ def sections(evaluation: Evaluation, *, verdict: bool = True) -> Iterator[Sectio
     if any(predictor.text for predictor in evaluation.predictors):
         title = "Tokens of the right answers: loss in nats, and how many would have been chosen"
         yield Section(title, _text_table(evaluation))
+    if evaluation.fidelity is not None:
+        yield Section(
+            "The numbers that are served beside fp32 on the same weights", lines=_fidelity(evaluation.fidelity)
+        )
     if evaluation.comparisons:
         yield Section(f"{name} minus the others (paired bootstrap)", _comparisons(evaluation))
     if verdict:
@@ -176,6 +180,19 @@ def _text_table(evaluation: Evaluation) -> Rows:
 
     found = [row(predictor.name, predictor.text) for predictor in evaluation.predictors if predictor.text is not None]
     return [["", "n", "tokens", "loss", "perplexity", "right, %"], *found]
+
+
+def _fidelity(found: Fidelity) -> list[str]:
+    text = (
+        f"{found.tokens:,} tokens of {found.examples:,} answers: log probabilities differ by {found.mean:.5f} on "
+        f"average and {found.max:.5f} at most; "
+    )
+    text += (
+        f"{found.unlike:,} of them are the likeliest in one of the two alone"
+        if found.unlike
+        else "the likeliest tokens are the same in both"
+    )
+    return _wrapped(text, first="  ", rest="  ")
 
 
 def _comparisons(evaluation: Evaluation) -> Rows:

@@ -97,6 +97,14 @@ class TokenScore:
     is_best: bool
 
 
+def apart(a: Sequence[Sequence[TokenScore]], b: Sequence[Sequence[TokenScore]]) -> tuple[list[float], int]:
+    """The absolute differences of the log probabilities of the same tokens, and how many are the best in one alone."""
+    pairs = [pair for ours, theirs in zip(a, b, strict=True) for pair in zip(ours, theirs, strict=True)]
+    return [abs(one.logprob - other.logprob) for one, other in pairs], sum(
+        one.is_best != other.is_best for one, other in pairs
+    )
+
+
 class LabelTask:
     """A fixed set of labels and the answers of the held-out examples among them."""
 

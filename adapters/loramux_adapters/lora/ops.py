@@ -5,10 +5,10 @@ adapter targets this layer, with o = offset[e], r = rank[e]:
 
     y[t] += sum_e scale[e] * (x[t] @ a[o : o + r].T) @ bt[o : o + r]
 
-Stacks are bf16 with alpha/r folded into `bt`; sums are fp32, in the order of the entries. The compiled kernel keeps the
-rank-r intermediate in fp32 and rounds once, into y; the tensor path rounds each intermediate and delta to bf16 as well.
-With the compiled kernel each row's bits depend on that row alone: on its adapters and its input, never on the batch
-around it. A scale of 1.0 changes no bit.
+Stacks are bf16 with alpha/r folded into `bt`; sums are fp32, in the order of the entries. x and y are fp32 on the CPU.
+Elsewhere they may be bf16: then the tensor path rounds each intermediate and delta to bf16 as well. With the compiled
+kernel each row's bits depend on that row alone: on its adapters and its input, never on the batch around it. A scale of
+1.0 changes no bit.
 
 The idea of applying many adapters to one batch by segments is Punica's (https://arxiv.org/abs/2310.18547) and
 S-LoRA's (https://arxiv.org/abs/2311.03285).
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn import functional
 
 from loramux_adapters.lora.slots import SMALLEST_RANK, ScaledSlot, Slot
 
@@ -120,11 +121,14 @@ def add_lora_segments(y: torch.Tensor, x: torch.Tensor, arena: Arena, rows: Lora
     check_rows(y, x, rows)
     for segment in rows.segments:
         run = slice(segment.start, segment.stop)
-        delta: torch.Tensor | None = None  # of the first adapter in bf16, of several in fp32
+        inputs = x[run]
+        if x.dtype == torch.float32:  # the library takes other code, with other last bits, for fewer than four rows
+            inputs = functional.pad(inputs, (0, 0, 0, (segment.start - segment.stop) % 4))
+        delta: torch.Tensor | None = None  # of the first adapter in x's dtype, of several in fp32
         for entry in segment.slots:
             if arena.targeted[entry.slot.offset // SMALLEST_RANK]:
-                a, bt = _weights(arena, entry.slot)
-                part = ((x[run] @ a.T) * entry.scale) @ bt
+                a, bt = (weights.to(x.dtype) for weights in _weights(arena, entry.slot))
+                part = (((inputs @ a.T) * entry.scale) @ bt)[: segment.stop - segment.start]
                 delta = part if delta is None else delta.float() + part.float()
         if delta is not None:
             y[run] += delta

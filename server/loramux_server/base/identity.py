@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ _TOKENIZER_KEYS = {
     *("chat_template", "added_tokens_decoder", "legacy", "clean_up_tokenization_spaces"),
 }
 _CHUNK = 1 << 22  # bytes read at a time
+_TOLD_BYTES = 1 << 28  # digesting them takes half a second or more
 _TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja"]
 
 
@@ -44,7 +48,9 @@ def compute_base_id(directory: Path, recipe: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def cached_base_id(directory: Path, recipe: dict[str, Any], cache_dir: Path) -> str:
+def cached_base_id(
+    directory: Path, recipe: dict[str, Any], cache_dir: Path, report: Callable[[str], None] = lambda line: None
+) -> str:
     """`compute_base_id`, remembered in `cache_dir` for as long as the checkpoint's files keep size and time."""
     files = sorted(path for path in directory.iterdir() if path.is_file())
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -52,10 +58,13 @@ def cached_base_id(directory: Path, recipe: dict[str, Any], cache_dir: Path) -> 
     remembered = cache_dir / "base-ids" / key
     if remembered.is_file() and len(base_id := remembered.read_text().strip()) == 64:
         return base_id
+    size = sum(path.stat().st_size for path in files if path.suffix == ".safetensors")
+    if size >= _TOLD_BYTES:
+        report(f"digesting the checkpoint ({size / 2**20:,.0f} MiB, once)")
     base_id = compute_base_id(directory, recipe)
     try:
         remembered.parent.mkdir(parents=True, exist_ok=True)
-        partial = remembered.with_suffix(".partial")
+        partial = remembered.with_suffix(f".{os.getpid()}-{threading.get_ident()}.partial")  # others start meanwhile
         partial.write_text(base_id)
         partial.replace(remembered)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,21 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from loramux_adapters.base_info import BaseInfo
 from loramux_adapters.chat.encoder import TextEncoder
 from loramux_adapters.chat.tokenizer_files import TokenizerFiles
+from loramux_adapters.errors import AdapterRejected
 from loramux_server.base.identity import cached_base_id
+from loramux_server.base.originals import original_tensor
+from loramux_server.base.packed import packable, packed_once
 from loramux_server.base.quantized import quantization_constants, quantized_once
 from loramux_server.base.source import BaseSource, Report, resolve_base
 from loramux_server.base.support import unsupported_config, unsupported_modules
 from loramux_server.errors import BaseModelError
 from loramux_server.kernels.choice import Kernels, choose_kernels
-from loramux_server.kernels.nf4_linear import BLOCK, keep_unpacked
+from loramux_server.kernels.compiled.library import Compiled
+from loramux_server.kernels.layers.fp32 import keep_unpacked
+from loramux_server.kernels.layers.nf4_linear import BLOCK, NF4Linear, four_bit_layers
+from loramux_server.kernels.layers.packed_embedding import PackedEmbedding
+from loramux_server.kernels.layers.packed_head import PackedHead
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +41,8 @@ class BaseModel:
         model: transformers' causal language model, in eval mode.
         kernels: what it was laid out for; `choose_kernels` of their name and the cache's shape goes with them.
         linears: module path -> (in_features, out_features) of every linear layer, output head included.
-        floats: name -> tensor of the weights that stayed in 16 bit (embeddings, head, norms).
+        floats: name -> tensor of the weights that lie as they were loaded (norms, embeddings, a head in 16 bit).
+        packed: name -> shape of the head's weight where it lies in whole numbers, and of an embedding that reads it.
         bytes_16bit: what all weights take in 16 bit.
         stages: (what, seconds) of each part of loading.
     """
@@ -49,6 +57,7 @@ class BaseModel:
     kernels: Kernels
     linears: Mapping[str, tuple[int, int]]
     floats: Mapping[str, torch.Tensor]
+    packed: Mapping[str, tuple[int, int]]
     bytes_16bit: int
     stages: list[tuple[str, float]] = field(default_factory=list)
 
@@ -56,13 +65,31 @@ class BaseModel:
         """The base as the adapter package sees it. `encoder`: of its tokenizer, where there is one already."""
 
         def tensor_equals(name: str, tensor: torch.Tensor) -> bool:
-            held = self.floats.get(name)
+            held = self._original(name, tensor.shape) if name in self.packed else self.floats.get(name)
             if held is None or held.shape != tensor.shape:
                 return False
             return bool(torch.equal(held.float().cpu(), tensor.float()))
 
         files = TokenizerFiles(self.tokenizer, self.source.directory, encoder)
         return BaseInfo(self.base_id, dict(self.linears), tensor_equals, self.kernels.convert, files.own_template)
+
+    def _original(self, name: str, shape: torch.Size) -> torch.Tensor | None:
+        """A packed weight as the checkpoint holds it, in bf16; None if its shape cannot be this one.
+
+        Raises:
+            AdapterRejected: the checkpoint does not give it; this is about a copy of it in an adapter.
+        """
+        if tuple(shape) != self.packed[name]:
+            return None
+        names = [name, *(other for other in self.packed if other != name)]  # tied: one weight under two names
+        body = f"{getattr(self.model, 'base_model_prefix', '')}."
+        try:
+            held = original_tensor(self.source.directory, [*names, *(each.removeprefix(body) for each in names)])
+        except BaseModelError as error:
+            raise AdapterRejected(
+                [f"it brings a copy of the base's {name}, which cannot be compared: {error}; leave the copy out"]
+            ) from error
+        return held.to(torch.bfloat16)
 
     @property
     def context_length(self) -> int:
@@ -102,13 +129,16 @@ def load_base_model(
     training: bool = False,
     kernels: Kernels | None = None,
 ) -> BaseModel:
-    """The base in NF4 with double quantization and bf16 compute, ready to run. Quantized once, then kept in the cache.
+    """The base in NF4 with double quantization, ready to run. Quantized once, then kept in the cache.
+
+    For compiled CPU kernels it is kept as these read it (base/packed.py), to be served and to be trained alike; for
+    other kernels as bitsandbytes quantizes it (base/quantized.py).
 
     Args:
         spec: embedded name, checkpoint directory, .gguf file or hub id; or what was found for one of them.
         report: receives one line for each slow stage.
         quantize: "nf4", or "none" for the 16-bit weights as they are, to compare with.
-        training: keep the weights as they were quantized: the packed kernels have no backward.
+        training: give its modules no forward of the kernels between the layers, which have no backward.
         kernels: what it is to run on; the device's own if None.
     Raises:
         BaseModelError: it cannot be found, read or served correctly.
@@ -126,18 +156,23 @@ def load_base_model(
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(f"the base's config cannot be read: {_first_line(error)}") from error
     _refuse(source.name, unsupported_config(config))
-    _timed(stages, "architecture", lambda: _refuse(source.name, unsupported_modules(_skeleton(config))))
+    skeleton = _timed(stages, "architecture", lambda: _skeleton(config))
+    _refuse(source.name, unsupported_modules(skeleton))
     recipe = quantization_recipe(config, quantize)
-    base_id = _timed(stages, "base id", lambda: cached_base_id(source.directory, recipe, cache_dir))
-    if quantize == "none":
+    base_id = _timed(stages, "base id", lambda: cached_base_id(source.directory, recipe, cache_dir, report))
+    compiled = kernels.compiled if quantize == "nf4" and packable(skeleton) else None
+    if compiled is not None:
+        model = _timed(stages, "load", lambda: _packed(skeleton, source, base_id, compiled, cache_dir, report))
+    elif quantize == "none":
         report("loading the base in 16 bit")
         model = _timed(stages, "load", lambda: _load(source.directory, device))
     else:
         model = _timed(stages, "load", lambda: _load_nf4(source.directory, device, base_id, cache_dir, report))
         _check_quantized(model, source.name)
-    keep_unpacked(model, all_layers=training)
+    keep_unpacked(model)
     if not training:
-        _timed(stages, "pack for the CPU kernel", lambda: kernels.lay_out(model))
+        if compiled is None:
+            _timed(stages, "lay out for the kernels", lambda: kernels.lay_out(model))
         _timed(stages, "compiled operations", lambda: kernels.use_ops(model))
     tokenizer = _timed(stages, "tokenizer", lambda: _load_tokenizer(source.directory))
     return BaseModel(
@@ -155,6 +190,7 @@ def load_base_model(
             if isinstance(module, nn.Linear)
         },
         floats=_kept_floats(model),
+        packed=_packed_shapes(model),
         bytes_16bit=_bytes_16bit(model),
         stages=stages,
     )
@@ -172,7 +208,7 @@ def _skeleton(config: Any) -> nn.Module:
     try:
         with torch.device("meta"):
             factory: Any = AutoModelForCausalLM
-            model: nn.Module = factory.from_config(config, trust_remote_code=False)
+            model: nn.Module = factory.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     except (ValueError, KeyError) as error:
         raise BaseModelError(
             f"the base is no causal language model that is known here: {_first_line(error)}"
@@ -180,7 +216,25 @@ def _skeleton(config: Any) -> nn.Module:
     return model
 
 
+def _packed(
+    skeleton: nn.Module, source: BaseSource, base_id: str, compiled: Compiled, cache_dir: Path, report: Report
+) -> nn.Module:
+    model: Any = packed_once(
+        cache_dir,
+        base_id,
+        skeleton,
+        compiled,
+        report,
+        load=lambda: _read(source.directory, torch.device("cpu")),
+    )
+    with contextlib.suppress(OSError):  # most checkpoints have none
+        model.generation_config = GenerationConfig.from_pretrained(source.directory, local_files_only=True)
+    return model  # type: ignore[no-any-return]
+
+
 def _load_nf4(directory: Path, device: torch.device, base_id: str, cache_dir: Path, report: Report) -> Any:
+    from transformers import BitsAndBytesConfig
+
     untyped: Any = BitsAndBytesConfig
     nf4 = untyped(
         load_in_4bit=True,
@@ -199,6 +253,11 @@ def _load_nf4(directory: Path, device: torch.device, base_id: str, cache_dir: Pa
 
 
 def _load(directory: Path, device: torch.device, **options: Any) -> Any:
+    return _settle(_read(directory, device, **options))
+
+
+def _read(directory: Path, device: torch.device, **options: Any) -> Any:
+    """The model; weights on the CPU may lie in the mapped checkpoint."""
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -213,7 +272,7 @@ def _load(directory: Path, device: torch.device, **options: Any) -> Any:
         raise BaseModelError(f"the base does not fit into the memory of {device}; use a smaller base") from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BaseModelError(f"the base cannot be loaded: {_first_line(error)}") from error
-    return _settle(model.eval())
+    return model.eval()
 
 
 def _settle(model: Any) -> Any:
@@ -233,7 +292,7 @@ def _check_quantized(model: Any, name: str) -> None:
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not head:
             state = getattr(module.weight, "quant_state", None)
-            if not isinstance(module, Linear4bit) or state is None or state.quant_type != "nf4" or not state.nested:
+            if state is None or state.quant_type != "nf4" or not state.nested:
                 raise BaseModelError(f"base {name}: layer {path} was not quantized to NF4")
 
 
@@ -254,17 +313,29 @@ def resident_bytes(model: nn.Module) -> int:
 
 
 def _bytes_16bit(model: nn.Module) -> int:
-    quantized = {id(m.weight): m.in_features * m.out_features for m in model.modules() if isinstance(m, Linear4bit)}
+    layers = [layer for _, layer in four_bit_layers(model)]
+    layers += [module for module in model.modules() if isinstance(module, (NF4Linear, PackedHead))]
+    quantized = {id(layer.weight): layer.in_features * layer.out_features for layer in layers}
     return sum(2 * quantized.get(id(parameter), parameter.numel()) for parameter in model.parameters())
 
 
 def _kept_floats(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every name of every weight that stayed in 16 bit; tied weights appear under each of their names."""
+    """Every name of every weight that lies as it was loaded; tied weights appear under each of their names."""
     return {
         name: parameter.detach()
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter.dtype in (torch.bfloat16, torch.float16, torch.float32) and parameter.numel()
     }
+
+
+def _packed_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    shapes: dict[str, tuple[int, int]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, PackedHead):
+            shapes[f"{path}.weight"] = module.out_features, module.in_features
+        elif isinstance(module, PackedEmbedding):
+            shapes[f"{path}.weight"] = module.num_embeddings, module.embedding_dim
+    return shapes
 
 
 def _refuse(name: str, reasons: list[str]) -> None:

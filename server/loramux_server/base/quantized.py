@@ -1,4 +1,6 @@
-"""The base as it was quantized once: kept in the cache directory, so that later starts read it instead.
+"""The base as bitsandbytes quantized it once: kept in the cache directory, so that later starts read it instead.
+
+For compiled CPU kernels base/packed.py keeps it in their own form.
 
 What is kept is transformers' own form of a model that bitsandbytes has quantized. It counts only if the model that is
 read has the digest of the one that was quantized, whatever happened to the file or to its format in between.
@@ -14,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
 
 from loramux_server.base.cache_directory import partial_directory
 from loramux_server.base.source import Report
+from loramux_server.kernels.layers.nf4_linear import four_bit_layers
 
 _DIGEST = "digest"
 _LIBRARIES = ("bitsandbytes", "transformers")  # what the numbers and their form depend on
@@ -43,7 +45,7 @@ def quantized_once(
     versions = "-".join(f"{name}-{metadata.version(name)}" for name in _LIBRARIES)
     place = cache_dir / "quantized" / f"{kind}-{versions}"
     if place.is_dir():
-        report("reading the base as it was quantized before")
+        report("reading the quantized base that was kept")
         try:
             model = read(place)
             if state_digest(model) == (place / _DIGEST).read_text():
@@ -85,10 +87,9 @@ def state_digest(model: Any) -> str:
 
 def quantization_constants(model: nn.Module) -> Iterator[tuple[Any, str, torch.Tensor]]:
     """(object, attribute, tensor) for the scales and levels of every NF4 layer."""
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            state = getattr(module.weight, "quant_state", None)
-            for part in (state, getattr(state, "state2", None)):
-                for name in ("absmax", "code", "offset"):
-                    if isinstance(constant := getattr(part, name, None), torch.Tensor):
-                        yield part, name, constant
+    for _, layer in four_bit_layers(model):
+        state = getattr(layer.weight, "quant_state", None)
+        for part in (state, getattr(state, "state2", None)):
+            for name in ("absmax", "code", "offset"):
+                if isinstance(constant := getattr(part, name, None), torch.Tensor):
+                    yield part, name, constant

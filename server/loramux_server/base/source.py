@@ -7,10 +7,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from loramux_adapters.digests import sha256_of_file
 from loramux_server.base.cache_directory import partial_directory
@@ -169,25 +172,43 @@ def _convert_gguf(gguf: Path, target: Path, report: Report) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    report(f"converting {gguf.name} to a 16-bit checkpoint (about half a minute, once)")
+    report(f"converting {gguf.name} to a 16-bit checkpoint (some ten seconds, once)")
     with partial_directory(target) as partial:
         if target.exists():  # another process was faster
             return
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent,
-                gguf_file=gguf.name,
-                quantization_config=GgufConfig(dequantize=True),
-                dtype=torch.bfloat16,
-                local_files_only=True,
-            )
+            with _gguf_parsed_once():
+                model = AutoModelForCausalLM.from_pretrained(
+                    gguf.parent,
+                    gguf_file=gguf.name,
+                    quantization_config=GgufConfig(dequantize=True),
+                    dtype=torch.bfloat16,
+                    local_files_only=True,
+                )
+                tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
             model.config._name_or_path = ""
             model.save_pretrained(partial)
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
             tokenizer.save_pretrained(partial)
             partial.rename(target)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise BaseModelError(f"{gguf.name} could not be converted: {error}") from error
+
+
+@contextmanager
+def _gguf_parsed_once() -> Iterator[None]:
+    """transformers parses a GGUF file's header three times, and asks anew for the names of tensors for each module.
+
+    With both remembered a conversion takes half the time. They are looked up in the library's module at each call.
+    """
+    import gguf
+
+    library: Any = gguf
+    before = library.GGUFReader, library.get_tensor_name_map
+    library.GGUFReader, library.get_tensor_name_map = (cache(each) for each in before)
+    try:
+        yield
+    finally:
+        library.GGUFReader, library.get_tensor_name_map = before
 
 
 def _fetch_from_hub(spec: str, report: Report, files: Sequence[str]) -> Path:

@@ -46,8 +46,10 @@ class BaseTokenizer:
         """A prompt's ids, with the special tokens that the base expects around it.
 
         `special`: text that reads like a special token becomes one; otherwise no text does.
+        Raises:
+            RequestError: the text holds a token that the base has no embedding for.
         """
-        return self.encoder.encode(text, special=special)
+        return self._embedded(self.encoder.encode(text, special=special), "prompt")
 
     def encode_chat(
         self,
@@ -61,7 +63,8 @@ class BaseTokenizer:
 
         What messages and arguments say never becomes a special token, unless the server was told to let it.
         Raises:
-            RequestError: there is no template, or it refuses these messages.
+            RequestError: there is no template, or it refuses these messages, or they hold a token that the base has no
+                embedding for.
         """
         try:
             template = self.encoder.template(chat_template)
@@ -69,12 +72,25 @@ class BaseTokenizer:
                 raise RequestError(
                     "this base has no chat template, so it cannot chat; use /v1/completions", param="messages"
                 )
-            return template.ids(template.text(messages, template_kwargs, generate=add_generation_prompt))
+            ids = template.ids(template.text(messages, template_kwargs, generate=add_generation_prompt))
         except TemplateFailed as error:
             whose = "base" if chat_template is None else "adapter"
             raise RequestError(
                 f"the {whose}'s chat template refuses these messages: {error}", param="messages"
             ) from error
+        return self._embedded(ids, "messages")
+
+    def _embedded(self, ids: list[int], param: str) -> list[int]:
+        """These ids. Some tokenizers know tokens that the checkpoint has no row of numbers for."""
+        beyond = next((token for token in ids if token >= self.vocab_size), None)
+        if beyond is not None:
+            raise RequestError(
+                f"'{param}': {self._backend.id_to_token(beyond)!r} is token {beyond} of the base's tokenizer, and the "
+                f"base has embeddings for 0 to {self.vocab_size - 1} only; leave it out",
+                param=param,
+                code="invalid_value",
+            )
+        return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of these ids, special tokens left out, without clean-up of spaces."""

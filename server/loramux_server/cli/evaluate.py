@@ -95,9 +95,13 @@ def evaluate_here(config: EvalConfig, stages: Stages, *, cache_dir: Path, skip_b
     if config.reference is not None:
         name = f"{_shown(config.reference)}, 16 bit"
         contenders.append(contender(bases, name, Role.REFERENCE, others[config.reference], "none"))
+    exact = None
+    if config.fidelity:
+        name = f"{_shown(config.adapter)}, in fp32"
+        exact = contender(bases, name, Role.REFERENCE, directory, quantize, exact=True)
     with stages.stage("load the base"):
         subject = bases.subject(quantize, notes)
-    return evaluate_shown(held, contenders, subject, labels=labels, train=train)
+    return evaluate_shown(held, contenders, subject, labels=labels, train=train, exact=exact)
 
 
 def evaluate_server(config: EvalConfig, key: str | None, *, skip_bad: bool = False) -> Evaluation:
@@ -147,11 +151,13 @@ class ExampleBar(LineBar):
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
         self._time_left = TimeLeft()
+        self._what = ""
 
     def told(self, what: str, done: int, total: int) -> None:
         """What is done with how many of all examples so far."""
         left = self._time_left.left(what, done, total)
-        self.show(f"  {what}: {done:,} of {total:,} examples{left}", done, total)
+        self.show(f"  {what}: {done:,} of {total:,} examples{left}", done, total, new=what != self._what)
+        self._what = what
 
 
 def evaluate_shown(
@@ -161,6 +167,7 @@ def evaluate_shown(
     *,
     labels: tuple[str, ...],
     train: Sequence[Example],
+    exact: Contender | None = None,
 ) -> Evaluation:
     """The evaluation itself, with a bar; Ctrl-C stops it between two parts. Raises KeyboardInterrupt then."""
     from loramux_server.evaluation.contenders import evaluate
@@ -173,7 +180,7 @@ def evaluate_shown(
                 bar.told(what, done, total)
                 go_on()
 
-            return evaluate(held, contenders, subject, labels=labels, train=train, progress=progress)
+            return evaluate(held, contenders, subject, labels=labels, train=train, exact=exact, progress=progress)
     finally:
         bar.end()
 

@@ -20,7 +20,7 @@ from loramux_server.kernels.choice import choose_kernels
 
 
 class Bases:
-    """One base in one precision at a time, on the serving path.
+    """One base in one precision at a time, on the serving path or in fp32.
 
     Attributes:
         opened: the last base that was loaded.
@@ -32,16 +32,22 @@ class Bases:
         self._source, self._device, self._cache_dir = source, device, cache_dir
         self._max_rank, self._report = max_rank, report
         self._engine: LocalEngine | None = None
-        self._quantize = ""
+        self._opened = ("", False)
 
-    def engine(self, quantize: str) -> LocalEngine:
-        """The base in this precision; one of another precision is let go first. Raises BaseModelError."""
-        if self._engine is None or self._quantize != quantize:
+    def engine(self, quantize: str, *, exact: bool = False) -> LocalEngine:
+        """The base in this precision; one of another precision is let go first. Raises BaseModelError.
+
+        Args:
+            exact: its weights as they are, computed with in fp32 on the CPU by transformers' own code: slow.
+        """
+        if self._engine is None or self._opened != (quantize, exact):
             self._engine = None
             gc.collect()
-            base = self._load(quantize)
-            self._engine = LocalEngine.open(base, max_rank=self._max_rank)
-            self._quantize = quantize
+            if exact:
+                self._report("loading the base once more, to compare with fp32 (--no-fidelity leaves this out)")
+            base = self._load(quantize, exact)
+            self._engine = LocalEngine.open(base, max_rank=self._max_rank, check=not exact)
+            self._opened = quantize, exact
         return self._engine
 
     def subject(self, quantize: str, notes: Sequence[str] = ()) -> Subject:
@@ -57,29 +63,32 @@ class Bases:
             notes=tuple(notes),
         )
 
-    def _load(self, quantize: str) -> BaseModel:
+    def _load(self, quantize: str, exact: bool) -> BaseModel:
+        device = torch.device("cpu") if exact else self._device
         return load_base_model(
             self._source,
-            device=self._device,
+            device=device,
             cache_dir=self._cache_dir,
             report=self._report,
             quantize=quantize,
-            kernels=choose_kernels(self._device, kernels_of(os.environ)),
+            kernels=choose_kernels(device, "reference" if exact else kernels_of(os.environ)),
         )
 
 
-def contender(bases: Bases, name: str, role: Role, directory: Path | None, quantize: str) -> Contender:
+def contender(
+    bases: Bases, name: str, role: Role, directory: Path | None, quantize: str, *, exact: bool = False
+) -> Contender:
     """An adapter, or with None the bare base, to be opened when its turn comes."""
     loaded: list[LocalAdapter] = []
 
     def start() -> LocalScorer:
-        engine = bases.engine(quantize)
+        engine = bases.engine(quantize, exact=exact)
         if directory is not None:
             loaded.append(engine.load(directory))
         return LocalScorer(engine, loaded[0] if loaded else None)
 
     def stop() -> None:
         while loaded:
-            bases.engine(quantize).unload(loaded.pop())
+            bases.engine(quantize, exact=exact).unload(loaded.pop())
 
     return Contender(name, role, start, stop)

@@ -53,6 +53,7 @@ class Drift:
         quantized: the checkpoint with its weights put into NF4 once more, as `loramux serve` does with any base. Small
             changes of weights that lie on NF4's grid already are rounded away by that.
         bare: the base without the adapter, to see how much a difference is.
+        exact: the adapter beside its base in fp32, to see how much of one is served arithmetic; None if not asked for.
     """
 
     prompts: int
@@ -60,6 +61,7 @@ class Drift:
     merged: Agreement
     quantized: Agreement
     bare: Agreement
+    exact: Agreement | None = None
 
     @property
     def unlike(self) -> bool:
@@ -98,8 +100,8 @@ def merge(config: MergeConfig, ctx: typer.Context) -> int:
             source = resolve_base(config.base, cache_dir, stages.note)
         with stages.stage("import libraries"):
             import torch
-            import transformers  # noqa: F401 - what loads the base needs it, and its seconds belong to this stage
 
+            import loramux_server.base.loader  # noqa: F401 - it needs transformers, whose seconds belong to this stage
             from loramux_server.base.device import device_of
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -178,7 +180,7 @@ class _Merge:
         from loramux_server.base.loader import quantization_recipe
 
         with self._stage("load the base in 16 bit"):
-            base = self._load(self._source, "none")
+            base = self._load(self._source, "none", training=True)
         info = base.info()
         if read_config(self._adapter).base_id == base.base_id:
             self._trained_on = "none"
@@ -224,11 +226,18 @@ class _Merge:
             said = witness(engine, prompts, adapter, max_tokens=REPLY_TOKENS)
             bare = compare(engine, said, None)
             del engine
+        exact = None
+        if self._config.fidelity:
+            with self._stage("ask the adapter in fp32"):
+                self._stages.note("by transformers' own code, which is slow; --no-fidelity leaves this out")
+                engine = self._engine(self._source, self._trained_on, exact=True)
+                exact = compare(engine, said, engine.load(self._adapter))
+                del engine
         with self._stage("ask the checkpoint"):
             plain = compare(self._engine(str(directory), "none"), said, None)
         with self._stage("ask the checkpoint in NF4"):
             again = compare(self._engine(str(directory), "nf4"), said, None)
-        return Drift(len(said), plain.tokens, plain, again, bare)
+        return Drift(len(said), plain.tokens, plain, again, bare, exact)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -240,23 +249,31 @@ class _Merge:
                 self._bar.end()
             self._go_on()
 
-    def _engine(self, spec: str | BaseSource, quantize: str) -> Any:
+    def _engine(self, spec: str | BaseSource, quantize: str, *, exact: bool = False) -> Any:
+        """`exact`: in fp32, on the CPU."""
         from loramux_server.engine.local_engine import LocalEngine
 
         gc.collect()
-        return LocalEngine.open(self._load(spec, quantize), rows=16, tokens=8192, max_rank=max(self._rank, 8))
+        if quantize == "none" and not exact and self._device.type == "cpu":
+            self._stages.note("layers in 16 bit have no compiled kernels, so this takes longer")
+        base = self._load(spec, quantize, exact=exact)
+        return LocalEngine.open(base, rows=16, tokens=8192, max_rank=max(self._rank, 8), check=not exact)
 
-    def _load(self, spec: str | BaseSource, quantize: str) -> BaseModel:
+    def _load(self, spec: str | BaseSource, quantize: str, *, training: bool = False, exact: bool = False) -> BaseModel:
+        import torch
+
         from loramux_server.base.loader import load_base_model
         from loramux_server.kernels.choice import choose_kernels
 
+        device = torch.device("cpu") if exact else self._device
         return load_base_model(
             spec,
-            device=self._device,
+            device=device,
             cache_dir=self._cache_dir,
             report=self._stages.note,
             quantize=quantize,
-            kernels=choose_kernels(self._device, kernels_of(os.environ)),
+            training=training,
+            kernels=choose_kernels(device, "reference" if exact else kernels_of(os.environ)),
         )
 
 
@@ -269,6 +286,8 @@ def _lines(config: MergeConfig, merged: Merged, onto: str, drift: Drift, from_gg
         f"  put into NF4 once more, as `loramux serve` does: {drift.quantized.words()}",
         f"  for scale, the base without the adapter: {drift.bare.words()}",
     ]
+    if drift.exact is not None:
+        lines.append(f"  and the adapter itself in fp32 instead of as it is served: {drift.exact.words()}")
     if merged.head_untied:
         lines.append(
             "the adapter changes the output head, so it has a matrix of its own now, apart from the embeddings"

@@ -73,7 +73,7 @@ def plan(config: PlanConfig, ctx: typer.Context) -> int:
 
     for line in [
         *_saved(plans[0]),
-        f"serving: {kv_bytes(skeleton.config):,} bytes of KV cache for each token of a prompt or reply",
+        f"serving: {kv_bytes(skeleton.config, cuda=cuda):,} bytes of KV cache for each token of a prompt or reply",
         *_verdict(config, plans[0], plans[1], memory, again),
     ]:
         show(line)

@@ -133,11 +133,15 @@ class LineBar:
         self._shown_at: float | None = None
         self._drawn: tuple[Progress, TaskID] | None = None
 
-    def show(self, text: str, done: int = 0, total: int = 0) -> None:
-        """Tells how far it is; what comes too soon after another is left out, but for the end. No total, no bar."""
+    def show(self, text: str, done: int = 0, total: int = 0, *, new: bool = False) -> None:
+        """Tells how far it is; what comes too soon after another is left out, but for the end. No total, no bar.
+
+        Args:
+            new: other work than before: a bar shows it at once.
+        """
         now = self._clock()
-        ended = 0 < total <= done
-        if self._shown_at is not None and now - self._shown_at < self._pause and not ended:
+        at_once = 0 < total <= done or (new and self._stream.isatty())
+        if self._shown_at is not None and now - self._shown_at < self._pause and not at_once:
             return
         self._shown_at = now
         if not self._stream.isatty():

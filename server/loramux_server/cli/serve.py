@@ -8,6 +8,7 @@ import typer
 
 from loramux_server.cli.frame import configure_logging
 from loramux_server.cli.options import settings_app
+from loramux_server.config.environment import no_bars
 from loramux_server.config.serve import ServeConfig
 from loramux_server.repeated_log import OneLineASecond
 
@@ -15,6 +16,7 @@ from loramux_server.repeated_log import OneLineASecond
 def run(config: ServeConfig, ctx: typer.Context) -> int:
     """Run the server: one NF4 base model, any number of adapters, OpenAI's API."""
     configure_logging(config.log_level, OneLineASecond(sys.stderr))
+    no_bars()
     from loramux_server.serving.process import serve
 
     return serve(config)

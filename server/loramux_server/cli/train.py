@@ -166,6 +166,7 @@ def _upload(config: TrainConfig, run: RunDirectory, key: str | None) -> bool:
     from loramux_server.client.retry import Patience
 
     assert config.upload is not None
+    show(f"uploading to {masked(config.upload)}; the server tries it before it publishes it")
     try:
         reply = AdaptersClient(config.upload, key).push(str(config.name), run.adapter, patience=Patience(tell=show))
     except (LoramuxError, AdapterError, OSError) as error:

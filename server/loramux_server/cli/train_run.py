@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TextIO
 
@@ -14,6 +14,7 @@ import torch
 
 from loramux_adapters.errors import MemoryShort
 from loramux_adapters.memory import resident_bytes
+from loramux_adapters.training.data.batches import Row
 from loramux_adapters.training.model.model import LoraModel
 from loramux_adapters.training.run.card import make_card, write_card
 from loramux_adapters.training.run.curves import draw_curves
@@ -31,6 +32,7 @@ from loramux_server.config.environment import kernels_of
 from loramux_server.config.train import TrainConfig
 from loramux_server.errors import CommandFailed
 from loramux_server.kernels.choice import choose_kernels
+from loramux_server.kernels.training import compiled_training
 from loramux_server.longrun.interrupt import interruptible
 from loramux_server.longrun.time_left import duration
 from loramux_server.plain_text import masked
@@ -65,6 +67,7 @@ def run_training(
             kernels=choose_kernels(device, kernels_of(os.environ)),
         )
     _refuse_another_base(config, prepared.base_there, base.base_id)
+    _refuse_unknown_tokens(base, [*train.rendered.rows, *(held.rendered.rows if held is not None else ())])
     with stages.stage("add the adapter" if recipe.init == "default" else f"add the adapter ({recipe.init})"):
         model = _add_adapter(base, config)
     progress = Progress(sys.stdout, run.checkpoints, memory=_memory(device), evaluates=held is not None)
@@ -128,12 +131,23 @@ def _refuse_another_base(config: TrainConfig, there: str | None, here: str) -> N
         )
 
 
+def _refuse_unknown_tokens(base: BaseModel, rows: Iterable[Row]) -> None:
+    """Raises CommandFailed: some tokenizers know tokens that the checkpoint has no row of numbers for."""
+    highest = max((max(row.ids) for row in rows), default=0)
+    if highest >= base.vocabulary:
+        token = base.tokenizer.convert_ids_to_tokens(highest)
+        raise CommandFailed(
+            f"{token!r} is token {highest} of the base's tokenizer, and the base "
+            f"has embeddings for 0 to {base.vocabulary - 1} only; take it out of the data, or out of the chat template"
+        )
+
+
 def _add_adapter(base: BaseModel, config: TrainConfig) -> LoraModel:
     recipe = config.recipe()
     torch.manual_seed(recipe.seed)
     originals = original_weights(base.source.directory) if recipe.init == "loftq" else None
     try:
-        return LoraModel.build(base.model, recipe, originals=originals)
+        return LoraModel.build(base.model, recipe, originals=originals, ops=compiled_training(base.model))
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise MemoryShort(
             f"an adapter of rank {recipe.rank} does not fit into memory; lower --rank, or name fewer --target-modules"

@@ -7,11 +7,18 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from loramux_server.did_you_mean import suggest
+from loramux_server.errors import ConfigError
+from loramux_server.kernels.compiled.library import native_library, why_unusable
+
 KEY_VARIABLES = ("LORAMUX_ADMIN_KEY", "LORAMUX_API_KEY")
 KERNELS_VARIABLE = "LORAMUX_KERNELS"
-_QUIET = {
-    "TQDM_DISABLE": "1",  # bars of whoever uses tqdm
+ISA_VARIABLE = "LORAMUX_ISA"
+_NO_BARS = {
+    "TQDM_DISABLE": "1",  # of whoever uses tqdm
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+_QUIET = {
     "HF_HUB_VERBOSITY": "error",
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
@@ -31,8 +38,38 @@ def key_of(environ: Mapping[str, str]) -> str | None:
 
 
 def kernels_of(environ: Mapping[str, str]) -> str | None:
-    """Which set of kernels to run on, by name (kernels/choice.py); None leaves the choice to the device."""
-    return environ.get(KERNELS_VARIABLE) or None
+    """Which set of kernels to run on, by name (kernels/choice.py); None leaves the choice to the device.
+
+    LORAMUX_ISA says on which instruction set `native` runs, or `modules` where LORAMUX_KERNELS asks for that.
+
+    Raises:
+        ConfigError: LORAMUX_ISA names no instruction set that compiled kernels run on here, or LORAMUX_KERNELS asks for
+            others.
+    """
+    request, isa = environ.get(KERNELS_VARIABLE) or None, environ.get(ISA_VARIABLE)
+    if not isa:
+        return request
+    kind, _, label = (request or "native").partition("-")
+    if kind not in ("native", "modules") or label not in ("", isa):
+        raise ConfigError(
+            f"{ISA_VARIABLE}={isa} asks for compiled kernels on it, {KERNELS_VARIABLE}={request} for others: unset one"
+        )
+    library = native_library()
+    if library is None:
+        raise ConfigError(f"{ISA_VARIABLE}={isa}: there are no compiled kernels here: {why_unusable()}")
+    labels = [one.label for one in reversed(library.isas)]
+    if isa not in labels:
+        raise ConfigError(
+            f"{ISA_VARIABLE} must be one of {', '.join(labels)}: the compiled kernels that this processor runs; it is "
+            f"{isa!r}{suggest(isa, labels)}"
+        )
+    return f"{kind}-{isa}"
+
+
+def no_bars() -> None:
+    """To be called before libraries are imported: their progress bars stay out of our lines, on a terminal or not."""
+    for variable, value in _NO_BARS.items():
+        os.environ.setdefault(variable, value)
 
 
 def quiet_libraries() -> None:
@@ -40,6 +77,7 @@ def quiet_libraries() -> None:
 
     Their errors are still shown, and so is all that is ours.
     """
+    no_bars()
     for variable, value in _QUIET.items():
         os.environ.setdefault(variable, value)
     logging.getLogger().setLevel(logging.ERROR)

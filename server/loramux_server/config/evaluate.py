@@ -8,11 +8,11 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from loramux_server.config.settings import setting
-from loramux_server.config.shared import MACHINE, LabelledExamples, RunsBase
+from loramux_server.config.shared import MACHINE, ComparesWithFp32, LabelledExamples, RunsBase
 from loramux_server.errors import ConfigError
 
 
-class EvalConfig(RunsBase, LabelledExamples):
+class EvalConfig(RunsBase, ComparesWithFp32, LabelledExamples):
     """Settings of one evaluation."""
 
     table = "eval"

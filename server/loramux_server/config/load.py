@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from loramux_server.config.environment import KERNELS_VARIABLE
+from loramux_server.config.environment import ISA_VARIABLE, KERNELS_VARIABLE
 from loramux_server.config.settings import ENV_PREFIX, Settings, settings_of
 from loramux_server.config.sources import from_environment, from_file, from_flags
 
 CONFIG_VARIABLE = "LORAMUX_CONFIG"
-# LORAMUX_URL is read by `loramux adapters`, LORAMUX_KERNELS by whatever loads a base
-OTHER_VARIABLES = (CONFIG_VARIABLE, KERNELS_VARIABLE, "LORAMUX_URL")
+# LORAMUX_URL is read by `loramux adapters`, LORAMUX_KERNELS and LORAMUX_ISA by whatever loads a base
+OTHER_VARIABLES = (CONFIG_VARIABLE, KERNELS_VARIABLE, ISA_VARIABLE, "LORAMUX_URL")
 TABLES = ("serve", "train", "eval", "plan", "merge")  # every command reads the same file and the same environment
 
 S = TypeVar("S", bound=Settings)

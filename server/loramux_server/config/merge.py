@@ -8,11 +8,11 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from loramux_server.config.settings import setting
-from loramux_server.config.shared import RunsBase
+from loramux_server.config.shared import ComparesWithFp32, RunsBase
 from loramux_server.errors import ConfigError
 
 
-class MergeConfig(RunsBase):
+class MergeConfig(RunsBase, ComparesWithFp32):
     """Settings of one merge."""
 
     table = "merge"

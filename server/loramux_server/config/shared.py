@@ -40,6 +40,16 @@ class RunsBase(NamesBase):
     threads: int | None = setting(None, "CPU threads", group=MACHINE, between=(1, 1024), unset="PyTorch's choice")
 
 
+class ComparesWithFp32(Settings):
+    """A command that says how far what is served is from fp32."""
+
+    fidelity: bool = setting(
+        True,
+        "say how far what is served is from fp32 on the same weights; the base is loaded once more for it",
+        group="Result",
+    )
+
+
 class LabelledExamples(Settings):
     """How examples are read."""
 

@@ -19,9 +19,10 @@ from loramux_server.engine.inbox import Inbox
 from loramux_server.engine.kv_blocks import KVBlocks
 from loramux_server.engine.model_runner import ModelRunner
 from loramux_server.engine.scheduler import Scheduler
-from loramux_server.engine.start_check import Checker, StartCheck
+from loramux_server.engine.start_check import NOT_CHECKED, Checker, StartCheck
+from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVCache, KVShape
 from loramux_server.kernels.choice import Kernels, choose_kernels
-from loramux_server.kernels.kv_cache import BLOCK_SIZE, KVCache, KVShape
+from loramux_server.kernels.numerics import numerics_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class DeviceSide:
     Attributes:
         checked: what the checks at start found.
         kernels: those in use.
+        numerics_id: what decides the bits of a reply besides base and adapter.
     """
 
     slots: AdapterSlots
@@ -38,6 +40,7 @@ class DeviceSide:
     runner: ModelRunner
     checked: StartCheck
     kernels: Kernels
+    numerics_id: str
 
     @classmethod
     def build(
@@ -49,6 +52,7 @@ class DeviceSide:
         arena_rows: int,
         num_blocks: int,
         max_num_seqs: int,
+        check: bool = True,
     ) -> DeviceSide:
         """Takes the memory and runs the checks. The model is the runner's own from now on.
 
@@ -58,6 +62,7 @@ class DeviceSide:
             arena_rows: rank rows of the adapters' memory.
             num_blocks: blocks of the KV cache.
             max_num_seqs: most sequences of a step.
+            check: False for what serves nobody and is only compared with: nothing is known of it then.
         Raises:
             MemoryShort: there is no room for them.
             BaseModelError: the base does not give transformers' own answers on this path.
@@ -67,7 +72,7 @@ class DeviceSide:
             slots = AdapterSlots(
                 base.model, arena_rows, kernels.add_lora, kernels.copy_slot, head=head_path(base.model)
             )
-            cache = KVCache(shape, num_blocks, base.device, tiled=kernels.tiled)
+            cache = KVCache(shape, num_blocks, base.device)
         except (MemoryError, RuntimeError) as error:
             raise MemoryShort(
                 f"there is no room on {base.device} for a cache of {num_blocks * BLOCK_SIZE} tokens and adapters of "
@@ -76,12 +81,15 @@ class DeviceSide:
         runner = ModelRunner(
             base.model, slots=slots, cache=cache, kernels=kernels, host_adapter=host_adapter, device=base.device
         )
-        checked = Checker(
-            runner, slots, base.model, vocabulary=base.vocabulary, num_blocks=num_blocks, rows=max_num_seqs
-        ).run()
+        numerics = numerics_id(base.model, base.device, kernels, whole_step=runner.decoder is not None)
+        checked = NOT_CHECKED
+        if check:
+            checked = Checker(
+                runner, slots, base.model, vocabulary=base.vocabulary, num_blocks=num_blocks, rows=max_num_seqs
+            ).run()
         if runner.graphs is not None:
             runner.graphs.exact = checked.batch_invariant
-        return cls(slots, cache, runner, checked, kernels)
+        return cls(slots, cache, runner, checked, kernels, numerics)
 
     def engine(
         self,

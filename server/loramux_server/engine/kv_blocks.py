@@ -1,6 +1,6 @@
 """Accounting of the KV cache: which blocks are free, which are shared, and which still hold something worth keeping.
 
-Numbers only; the tensors are in kernels/kv_cache.py. A block is in one of three states:
+Numbers only; the tensors are in kernels/attention/kv_cache.py. A block is in one of three states:
 
     used    by one sequence, or by several that begin with the same tokens
     kept    by nobody, but its keys and values are known by a `key` and can be taken up again; least recently used first

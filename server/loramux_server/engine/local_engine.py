@@ -27,9 +27,8 @@ from loramux_server.engine.sequence import AdapterUse, FinishReason, SamplingPar
 from loramux_server.engine.sequence import Sequence as EngineSequence
 from loramux_server.engine.step_metrics import NoMetrics
 from loramux_server.errors import SequenceFailed
-from loramux_server.kernels.attention import probe_kv_shape
-from loramux_server.kernels.kv_cache import BLOCK_SIZE
-from loramux_server.kernels.numerics import numerics_id
+from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE
+from loramux_server.kernels.attention.paged_attention import probe_kv_shape
 
 STEP_TOKENS = 256  # most tokens of a step: up to here every kernel's rows are known not to depend on their neighbours
 KEPT_SHARE = 8  # of the cache, an eighth is kept for prompts that begin alike
@@ -95,14 +94,16 @@ class LocalEngine:
         """Use `open`."""
         self.base = base
         self.checked = device.checked
-        self.numerics_id = numerics_id(base.model, base.device, device.kernels)
+        self.numerics_id = device.numerics_id
         self.context = min(base.context_length, device.cache.num_blocks * BLOCK_SIZE)
         self._engine = engine
         self._host = host
         self._max_rank = max_rank
 
     @classmethod
-    def open(cls, base: BaseModel, *, rows: int = 32, tokens: int = 16384, max_rank: int = 256) -> LocalEngine:
+    def open(
+        cls, base: BaseModel, *, rows: int = 32, tokens: int = 16384, max_rank: int = 256, check: bool = True
+    ) -> LocalEngine:
         """Puts an engine around a base and checks it as a server does at its start.
 
         Args:
@@ -110,6 +111,7 @@ class LocalEngine:
             rows: prompts in work at a time.
             tokens: room of the KV cache; also the longest prompt and reply together.
             max_rank: the largest rank that `load` takes; two adapters of it fit on the device at once.
+            check: False for a slow path that is only compared with, on which the checks take long.
         Raises:
             BaseModelError: the base does not give transformers' own answers on this path.
             MemoryShort: there is no room for cache or adapters.
@@ -117,11 +119,12 @@ class LocalEngine:
         host = LoadedAdapters()
         device = DeviceSide.build(
             base,
-            probe_kv_shape(base.model, base.device),
+            probe_kv_shape(base.model, base.device, whole_numbers=base.kernels.whole_numbers),
             host.get,
             arena_rows=2 * bucket_of(max_rank),
             num_blocks=-(-tokens // BLOCK_SIZE),
             max_num_seqs=rows,
+            check=check,
         )
         engine = device.engine(
             SchedulerConfig(max_num_seqs=rows, max_batch_tokens=STEP_TOKENS),

@@ -18,18 +18,18 @@ from loramux_server.engine.sampler import Sampler
 from loramux_server.engine.sequence import Batch, RowResult, SlotLoad
 from loramux_server.engine.step_graphs import CudaCapture, StepGraphs
 from loramux_server.errors import SequenceFailed
-from loramux_server.kernels.attention import AttentionStep, use_our_attention
+from loramux_server.kernels.attention.kv_cache import KVCache
+from loramux_server.kernels.attention.paged_attention import AttentionStep, use_our_attention
 from loramux_server.kernels.choice import Kernels
-from loramux_server.kernels.kv_cache import KVCache
-from loramux_server.kernels.native_decoder import NativeDecoder
+from loramux_server.kernels.decoder.decoder import Decoder
 
 
 class ModelRunner:
     """Runs batches on the base model. Owner of model, slots, cache and sampler: the engine thread.
 
     transformers' own model code runs unchanged, on packed tokens [1, rows] with explicit positions; attention and the
-    cache behind it are ours (kernels/attention.py), and so is every linear layer's delta (LoRALinear). Where the model
-    allows it the same step runs in one call of compiled code instead (kernels/native_decoder.py), with the same bits.
+    cache behind it are ours (kernels/attention/), and so is every linear layer's delta (LoRALinear). Where the model
+    allows it the same step runs in one call of compiled code instead (kernels/decoder/), with the same bits.
 
     Attributes:
         decoder: the compiled step; None where transformers' code runs, which is also its reference.
@@ -57,8 +57,12 @@ class ModelRunner:
         self._attend = kernels.attend
         self._host_adapter = host_adapter
         self._device = device
-        self._sampler = Sampler(kernels.argmax)
-        self.decoder: NativeDecoder | None = kernels.compile_step(model, cache) if kernels.compile_step else None
+        self._sampler = Sampler(kernels.sampling)
+        self.decoder: Decoder | None = None
+        self.why_by_modules = f"the kernels {kernels.name!r} have no whole step"
+        if kernels.compile_step is not None:
+            step = kernels.compile_step(model, cache)
+            self.decoder, self.why_by_modules = (None, step) if isinstance(step, str) else (step, "")
         self.graphs: StepGraphs | None = None
         if kernels.graphs is not None:
             self.graphs = StepGraphs(self._call, cache, kernels.graphs, slots.rows, CudaCapture())
@@ -113,7 +117,8 @@ class ModelRunner:
         if len(heads) != len(tokens):
             head = LoraRows.build([(row.sequence.slots, row.num_logits) for row in batch.rows if row.num_logits])
         if self.decoder is not None:
-            return self.decoder.forward(tokens, heads, step, lora, head)
+            decoded: torch.Tensor = self.decoder.forward(tokens, heads, step, lora, head)
+            return decoded
         return self._call(
             torch.tensor([tokens], device=self._device),
             torch.tensor([position], device=self._device),

@@ -26,11 +26,11 @@ import torch
 
 from loramux_adapters.lora.ops import LoraRows
 from loramux_server.engine.sequence import Batch, ScheduledSequence
-from loramux_server.kernels.attention import AttentionStep
+from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVCache
+from loramux_server.kernels.attention.paged_attention import AttentionStep
+from loramux_server.kernels.attention.varlen_attention import Lengths, VarlenAttend
 from loramux_server.kernels.choice import GraphKernels
 from loramux_server.kernels.grouped_lora import Part
-from loramux_server.kernels.kv_cache import BLOCK_SIZE, KVCache
-from loramux_server.kernels.varlen_attention import Lengths, VarlenAttend
 
 logger = logging.getLogger(__name__)
 

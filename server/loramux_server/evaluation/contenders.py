@@ -5,12 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from math import fsum
 from typing import Protocol, TypeVar
 
 from loramux_adapters.evaluation.bootstrap import Difference, difference, gap
-from loramux_adapters.evaluation.evaluated import Evaluation, Predictor, Role, ScoreComparison
+from loramux_adapters.evaluation.evaluated import Evaluation, Fidelity, Predictor, Role, ScoreComparison
 from loramux_adapters.evaluation.labels import majority_of, truth_of
-from loramux_adapters.evaluation.scores import NO_LABEL, LabelTask, TokenScore, mean_loss, text_features, text_scores
+from loramux_adapters.evaluation.scores import (
+    NO_LABEL,
+    LabelTask,
+    TokenScore,
+    apart,
+    mean_loss,
+    text_features,
+    text_scores,
+)
 from loramux_adapters.evaluation.verdict import judge
 from loramux_adapters.training.data.conversation import Example
 from loramux_adapters.training.data.examples import ExampleSet
@@ -18,6 +27,7 @@ from loramux_adapters.training.data.examples import ExampleSet
 T = TypeVar("T")
 
 SLICE = 64  # examples between two reports of progress
+FIDELITY_EXAMPLES = 8  # that are scored in fp32 as well
 
 Progress = Callable[[str, int, int], None]  # what is being done, examples done, of how many
 
@@ -84,6 +94,7 @@ def evaluate(
     *,
     labels: tuple[str, ...],
     train: Sequence[Example] = (),
+    exact: Contender | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Evaluation:
     """Asks everyone and compares.
@@ -93,6 +104,7 @@ def evaluate(
         labels: from `labels_of`; empty scores the answers as text alone.
         train: training examples: their commonest label is the majority baseline, and the judged adapter is scored on
             as many of them as there are held-out ones, to see whether it overfits.
+        exact: the judged adapter in fp32: scores the first few examples, to say how far what is served is from that.
     Raises:
         DataError: an example does not fit into the base's context.
     """
@@ -119,6 +131,7 @@ def evaluate(
                 )
         finally:
             contender.close()
+    fidelity = _fidelity(answers[0], exact, examples[:FIDELITY_EXAMPLES], labels, progress) if exact else None
     notes = list(subject.notes)
     if labels and answers[0].by_logprob is None:
         notes.append(
@@ -150,6 +163,7 @@ def evaluate(
         comparisons=tuple(comparisons),
         gap=_gap(task, answers[0], on_seen, seen, labels),
         train_examples=len(seen) if on_seen is not None else 0,
+        fidelity=fidelity,
         notes=tuple(notes),
         seconds=time.monotonic() - began,
     )
@@ -180,6 +194,22 @@ def _ask(
         answers.tokens = _joined(answers.tokens, said.tokens)
     progress(what, len(examples), len(examples))
     return answers
+
+
+def _fidelity(
+    served: _Answers, exact: Contender, examples: Sequence[Example], labels: tuple[str, ...], progress: Progress
+) -> Fidelity | None:
+    if not served.tokens:
+        return None
+    progress(exact.name, 0, len(examples))  # to open it takes seconds
+    try:
+        found = _ask(exact, exact.open(), examples, labels, progress, reply=False)
+    finally:
+        exact.close()
+    if not found.tokens:
+        return None
+    differences, unlike = apart(served.tokens[: len(examples)], found.tokens)
+    return Fidelity(len(examples), len(differences), fsum(differences) / len(differences), max(differences), unlike)
 
 
 def _joined(before: list[T] | None, more: list[T] | None) -> list[T] | None:

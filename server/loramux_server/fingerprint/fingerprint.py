@@ -53,7 +53,7 @@ class Agreement:
         flips = f"{len(self.flips)} of {self.tokens} greedy tokens differ"
         if self.flips:
             flips += f", at gaps up to {self.widest:.3f}"
-        return f"log probabilities differ by {self.mean:.4f} on average and {self.max:.4f} at most; {flips}"
+        return f"log probabilities differ by {self.mean:.5f} on average and {self.max:.5f} at most; {flips}"
 
 
 def make(

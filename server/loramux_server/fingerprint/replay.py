@@ -8,10 +8,11 @@ from typing import Literal
 
 from loramux_server.fingerprint.file import Fingerprint, Witness
 
-# Twice what the packed and the unpacked NF4 product were seen to differ by on the same weights.
+# Twice and more of what arithmetic in bf16, as on GPUs, was seen to differ by from the CPU's on the same weights: 0.03
+# on average, 0.36 at most, and flips at gaps up to 0.24.
 MEAN_TOLERANCE = 0.1
-MAX_TOLERANCE = 0.4
-FLIP_TOLERANCE = 0.25
+MAX_TOLERANCE = 0.75
+FLIP_TOLERANCE = 0.5
 
 # How a fingerprint replayed: stored with a version and shown to clients; "skipped": the upload asked not to replay it;
 # "none": there was none, or it came in another way.

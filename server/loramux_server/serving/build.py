@@ -32,10 +32,9 @@ from loramux_server.engine.build import DeviceSide
 from loramux_server.engine.client import EngineClient
 from loramux_server.engine.inbox import Inbox
 from loramux_server.errors import ConfigError
-from loramux_server.kernels.attention import probe_kv_shape
+from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVShape
+from loramux_server.kernels.attention.paged_attention import probe_kv_shape
 from loramux_server.kernels.choice import choose_kernels
-from loramux_server.kernels.kv_cache import BLOCK_SIZE, KVShape
-from loramux_server.kernels.numerics import numerics_id
 from loramux_server.metrics.gauges import GaugeReadings
 from loramux_server.metrics.metrics import Metrics
 from loramux_server.publishing.preload import preload
@@ -111,7 +110,7 @@ def build(config: ServeConfig, source: BaseSource, stages: Stages, connections: 
     kernels = choose_kernels(device, kernels_of(os.environ))
     with stages.stage("load the base"), returning_memory():
         base = load_base_model(source, device=device, cache_dir=cache_dir, report=stages.note, kernels=kernels)
-        shape = probe_kv_shape(base.model, device)
+        shape = probe_kv_shape(base.model, device, whole_numbers=kernels.whole_numbers)
     tokenizer = BaseTokenizer(
         base.tokenizer,
         getattr(base.model, "generation_config", None),
@@ -146,7 +145,7 @@ def build(config: ServeConfig, source: BaseSource, stages: Stages, connections: 
                 forget,
                 metrics,
                 base_id=base.base_id,
-                numerics_id=numerics_id(base.model, device, parts.device.kernels),
+                numerics_id=parts.device.numerics_id,
                 vocabulary=base.vocabulary,
                 context=context,
                 timeout=config.proof_timeout,

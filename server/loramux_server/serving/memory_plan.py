@@ -5,17 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from loramux_adapters.lora.lora_linear import row_bytes
 from loramux_adapters.lora.slots import SMALLEST_RANK
 from loramux_server.base.loader import BaseModel, resident_bytes
 from loramux_server.config.serve import ServeConfig
 from loramux_server.errors import ConfigError
-from loramux_server.kernels.kv_cache import BLOCK_SIZE, KVShape
+from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVShape
+from loramux_server.kernels.compiled.library import why_unusable
+from loramux_server.kernels.layers.nf4_linear import four_bit_layers, why_no_kernel
 from loramux_server.kernels.numerics import kernel_paths
 
 if TYPE_CHECKING:
     from loramux_server.engine.build import DeviceSide
+    from loramux_server.engine.model_runner import ModelRunner
 
 MIB = 2**20
 
@@ -48,6 +52,21 @@ def kept_blocks(config: ServeConfig, shape: KVShape) -> int:
     return config.prefix_cache_mib * MIB // shape.block_bytes
 
 
+def how_a_step_runs(runner: ModelRunner) -> str:
+    if runner.decoder is not None:
+        return "a step is one compiled call"
+    return f"a step is run module by module, because {runner.why_by_modules}"
+
+
+def unpacked_layers(model: nn.Module) -> list[str]:
+    """A line on the layers of a base in NF4 that the compiled kernels cannot take; none where there are no such."""
+    odd = [(path, why) for path, layer in four_bit_layers(model) if (why := why_no_kernel(layer))]
+    if not odd:
+        return []
+    path, why = odd[0]
+    return [f"{len(odd)} layers have no compiled kernel and are slow; {path}: {why}"]
+
+
 def summary(config: ServeConfig, base: BaseModel, device: DeviceSide, context: int, overhead: int) -> list[str]:
     """The memory table, the kernels in use and what was checked."""
     nf4, slots = resident_bytes(base.model), device.slots
@@ -63,7 +82,7 @@ def summary(config: ServeConfig, base: BaseModel, device: DeviceSide, context: i
         (
             "KV cache",
             device.cache.nbytes,
-            f"up to; {device.cache.num_blocks * BLOCK_SIZE:,} tokens, {full} requests of the full {context:,} at once",
+            f"up to; {device.cache.num_blocks * BLOCK_SIZE:,} tokens, {full} requests of the full {context:,}",
         ),
         (
             "adapters",
@@ -71,7 +90,7 @@ def summary(config: ServeConfig, base: BaseModel, device: DeviceSide, context: i
             f"up to; {slots.rows // 16} of rank 16 on every layer, {rank16 / MIB:.1f} MiB each",
         ),
         ("adapters in host memory", config.host_cache_mib * MIB, "up to"),
-        ("everything else", overhead, "libraries, tokenizer, working memory of a full step; measured just now"),
+        ("everything else", overhead, "libraries, tokenizer, work of a full step; just measured"),
     ]
     table.append(("together", sum(size for _, size, _ in table), "at most"))
     threads = f", {torch.get_num_threads()} threads" if base.device.type == "cpu" else ""
@@ -84,12 +103,22 @@ def summary(config: ServeConfig, base: BaseModel, device: DeviceSide, context: i
         "",
         f"base id  {base.base_id}",
         *(f"  {what:<24} {size / MIB:>8,.0f} MiB  ({note})" for what, size, note in table),
-        f"device   {base.device}{threads}; "
-        f"{'a step is one compiled call' if device.runner.decoder is not None else 'a step is run module by module'}",
+        f"device   {base.device}{threads}; {how_a_step_runs(device.runner)}",
+        *compiled_lines(device.kernels.isa, base.device),
         *(f"  {path}" for path in kernel_paths(base.model, base.device).split("; ")),
+        *(f"  {line}" for line in unpacked_layers(base.model) if device.kernels.isa),
         f"  attention {device.kernels.attention}",
         f"  LoRA {device.kernels.lora} (stacks bf16, sums fp32)",
         f"batch    {invariance}",
         f"loading  the base, in {sum(seconds for _, seconds in base.stages):.1f} s",
         *(f"  {what:<24} {seconds:>8.1f} s" for what, seconds in base.stages),
     ]
+
+
+def compiled_lines(isa: str, device: torch.device) -> list[str]:
+    """What compiled code a base runs on, by its instruction set; on a CPU also why on none."""
+    if isa:
+        return [f"  compiled kernels on {isa.upper()}"]
+    if device.type == "cpu" and (why := why_unusable()):
+        return [f"  NO compiled kernels, so replies take very long: {why}"]
+    return []

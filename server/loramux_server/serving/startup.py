@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import socket
 import threading
 import time
@@ -46,7 +47,8 @@ class Stages:
         self._write(f"  {name} ...")
         self._line_is_open = True
         try:
-            yield
+            with self._apart_from_logs():
+                yield
         except BaseException:
             self.break_line()
             raise
@@ -60,6 +62,24 @@ class Stages:
         """Adds a line, within a stage or between two."""
         self.break_line()
         self._write(f"  {printable(text)}\n")
+
+    @contextmanager
+    def _apart_from_logs(self) -> Iterator[None]:
+        """Meanwhile, what this thread logs begins a line of its own too: both may go to one terminal or file."""
+        thread, handlers = threading.get_ident(), list(logging.getLogger().handlers)
+
+        def begin_line(record: logging.LogRecord) -> bool:
+            if record.thread == thread:
+                self.break_line()
+            return True
+
+        for handler in handlers:
+            handler.addFilter(begin_line)
+        try:
+            yield
+        finally:
+            for handler in handlers:
+                handler.removeFilter(begin_line)
 
     def break_line(self) -> None:
         """What is written next, by whomever, begins a line of its own."""

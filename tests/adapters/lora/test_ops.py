@@ -7,19 +7,17 @@ import torch
 
 from loramux_adapters.lora.ops import (
     AddLora,
-    Arena,
     LoraRows,
     add_lora_loop,
     add_lora_segments,
 )
 from loramux_adapters.lora.slots import SMALLEST_RANK, ScaledSlot, Slot
-from loramux_server.kernels.abi import Isa
-from loramux_server.kernels.adapter_kernels import NativeAddLora
 from loramux_server.kernels.choice import choose_kernels
+from loramux_server.kernels.compiled.adapter_kernels import NativeAddLora
+from loramux_server.kernels.compiled.library import Compiled, native_library
 from loramux_server.kernels.grouped_lora import GroupedAddLora, grouped_add_lora
-from loramux_server.kernels.native import native_library
+from support.lora_rows import RANKS, make_arena, make_rows, make_sums
 
-ROWS = 512
 # how many of 24 rows each of the adapters gets; style after Punica's benchmarks
 POPULARITY = {
     "distinct": [1] * 12,
@@ -28,90 +26,57 @@ POPULARITY = {
     "identical": [24],
     "skewed": [20, 1, 1, 1, 1],
 }
-SCALES = [0.7, -1.5, 1.0, 0.0, 0.25]
-RANKS = [8, 16, 32, 64, 8, 16, 32, 8, 8, 16, 8, 8]
 
 
 def paths() -> dict[str, AddLora]:
     found: dict[str, AddLora] = {"segments": add_lora_segments, "grouped": GroupedAddLora()}
     if (library := native_library()) is not None:
-        found["native"] = NativeAddLora(library, library.best_isa)
-        found["native portable"] = NativeAddLora(library, Isa.PORTABLE)
+        for isa in library.isas:
+            found[f"native {isa.label}"] = NativeAddLora(Compiled(library, isa))
     return found
 
 
-def make_arena(inputs: int, outputs: int) -> Arena:
-    generator = torch.Generator().manual_seed(0)
-    targeted = torch.ones(ROWS // SMALLEST_RANK, dtype=torch.uint8)
-    return Arena(
-        (torch.randn(ROWS, inputs, generator=generator) / inputs**0.5).bfloat16(),
-        (torch.randn(ROWS, outputs, generator=generator) * 0.1).bfloat16(),
-        targeted,
-    )
+PATHS = list(paths())
+NATIVE = [path for path in PATHS if path.startswith("native")]
 
 
-def make_rows(counts: list[int], base_rows: int = 2) -> LoraRows:
-    slots: list[tuple[tuple[ScaledSlot, ...], int]] = [((), base_rows)]
-    offset = 0
-    for count, rank in zip(counts, RANKS, strict=False):
-        offset = -(-offset // rank) * rank
-        slots.append(((ScaledSlot(Slot(offset, rank)),), count))
-        offset += rank
-    rows = LoraRows.build(slots)
-    assert rows is not None
-    return rows
-
-
-def make_sums(counts: list[int], ranks: list[int], base_rows: int = 2) -> LoraRows:
-    """Rows of one to five adapters of these ranks each, which several of them share, with factors of any sign."""
-    slots, offset = [], 0
-    for rank in ranks:
-        offset = -(-offset // rank) * rank
-        slots.append(Slot(offset, rank))
-        offset += rank
-    assert offset <= ROWS
-    runs: list[tuple[tuple[ScaledSlot, ...], int]] = [((), base_rows)]
-    for index, count in enumerate(counts):
-        chosen = [slots[(index + step) % len(slots)] for step in range(1 + index % min(5, len(slots)))]
-        runs.append((tuple(ScaledSlot(slot, SCALES[(index + i) % 5]) for i, slot in enumerate(chosen)), count))
-    rows = LoraRows.build(runs)
-    assert rows is not None
-    return rows
+def rows_for(path: str, *size: int) -> torch.Tensor:
+    """Random numbers of the dtype that this path is given: fp32 on the CPU, bf16 where CUDA's would run."""
+    values = torch.randn(*size)
+    return values if path.startswith("native") else values.bfloat16()
 
 
 def test_the_compiled_kernel_was_built_so_that_the_tests_below_cover_it() -> None:
     assert native_library() is not None
-    assert choose_kernels(torch.device("cpu")).lora.startswith("native")
+    assert choose_kernels(torch.device("cpu")).lora == "native" and len(NATIVE) > 1
 
 
-@pytest.mark.parametrize("path", ["segments", "grouped", "native", "native portable"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("popularity", POPULARITY)
 @pytest.mark.parametrize(("inputs", "outputs"), [(576, 192), (64, 320), (50, 33)])
 def test_a_fast_path_equals_the_loop(path: str, popularity: str, inputs: int, outputs: int) -> None:
     arena, rows = make_arena(inputs, outputs), make_rows(POPULARITY[popularity])
     arena.targeted[rows.segments[-1].slots[0].slot.offset // SMALLEST_RANK] = 0
-    x = torch.randn(rows.num_rows, inputs).bfloat16()
-    y = torch.randn(rows.num_rows, outputs).bfloat16()
+    x, y = rows_for(path, rows.num_rows, inputs), rows_for(path, rows.num_rows, outputs)
     expected, got = y.clone(), y.clone()
     add_lora_loop(expected, x, arena, rows)
     paths()[path](got, x, arena, rows)
-    # one bf16 rounding of values up to about 8 (compiled), three (tensor)
-    tolerance = 0.04 if path.startswith("native") else 0.1
-    assert (got.float() - expected.float()).abs().max() <= tolerance
-    assert (got.float() - expected.float()).abs().mean() <= 0.004
+    # fp32 sums of values up to about 8 in another order (compiled), three bf16 roundings (tensor)
+    exact = path.startswith("native")
+    assert (got.float() - expected.float()).abs().max() <= (1e-5 if exact else 0.1)
+    assert (got.float() - expected.float()).abs().mean() <= (1e-6 if exact else 0.004)
     assert torch.equal(got[:2], y[:2]), "rows without an adapter are untouched"
     last = rows.segments[-1]
     assert torch.equal(got[last.start : last.stop], y[last.start : last.stop]), "a layer it does not target neither"
 
 
-@pytest.mark.parametrize("path", ["native", "native portable"])
+@pytest.mark.parametrize("path", NATIVE)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("composed", [False, True])
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(path: str, threads: int, composed: bool) -> None:
     rows = make_sums(POPULARITY["zipf"], RANKS) if composed else make_rows(POPULARITY["zipf"])
     arena = make_arena(576, 192)
-    x = torch.randn(rows.num_rows, 576).bfloat16()
-    y = torch.randn(rows.num_rows, 192).bfloat16()
+    x, y = torch.randn(rows.num_rows, 576), torch.randn(rows.num_rows, 192)
     together = y.clone()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -127,11 +92,10 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(path: str, threads: int,
             assert torch.equal(alone[0], together[t])
 
 
-@pytest.mark.parametrize("path", ["native", "native portable", "segments"])
+@pytest.mark.parametrize("path", [*NATIVE, "segments"])
 def test_a_broken_adapter_harms_only_its_own_rows(path: str) -> None:
     arena, rows = make_arena(64, 96), make_rows([2, 2, 2])
-    x = torch.randn(8, 64).bfloat16()
-    y = torch.randn(8, 96).bfloat16()
+    x, y = rows_for(path, 8, 64), rows_for(path, 8, 96)
     clean = y.clone()
     paths()[path](clean, x, arena, rows)
     slot = rows.segments[1].slots[0].slot
@@ -146,11 +110,13 @@ def test_a_broken_adapter_harms_only_its_own_rows(path: str) -> None:
 
 def test_the_compiled_kernel_refuses_what_it_would_misread() -> None:
     arena, rows = make_arena(64, 96), make_rows([1], base_rows=0)
-    native = paths()["native"]
-    with pytest.raises(ValueError, match="dense bf16"):
-        native(torch.zeros(1, 96), torch.zeros(1, 64), arena, rows)
-    with pytest.raises(ValueError, match="dense bf16"):
-        native(torch.zeros(96, 2).bfloat16().T[:1], torch.zeros(1, 64).bfloat16(), arena, rows)
+    native = paths()[NATIVE[-1]]
+    with pytest.raises(ValueError, match="takes fp32"):
+        native(torch.zeros(1, 96).bfloat16(), torch.zeros(1, 64).bfloat16(), arena, rows)
+    with pytest.raises(ValueError, match="lie close together"):
+        native(torch.zeros(96, 2).T[:1], torch.zeros(1, 64), arena, rows)
+    with pytest.raises(ValueError, match="the step has"):
+        native(torch.zeros(2, 96), torch.zeros(2, 64), arena, rows)
 
 
 def test_grouped_products_are_tried_before_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +165,7 @@ def test_neighbours_with_the_same_adapters_become_one_segment() -> None:
     assert rows.scale.tolist() == [1, 1, 1, 1, -0.5, 1, -0.5]
 
 
-@pytest.mark.parametrize("path", ["segments", "grouped", "native", "native portable"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("popularity", POPULARITY)
 @pytest.mark.parametrize("ranks", [[8], [256, 8], [64, 32, 16, 8], [8] * 9, [128, 64, 8, 16, 8]], ids=str)
 @pytest.mark.parametrize(("inputs", "outputs"), [(576, 192), (50, 33)])
@@ -208,8 +174,7 @@ def test_a_row_of_several_adapters_gets_the_sum_of_their_scaled_deltas(
 ) -> None:
     arena, rows = make_arena(inputs, outputs), make_sums(POPULARITY[popularity], ranks)
     arena.targeted[rows.segments[-1].slots[-1].slot.offset // SMALLEST_RANK] = 0
-    x = torch.randn(rows.num_rows, inputs).bfloat16()
-    y = torch.randn(rows.num_rows, outputs).bfloat16()
+    x, y = rows_for(path, rows.num_rows, inputs), rows_for(path, rows.num_rows, outputs)
     expected, got = y.clone(), y.clone()
     for segment in rows.segments:  # in double precision, and not by way of the loop
         run = slice(segment.start, segment.stop)
@@ -218,21 +183,22 @@ def test_a_row_of_several_adapters_gets_the_sum_of_their_scaled_deltas(
             window = slice(entry.slot.offset, entry.slot.offset + entry.slot.rank)
             if arena.targeted[window.start // SMALLEST_RANK]:
                 total += entry.scale * (x[run].double() @ arena.a[window].double().T @ arena.bt[window].double())
-        expected[run] = total.bfloat16()
+        expected[run] = total.to(y.dtype)
     reference = y.clone()
     add_lora_loop(reference, x, arena, rows)
     paths()[path](got, x, arena, rows)
-    assert (reference.float() - expected.float()).abs().max() <= 0.07, "the loop itself"
-    # one bf16 rounding of values up to about 16 (compiled), three for each adapter (tensor)
-    assert (got.float() - expected.float()).abs().max() <= (0.07 if path.startswith("native") else 0.3)
-    assert (got.float() - expected.float()).abs().mean() <= 0.01
+    exact = path.startswith("native")
+    assert (reference.float() - expected.float()).abs().max() <= (3e-5 if exact else 0.07), "the loop itself"
+    # fp32 sums of values up to about 16 (compiled), three bf16 roundings for each adapter (tensor)
+    assert (got.float() - expected.float()).abs().max() <= (3e-5 if exact else 0.3)
+    assert (got.float() - expected.float()).abs().mean() <= (3e-6 if exact else 0.01)
     assert torch.equal(got[:2], y[:2])
 
 
-@pytest.mark.parametrize("path", ["segments", "grouped", "native", "native portable"])
+@pytest.mark.parametrize("path", PATHS)
 def test_a_factor_of_one_changes_no_bit_and_one_of_zero_adds_nothing(path: str) -> None:
     arena = make_arena(576, 192)
-    x, y = torch.randn(3, 576).bfloat16(), torch.randn(3, 192).bfloat16()
+    x, y = rows_for(path, 3, 576), rows_for(path, 3, 192)
     first, second = Slot(0, 16), Slot(64, 64)
     results = []
     for slots in ([(first, 1.0)], [(first, 1.0), (second, 0.0)], [(second, 0.0), (first, 1.0)]):
@@ -245,12 +211,48 @@ def test_a_factor_of_one_changes_no_bit_and_one_of_zero_adds_nothing(path: str) 
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("path", ["native", "native portable"])
+@pytest.mark.parametrize("popularity", POPULARITY)
+@pytest.mark.parametrize(("inputs", "outputs"), [(576, 192), (64, 320), (50, 33), (7, 5)])
+def test_every_instruction_set_gives_the_same_bits(popularity: str, inputs: int, outputs: int) -> None:
+    arena, rows = make_arena(inputs, outputs), make_sums(POPULARITY[popularity], RANKS)
+    x, y = torch.randn(rows.num_rows, inputs), torch.randn(rows.num_rows, outputs)
+    x[4, inputs // 2] = float("nan")
+    results = []
+    for path in NATIVE:
+        got = y.clone()
+        paths()[path](got, x, arena, rows)
+        results.append(got.view(torch.int32))
+        assert got[4].isnan().all() and got[5:].isfinite().all()
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("path", NATIVE)
+def test_rows_that_lie_apart_and_inputs_that_do_not_lie_close_are_taken(path: str) -> None:
+    arena, rows = make_arena(64, 33), make_rows([3, 1])
+    x, padded = torch.randn(64, rows.num_rows).T, torch.randn(rows.num_rows, 64)
+    expected, before = padded[:, :33].clone(), padded.clone()
+    paths()[path](expected, x.contiguous(), arena, rows)
+    paths()[path](padded[:, :33], x, arena, rows)
+    assert torch.equal(padded[:, :33], expected)
+    assert torch.equal(padded[:, 33:], before[:, 33:]), "what lies between the rows is left alone"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_tensor_path_takes_both_dtypes(dtype: torch.dtype) -> None:
+    arena, rows = make_arena(64, 96), make_sums([2, 1, 3], [8, 16])
+    x, y = torch.randn(rows.num_rows, 64).to(dtype), torch.randn(rows.num_rows, 96).to(dtype)
+    expected = y.clone()
+    add_lora_loop(expected, x, arena, rows)
+    add_lora_segments(y, x, arena, rows)
+    assert (y.float() - expected.float()).abs().max() <= (1e-5 if dtype == torch.float32 else 0.1)
+
+
+@pytest.mark.parametrize("path", NATIVE)
 def test_an_adapter_that_does_not_target_the_layer_leaves_no_trace_wherever_it_stands(path: str) -> None:
     arena = make_arena(64, 96)
     arena.targeted[8] = 0
     absent, present = ScaledSlot(Slot(64, 8), 3.0), [ScaledSlot(Slot(0, 16), 0.5), ScaledSlot(Slot(16, 8), -1.0)]
-    x, y = torch.randn(1, 64).bfloat16(), torch.randn(1, 96).bfloat16()
+    x, y = torch.randn(1, 64), torch.randn(1, 96)
     results = []
     for slots in (present, [absent, *present], [present[0], absent, present[1]], [*present, absent], [absent]):
         rows = LoraRows.build([(tuple(slots), 1)])

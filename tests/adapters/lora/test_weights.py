@@ -17,8 +17,8 @@ from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.verify import check_adapter
 from loramux_adapters.lora.weights import ConvertPairs, convert_by_tensors, fold, load_host_adapter, read_adapter
-from loramux_server.kernels.adapter_kernels import NativeConvertPairs
-from loramux_server.kernels.native import native_library
+from loramux_server.kernels.compiled.adapter_kernels import NativeConvertPairs
+from loramux_server.kernels.compiled.library import native_library
 from support.adapter_files import TINY_LINEARS, write_adapter
 
 LIBRARY = native_library()

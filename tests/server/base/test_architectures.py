@@ -11,7 +11,7 @@ import torch
 from loramux_server.base.loader import load_base_model
 from loramux_server.base.support import unsupported_config
 from loramux_server.errors import BaseModelError
-from loramux_server.kernels.attention import ATTENTION_NAME
+from loramux_server.kernels.attention.paged_attention import ATTENTION_NAME
 from support.stepping import Stepper, relative_difference
 from support.tiny_models import ARCHITECTURES, save_tiny_model, tiny_config
 

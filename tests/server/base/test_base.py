@@ -17,12 +17,14 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
+from loramux_adapters.errors import AdapterRejected
 from loramux_server.base import source
 from loramux_server.base.identity import cached_base_id, compute_base_id
 from loramux_server.base.loader import BaseModel, load_base_model, quantization_recipe, resident_bytes
 from loramux_server.base.source import check_base, resolve_base
 from loramux_server.base.tokenizer import BaseTokenizer
 from loramux_server.errors import BaseModelError, RequestError
+from loramux_server.kernels.choice import available_kernels, choose_kernels
 from loramux_server.kernels.numerics import kernel_paths
 from support.real_server import clean_environment
 from support.tiny_models import save_tiny_model, tiny_tokenizer
@@ -35,8 +37,10 @@ def silent(line: str) -> None:
     pass
 
 
-def load(spec: str, tmp_path: Path) -> BaseModel:
-    return load_base_model(spec, device=CPU, cache_dir=tmp_path / "cache", report=silent)
+def load(spec: str, tmp_path: Path, kernels: str | None = None) -> BaseModel:
+    return load_base_model(
+        spec, device=CPU, cache_dir=tmp_path / "cache", report=silent, kernels=choose_kernels(CPU, kernels)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +276,24 @@ def test_the_base_id_changes_with_everything_that_changes_answers(what: str, che
     assert compute_base_id(copy, {"type": "fp4"} if what == "recipe" else RECIPE) != expected
 
 
+def test_two_starts_at_once_remember_the_base_id_side_by_side(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, write = tmp_path / "cache", Path.write_text
+
+    def written_while_another_starts(path: Path, text: str) -> int:
+        monkeypatch.setattr(Path, "write_text", write)
+        count = write(path, text)
+        other = threading.Thread(target=cached_base_id, args=(checkpoint, RECIPE, cache))
+        other.start()
+        other.join()
+        return count
+
+    monkeypatch.setattr(Path, "write_text", written_while_another_starts)
+    first = cached_base_id(checkpoint, RECIPE, cache)
+    assert [path.read_text() for path in (cache / "base-ids").iterdir()] == [first]
+
+
 def test_the_base_id_is_remembered_until_the_files_change(checkpoint: Path, tmp_path: Path) -> None:
     copy, cache = damaged(checkpoint, tmp_path), tmp_path / "cache"
     first = cached_base_id(copy, RECIPE, cache)
@@ -283,32 +305,15 @@ def test_the_base_id_is_remembered_until_the_files_change(checkpoint: Path, tmp_
     assert cached_base_id(copy, RECIPE, cache) != first
 
 
-def test_a_loaded_base_knows_its_layers_bytes_and_copies_of_its_weights(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_loaded_base_knows_its_layers_and_bytes(checkpoint: Path, tmp_path: Path) -> None:
     base = load(str(checkpoint), tmp_path)
     info = base.info()
     assert info.linears["model.layers.1.mlp.down_proj"] == (128, 64)
     assert info.linears["lm_head"] == (64, 320)
     assert info.base_id == base.base_id == compute_base_id(checkpoint, quantization_recipe(base.config))
-    head = load_file(checkpoint / "model.safetensors").get("lm_head.weight")
-    held = base.floats["lm_head.weight"] if head is None else head
-    assert info.tensor_equals("lm_head.weight", held)
-    assert not info.tensor_equals("lm_head.weight", held + 1)
-    assert not info.tensor_equals("lm_head.weight", held[:-1])
-    assert not info.tensor_equals("no.such.weight", held)
     assert resident_bytes(base.model) < base.bytes_16bit
     assert kernel_paths(base.model, CPU).startswith("NF4")
     assert base.context_length == 512
-
-
-def test_repacking_for_the_cpu_is_counted_too(checkpoint: Path, tmp_path: Path) -> None:
-    base = load(str(checkpoint), tmp_path)
-    quantized = sum(i * o // 2 for name, (i, o) in base.linears.items() if name != "lm_head")
-    kept = {t.data_ptr(): t.numel() * t.element_size() for t in base.floats.values()}
-    with torch.no_grad():
-        base.model(input_ids=torch.tensor([[1, 2, 3]]))
-    after = resident_bytes(base.model)
-    constants = after - quantized - sum(kept.values())
-    assert 0 < constants < 0.2 * quantized
 
 
 def tokenizer() -> BaseTokenizer:
@@ -324,6 +329,24 @@ def test_text_becomes_ids_and_bytes_and_text_again() -> None:
     assert made.token_bytes(100_000) == b""
     assert made.stop_ids == {made.encode("</s>")[0]}
     assert made.stop_ids <= made.special_ids
+
+
+def test_a_token_that_has_no_embedding_is_refused_by_name() -> None:
+    """Compiled steps read embeddings where they lie, and would read what lies behind them."""
+    raw = tiny_tokenizer()
+    raw.add_tokens([f"<x{number}>" for number in range(100)])
+    made = BaseTokenizer(raw, None, 320)
+    said = [{"role": "user", "content": "yes <x62>"}]
+    assert made.encode("<x61>") == [319]
+    assert max(made.encode_chat(said)) < 258  # what people say is never a token by name
+    allowed = BaseTokenizer(raw, None, 320, special_in_messages=True)
+    for param, refused in (
+        ("prompt", lambda: made.encode("yes <x62>")),
+        ("messages", lambda: made.encode_chat(said, chat_template="<x62>{{ messages[0]['content'] }}")),
+        ("messages", lambda: allowed.encode_chat(said)),
+    ):
+        with pytest.raises(RequestError, match=f"'{param}': '<x62>' is token 320 .* 0 to 319 only"):
+            refused()
 
 
 def test_truncation_and_padding_saved_with_a_tokenizer_do_not_touch_prompts() -> None:
@@ -377,3 +400,52 @@ def test_a_hostile_template_reaches_nothing_outside_its_sandbox() -> None:
     raw.chat_template = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
     with pytest.raises(RequestError, match="refuses"):
         BaseTokenizer(raw, None, 320).encode_chat([{"role": "user", "content": "Hi"}])
+
+
+def copies_of(directory: Path) -> dict[str, torch.Tensor]:
+    """Head and embedding under every name that the model gives them, and a norm."""
+    held = load_file(directory / "model.safetensors")
+    embedding = held["model.embed_tokens.weight"]
+    names = ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight")
+    return {name: held.get(name, embedding) for name in names}
+
+
+@pytest.mark.parametrize("kernels", available_kernels(CPU))
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_base_knows_copies_of_its_weights_to_the_last_bit(tied: bool, kernels: str, tmp_path: Path) -> None:
+    directory = save_tiny_model(tmp_path / "base", tie_word_embeddings=tied)
+    info = load(str(directory), tmp_path, kernels).info()
+    for name, held in copies_of(directory).items():
+        assert info.tensor_equals(name, held) and info.tensor_equals(name, held.float())
+        changed = held.clone()
+        changed.view(-1).view(torch.int16)[len(held) // 2] ^= 1  # the last bit of one number
+        assert not info.tensor_equals(name, changed)
+        assert not info.tensor_equals(name, held[:-1])
+        assert not info.tensor_equals(f"no.{name}", held)
+
+
+def test_copies_are_compared_with_a_checkpoint_of_several_files_and_of_a_body_alone(tmp_path: Path) -> None:
+    directory = save_tiny_model(tmp_path / "base", tie_word_embeddings=True)
+    held = copies_of(directory)
+    tensors = load_file(directory / "model.safetensors")
+    alone = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    (directory / "model.safetensors").unlink()
+    files = {name: f"model-{1 + index % 2}-of-2.safetensors" for index, name in enumerate(alone)}
+    for file in set(files.values()):
+        part = {name: tensor for name, tensor in alone.items() if files[name] == file}
+        save_file(part, directory / file, metadata={"format": "pt"})
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    info = load(str(directory), tmp_path).info()
+    for name, tensor in held.items():
+        assert info.tensor_equals(name, tensor) and not info.tensor_equals(name, tensor + 1)
+
+
+@pytest.mark.skipif("native" not in available_kernels(CPU), reason="there are no compiled kernels")
+def test_a_copy_that_cannot_be_compared_is_refused_by_name(tmp_path: Path) -> None:
+    directory = save_tiny_model(tmp_path / "base")
+    held = copies_of(directory)
+    info = load(str(directory), tmp_path).info()
+    (directory / "model.safetensors").unlink()
+    assert info.tensor_equals("model.norm.weight", held["model.norm.weight"])
+    with pytest.raises(AdapterRejected, match=r"copy of the base's lm_head.weight, which cannot be .*holds no"):
+        info.tensor_equals("lm_head.weight", held["lm_head.weight"])

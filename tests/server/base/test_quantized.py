@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from loramux_server.base import quantized
 from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.base.quantized import state_digest
+from loramux_server.kernels.choice import choose_kernels
 from support.tiny_models import ARCHITECTURES, save_tiny_model
 
 CPU = torch.device("cpu")
-QUANTIZING, READING = "loading and quantizing the base to NF4", "reading the base as it was quantized before"
+QUANTIZING, READING = "loading and quantizing the base to NF4", "reading the quantized base that was kept"
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +24,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(checkpoint: Path, cache: Path) -> tuple[BaseModel, list[str]]:
-    """The base as trainers hold it, with nothing packed, and what was said meanwhile."""
+    """The base as trainers hold it without compiled kernels, and what was said meanwhile."""
     said: list[str] = []
-    return load_base_model(str(checkpoint), device=CPU, cache_dir=cache, report=said.append, training=True), said
+    base = load_base_model(
+        str(checkpoint),
+        device=CPU,
+        cache_dir=cache,
+        report=said.append,
+        training=True,
+        kernels=choose_kernels(CPU, "tensor"),
+    )
+    return base, said
 
 
 def kept_in(cache: Path) -> Path:

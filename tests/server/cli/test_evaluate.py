@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from loramux_adapters.errors import BaseMismatch, DataError
 from loramux_server.base.loader import load_base_model
 from loramux_server.cli import evaluate as cli_evaluate
-from loramux_server.cli.evaluate import evaluate_here
+from loramux_server.cli.evaluate import ExampleBar, evaluate_here
 from loramux_server.config.evaluate import EvalConfig
 from loramux_server.config.load import load
 from loramux_server.errors import CommandFailed, ConfigError
@@ -86,11 +87,17 @@ def test_an_adapter_is_evaluated_beside_base_majority_another_and_16_bit(place: 
     assert {comparison.other for comparison in evaluation.comparisons} == set(names[1:])
     assert evaluation.notes == ("Only the first 30 of 40 examples are used.",)
     assert "NF4" in evaluation.numerics_id
+    served = evaluation.fidelity
+    assert served is not None and served.examples == 8 and served.tokens == 16
+    assert 0 < served.mean < served.max < 0.02, "near fp32 on the same weights, and not the same computation"
 
 
 def test_free_text_is_scored_token_by_token(place: Path) -> None:
-    evaluation = evaluate_here(config(place, data=place / "story.jsonl"), stages([]), cache_dir=place / "cache")
+    made = config(place, data=place / "story.jsonl", fidelity=False)
 
+    evaluation = evaluate_here(made, stages([]), cache_dir=place / "cache")
+
+    assert evaluation.fidelity is None
     text = evaluation.adapter.text
     assert evaluation.labels == () and text is not None
     assert text.tokens == sum(len(f"story number {index}") + 1 for index in range(12))
@@ -163,3 +170,21 @@ def test_ctrl_c_stops_an_evaluation_between_two_parts(
         cli_evaluate.evaluate_shown(None, (), None, labels=(), train=())  # type: ignore[arg-type]
 
     assert "stopping after these examples, and nothing is written; press Ctrl-C again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_names_the_next_adapter_at_once_and_a_file_gets_a_line_now_and_then(terminal: bool) -> None:
+    class Stream(io.StringIO):
+        def isatty(self) -> bool:
+            return terminal
+
+    stream = Stream()
+    bar = ExampleBar(stream)
+    bar.told("one", 0, 8)
+    bar.told("one", 8, 8)
+    bar.told("two", 0, 8)
+    bar.told("two", 1, 8)
+    bar.end()
+    shown = stream.getvalue()
+    assert "one: 0 of 8 examples" in shown and "one: 8 of 8 examples" in shown
+    assert ("two: 0 of 8 examples" in shown) is terminal and "two: 1 of 8" not in shown

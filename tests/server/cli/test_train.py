@@ -37,7 +37,7 @@ from loramux_server.config.load import load
 from loramux_server.config.train import TrainConfig
 from loramux_server.errors import CommandFailed, ConfigError
 from loramux_server.serving.startup import Stages
-from support.tiny_models import save_tiny_model
+from support.tiny_models import CHAT_TEMPLATE, save_tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[3]
 WORDS = "free prize win cash claim meet lunch tomorrow home thanks see call later the a now".split()
@@ -380,7 +380,7 @@ def test_a_dry_run_leaves_nothing_behind(
 
     assert done.returncode == 0, done.stderr
     assert "nothing was trained, and nothing is left behind" in done.stdout
-    assert ("reading the base as it was quantized before" in done.stdout) == warm
+    assert ("reading the base as it was packed before" in done.stdout) == warm
     assert tree(where) == before
     assert not list(temporary.glob("loramux*"))  # PyTorch makes an empty directory of its own there
 
@@ -410,6 +410,16 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(
         run(arguments(base, *more))
 
     assert not list(where.glob("adapters-trained/*"))
+
+
+def test_a_token_without_an_embedding_is_named_before_the_first_step(where: Path, tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "narrow")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<x{number}>" for number in range(100)])
+    tokenizer.chat_template = "<x99>" + CHAT_TEMPLATE
+    tokenizer.save_pretrained(base)
+    with pytest.raises(CommandFailed, match="'<x99>' is token 357 .* 0 to 319 only"):
+        run(arguments(base))
 
 
 def test_two_runs_do_not_share_a_directory(where: Path, base: Path) -> None:
@@ -469,7 +479,8 @@ def test_a_done_adapter_is_uploaded_with_the_admins_key(
     assert code == 0
     files = ["README.md", "adapter_config.json", "adapter_model.safetensors", "card.json"]
     assert server.pushed == [("http://there", "k", "spam", files)]
-    assert "uploaded to http://there: spam created" in capsys.readouterr().out
+    uploading, uploaded = capsys.readouterr().out.partition("uploaded to http://there: spam created")[:2]
+    assert uploaded and "uploading to http://there; the server tries it" in uploading
 
 
 @pytest.mark.parametrize("broken", [OSError("no more files"), InvalidAdapterName("not this one"), KeyboardInterrupt()])

@@ -63,3 +63,16 @@ def test_our_own_lines_and_errors_of_libraries_do(told: tuple[str, str]) -> None
         "adapters.training: OURS at info",
         "server.base: OURS at warning",
     ]
+
+
+def test_no_library_draws_a_bar_into_our_lines() -> None:
+    script = (
+        "import sys\n"
+        "from loramux_server.config.environment import no_bars\n"
+        "no_bars()\n"
+        "from tqdm import tqdm; from tqdm.auto import tqdm as auto; from huggingface_hub.utils import tqdm as hub\n"
+        "for bar in (tqdm, auto, hub):\n"
+        "    assert list(bar(range(3), file=sys.stderr)) == [0, 1, 2]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=clean_environment())
+    assert (done.returncode, done.stderr) == (0, "")

@@ -17,13 +17,20 @@ from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.engine.sequence import Batch, ScheduledSequence, SlotLoad
 from loramux_server.engine.start_check import Checker, StartCheck
 from loramux_server.errors import BaseModelError, SequenceFailed
-from loramux_server.kernels.attention import AttentionParams, AttentionStep, attend_reference, probe_kv_shape
-from loramux_server.kernels.kv_cache import KVShape
+from loramux_server.kernels.attention.kv_cache import KVShape
+from loramux_server.kernels.attention.paged_attention import (
+    AttentionParams,
+    AttentionStep,
+    attend_reference,
+    probe_kv_shape,
+)
+from loramux_server.kernels.choice import available_kernels, choose_kernels
 from support.adapter_files import write_adapter
 from support.stepping import Stepper
 from support.tiny_models import save_tiny_model
 
 CPU = torch.device("cpu")
+HERE = available_kernels(CPU)
 SLOTS = [None, Slot(0, 8), Slot(16, 16), Slot(32, 32), Slot(8, 8)]
 SUMS = [
     (ScaledSlot(Slot(16, 16), 0.7), ScaledSlot(Slot(0, 8), -0.4)),
@@ -33,13 +40,23 @@ SUMS = [
 
 @pytest.fixture
 def base(tmp_path: Path) -> Iterator[BaseModel]:
-    directory = save_tiny_model(tmp_path / "base", "llama")
-    yield load_base_model(str(directory), device=CPU, cache_dir=tmp_path / "cache", report=lambda line: None)
+    yield base_of(tmp_path)
+
+
+def base_of(tmp_path: Path, architecture: str = "llama", kernels: str | None = None) -> BaseModel:
+    directory = save_tiny_model(tmp_path / "base", architecture)
+    return load_base_model(
+        str(directory),
+        device=CPU,
+        cache_dir=tmp_path / "cache",
+        report=lambda line: None,
+        kernels=choose_kernels(CPU, kernels),
+    )
 
 
 def loaded(base: BaseModel, tmp_path: Path) -> Stepper:
     """A stepper with adapters of several ranks and targets in SLOTS."""
-    stepper = Stepper(base.model)
+    stepper = Stepper(base.model, kernels=base.kernels.name)
     linears = dict(base.linears)
     kinds: list[dict[str, Any]] = [
         {"rank": 3, "targets": ["q_proj", "lm_head"]},
@@ -59,8 +76,18 @@ def prompts() -> list[list[int]]:
     return [torch.randint(0, 256, (length,), generator=generator).tolist() for length in (40, 7, 19, 33, 1, 12, 26)]
 
 
-def test_a_mixed_batch_gives_every_row_the_logits_it_has_alone(base: BaseModel, tmp_path: Path) -> None:
-    stepper = loaded(base, tmp_path)
+SETS = [name for name in ("native", "native-avx2", "native-portable", "tensor", "reference") if name in HERE]
+FAMILIES = ["qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "granite"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kernels"),
+    [*(("llama", name) for name in SETS), *((family, name) for family in FAMILIES for name in ("native", "tensor"))],
+)
+def test_a_mixed_batch_gives_every_row_the_logits_it_has_alone(architecture: str, kernels: str, tmp_path: Path) -> None:
+    if kernels not in HERE:
+        pytest.skip("no compiler was there at installation")
+    stepper = loaded(base_of(tmp_path, architecture, kernels), tmp_path)
     alone = []
     for index, (prompt, slot) in enumerate(zip(prompts(), [*SLOTS, *SUMS], strict=True)):
         sequence = stepper.sequence(f"alone-{index}", prompt, slot)
@@ -153,10 +180,12 @@ def check(stepper: Stepper, base: BaseModel, blocks: int = 256) -> StartCheck:
     return made.run()
 
 
-def test_the_checks_at_start_pass_on_a_sound_model(base: BaseModel) -> None:
-    stepper = Stepper(base.model)
+@pytest.mark.parametrize("kernels", SETS)
+def test_the_checks_at_start_pass_on_a_sound_model(kernels: str, tmp_path: Path) -> None:
+    base = base_of(tmp_path, kernels=kernels)
+    stepper = Stepper(base.model, kernels=kernels)
     checked = check(stepper, base, 256)
-    assert checked.difference < 0.05
+    assert checked.difference < (0.002 if kernels.startswith("native") else 1e-5)
     assert checked.batch_invariant
 
 
@@ -226,4 +255,6 @@ def test_a_cache_too_small_for_the_checks_says_which_setting_to_change(base: Bas
 
 def test_the_shape_of_the_cache_is_seen_not_guessed_from_the_config(base: BaseModel) -> None:
     base.config.num_key_value_heads = 99
-    assert probe_kv_shape(base.model, CPU) == KVShape(layers=2, kv_heads=2, head_dim=16)
+    seen = probe_kv_shape(base.model, CPU, whole_numbers=False)
+    assert seen == KVShape(layers=2, kv_heads=2, head_dim=16, dtype=torch.float32)
+    assert probe_kv_shape(base.model, CPU, whole_numbers=True) == KVShape(2, 2, 16, torch.int16)

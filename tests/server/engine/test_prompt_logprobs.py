@@ -22,15 +22,14 @@ from loramux_server.engine.sequence import (
     FinishReason,
     SamplingParams,
     Sequence,
-    TokenLogprob,
     TokenOutput,
     composed,
 )
 from loramux_server.engine.step_metrics import NoMetrics
-from loramux_server.kernels.attention import probe_kv_shape
-from loramux_server.kernels.kv_cache import BLOCK_SIZE
+from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE
+from loramux_server.kernels.attention.paged_attention import probe_kv_shape
 from support.adapter_files import write_adapter
-from support.stepping import Stepper
+from support.stepping import Stepper, told
 from support.tiny_models import save_tiny_model
 
 CPU = torch.device("cpu")
@@ -62,7 +61,12 @@ class Engines:
         for version in (*RANKS, "broken"):
             host.add(replace(load_host_adapter(root / version), version=version))
         device = DeviceSide.build(
-            base, probe_kv_shape(base.model, CPU), host.get, arena_rows=32, num_blocks=128, max_num_seqs=8
+            base,
+            probe_kv_shape(base.model, CPU, whole_numbers=base.kernels.whole_numbers),
+            host.get,
+            arena_rows=32,
+            num_blocks=128,
+            max_num_seqs=8,
         )
         self._engine = device.engine(config, host, Inbox(100), NoMetrics(), kept_blocks=kept)
 
@@ -103,10 +107,10 @@ def test_each_prompt_token_has_the_bits_of_a_token_at_a_time(root: Path) -> None
     stepper.load(slot, load_host_adapter(root / "small"))
     fed, expected = stepper.sequence("solo", prompt, slot), []
     for token in prompt[1:]:
-        logprobs = stepper.logits([(fed, 1)])[0].float().log_softmax(-1)
-        values, indices = logprobs.topk(2)
-        top = tuple(zip(indices.tolist(), values.tolist(), strict=True))
-        expected.append(TokenLogprob(token, logprobs[token].item(), top, token == int(logprobs.argmax())))
+        logits = stepper.logits([(fed, 1)])[0]
+        expected.append(told(logits, token, top=2))
+        assert expected[-1].logprob == pytest.approx(float(logits.double().log_softmax(-1)[token]), abs=1e-6)
+        assert [index for index, _ in expected[-1].top] == logits.topk(2).indices.tolist()
 
     one = scored(prompt, uses(("small", 1.0)), max_tokens=3, logprobs=0, prompt_logprobs=2)
     plain = scored(prompt, uses(("small", 1.0)), "plain", max_tokens=3, logprobs=0)

@@ -23,10 +23,10 @@ from loramux_server.engine.sequence import Batch, ScheduledSequence
 from loramux_server.engine.sequence import Sequence as EngineSequence
 from loramux_server.engine.step_graphs import Capture, Shape, StepGraphs, shape_of
 from loramux_server.kernels import choice
+from loramux_server.kernels.attention.kv_cache import KVShape
+from loramux_server.kernels.attention.varlen_attention import VarlenAttend
 from loramux_server.kernels.choice import GraphKernels
 from loramux_server.kernels.grouped_lora import GroupedAddLora
-from loramux_server.kernels.kv_cache import KVShape
-from loramux_server.kernels.varlen_attention import VarlenAttend
 from support.slow_varlen import slow_varlen
 from support.stepping import CPU, Stepper, relative_difference
 from support.tiny_models import tiny_config
@@ -92,7 +92,7 @@ def stepper_of(architecture: str) -> Stepper:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(architecture), dtype=torch.bfloat16).eval()
     attend = VarlenAttend(kernel, paged=True)
-    return Stepper(model, rows=64, blocks=256, attend=attend, add_lora=GroupedAddLora(), tiled=False)
+    return Stepper(model, rows=64, blocks=256, attend=attend, add_lora=GroupedAddLora())
 
 
 class Case:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +13,11 @@ import pytest
 from loramux_adapters.errors import DataError
 from loramux_adapters.evaluation.evaluated import Evaluation, Level, Role
 from loramux_adapters.evaluation.labels import labels_of
-from loramux_adapters.evaluation.scores import TokenScore
+from loramux_adapters.evaluation.report import text_report
+from loramux_adapters.evaluation.scores import TokenScore, apart
 from loramux_adapters.training.data.conversation import Example, Message
 from loramux_adapters.training.data.examples import ExampleSet
-from loramux_server.evaluation.contenders import SLICE, Contender, Said, Scorer, Subject, evaluate
+from loramux_server.evaluation.contenders import FIDELITY_EXAMPLES, SLICE, Contender, Said, Scorer, Subject, evaluate
 
 SUBJECT = Subject(
     base="tiny", base_id="0" * 64, quantize="nf4", from_gguf=False, numerics_id="torch", notes=("a note",)
@@ -231,3 +233,58 @@ def test_contenders_are_open_one_at_a_time_and_progress_is_told() -> None:
 
     assert events == ["open a", "close a", "open b", "close b"]
     assert told == [(name, done, 100) for name in "ab" for done in (0, SLICE, 100)]
+
+
+def test_the_first_answers_are_scored_in_fp32_too_and_the_report_says_how_far_that_is() -> None:
+    served = KnownScorer(None, loss=lambda each: 1.0 + 0.01 * len(each.answer))
+    exact = KnownScorer(None, loss=lambda each: 1.0)
+    closed: list[str] = []
+    held_out = held([f"answer {index}" for index in range(10)])
+
+    def found(scorer: Scorer | None) -> Evaluation:
+        return evaluate(
+            held_out,
+            [contender("mine", Role.ADAPTER, served)],
+            SUBJECT,
+            labels=(),
+            exact=scorer and Contender("in fp32", Role.REFERENCE, lambda: scorer, lambda: closed.append("closed")),
+        )
+
+    evaluation = found(exact)
+    assert evaluation.fidelity is not None
+    assert (evaluation.fidelity.examples, evaluation.fidelity.tokens) == (FIDELITY_EXAMPLES, FIDELITY_EXAMPLES * 8)
+    assert evaluation.fidelity.mean == pytest.approx(0.08) and evaluation.fidelity.max == pytest.approx(0.08)
+    assert evaluation.fidelity.unlike == 0 and closed == ["closed"] and exact.asked == [(FIDELITY_EXAMPLES, False)]
+    assert [predictor.name for predictor in evaluation.predictors] == ["mine"]
+    report = " ".join(text_report(evaluation).split())
+    assert "64 tokens of 8 answers: log probabilities differ by 0.08000 on average and 0.08000 at most" in report
+    assert "the likeliest tokens are the same in both" in report
+    assert json.loads(json.dumps(evaluation.as_json()))["fidelity"]["tokens"] == 64
+
+    assert found(None).fidelity is None and "fp32" not in text_report(found(None))
+    assert found(KnownScorer(None, loss=None)).fidelity is None, "where it cannot be had nothing is said"
+
+
+def test_what_is_shown_names_the_scoring_in_fp32_before_its_base_is_loaded() -> None:
+    told: list[tuple[str, int, int]] = []
+
+    def load() -> Scorer:
+        told.append(("loading", 0, 0))
+        return KnownScorer(None, loss=lambda each: 1.0)
+
+    evaluate(
+        held(["answer"]),
+        [contender("mine", Role.ADAPTER, KnownScorer(None, loss=lambda each: 1.0))],
+        SUBJECT,
+        labels=(),
+        exact=Contender("in fp32", Role.REFERENCE, load),
+        progress=lambda *step: told.append(step),
+    )
+    at = told.index(("loading", 0, 0))
+    assert told[at - 1] == ("in fp32", 0, 1) and told[-1] == ("in fp32", 1, 1)
+
+
+def test_tokens_that_are_the_best_in_one_arithmetic_alone_are_counted() -> None:
+    ours = [[TokenScore(-1.0, True), TokenScore(-2.0, False)], [TokenScore(-3.0, True)]]
+    theirs = [[TokenScore(-1.5, True), TokenScore(-2.0, True)], [TokenScore(-2.75, False)]]
+    assert apart(ours, theirs) == ([0.5, 0.0, 0.25], 2)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from loramux_server.kernels import abi, native
-from loramux_server.kernels.abi import declared, difference
-from loramux_server.kernels.native import LIBRARY, LibraryUnusable, NativeLibrary
+from loramux_server.kernels.compiled import abi
+from loramux_server.kernels.compiled import library as native
+from loramux_server.kernels.compiled.abi import declared, difference
+from loramux_server.kernels.compiled.library import LIBRARY, LibraryUnusable, NativeLibrary
 
 needs_library = pytest.mark.skipif(native.native_library() is None, reason="no compiler was there at installation")
 DESCRIBED = "\n".join(declared()) + "\n"
@@ -20,7 +21,8 @@ DESCRIBED = "\n".join(declared()) + "\n"
 
 @needs_library
 def test_the_library_that_was_built_is_what_is_declared() -> None:
-    assert NativeLibrary(LIBRARY).best_isa in abi.Isa
+    library = NativeLibrary(LIBRARY)
+    assert library.isas[0] is abi.VectorIsa.PORTABLE and library.best.isa is library.isas[-1]
 
 
 @pytest.mark.parametrize(
@@ -29,9 +31,13 @@ def test_the_library_that_was_built_is_what_is_declared() -> None:
         (f"version {abi.VERSION}", f"version {abi.VERSION + 1}", "version"),
         ("struct LoraArena 40 a:0:8", "struct LoraArena 48 a:0:8", "struct LoraArena"),  # it grew
         ("a:0:8 bt:8:8 ", "bt:0:8 a:8:8 ", "struct LoraArena, struct SlotWeights"),  # fields changed places
-        ("function loramux_decoder_step vpp", "function loramux_decoder_step vppp", "function loramux_decoder_step"),
-        ("function loramux_head vpppllli\n", "", "function loramux_head"),  # older
-        ("function loramux_head vpppllli\n", "function a v\nfunction loramux_head vpppllli\n", "function a"),  # newer
+        ("function loramux_exact_step vppi", "function loramux_exact_step vppp", "function loramux_exact_step"),
+        ("function loramux_copy_slot vpplll\n", "", "function loramux_copy_slot"),  # older
+        (
+            "function loramux_copy_slot vpplll\n",
+            "function a v\nfunction loramux_copy_slot vpplll\n",
+            "function a",
+        ),  # newer
     ],
 )
 def test_whatever_differs_is_named(line: str, other: str, named: str) -> None:
@@ -84,7 +90,7 @@ def test_a_file_that_is_no_such_library_is_refused(tmp_path: Path) -> None:
 LOADER = """
 import sys
 from pathlib import Path
-from loramux_server.kernels.native import LibraryUnusable, NativeLibrary
+from loramux_server.kernels.compiled.library import LibraryUnusable, NativeLibrary
 
 whole, path = Path(sys.argv[1]).read_bytes(), Path(sys.argv[2])
 for end in map(int, sys.argv[3:]):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from loramux_server.errors import BaseModelError
-from loramux_server.kernels.abi import Isa
-from loramux_server.kernels.attention import (
+from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVCache, KVShape
+from loramux_server.kernels.attention.paged_attention import (
     Attend,
     AttentionParams,
     AttentionStep,
@@ -17,10 +17,9 @@ from loramux_server.kernels.attention import (
     attend_reference,
     attention_forward,
 )
+from loramux_server.kernels.attention.varlen_attention import VarlenAttend, varlen_attend
 from loramux_server.kernels.choice import choose_kernels
-from loramux_server.kernels.kv_cache import BLOCK_SIZE, KVCache, KVShape
-from loramux_server.kernels.native import native_library
-from loramux_server.kernels.varlen_attention import VarlenAttend, varlen_attend
+from loramux_server.kernels.compiled.library import Compiled, native_library
 from support.slow_varlen import slow_varlen
 
 CPU = torch.device("cpu")
@@ -28,21 +27,28 @@ LENGTHS = [1, 5, 16, 17, 33, 100]
 BLOCKS = 24
 
 
-def paths() -> dict[str, tuple[Attend, bool]]:
-    """Name -> (path, whether it reads the tiled cache)."""
-    found: dict[str, tuple[Attend, bool]] = {
-        "reference": (attend_reference, False),
-        "reference on tiles": (attend_reference, True),
-        "varlen paged": (VarlenAttend(slow_varlen, paged=True), False),
-        "varlen gathered": (VarlenAttend(slow_varlen, paged=False), False),
+BF16, FP32, WHOLE = torch.bfloat16, torch.float32, torch.int16
+
+
+def paths() -> dict[str, tuple[Attend, torch.dtype]]:
+    """Name -> (path, what the cache that it reads holds)."""
+    found: dict[str, tuple[Attend, torch.dtype]] = {
+        "reference": (attend_reference, BF16),
+        "reference in fp32": (attend_reference, FP32),
+        "reference on whole numbers": (attend_reference, WHOLE),
+        "varlen paged": (VarlenAttend(slow_varlen, paged=True), BF16),
+        "varlen gathered": (VarlenAttend(slow_varlen, paged=False), BF16),
     }
     if (library := native_library()) is not None:
-        found["native"] = (NativeAttend(library, library.best_isa), True)
-        found["native portable"] = (NativeAttend(library, Isa.PORTABLE), True)
+        for isa in library.isas:
+            found[f"native {isa.label}"] = (NativeAttend(Compiled(library, isa)), WHOLE)
     return found
 
 
-PATHS = ["reference", "reference on tiles", "varlen paged", "varlen gathered", "native", "native portable"]
+PATHS = list(paths())
+NATIVE = [path for path in PATHS if path.startswith("native")]
+# of values up to about 4: bf16 in, bf16 out; fp32 all the way; keys of 13 bits, values of 15
+TOLERANCE = {BF16: 0.02, FP32: 1e-5, WHOLE: 2e-3}
 
 
 def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: AttentionParams) -> torch.Tensor:
@@ -60,13 +66,15 @@ def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: AttentionPa
 class Case:
     """Sequences of LENGTHS tokens with random content, their blocks scattered over a cache full of NaN."""
 
-    def __init__(self, heads: int, kv_heads: int, dim: int) -> None:
+    def __init__(self, heads: int, kv_heads: int, dim: int, dtype: torch.dtype = FP32) -> None:
+        """`dtype`: of the cache."""
         generator = torch.Generator().manual_seed(heads * 1000 + dim)
         total = sum(LENGTHS)
         self.q, self.k, self.v = (
-            torch.randn(total, count, dim, generator=generator).bfloat16() for count in (heads, kv_heads, kv_heads)
+            torch.randn(total, count, dim, generator=generator).to(BF16 if dtype == BF16 else FP32)
+            for count in (heads, kv_heads, kv_heads)
         )
-        self.shape = KVShape(2, kv_heads, dim)
+        self.shape = KVShape(2, kv_heads, dim, dtype)
         order = torch.randperm(BLOCKS, generator=generator).int()
         self.tables = torch.zeros(len(LENGTHS), max(LENGTHS) // BLOCK_SIZE + 1, dtype=torch.int32)
         self.starts: list[int] = []
@@ -78,10 +86,11 @@ class Case:
             self.starts.append(start)
             start += length
 
-    def cache(self, tiled: bool) -> KVCache:
-        cache = KVCache(self.shape, BLOCKS, CPU, tiled=tiled)
-        for tensor in [*cache.k, *cache.v]:
-            tensor.fill_(float("nan"))  # what other sequences left behind must never be read
+    def cache(self) -> KVCache:
+        """Full of what other sequences left behind, which must never be read."""
+        cache = KVCache(self.shape, BLOCKS, CPU)
+        for tensor in [*cache.k, *cache.v, *cache.scales]:
+            tensor.fill_(float("nan") if tensor.is_floating_point() else -4095)
         return cache
 
     def step(self, cache: KVCache, attend: Attend, parts: list[tuple[int, int, int]]) -> AttentionStep:
@@ -111,22 +120,22 @@ ALL = [(index, 0, length) for index, length in enumerate(LENGTHS)]
 def test_every_path_gives_softmax_attention(
     path: str, heads: int, kv_heads: int, dim: int, softcap: float, window: int
 ) -> None:
-    attend, tiled = paths()[path]
-    case, params = Case(heads, kv_heads, dim), AttentionParams(dim**-0.5, softcap, window)
-    out = case.run(attend, case.cache(tiled), ALL, params)
+    attend, dtype = paths()[path]
+    case, params = Case(heads, kv_heads, dim, dtype), AttentionParams(dim**-0.5, softcap, window)
+    out = case.run(attend, case.cache(), ALL, params)
     for start, length in zip(case.starts, LENGTHS, strict=True):
         rows = slice(start, start + length)
         expected = exact(case.q[rows], case.k[rows], case.v[rows], params)
-        assert (out[rows].double() - expected).abs().max() < 0.02  # bf16 of values up to about 4
+        assert (out[rows].double() - expected).abs().max() < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("path", ["native", "native portable"])
+@pytest.mark.parametrize("path", NATIVE)
 @pytest.mark.parametrize("chunk", [1, 7, 16, 50])
 def test_bits_do_not_depend_on_chunks_or_company(path: str, chunk: int) -> None:
-    attend, tiled = paths()[path]
-    case, params = Case(9, 3, 64), AttentionParams(0.125)
-    together = case.run(attend, case.cache(tiled), ALL, params)
-    cache, which = case.cache(tiled), len(LENGTHS) - 1
+    attend, dtype = paths()[path]
+    case, params = Case(9, 3, 64, dtype), AttentionParams(0.125)
+    together = case.run(attend, case.cache(), ALL, params)
+    cache, which = case.cache(), len(LENGTHS) - 1
     for first in range(0, LENGTHS[which], chunk):
         count = min(chunk, LENGTHS[which] - first)
         part = case.run(attend, cache, [(which, first, count)], params)
@@ -134,23 +143,83 @@ def test_bits_do_not_depend_on_chunks_or_company(path: str, chunk: int) -> None:
         assert torch.equal(part, together[start : start + count])
 
 
-@pytest.mark.parametrize("tiled", [False, True])
-def test_the_cache_gives_back_what_was_written(tiled: bool) -> None:
-    cache = KVCache(KVShape(1, 3, 32), 4, CPU, tiled=tiled)
-    k, v = torch.randn(20, 3, 32).bfloat16(), torch.randn(20, 3, 32).bfloat16()
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (14, 2, 80), (3, 1, 512), (40, 2, 16)])
+@pytest.mark.parametrize(("softcap", "window"), [(0.0, 0), (5.0, 7)])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_every_instruction_set_gives_the_same_bits_in_and_beside_the_cache(
+    heads: int, kv_heads: int, dim: int, softcap: float, window: int, threads: int
+) -> None:
+    case, params = Case(heads, kv_heads, dim, WHOLE), AttentionParams(dim**-0.5, softcap, window)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        results = []
+        for path in NATIVE:
+            cache = case.cache()
+            out = case.run(paths()[path][0], cache, ALL, params)
+            results.append([part.view(torch.int32) for part in (out, cache.scales[1])] + [cache.k[1], cache.v[1]])
+    finally:
+        torch.set_num_threads(before)
+    reference = case.cache()
+    expected = case.run(attend_reference, reference, ALL, params)
+    for result in results:
+        assert all(torch.equal(part, first) for part, first in zip(result, results[0], strict=True))
+        out = result[0].view(torch.float32)
+        assert (out - expected).abs().max() < 1e-3, "near the reference, which reads the same whole numbers"
+        written = torch.isfinite(reference.scales[1])
+        ours = result[1].view(torch.float32)
+        assert torch.equal(torch.isfinite(ours), written) and torch.equal(ours[written], reference.scales[1][written])
+
+
+@pytest.mark.parametrize("path", NATIVE)
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+def test_a_sequence_with_a_number_that_is_none_harms_no_other(path: str, part: str) -> None:
+    attend, dtype = paths()[path]
+    params = AttentionParams(0.125)
+    whole = Case(9, 3, 64, dtype)
+    expected = whole.run(attend, whole.cache(), ALL, params)
+    sick, which, at = Case(9, 3, 64, dtype), len(LENGTHS) - 1, 40
+    row = sick.starts[which] + at
+    getattr(sick, part)[row, 0, 5] = float("nan")
+    got = sick.run(attend, sick.cache(), ALL, params)
+    assert torch.equal(got[:row], expected[:row])
+    assert got[row, 0].isnan().all(), "its own row, in the head that reads it"
+    assert part == "q" or got[row:, 0].isnan().all(), "and all that see its key or value"
+
+
+@pytest.mark.parametrize("path", NATIVE)
+def test_queries_and_keys_may_lie_as_modules_leave_them(path: str) -> None:
+    attend, dtype = paths()[path]
+    case, params = Case(4, 2, 16, dtype), AttentionParams(0.25)
+    expected = case.run(attend, case.cache(), ALL, params)
+    case.q, case.k, case.v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (case.q, case.k, case.v))
+    assert torch.equal(case.run(attend, case.cache(), ALL, params), expected), "heads first"
+    fused = torch.cat([x.reshape(len(x), -1) for x in (case.q, case.k, case.v)], dim=1)
+    case.q, case.k, case.v = (part.view(len(fused), -1, 16) for part in fused.split([4 * 16, 2 * 16, 2 * 16], dim=1))
+    step = case.step(cache := case.cache(), attend, ALL)
+    assert torch.equal(attend(case.q, case.k, case.v, 1, step, params), expected), "side by side in one row"
+    assert cache.scales[1].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32, WHOLE])
+def test_the_cache_gives_back_what_was_written(dtype: torch.dtype) -> None:
+    cache = KVCache(KVShape(1, 3, 32, dtype), 4, CPU)
+    k, v = torch.randn(20, 3, 32), torch.randn(20, 3, 32)
+    if dtype == BF16:
+        k, v = k.bfloat16(), v.bfloat16()
     positions = torch.arange(20)
     blocks = torch.tensor([2, 0])
     cache.write(0, blocks[positions // BLOCK_SIZE], positions % BLOCK_SIZE, k, v)
     keys, values = cache.read(0, blocks, 20)
-    assert torch.equal(keys, k)
-    assert torch.equal(values, v)
-    assert cache.nbytes == sum(t.numel() * t.element_size() for t in [*cache.k, *cache.v])
+    largest_k, largest_v = k.abs().amax(-1, keepdim=True), v.abs().amax(-1, keepdim=True)
+    assert ((keys - k).abs() <= (largest_k / 4095 * 0.501 if dtype == WHOLE else 0)).all(), "half a whole number"
+    assert ((values - v).abs() <= (largest_v / 16383 * 0.501 if dtype == WHOLE else 0)).all()
+    assert cache.nbytes == sum(t.numel() * t.element_size() for t in [*cache.k, *cache.v, *cache.scales])
 
 
 def test_the_compiled_kernel_is_chosen_where_it_can_run() -> None:
-    assert choose_kernels(CPU, shape=KVShape(1, 3, 64)).attention.startswith("native")
-    assert choose_kernels(CPU, shape=KVShape(1, 3, 24)).attend is attend_reference
-    assert choose_kernels(CPU, shape=KVShape(1, 3, 64, torch.float32)).attend is attend_reference
+    assert choose_kernels(CPU, shape=KVShape(1, 3, 64, WHOLE)).attention == "native"
+    assert choose_kernels(CPU, shape=KVShape(1, 3, 24, FP32)).attend is attend_reference
 
 
 def test_the_librarys_kernel_is_tried_before_it_is_used_and_asked_for_what_it_can() -> None:
@@ -170,18 +239,19 @@ def test_the_librarys_kernel_is_tried_before_it_is_used_and_asked_for_what_it_ca
 
 
 def test_the_compiled_kernel_refuses_what_it_would_misread() -> None:
-    attend, _ = paths()["native"]
+    attend, _ = paths()[NATIVE[-1]]
     case, params = Case(4, 2, 16), AttentionParams(0.25)
-    with pytest.raises(ValueError, match="tiled cache"):
-        case.run(attend, case.cache(tiled=False), ALL, params)
-    other = KVCache(KVShape(2, 4, 16), BLOCKS, CPU, tiled=True)
+    with pytest.raises(ValueError, match="a cache of whole numbers"):
+        case.run(attend, case.cache(), ALL, params)
+    with pytest.raises(ValueError, match="takes fp32"):
+        Case(4, 2, 16, BF16).run(attend, KVCache(KVShape(2, 2, 16, WHOLE), BLOCKS, CPU), ALL, params)
     with pytest.raises(ValueError, match="do not fit the cache"):
-        case.run(attend, other, ALL, params)
+        case.run(attend, KVCache(KVShape(2, 4, 16, WHOLE), BLOCKS, CPU), ALL, params)
 
 
 def test_a_kind_of_attention_that_is_unknown_is_refused_not_ignored() -> None:
     case = Case(4, 2, 16)
-    step = case.step(case.cache(False), attend_reference, [(0, 0, 1)])
+    step = case.step(case.cache(), attend_reference, [(0, 0, 1)])
     module = torch.nn.Module()
     tensors = [x[:1].transpose(0, 1)[None] for x in (case.q, case.k, case.v)]
     with pytest.raises(BaseModelError, match="s_aux"):

@@ -1,25 +1,25 @@
-"""Compiled norms, gated MLPs and output heads: a base's own numbers, row by row, and only where they are its own."""
+"""Compiled embeddings, norms and gated MLPs: a base's own numbers, row by row the same on every instruction set."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
-from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm, GemmaTextScaledWordEmbedding
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from loramux_server.kernels.abi import Isa
-from loramux_server.kernels.compiled_ops import compiled_ops, use_compiled_ops
-from loramux_server.kernels.native import native_library
-from support.tiny_models import save_tiny_model
+from loramux_server.kernels.compiled.library import Compiled, native_library
+from loramux_server.kernels.layers.operations import compiled_ops, use_compiled_ops
+from support.tiny_models import ARCHITECTURES, save_tiny_model
 
 LIBRARY = native_library()
-VECTOR = LIBRARY is not None and LIBRARY.best_isa >= Isa.AVX512_BF16
+ISAS = LIBRARY.isas if LIBRARY else ()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="no compiler was there at installation")
-needs_vectors = pytest.mark.skipif(not VECTOR, reason="the compiled head needs AVX512-BF16")
 
 
 class Gated(nn.Module):
@@ -28,19 +28,40 @@ class Gated(nn.Module):
         self.gate_proj, self.up_proj = (nn.Linear(width, inner, bias=False) for _ in range(2))
         self.down_proj = nn.Linear(inner, width, bias=False)
         self.act_fn = act
+        for layer in (self.gate_proj, self.up_proj, self.down_proj):
+            layer.weight.data = torch.randn_like(layer.weight) / width**0.5
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
         return y
 
 
-class Headed(nn.Module):
-    def __init__(self, width: int, columns: int, *, bias: bool = False) -> None:
-        super().__init__()
-        self.head = nn.Linear(width, columns, bias=bias)
+class Fused(nn.Module):
+    """Gate and up in one layer, as Phi-3 has it."""
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.head
+    def __init__(self, width: int, inner: int, act: nn.Module, *, gate_first: bool = True) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(width, 2 * inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.activation_fn = act
+        self._gate_first = gate_first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        if not self._gate_first:
+            gate, up = up, gate
+        y: torch.Tensor = self.down_proj(up * self.activation_fn(gate))
+        return y
+
+
+class Embedded(nn.Module):
+    def __init__(self, embedding: nn.Module, head: nn.Module | None = None) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.head = head
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
 
 
 def norm_of(width: int, kind: type[nn.Module] = LlamaRMSNorm) -> nn.Module:
@@ -49,15 +70,10 @@ def norm_of(width: int, kind: type[nn.Module] = LlamaRMSNorm) -> nn.Module:
     return norm
 
 
-def use(model: nn.Module) -> None:
-    assert LIBRARY is not None
-    use_compiled_ops(model, LIBRARY, LIBRARY.best_isa)
-
-
-def compiled(module: nn.Module) -> str:
+def use(model: nn.Module, isa: int = -1) -> str:
     """What of it runs on compiled kernels, now."""
-    model = module if isinstance(module, Headed) else nn.Sequential(module)
-    use(model.bfloat16())
+    assert LIBRARY is not None
+    use_compiled_ops(model, Compiled(LIBRARY, ISAS[isa]))
     return compiled_ops(model)
 
 
@@ -68,94 +84,140 @@ def own(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return y
 
 
-@pytest.mark.parametrize("width", [1, 31, 64, 576, 2049])
+@pytest.mark.parametrize("width", [16, 64, 576, 2048])
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, GemmaRMSNorm, Olmo2RMSNorm])
 @torch.inference_mode()
-def test_a_norm_gives_its_own_numbers_nearly_all_of_them_to_the_last_bit(width: int) -> None:
-    norm = norm_of(width)
-    assert compiled(norm) == "1 norm"
-    x = (torch.randn(1, 40, width) * 3).bfloat16()
-    torch.testing.assert_close(norm(x), own(norm, x), rtol=2**-7, atol=1e-6)
-    assert (norm(x) == own(norm, x)).float().mean() > 0.99
-    assert torch.equal(norm(x.float()), own(norm, x.float())), "other dtypes go their own way"
+def test_a_norm_gives_its_own_numbers_and_says_what_it_multiplies_with(width: int, kind: type[nn.Module]) -> None:
+    norm = norm_of(width, kind)
+    assert use(nn.Sequential(norm)) == "1 norm"
+    x = torch.randn(1, 40, width) * 10.0 ** torch.linspace(-3, 3, 40)[:, None]
+    torch.testing.assert_close(norm(x), own(norm, x), rtol=2e-6, atol=0)
+    held = norm.loramux_norm
+    expected = x.double() * (x.double().square().mean(-1, keepdim=True) + held.eps).rsqrt() * held.weight.double()  # type: ignore[union-attr,operator]
+    torch.testing.assert_close(norm(x).double(), expected, rtol=1e-6, atol=0)
+    spread = x[..., None].expand(*x.shape, 2)[..., 0]
+    assert torch.equal(norm(spread), norm(x)), "where the numbers lie changes nothing"
 
 
-@pytest.mark.parametrize("kind", [GemmaRMSNorm])
-def test_a_norm_that_means_something_else_keeps_its_own_code(kind: type[nn.Module]) -> None:
-    assert compiled(norm_of(64, kind)) == "none"
-    assert compiled(nn.LayerNorm(64)) == "none"
-    assert compiled(nn.LayerNorm(64, bias=False)) == "none"
+def test_what_means_something_else_keeps_its_own_code_in_fp32() -> None:
+    for module in (nn.LayerNorm(64), nn.LayerNorm(64, bias=False), norm_of(50)):
+        model = nn.Sequential(module.bfloat16())
+        assert use(model) == "none"
+        assert model(torch.randn(3, module.weight.numel())).dtype == torch.float32
 
 
+ACTIVATIONS: list[nn.Module] = [nn.SiLU(), nn.GELU(approximate="tanh")]
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS, ids=["SiLU", "GELU"])
+@pytest.mark.parametrize("kind", [Gated, Fused])
 @torch.inference_mode()
-def test_an_activation_is_right_for_every_number_there_is() -> None:
-    gated = Gated(64, 128, nn.SiLU())
-    for layer in (gated.gate_proj, gated.up_proj, gated.down_proj):
-        layer.weight.data = torch.randn_like(layer.weight)
-    assert compiled(gated) == "1 MLP"
-    g = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).view(-1, 64)
+def test_an_mlp_gives_its_own_numbers(act: nn.Module, kind: type[Gated] | type[Fused]) -> None:
+    mlp = kind(64, 128, act).bfloat16()
+    assert use(nn.Sequential(mlp)) == "1 MLP"
+    assert (mlp.loramux_mlp.gelu, mlp.loramux_mlp.fused) == (act is ACTIVATIONS[1], kind is Fused)  # type: ignore[union-attr]
+    x = torch.randn(2, 5, 64) * 4
+    torch.testing.assert_close(mlp(x), own(mlp, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS, ids=["SiLU", "GELU"])
+@torch.inference_mode()
+def test_an_activation_is_right_for_every_size_of_number(act: nn.Module) -> None:
+    gated = Gated(64, 64, act)
+    assert use(nn.Sequential(gated)) == "1 MLP"
     gated.gate_proj = gated.up_proj = gated.down_proj = nn.Identity()  # type: ignore[assignment]
-    ours, its = gated(g), nn.functional.silu(g) * g
-    finite = torch.isfinite(its.float()) & (its.float().abs() > 1e-30)
-    assert torch.equal(ours.isnan(), its.isnan())
-    torch.testing.assert_close(ours[finite], its[finite], rtol=2**-6, atol=0)
-    assert (ours[finite] == its[finite]).float().mean() > 0.999
+    sizes = torch.cat([-(10.0 ** torch.linspace(2, -20, 1024)), 10.0 ** torch.linspace(-20, 18, 1024)]).view(-1, 64)
+    expected = act(sizes.double()) * sizes.double()
+    torch.testing.assert_close(
+        gated(sizes).double(), expected, rtol=1e-6, atol=1e-5 if act is ACTIVATIONS[1] else 1e-34
+    )
+    for odd in (float("nan"), float("inf")):
+        assert not gated(torch.full((1, 64), odd)).isfinite().any()
 
 
-def test_an_mlp_with_another_activation_keeps_its_own_code() -> None:
-    for act in (nn.GELU(), nn.ReLU()):
-        gated = Gated(64, 128, act)
-        for layer in (gated.gate_proj, gated.up_proj, gated.down_proj):
-            layer.weight.data = torch.randn_like(layer.weight)
-        assert compiled(gated) == "none"
-
-
-@needs_vectors
-@pytest.mark.parametrize(("width", "columns"), [(64, 320), (576, 1001), (50, 7), (33, 8), (2048, 15)])
-@torch.inference_mode()
-def test_a_head_gives_fp32_sums_rounded_once(width: int, columns: int) -> None:
-    torch.manual_seed(0)  # of few columns one last bit is more than the share that may differ
-    model = Headed(width, columns)
-    model.head.weight.data = torch.randn(columns, width) / width**0.5
-    assert compiled(model) == "1 head"
-    assert model.head(torch.empty(0, width).bfloat16()).shape == (0, columns)
-    for rows in (1, 2, 3, 4, 8, 9, 33):
-        x = torch.randn(rows, width).bfloat16()
-        expected = x.double() @ model.head.weight.double().T
-        torch.testing.assert_close(model.head(x).double(), expected, rtol=2**-8, atol=1e-2 * float(expected.std()))
-
-
-def test_a_head_with_a_bias_keeps_its_own_code() -> None:
-    assert compiled(Headed(64, 320, bias=True)) == "none"
+def test_an_mlp_that_does_something_else_keeps_its_own_code() -> None:
+    for mlp in (Gated(64, 128, nn.GELU()), Gated(64, 128, nn.ReLU()), Fused(64, 128, nn.SiLU(), gate_first=False)):
+        assert use(nn.Sequential(mlp.bfloat16())) == "none"
+    odd = Gated(64, 128, nn.SiLU()).bfloat16()
+    odd.forward = lambda x: type(odd).forward(odd, x) * 1.01  # type: ignore[method-assign]
+    assert use(nn.Sequential(odd)) == "none"
 
 
 @torch.inference_mode()
-def test_the_bits_of_a_row_depend_neither_on_its_company_nor_on_the_threads() -> None:
-    gated, model, norm = Gated(512, 1024, nn.SiLU()), Headed(512, 1003), norm_of(512)
-    for layer in (gated.gate_proj, gated.up_proj, gated.down_proj):
-        layer.weight.data = torch.randn_like(layer.weight) / 23
-    use(nn.ModuleList([gated.bfloat16(), norm]))
-    use(model.bfloat16())
-    gated.down_proj, gated.gate_proj, gated.up_proj = (nn.Identity() for _ in range(3))  # type: ignore[assignment]
-    x = torch.randn(130, 512).bfloat16()
+def test_an_embedding_keeps_its_bytes_and_gives_its_numbers_in_fp32() -> None:
+    tokens = torch.tensor([[3, 0, 99, 3]])
+    for module, factor in (
+        (nn.Embedding(100, 48, padding_idx=99), 1.0),
+        (GemmaTextScaledWordEmbedding(100, 48, 0, embed_scale=6.9282), 6.9282),
+    ):
+        model = Embedded(module.bfloat16())
+        factor = float(getattr(module, "embed_scale", factor))
+        assert use(model) == "1 embedding"
+        assert module.weight.dtype == torch.bfloat16 and module.loramux_embedding.factor == factor  # type: ignore[union-attr]
+        assert torch.equal(module(tokens), module.weight.float()[tokens] * torch.tensor(factor))
+
+
+@torch.inference_mode()
+def test_an_embedding_that_a_dense_head_multiplies_with_becomes_fp32_with_it() -> None:
+    embedding, head = nn.Embedding(100, 48), nn.Linear(48, 100, bias=False)
+    head.weight = embedding.weight
+    model = Embedded(embedding, head).bfloat16()
+    assert use(model) == "1 embedding"
+    assert model.head is not None and model.head(embedding(torch.tensor([[1]]))).dtype == torch.float32
+    assert head.weight is embedding.weight
+
+
+@torch.inference_mode()
+def test_the_bits_of_a_row_depend_on_nothing_but_the_row() -> None:
+    """Neither on its company nor on threads nor on the instruction set."""
+    modules = [norm_of(512), Gated(512, 1024, nn.SiLU()), Fused(512, 1024, nn.GELU(approximate="tanh"))]
+    x = torch.randn(130, 512)
+    x[7, 3] = float("nan")
+    expected: list[torch.Tensor] = []
     threads = torch.get_num_threads()
-    for module in (norm, gated, model.head):
-        together = module(x)
-        for number in (1, 2, 5):
-            torch.set_num_threads(number)
-            try:
-                assert torch.equal(module(x), together)
-                assert torch.equal(torch.cat([module(row[None]) for row in x[:7]]), together[:7])
-                assert torch.equal(module(x[3:90]), together[3:90])
-            finally:
-                torch.set_num_threads(threads)
+    for isa in range(len(ISAS)):
+        for which, fresh in enumerate(modules):
+            module = copy.deepcopy(fresh)
+            use(nn.Sequential(module), isa)
+            if module._modules:  # only what is between the products
+                module._modules.update({name: nn.Identity() for name in module._modules if name != "gate_up_proj"})
+                module._modules.update({} if isinstance(module, Gated) else {"gate_up_proj": nn.Identity()})
+            together = module(x)
+            if isa == 0:
+                expected.append(together)
+                assert together.isfinite().all(-1).sum() == 129
+            assert torch.equal(together.view(torch.int32), expected[which].view(torch.int32)), ISAS[isa].label
+            for number in (1, 2, 5):
+                torch.set_num_threads(number)
+                try:
+                    assert torch.equal(module(x[8:]), together[8:])
+                    assert torch.equal(torch.cat([module(row[None]) for row in x[:7]]), together[:7])
+                finally:
+                    torch.set_num_threads(threads)
 
 
+COMPILED = {
+    "llama": "2 MLPs, 1 embedding, 5 norms",
+    "qwen3": "2 MLPs, 1 embedding, 9 norms",
+    "gemma": "2 MLPs, 1 embedding, 5 norms",
+    "gemma2": "2 MLPs, 1 embedding, 9 norms",
+    "gemma3_text": "2 MLPs, 1 embedding, 13 norms",
+    "phi3": "2 MLPs, 1 embedding, 5 norms",
+    "olmo2": "2 MLPs, 1 embedding, 9 norms",
+    "granite": "2 MLPs, 1 embedding, 5 norms",
+    "gpt_neox": "1 embedding",
+}
+
+
+@pytest.mark.parametrize("architecture", COMPILED)
 @torch.inference_mode()
-def test_a_whole_model_gives_its_own_logits(tmp_path: Path) -> None:
-    directory = save_tiny_model(tmp_path)
-    its, ours = (AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval() for _ in range(2))
-    use(ours)
-    assert compiled_ops(ours) == f"2 MLPs, {'1 head, ' if VECTOR else ''}5 norms" and compiled_ops(its) == "none"
-    ids = torch.randint(0, 320, (1, 40))
-    expected, found = its(ids).logits.float(), ours(ids).logits.float()
-    assert (found - expected).abs().max() < 0.05 * expected.std()
+def test_a_whole_model_gives_the_logits_that_it_has_in_fp32(architecture: str, tmp_path: Path) -> None:
+    assert architecture in ARCHITECTURES
+    directory = save_tiny_model(tmp_path, architecture)
+    its = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    ours = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
+    assert use(ours) == COMPILED[architecture] and compiled_ops(its) == "none"
+    ids = torch.randint(0, 256, (1, 40))
+    expected, found = its(ids).logits, ours(ids).logits
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().max() < 1e-5 * expected.std()

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
+import torch
 
-from loramux_server.kernels.abi import VectorIsa
-from loramux_server.kernels.native import NativeLibrary, native_library
-from support.exact_models import TILE, Array, Decoder, Linear, Row, Shape, at
-
-SHAPES = {
-    "Llama": Shape(),
-    "Qwen2": Shape(bias=True),
-    "Qwen3": Shape(qk_norm="head", head_dim=64),
-    "Mistral": Shape(window=11),
-    "Gemma 2": Shape(post_norms=True, gelu=True, softcap=8.0, logit_softcap=3.0, embedding_factor=11.3),
-    "Gemma 3": Shape(post_norms=True, gelu=True, qk_norm="head", window=9, head_dim=96, heads=2, kv_heads=1),
-    "Phi-3": Shape(fused=True),
-    "Granite": Shape(residual_factor=0.22, logit_factor=0.125, embedding_factor=12.0),
-    "OLMo 2": Shape(pre_norms=False, post_norms=True, qk_norm="whole"),
-    "SmolLM3": Shape(rotary=False, heads=9, kv_heads=3, head_dim=64, hidden=192),
-    "many heads": Shape(heads=28, kv_heads=2, head_dim=16, hidden=64),
-    "long heads": Shape(heads=2, kv_heads=2, head_dim=256, hidden=64),
-}
-ADAPTERS: list[tuple[tuple[int, int, float], ...]] = [
-    (),
-    ((0, 8, 1.0),),
-    ((8, 16, 0.5),),
-    ((0, 8, 1.0), (24, 8, -2.0)),
-]
+from loramux_adapters.lora.ops import Arena, LoraRows
+from loramux_adapters.lora.slots import ScaledSlot, Slot
+from loramux_server.kernels.compiled.abi import VectorIsa
+from loramux_server.kernels.compiled.adapter_kernels import NativeAddLora
+from loramux_server.kernels.compiled.library import Compiled, NativeLibrary, native_library
+from support.exact_models import Array, Decoder, Linear, at
+from support.exact_steps import ADAPTERS, SHAPES, feed, sequences_of
 
 
 @pytest.fixture(scope="module")
@@ -42,29 +28,6 @@ def library() -> NativeLibrary:
 def sets_of(library: NativeLibrary) -> list[VectorIsa]:
     found = library.function("loramux_exact_isas")()
     return [isa for isa in VectorIsa if found & 1 << isa]
-
-
-def feed(decoder: Decoder, isa: VectorIsa, sequences: list[list[int]], chunk: int, threads: int = 1) -> list[Array]:
-    """Logits of every token of each sequence; `chunk` tokens of each go into a step, all sequences together."""
-    width = -(-max(map(len, sequences)) // TILE)
-    tables = np.arange(len(sequences) * width, dtype=np.int32).reshape(len(sequences), width)[::-1].copy()
-    cache = decoder.cache(len(sequences) * width)
-    logits: list[list[Array]] = [[] for _ in sequences]
-    for first in range(0, max(map(len, sequences)), chunk):
-        rows = [
-            Row(token, first + offset, index, ADAPTERS[index % len(ADAPTERS)])
-            for index, tokens in enumerate(sequences)
-            for offset, token in enumerate(tokens[first : first + chunk])
-        ]
-        got = decoder.run(isa, cache, rows, list(range(len(rows))), tables, threads)
-        for row, its in zip(rows, got, strict=True):
-            logits[row.sequence].append(its)
-    return [np.stack(each) for each in logits]
-
-
-def sequences_of(shape: Shape) -> list[list[int]]:
-    random = np.random.default_rng(3)
-    return [random.integers(0, shape.vocabulary, length).tolist() for length in (37, 5, 16, 23, 1)]
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -146,3 +109,36 @@ def product(library: NativeLibrary, linear: Linear, x: Array, isa: VectorIsa) ->
     call = library.function("loramux_exact_product")
     call(at(y), at(x), at(linear.codes), at(linear.scales), len(x), inputs, outputs, isa, 2)
     return y
+
+
+@pytest.mark.skipif(native_library() is None, reason="there are no compiled kernels")
+def test_a_product_and_a_sum_are_rounded_once_on_every_instruction_set() -> None:
+    """Also where a sum in double, rounded to a float, would be rounded twice: next to the middle of two floats."""
+    library = native_library()
+    assert library is not None
+    cases = []  # c + x * a
+    for step in range(128):
+        a = np.float32(1 + step / 128)  # a number of bf16
+        x = np.float32(2) / a
+        beside = Fraction(float(x)) * Fraction(float(a)) / 2 - 1
+        if 0 < abs(beside) <= Fraction(1, 2**30):
+            c = 1.0 if beside > 0 else 1 + 2.0**-23
+            cases += [(c, float(x) * 2.0**-25, float(a)), (c * 2.0**-127, float(x) * 2.0**-80, float(a) * 2.0**-71)]
+            assert np.float32(np.float64(x * np.float32(2.0**-25)) * np.float64(a) + c) != 1 + 2.0**-23, "no such case"
+    assert len(cases) >= 4
+    for c, x, a in cases:
+        inputs, arena = (
+            torch.zeros(1, 32),
+            Arena(torch.zeros(8, 32).bfloat16(), torch.zeros(8, 16).bfloat16(), torch.ones(1, dtype=torch.uint8)),
+        )
+        inputs[0, 0], inputs[0, 16], arena.a[0, 0], arena.a[0, 16], arena.bt[0] = c, x, 1.0, a, 1.0
+        rows = LoraRows.build([((ScaledSlot(Slot(0, 8)),), 1)])
+        assert rows is not None
+        found = []
+        for isa in library.isas:
+            y = torch.zeros(1, 16)
+            NativeAddLora(Compiled(library, isa))(y, inputs, arena, rows)
+            found.append(float(y[0, 0]))
+        assert len(set(found)) == 1, (c, x, a, found)
+        if c >= 1:  # the others are below the normal floats
+            assert found[0] == 1 + 2.0**-23, (c, x, a, found)

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from loramux_server.kernels.native import native_library
+from loramux_server.kernels.compiled.library import native_library
 
 LIBRARY = native_library()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="no compiler was there at installation")

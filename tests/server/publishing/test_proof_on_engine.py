@@ -28,9 +28,9 @@ from loramux_server.engine.model_runner import ModelRunner
 from loramux_server.engine.scheduler import Scheduler
 from loramux_server.engine.sequence import AdapterUse, SamplingParams, Sequence
 from loramux_server.fingerprint.file import Fingerprint, Witness
-from loramux_server.kernels.attention import probe_kv_shape
+from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVCache
+from loramux_server.kernels.attention.paged_attention import probe_kv_shape
 from loramux_server.kernels.choice import choose_kernels
-from loramux_server.kernels.kv_cache import BLOCK_SIZE, KVCache
 from loramux_server.publishing.proof import Prover
 from support.adapter_files import write_adapter
 from support.fakes_engine import FakeMetrics
@@ -45,15 +45,15 @@ class Rig:
     """An engine as the server wires it, without HTTP and without a store."""
 
     def __init__(self, base: BaseModel) -> None:
-        shape = probe_kv_shape(base.model, CPU)
-        kernels = choose_kernels(CPU, shape=shape)
+        shape = probe_kv_shape(base.model, CPU, whole_numbers=base.kernels.whole_numbers)
+        kernels = choose_kernels(CPU, base.kernels.name, shape)
         slots = AdapterSlots(base.model, ROWS, kernels.add_lora, kernels.copy_slot, head=head_path(base.model))
         self.inbox = Inbox(64)
         self.host = HostCache(self.published, 1 << 30, on_ready=self.inbox.wake)
         runner = ModelRunner(
             base.model,
             slots=slots,
-            cache=KVCache(shape, BLOCKS, CPU, tiled=kernels.tiled),
+            cache=KVCache(shape, BLOCKS, CPU),
             kernels=kernels,
             host_adapter=self.host.get,
             device=CPU,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -49,6 +50,24 @@ def test_a_note_within_a_stage_gets_a_line_of_its_own() -> None:
     stages.note("after")
 
     assert "".join(text) == "  load ...\n  converting, once\n  load 1.0 s\n  after\n"
+
+
+def test_what_is_logged_within_a_stage_begins_a_line_of_its_own() -> None:
+    text: list[str] = []
+    stages = Stages(text.append, ticking())
+    handler, root, logger = logging.Handler(), logging.getLogger(), logging.getLogger("of.the.tests")
+    logger.setLevel(logging.WARNING)  # whatever the root's is by now
+    handler.emit = lambda record: text.append(f"{record.getMessage()}\n")  # type: ignore[method-assign]
+    root.addHandler(handler)
+    try:
+        with stages.stage("check"):
+            logger.warning("module by module")
+            logger.warning("it is slow")
+    finally:
+        root.removeHandler(handler)
+
+    assert "".join(text) == "  check ...\nmodule by module\nit is slow\n  check 1.0 s\n"
+    assert not handler.filters
 
 
 def test_a_stage_that_fails_ends_its_line_and_counts_no_seconds() -> None:

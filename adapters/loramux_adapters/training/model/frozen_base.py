@@ -15,7 +15,8 @@ _QUANTIZED_PARTS = ("absmax", "code", "offset")
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every frozen tensor as it lies in memory, by a name that does not depend on peft; tied weights come once.
 
-    A quantized weight gives its raw codes, and its scales and their own scales as tensors of their own.
+    A quantized weight gives its raw codes, and its scales and their own scales as tensors of their own. So does a layer
+    that lies as compiled kernels read it, whose scales are buffers.
     """
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -28,6 +29,10 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 tensor = getattr(part, field, None)
                 if isinstance(tensor, torch.Tensor):
                     yield f"{plain}.{nested}{field}", tensor
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            for name, buffer in module.named_buffers(recurse=False):
+                yield _plain(f"{path}.{name}"), buffer
 
 
 def base_digest(model: nn.Module) -> str:
@@ -41,17 +46,22 @@ def base_digest(model: nn.Module) -> str:
 
 def base_elements(model: nn.Module) -> int:
     """Weights of the base, each quantized one counted as the weight that it stands for."""
-    return sum(_elements(parameter) for name, parameter in model.named_parameters() if "lora_" not in name)
+    linears = (module for module in model.modules() if isinstance(module, nn.Linear))
+    quantized = {
+        id(layer.weight): layer.in_features * layer.out_features
+        for layer in linears
+        if not layer.weight.is_floating_point()
+    }
+    return sum(
+        quantized.get(id(parameter), parameter.numel())
+        for name, parameter in model.named_parameters()
+        if "lora_" not in name
+    )
 
 
 def base_bytes(model: nn.Module) -> int:
     """Bytes of the base as it is held, quantization constants included."""
     return sum(tensor.numel() * tensor.element_size() for _, tensor in base_tensors(model))
-
-
-def _elements(parameter: nn.Parameter) -> int:
-    state: Any = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else int(torch.Size(state.shape).numel())
 
 
 def _plain(name: str) -> str:

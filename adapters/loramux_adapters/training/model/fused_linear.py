@@ -6,19 +6,79 @@ Semantics, with W [out, in] frozen, A [rank, in], B [out, rank], and D a random 
 
 peft's own layer lifts x to fp32, multiplies there, and adds three rounded terms. Here everything runs in the dtype of x
 with sums in fp32, the delta goes into the large product before its only rounding (so that a delta smaller than the last
-bit of y is not lost), an NF4 weight is unpacked where it is needed and dropped, and only x and x A.T are kept.
+bit of y is not lost), and only x and x A.T are kept. A layer that brings its own products is multiplied by these, so it
+is trained on the very numbers that are served; another weight in NF4 is unpacked where it is needed and dropped.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import bitsandbytes.functional as bnb
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from loramux_adapters.training.model.ops import TrainingOps
+
 _DRAWS = 2**16  # dropout is drawn in 16-bit steps: a quarter of the random numbers, and finer than anybody sets it
+
+
+@runtime_checkable
+class _Multiplied(Protocol):
+    """A layer that multiplies by its own weight, both ways; fp32, without the bias."""
+
+    def product(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def product_transposed(self, dy: torch.Tensor) -> torch.Tensor: ...
+
+
+@runtime_checkable
+class _Dequantized(Protocol):
+    def dequantized(self) -> torch.Tensor:
+        """[out, in] fp32."""
+
+
+class FrozenWeight:
+    """The weight of one layer of the base, as it is held, and products with it.
+
+    Attributes:
+        bias: [out], or None.
+    """
+
+    def __init__(self, layer: nn.Linear, ops: TrainingOps | None = None) -> None:
+        self._layer: Any = layer
+        self._ops = ops
+        self._outputs = layer.out_features
+        self._multiplied: _Multiplied | None = layer if isinstance(layer, _Multiplied) else None
+        self.bias: torch.Tensor | None = None if layer.bias is None else layer.bias.detach()
+
+    def times(self, x: torch.Tensor) -> torch.Tensor:
+        """x [rows, in] -> x @ W.T [rows, out]."""
+        if self._multiplied is not None:
+            return self._multiplied.product(x)[:, : self._outputs]
+        return self.matmul(x, self.unpacked(x.dtype).t())
+
+    def times_transposed(self, dy: torch.Tensor) -> torch.Tensor:
+        """dy [rows, out] -> dy @ W [rows, in], the gradient of `times`."""
+        if self._multiplied is not None:
+            padded = getattr(self._layer, "padded", self._outputs)
+            return self._multiplied.product_transposed(nn.functional.pad(dy, (0, padded - self._outputs)))
+        return self.matmul(dy, self.unpacked(dy.dtype))
+
+    def matmul(self, a: torch.Tensor, b: torch.Tensor, add_to: torch.Tensor | None = None) -> torch.Tensor:
+        """a @ b, or `add_to` with it added in place, rounded once."""
+        if self._ops is not None and a.dtype == torch.float32:
+            return self._ops.matmul(a, b, add_to)
+        return a @ b if add_to is None else add_to.addmm_(a, b)
+
+    def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
+        """[out, in]: a copy of an NF4 weight, dequantized; another weight itself."""
+        if isinstance(self._layer, _Dequantized):
+            return self._layer.dequantized().to(dtype)
+        weight: torch.Tensor = self._layer.weight.detach()
+        state = getattr(self._layer.weight, "quant_state", None)
+        return (weight if state is None else bnb.dequantize_4bit(weight, state)).to(dtype)
 
 
 class _FrozenPlusDelta(torch.autograd.Function):
@@ -37,9 +97,14 @@ class _FrozenPlusDelta(torch.autograd.Function):
         """x [tokens, in], a [rank, in] and b [out, rank] of any float dtype -> y [tokens, out] of x's."""
         a, b = a.to(x.dtype), (b * scale).to(x.dtype)
         kept = keep_mask(x, dropout) if dropout else None
-        inner = (x if kept is None else x * kept * (1 / (1 - dropout))) @ a.t()
-        y = inner @ b.t() if weight.bias is None else torch.addmm(weight.bias.to(x.dtype), inner, b.t())
-        y.addmm_(x, weight.unpacked(x.dtype).t())
+        inner = weight.matmul(x if kept is None else x * kept * (1 / (1 - dropout)), a.t())
+        if x.dtype == torch.float32:
+            y = weight.matmul(inner, b.t(), weight.times(x))
+            if weight.bias is not None:
+                y += weight.bias
+        else:  # the delta first: it would be lost in the last bits of the larger term
+            y = inner @ b.t() if weight.bias is None else torch.addmm(weight.bias.to(x.dtype), inner, b.t())
+            y.addmm_(x, weight.unpacked(x.dtype).t())
         ctx.save_for_backward(x, a, b, inner, kept)
         ctx.weight, ctx.scale, ctx.dropout = weight, scale, dropout
         return y
@@ -47,32 +112,38 @@ class _FrozenPlusDelta(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         x, a, b, inner, kept = ctx.saved_tensors
+        weight: FrozenWeight = ctx.weight
         need_x, need_a, need_b = ctx.needs_input_grad[:3]
-        d_inner = grad @ b
-        grad_b = (inner.t() @ grad).t().float().mul_(ctx.scale) if need_b else None
+        d_inner = weight.matmul(grad, b)
+        grad_b = weight.matmul(inner.t(), grad).t().float().mul_(ctx.scale) if need_b else None
         keep = None if kept is None else kept * x.new_tensor(1 / (1 - ctx.dropout))
-        grad_a = (d_inner.t() @ (x if keep is None else x * keep)).float() if need_a else None
+        grad_a = weight.matmul(d_inner.t(), x if keep is None else x * keep).float() if need_a else None
         grad_x = None
-        if need_x:
-            grad_x = d_inner @ a
+        if need_x and x.dtype == torch.float32 and keep is None:
+            grad_x = weight.matmul(d_inner, a, weight.times_transposed(grad))
+        elif need_x:
+            grad_x = weight.matmul(d_inner, a)
             if keep is not None:
                 grad_x *= keep
-            grad_x.addmm_(grad, ctx.weight.unpacked(grad.dtype))
+            if x.dtype == torch.float32:
+                grad_x += weight.times_transposed(grad)
+            else:
+                grad_x.addmm_(grad, weight.unpacked(grad.dtype))
         return grad_x, grad_a, grad_b, None, None, None
 
 
-class FrozenWeight:
-    """The weight of one layer of the base, as it is held, and how to get it [out, in] in a float dtype."""
+class _Frozen(torch.autograd.Function):
+    """y = x @ W.T + bias of a layer without an adapter; a gradient goes to x alone."""
 
-    def __init__(self, layer: nn.Linear) -> None:
-        self._weight: Any = layer.weight
-        self.bias: torch.Tensor | None = None if layer.bias is None else layer.bias.detach()
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: FrozenWeight) -> torch.Tensor:
+        ctx.weight = weight
+        y = weight.times(x)
+        return y if weight.bias is None else y + weight.bias.to(x.dtype)
 
-    def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
-        """A copy of an NF4 weight, dequantized; another weight itself."""
-        state = getattr(self._weight, "quant_state", None)
-        weight: torch.Tensor = self._weight.detach()
-        return (weight if state is None else bnb.dequantize_4bit(weight, state)).to(dtype)
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        return ctx.weight.times_transposed(grad), None
 
 
 def lora_linear(
@@ -84,6 +155,13 @@ def lora_linear(
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
+def frozen_linear(x: torch.Tensor, weight: FrozenWeight) -> torch.Tensor:
+    """x [..., in] -> [..., out]."""
+    apply: Any = _Frozen.apply
+    y: torch.Tensor = apply(x.reshape(-1, x.shape[-1]), weight)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
 def keep_mask(x: torch.Tensor, dropout: float) -> torch.Tensor:
     """True where an element is kept, in x's shape; from PyTorch's current random state."""
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
@@ -91,20 +169,32 @@ def keep_mask(x: torch.Tensor, dropout: float) -> torch.Tensor:
     return kept.view(x.shape)
 
 
-def fuse_lora_layers(model: nn.Module) -> None:
-    """Gives every LoRA layer that peft put into the model the forward of this module; parameters stay peft's."""
+def fuse_lora_layers(model: nn.Module, ops: TrainingOps | None = None) -> None:
+    """Gives every LoRA layer that peft put into the model the forward of this module; parameters stay peft's.
+
+    On a CPU the linear layers without an adapter, the output head among them, get a forward with a gradient in fp32.
+    """
+    wrapped = set()
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and isinstance(layer, nn.Module):
-            _fuse(layer)
+            wrapped |= set(layer.modules())
+            _fuse(layer, ops)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module not in wrapped and module.weight.device.type == "cpu":
+            _freeze(module, FrozenWeight(module, ops))
 
 
-def _fuse(layer: Any) -> None:
+def _fuse(layer: Any, ops: TrainingOps | None) -> None:
     (name,) = layer.lora_A
     a, b, drop = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_dropout[name]
-    weight, scale = FrozenWeight(layer.get_base_layer()), float(layer.scaling[name])
+    weight, scale = FrozenWeight(layer.get_base_layer(), ops), float(layer.scaling[name])
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         dropout = float(drop.p) if isinstance(drop, nn.Dropout) and drop.training else 0.0
         return lora_linear(x, a, b, weight, scale, dropout)
 
     layer.forward = forward
+
+
+def _freeze(layer: Any, weight: FrozenWeight) -> None:
+    layer.forward = lambda x: frozen_linear(x, weight)

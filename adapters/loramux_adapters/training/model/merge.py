@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import nn
 
+from loramux_adapters import nf4
 from loramux_adapters.errors import TrainingError
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.training.model.whole_directory import cannot_write
@@ -77,7 +77,14 @@ def merge_into(
 
 
 def through_nf4(weight: torch.Tensor) -> torch.Tensor:
-    """What the served base holds of a 16-bit weight: quantized to NF4 with double quantization, and back."""
+    """What the served base holds of a 16-bit weight: quantized to NF4 with double quantization, and back.
+
+    By bitsandbytes on CUDA, and where blocks do not end with rows.
+    """
+    if weight.device.type == "cpu" and weight.shape[1] % nf4.BLOCK == 0:
+        return nf4.dequantize(*nf4.quantize(weight)).to(weight.dtype)
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
     codes, state = quantize_4bit(weight.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4")
     back: torch.Tensor = dequantize_4bit(codes, state)
     return back.to(weight.dtype).reshape(weight.shape)

@@ -15,10 +15,13 @@ from loramux_adapters.errors import RecipeError
 from loramux_adapters.training.data.batches import TokenBatch
 from loramux_adapters.training.model.adapter_directory import write_adapter
 from loramux_adapters.training.model.compact_batch import CompactBatch
+from loramux_adapters.training.model.exact_modules import use_exact_modules, use_fp32
 from loramux_adapters.training.model.frozen_base import base_bytes, base_digest, base_elements
 from loramux_adapters.training.model.fused_linear import fuse_lora_layers
+from loramux_adapters.training.model.head_loss import HeadLoss, head_loss
 from loramux_adapters.training.model.loftq import start_at_quantization_loss
 from loramux_adapters.training.model.lora_layers import add_lora
+from loramux_adapters.training.model.ops import TrainingOps
 from loramux_adapters.training.model.packed_attention import use_packed_attention
 from loramux_adapters.training.recipe import Recipe
 
@@ -60,12 +63,17 @@ class Counts:
 class LoraModel:
     """The base with LoRA layers, in training. Build it with `build`; owned by the thread that trains.
 
+    On a CPU everything between the layers is fp32, on a GPU it has the base's dtype.
+
     Attributes:
         trainable: A and B of every adapted layer under peft's names, in the model's order; fp32.
     """
 
-    def __init__(self, peft_model: Any, recipe: Recipe) -> None:
+    def __init__(
+        self, peft_model: Any, recipe: Recipe, ops: TrainingOps | None = None, head: HeadLoss | None = None
+    ) -> None:
         self._peft = peft_model
+        self._ops, self._head = ops, head
         self._model: Any = peft_model.get_base_model()
         self._recipe = recipe
         self.trainable: dict[str, nn.Parameter] = {
@@ -75,13 +83,19 @@ class LoraModel:
 
     @classmethod
     def build(
-        cls, base: nn.Module, recipe: Recipe, *, originals: Callable[[str], torch.Tensor] | None = None
+        cls,
+        base: nn.Module,
+        recipe: Recipe,
+        *,
+        originals: Callable[[str], torch.Tensor] | None = None,
+        ops: TrainingOps | None = None,
     ) -> LoraModel:
         """Adds LoRA layers to a loaded base, which is changed in place and must have been loaded to be trained.
 
         Args:
             base: transformers' causal language model; its weights stay as they are.
             originals: module path -> 16-bit weight [out, in]; needed for init loftq.
+            ops: what computes the rest beside the layers' own products; None leaves it to PyTorch.
         Raises:
             RecipeError: the recipe asks for layers that the base does not have, or for weights that are not at hand.
         """
@@ -93,11 +107,15 @@ class LoraModel:
         model: Any = peft_model.get_base_model()
         if recipe.init == "loftq" and originals is not None:
             start_at_quantization_loss(model, originals)
-        fuse_lora_layers(model)
+        fuse_lora_layers(model, ops)
         use_packed_attention(model)
+        if model.device.type == "cpu":
+            use_fp32(model)
+        if ops is not None:
+            use_exact_modules(model, ops)
         if recipe.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        return cls(peft_model, recipe)
+        return cls(peft_model, recipe, ops, None if ops is None else head_loss(model, ops))
 
     def loss(self, batch: TokenBatch, *, grad_scale: float) -> StepLoss:
         """Forward and backward: the gradients of (sum of token losses) * grad_scale are added to `.grad`."""
@@ -147,15 +165,19 @@ class LoraModel:
         """The summed loss with its graph, and as numbers."""
         device = self._model.device
         compact = CompactBatch.of(batch, share=share)
-        labels = compact.labels.to(device)
-        output = self._model(
-            input_ids=compact.ids[None].to(device),
-            position_ids=compact.positions[None].to(device),
-            logits_to_keep=compact.learned.to(device),
-            use_cache=False,
-            loramux_rows=compact.rows,
-        )
-        logits = output.logits[0].float()
+        labels, learned = compact.labels.to(device), compact.learned.to(device)
+        inputs = {
+            "input_ids": compact.ids[None].to(device),
+            "position_ids": compact.positions[None].to(device),
+            "use_cache": False,
+            "loramux_rows": compact.rows,
+            "loramux_ops": self._ops,
+        }
+        if self._head is not None:
+            states = getattr(self._model, self._model.base_model_prefix)(**inputs).last_hidden_state[0]
+            total, loss, correct = self._head.of(states.index_select(0, learned), labels)
+            return total, StepLoss(loss, len(labels), correct)
+        logits = self._model(**inputs, logits_to_keep=learned).logits[0].float()
         total = nn.functional.cross_entropy(logits, labels, reduction="sum")
         correct = int((logits.detach().argmax(-1) == labels).sum())
         return total, StepLoss(float(total.detach()), len(labels), correct)

@@ -16,10 +16,12 @@ from torch import nn
 from transformers import AttentionInterface
 
 from loramux_adapters.errors import RecipeError
+from loramux_adapters.training.model.ops import TrainingOps
 from loramux_adapters.training.model.padded_attention import attend_padded
 from loramux_adapters.training.model.row_layout import LayerAttention, PackedRows, hidden
 
 ATTENTION_NAME = "loramux_training"
+_VECTOR = 16  # the ops handed in take heads whose dimension is a multiple of this
 
 # keyword arguments that models pass along and that change nothing here
 _HARMLESS = frozenset(
@@ -53,6 +55,40 @@ def attend_reference(
     return torch.cat(out)
 
 
+class _Attend(torch.autograd.Function):
+    """q [tokens, heads, dim], k and v [tokens, kv_heads, dim] -> [tokens, heads, dim]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rows: torch.Tensor,
+        options: dict[str, Any],
+        ops: TrainingOps,
+    ) -> torch.Tensor:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out, stats = ops.attend(q, k, v, rows, **options)
+        ctx.save_for_backward(q, k, v, out, stats)
+        ctx.rows, ctx.options, ctx.ops = rows, options, ops
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        return *ctx.ops.attend_gradient(grad, ctx.saved_tensors, ctx.rows, **ctx.options), None, None, None
+
+
+def attend_with(
+    ops: TrainingOps, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: PackedRows, params: LayerAttention
+) -> torch.Tensor:
+    """As `attend_reference`, by the ops handed in: fp32, head dimension a multiple of 16."""
+    options = {"scaling": params.scaling, "softcap": params.softcap, "window": params.window}
+    apply: Any = _Attend.apply
+    out: torch.Tensor = apply(q, k, v, rows.spans(), options, ops)
+    return out
+
+
 def attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -62,6 +98,7 @@ def attention_forward(
     *,
     scaling: float | None = None,
     loramux_rows: PackedRows | None = None,
+    loramux_ops: TrainingOps | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
     **others: Any,
@@ -80,9 +117,11 @@ def attention_forward(
         softcap=float(softcap or 0.0),
         window=int(sliding_window or 0),
     )
-    attend = attend_reference if params.softcap else attend_padded
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out = attend(q, k, v, loramux_rows, params)
+    if loramux_ops is not None and q.dtype == torch.float32 and q.shape[2] == v.shape[2] and q.shape[2] % _VECTOR == 0:
+        out = attend_with(loramux_ops, q, k, v, loramux_rows, params)
+    else:
+        out = (attend_reference if params.softcap else attend_padded)(q, k, v, loramux_rows, params)
     return out[None], None
 
 

@@ -50,6 +50,19 @@ class PackedRows:
     lengths: tuple[int, ...]
     plans: dict[object, object] = field(default_factory=dict, compare=False, repr=False)
 
+    def spans(self) -> torch.Tensor:
+        """[3, rows] int64: each row's first own token, its own tokens, the shared tokens in front of it.
+
+        The shared beginning is a row of its own, and the first.
+        """
+        found = self.plans.get("spans")
+        if not isinstance(found, torch.Tensor):
+            lengths = torch.tensor([*([self.shared] * (self.shared > 0)), *self.lengths], dtype=torch.int64)
+            firsts = torch.full_like(lengths, self.shared)
+            firsts[: int(self.shared > 0)] = 0
+            found = self.plans["spans"] = torch.stack([lengths.cumsum(0) - lengths, lengths, firsts])
+        return found
+
     def groups(self) -> list[RowGroup]:
         """All rows, the shared beginning as a row of its own, in groups of similar length."""
         starts, start = [], self.shared

@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from loramux_adapters.nf4 import BLOCK
 from loramux_adapters.training.model.lora_layers import target_names
 from loramux_adapters.training.recipe import Recipe
 
-BLOCK = 64  # weights that share one scale in NF4
 SCALE_BLOCK = 256  # scales that share one scale of their own
 _TABLES = 4 * (16 + 256)  # the values of NF4 codes and of scale codes, kept beside each layer
 _OFFSET = 4
+_HEAD_TILE = 32  # tokens; compiled kernels have a vocabulary padded to whole ones
 _SMALL = 4096  # bitsandbytes' 8-bit AdamW keeps tensors smaller than this in fp32
 _MOMENT_BLOCK = 256  # values of an 8-bit moment that share one fp32 scale
 _KEPT_KEYS = 256  # attention weights over up to so many keys are kept for the backward pass
@@ -70,11 +71,12 @@ def plan_memory(skeleton: Any, recipe: Recipe, *, sequence: int, learned: int, c
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     rows = -(-recipe.batch_size // recipe.accumulation)
     return MemoryPlan(
-        base=base_bytes(skeleton, recipe.quantize),
+        base=base_bytes(skeleton, recipe.quantize, cuda=cuda),
         adapter=4 * trainable,
         gradients=4 * trainable,
         optimizer=sum(_optimizer_bytes(rows * columns, cuda=cuda) for rows, columns in shapes),
-        activations=_activations(skeleton, recipe, rows, sequence) + rows * learned * _vocabulary(skeleton) * 4,
+        activations=_activations(skeleton, recipe, rows, sequence, width=2 if cuda else 4)
+        + rows * learned * _vocabulary(skeleton) * 4,
         work=_work(skeleton, recipe, rows, sequence, learned),
         saved=trainable * (2 if recipe.save_dtype == "bfloat16" else 4),
         parameters=parameters,
@@ -83,27 +85,50 @@ def plan_memory(skeleton: Any, recipe: Recipe, *, sequence: int, learned: int, c
     )
 
 
-def base_bytes(skeleton: Any, quantize: str) -> int:
-    """Bytes of the base as it is held; every linear layer but the head is quantized."""
+def base_bytes(skeleton: Any, quantize: str, *, cuda: bool) -> int:
+    """Bytes of the base as it is held; every linear layer but the head is quantized.
+
+    On the CPU that is the form of compiled kernels: scales in fp32, and the head as whole numbers, which an embedding
+    of the same weight reads too.
+    """
     total = 0
     quantized = {id(module.weight) for _, module in _linears(skeleton)} if quantize == "nf4" else set()
+    nf4_bytes = _nf4_bytes if cuda else _packed_bytes
+    head = skeleton.get_output_embeddings()
+    packed_head = head.weight if quantized and not cuda and _head_fits(head) else None
     for parameter in skeleton.parameters():  # tied ones come once
-        total += _nf4_bytes(parameter.numel()) if id(parameter) in quantized else 2 * parameter.numel()
+        if parameter is packed_head:
+            total += _packed_head_bytes(head)
+        else:
+            total += nf4_bytes(parameter.numel()) if id(parameter) in quantized else 2 * parameter.numel()
     return int(total + sum(buffer.numel() * buffer.element_size() for buffer in skeleton.buffers()))
 
 
-def kv_bytes(config: Any) -> int:
-    """Bytes that one token takes in the server's cache: a bf16 key and value in every layer."""
+def kv_bytes(config: Any, *, cuda: bool) -> int:
+    """Bytes that one token takes in the server's cache: 16 bits a number, and on the CPU 32 a head for its scale."""
     text = config.get_text_config()
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return int(2 * 2 * text.num_hidden_layers * kv_heads * dim)
+    return int(2 * text.num_hidden_layers * kv_heads * (2 * dim + (0 if cuda else 4)))
 
 
 def _nf4_bytes(weights: int) -> int:
     scales = -(-weights // BLOCK)
     return -(-weights // 2) + scales + 4 * -(-scales // SCALE_BLOCK) + _OFFSET + _TABLES
+
+
+def _packed_bytes(weights: int) -> int:
+    return -(-weights // 2) + 4 * -(-weights // BLOCK)
+
+
+def _head_fits(head: Any) -> bool:
+    return head is not None and head.bias is None and head.in_features % BLOCK == 0
+
+
+def _packed_head_bytes(head: Any) -> int:
+    weights = -(-head.out_features // _HEAD_TILE) * _HEAD_TILE * head.in_features
+    return int(2 * weights + 4 * weights // BLOCK)
 
 
 def _optimizer_bytes(weights: int, *, cuda: bool) -> int:
@@ -131,26 +156,26 @@ def _adapter_shapes(skeleton: Any, recipe: Recipe) -> list[tuple[int, int]]:
     return shapes
 
 
-def _activations(skeleton: Any, recipe: Recipe, rows: int, sequence: int) -> int:
+def _activations(skeleton: Any, recipe: Recipe, rows: int, sequence: int, *, width: int) -> int:
     """Bytes kept between forward and backward, but for the head; see `_token_bytes` for what they are."""
     config = skeleton.config.get_text_config()
     layers, tokens = config.num_hidden_layers, rows * sequence
-    of_all_layers = tokens * _token_bytes(skeleton, recipe) + 2 * sum(
+    of_all_layers = tokens * _token_bytes(skeleton, recipe, width) + 2 * sum(
         r * c for r, c in _adapter_shapes(skeleton, recipe)
     )
     if sequence <= _KEPT_KEYS:
-        of_all_layers += layers * rows * config.num_attention_heads * sequence**2 * 2
+        of_all_layers += layers * rows * config.num_attention_heads * sequence**2 * width
     if recipe.gradient_checkpointing:
-        return int(layers * tokens * config.hidden_size * 2 + of_all_layers // layers)
+        return int(layers * tokens * config.hidden_size * width + of_all_layers // layers)
     return int(of_all_layers)
 
 
-def _token_bytes(skeleton: Any, recipe: Recipe) -> int:
-    """Bytes that one token leaves behind in all layers.
+def _token_bytes(skeleton: Any, recipe: Recipe, width: int) -> int:
+    """Bytes that one token leaves behind in all layers, a number of the base's dtype being so wide: 4 on a CPU.
 
-    In bf16 the input of each linear layer (once where several share it), x A^T, queries, keys and values, and in the
-    MLP the gate before and after its activation and what it is multiplied with; in fp32 the input of each norm; with
-    dropout a byte for each input element of each adapted layer.
+    In that dtype the input of each linear layer (once where several share it), x A^T, queries, keys and values, and in
+    the MLP the gate before and after its activation and what it is multiplied with; in fp32 the input of each norm;
+    with dropout a byte for each input element of each adapted layer.
     """
     config = skeleton.config.get_text_config()
     names = set(target_names(skeleton, recipe))
@@ -160,17 +185,17 @@ def _token_bytes(skeleton: Any, recipe: Recipe) -> int:
         parent, _, name = path.rpartition(".")
         blocks.setdefault(parent, []).append(module)
         if name in names:
-            total += 2 * recipe.rank + (module.in_features if recipe.dropout else 0)
+            total += width * recipe.rank + (module.in_features if recipe.dropout else 0)
     for members in blocks.values():
         # the first ones read the block's input, the last one reads what they led to
-        total += 2 * members[0].in_features + (2 * members[-1].in_features if len(members) > 1 else 0)
-    total += kv_bytes(skeleton.config)
+        total += width * members[0].in_features + (width * members[-1].in_features if len(members) > 1 else 0)
+    total += kv_bytes(skeleton.config, cuda=True) * width // 2
     heads = config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     norms = sum("norm" in type(module).__name__.lower() for module in skeleton.modules()) - 1
     return int(
         total
-        + config.num_hidden_layers * (2 * heads * dim + 6 * config.intermediate_size)
+        + config.num_hidden_layers * width * (heads * dim + 3 * config.intermediate_size)
         + 4 * norms * config.hidden_size
     )
 

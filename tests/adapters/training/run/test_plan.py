@@ -13,9 +13,10 @@ from loramux_adapters.errors import RecipeError
 from loramux_adapters.training.model.model import LoraModel
 from loramux_adapters.training.recipe import Recipe
 from loramux_adapters.training.run.optimizer import make_optimizer
-from loramux_adapters.training.run.plan import MemoryPlan, kv_bytes, plan_memory
+from loramux_adapters.training.run.plan import MemoryPlan, base_bytes, kv_bytes, plan_memory
 from loramux_server.base.loader import load_base_model, resident_bytes
-from loramux_server.kernels.attention import probe_kv_shape
+from loramux_server.kernels.attention.paged_attention import probe_kv_shape
+from loramux_server.kernels.choice import available_kernels
 from support.measured_memory import different_rows, optimizer_bytes, saved_by_a_step
 from support.tiny_models import save_tiny_model, tiny_config
 
@@ -57,6 +58,21 @@ def test_base_adapter_and_optimizer_take_what_was_planned(tmp_path: Path, archit
     assert planned.saved == planned.trainable * 2
 
 
+@pytest.mark.parametrize("quantize", ["nf4", "none"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_weight_that_embedding_and_head_share_is_planned_once(tmp_path: Path, tied: bool, quantize: str) -> None:
+    directory = save_tiny_model(tmp_path / "base", tie_word_embeddings=tied)
+    planned = base_bytes(skeleton_of(directory), quantize, cuda=False)
+    base = load_base_model(
+        str(directory), device=CPU, cache_dir=tmp_path, report=lambda line: None, quantize=quantize, training=True
+    )
+    held = {each.data_ptr(): each.nbytes for each in (*base.model.parameters(), *base.model.buffers())}
+    if "native" in available_kernels(CPU):
+        assert planned == sum(held.values())
+    else:  # bitsandbytes' form, which has a few tables more
+        assert planned == pytest.approx(resident_bytes(base.model), rel=0.05)
+
+
 @pytest.mark.parametrize("sequence", [33, 300])
 @pytest.mark.parametrize("changes", [{}, {"dropout": 0.1}], ids=["plain", "dropout"])
 def test_activations_are_what_the_backward_pass_is_kept(tmp_path: Path, sequence: int, changes: dict[str, Any]) -> None:
@@ -76,7 +92,8 @@ def test_the_cache_is_what_the_server_would_take(tmp_path: Path) -> None:
         str(save_tiny_model(tmp_path / "base")), device=CPU, cache_dir=tmp_path, report=lambda line: None
     )
 
-    assert kv_bytes(base.config) == probe_kv_shape(base.model, CPU).token_bytes
+    shape = probe_kv_shape(base.model, CPU, whole_numbers=base.kernels.whole_numbers)
+    assert kv_bytes(base.config, cuda=False) == shape.token_bytes
 
 
 def test_parts_and_recomputation_lower_the_activations_alone() -> None:

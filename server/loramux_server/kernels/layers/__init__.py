@@ -1,0 +1,1 @@
+"""Modules of a base on the compiled kernels, or in fp32 without them."""

@@ -1,0 +1,104 @@
+"""The output head on the compiled CPU kernels (csrc/exact/): whole numbers with a scale for each block.
+
+Semantics: y = x @ w.T in fp32, each block of 64 of a row rounded to 13 bits and of the weight to 12.
+"""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+import torch
+from torch import nn
+
+from loramux_server.kernels.compiled.library import Compiled
+from loramux_server.kernels.layers.nf4_linear import BLOCK
+
+_OUTPUTS = 16  # of a tile
+_TOGETHER = 32  # the vocabulary is padded to a multiple of this
+
+
+class PackedHead(nn.Linear):
+    """A head without bias. Frozen.
+
+    Attributes:
+        weight: whole numbers [padded / 16, in / 2, 16, 2] int16.
+        scales: [in / 64, padded] fp32, a buffer.
+        padded: the vocabulary, up to a multiple of 32.
+    """
+
+    scales: torch.Tensor
+
+    def __init__(self, numbers: torch.Tensor, scales: torch.Tensor, vocabulary: int, compiled: Compiled) -> None:
+        """The tensors are held as they are, not copied."""
+        nn.Module.__init__(self)  # nn.Linear's own would make a weight
+        self.out_features, self.in_features = vocabulary, 2 * numbers.shape[1]
+        self.padded = scales.shape[1]
+        self.weight = nn.Parameter(numbers, requires_grad=False)
+        self.register_parameter("bias", None)
+        self.register_buffer("scales", scales)
+        self.compiled = compiled
+
+    @classmethod
+    def of(cls, head: nn.Linear, compiled: Compiled) -> PackedHead:
+        """From a head that `head_fits`."""
+        numbers, scales = (
+            torch.empty(shape, dtype=dtype)
+            for shape, dtype in zip(head_shapes(head), (torch.int16, torch.float32), strict=True)
+        )
+        cls.fill(numbers, scales, head.weight, compiled)
+        return cls(numbers, scales, head.out_features, compiled)
+
+    @staticmethod
+    def fill(numbers: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, compiled: Compiled) -> None:
+        """Rounds a weight [vocabulary, in] bf16 into tensors of `head_shapes`."""
+        (vocabulary, inputs), padded = weight.shape, scales.shape[1]
+        compiled.function("loramux_exact_pack_head")(
+            *(tensor.data_ptr() for tensor in (numbers, scales, weight)),
+            *(vocabulary, padded, inputs, compiled.isa, torch.get_num_threads()),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in] of any float dtype -> [..., vocabulary] fp32, a view of what is padded. Without gradients."""
+        y = self.product(x.reshape(-1, self.in_features).float())
+        return y.view(*x.shape[:-1], self.padded)[..., : self.out_features]
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x [rows, in] fp32 -> [rows, padded] fp32; what is beyond the vocabulary is zero."""
+        x = x.detach().contiguous()
+        y = torch.empty(x.shape[0], self.padded)
+        self._call("loramux_exact_dense", y, x)
+        return y
+
+    def product_transposed(self, dy: torch.Tensor) -> torch.Tensor:
+        """dy [rows, padded] fp32, zeros beyond the vocabulary -> dy @ w [rows, in] fp32, the gradient of `product`."""
+        dy = dy.detach().contiguous()
+        dx = torch.empty(dy.shape[0], self.in_features)
+        self._call("loramux_exact_dense_transposed", dx, dy)
+        return dx
+
+    def _call(self, name: str, to: torch.Tensor, rows: torch.Tensor) -> None:
+        self.compiled.function(name)(
+            *(tensor.data_ptr() for tensor in (to, rows, self.weight, self.scales)),
+            *(rows.shape[0], self.in_features, self.padded, self.compiled.isa, torch.get_num_threads()),
+        )
+
+
+def rows_of(numbers: torch.Tensor, scales: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Rows of the weight that a head's numbers and scales stand for: tokens [...] -> [..., in] fp32."""
+    which = tokens.reshape(-1)
+    rows = numbers[which // _OUTPUTS, :, which % _OUTPUTS].view(len(which), -1, BLOCK).float()
+    return (rows * scales.t()[which][..., None]).view(*tokens.shape, -1)
+
+
+def head_shapes(head: nn.Linear) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of `numbers` and `scales`."""
+    padded = -(-head.out_features // _TOGETHER) * _TOGETHER
+    return (padded // _OUTPUTS, head.in_features // 2, _OUTPUTS, 2), (head.in_features // BLOCK, padded)
+
+
+def head_fits(head: object) -> TypeGuard[nn.Linear]:
+    """Whether it is a dense bf16 head on the CPU that the compiled kernels can take."""
+    if type(head) is not nn.Linear or head.bias is not None or head.in_features % BLOCK:
+        return False
+    weight = head.weight
+    return weight.dtype == torch.bfloat16 and weight.is_contiguous() and weight.device.type == "cpu"

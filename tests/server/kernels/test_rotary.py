@@ -1,0 +1,173 @@
+"""Angles of rotary positions: right to the last bit of fp32, and the same whatever PyTorch's own functions give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers import AutoConfig
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from loramux_server.errors import BaseModelError
+from loramux_server.kernels.compiled.library import NativeLibrary, native_library
+from loramux_server.kernels.layers.rotary import Angles, tables_of, use_angles
+
+LONGEST = 1 << 20
+SCALED: list[dict[str, Any]] = [
+    {"rope_type": "default", "rope_theta": 10000.0},
+    {"rope_type": "default", "rope_theta": 1e6},
+    {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
+    {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768},
+    {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+]
+
+
+@pytest.fixture(scope="module")
+def library() -> NativeLibrary:
+    found = native_library()
+    if found is None:
+        pytest.skip("there are no compiled kernels")
+    return found
+
+
+def module_of(rope: dict[str, Any], head_dim: int = 96) -> Any:
+    config = AutoConfig.for_model("llama", head_dim=head_dim, max_position_embeddings=131072, rope_parameters=rope)
+    return LlamaRotaryEmbedding(config)
+
+
+def exactly(positions: NDArray[Any], inv_freq: NDArray[Any], factor: float) -> tuple[NDArray[Any], NDArray[Any]]:
+    """cos and sin in extended precision, in which position times frequency is exact."""
+    angles = positions.astype(np.longdouble)[:, None] * inv_freq.astype(np.longdouble)
+    return np.cos(angles) * factor, np.sin(angles) * factor
+
+
+@pytest.mark.skipif(np.finfo(np.longdouble).nmant < 60, reason="there is no extended precision here to compare with")
+@pytest.mark.parametrize("factor", [1.0, 1.1386294])
+def test_angles_are_the_nearest_numbers_of_fp32_up_to_a_million_positions(
+    library: NativeLibrary, factor: float
+) -> None:
+    frequencies = (1 / 10000.0 ** (np.arange(40) / 40)).astype(np.float32)
+    call = library.function("loramux_exact_angles")
+    for first in (0, 777, 40000, 131072 - 300, LONGEST // 3, LONGEST - 600):
+        cos, sin = torch.full((600, 40), 9.0), torch.full((600, 40), 9.0)
+        place = torch.from_numpy(frequencies).data_ptr()
+        call(cos.data_ptr(), sin.data_ptr(), place, first, 600, 40, factor)
+        exact = exactly(np.arange(first, first + 600), frequencies, factor)
+        for ours, expected in zip((cos.numpy(), sin.numpy()), exact, strict=True):
+            half = np.spacing(np.abs(ours)).astype(np.longdouble) / 2
+            assert (np.abs(ours - expected) <= half * 1.000001).all()
+            assert (ours == expected.astype(np.float32)).mean() > 0.9999
+
+
+@pytest.mark.parametrize("rope", SCALED, ids=[f"{rope['rope_type']} {rope['rope_theta']:.0f}" for rope in SCALED])
+def test_a_module_gives_its_models_angles(library: NativeLibrary, rope: dict[str, Any]) -> None:
+    ours, own = module_of(rope), module_of(rope)
+    use_angles(ours, library)
+    positions = torch.tensor([[5, 0, 700, 3, 2000]])
+    for got, expected in zip(ours(torch.empty(1), positions), own(torch.empty(1), positions), strict=True):
+        assert got.shape == expected.shape == (1, 5, 96)
+        assert torch.allclose(got, expected, rtol=0, atol=1e-3)  # its own products are rounded to fp32
+    half, _ = ours(torch.empty(1, dtype=torch.bfloat16), positions)
+    assert half.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("rope", SCALED, ids=[f"{rope['rope_type']} {rope['rope_theta']:.0f}" for rope in SCALED])
+def test_the_last_bit_of_pytorchs_powers_does_not_matter(
+    library: NativeLibrary, rope: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is another one on processors with AVX2 than on those with AVX-512."""
+    plain = module_of(rope)
+    use_angles(plain, library)
+    powers = torch.Tensor.__rpow__
+
+    def others(exponent: torch.Tensor, base: float) -> torch.Tensor:
+        return powers(exponent, base) * (1 + 2**-23 * (torch.arange(len(exponent)) % 2))
+
+    monkeypatch.setattr(torch.Tensor, "__rpow__", others)
+    odd = module_of(rope)
+    monkeypatch.undo()
+    assert not torch.equal(odd.inv_freq, plain.inv_freq)
+    use_angles(odd, library)
+    positions = torch.arange(100)[None]
+    for ours, theirs in zip(odd(torch.empty(1), positions), plain(torch.empty(1), positions), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_frequencies_that_a_checkpoint_brings_are_kept(library: NativeLibrary) -> None:
+    module = module_of(SCALED[0])
+    module.inv_freq *= 1.01
+    use_angles(module, library)
+    cos, _ = module(torch.empty(1), torch.tensor([[1]]))
+    assert torch.allclose(cos[0, 0, :48], module.inv_freq.double().cos().float(), rtol=0, atol=1e-7)
+
+
+def test_each_kind_of_layer_has_its_own_table(library: NativeLibrary) -> None:
+    config = AutoConfig.for_model("gemma3_text", head_dim=64)
+    ours, own = Gemma3RotaryEmbedding(config), Gemma3RotaryEmbedding(config)
+    use_angles(ours, library)
+    tables = tables_of(ours)
+    assert tables is not None and set(tables) == {"full_attention", "sliding_attention"}
+    positions = torch.arange(200)[None]
+    for kind in tables:
+        for got, expected in zip(
+            ours(torch.empty(1), positions, kind), own(torch.empty(1), positions, kind), strict=True
+        ):
+            assert torch.allclose(got, expected, rtol=0, atol=1e-4)
+
+
+def test_a_table_that_grew_has_the_bits_of_one_made_at_once(library: NativeLibrary) -> None:
+    inv_freq = module_of(SCALED[0]).inv_freq
+    grown, whole = Angles(library, inv_freq, 1.0), Angles(library, inv_freq, 1.0)
+    for count in (1, 3, 4, 100, 90, 1000):
+        grown.know(count)
+    whole.know(1024)
+    assert len(grown.cos) == 1024  # the next power of two
+    assert torch.equal(grown.cos, whole.cos) and torch.equal(grown.sin, whole.sin)
+
+
+def test_a_few_positions_far_out_have_the_bits_of_a_table_and_make_none(library: NativeLibrary) -> None:
+    inv_freq = module_of(SCALED[0]).inv_freq
+    few, table = Angles(library, inv_freq, 1.5), Angles(library, inv_freq, 1.5)
+    table.know(1000)
+    positions = torch.tensor([[999, 0, 513]])
+    for ours, expected in zip(few.at(positions), (table.cos, table.sin), strict=True):
+        assert torch.equal(ours, expected[positions])
+    assert len(few.cos) == 0
+    many = torch.arange(100)
+    assert torch.equal(few.at(many)[0], table.cos[:100]) and len(few.cos) == 128
+
+
+def test_positions_whose_angles_would_not_be_exact_are_refused(library: NativeLibrary) -> None:
+    table = Angles(library, torch.tensor([1e5]), 1.0)
+    table.know(16)
+    assert len(table.cos) == 16
+    with pytest.raises(BaseModelError, match="position 99 is beyond the 16 that have exact angles here"):
+        table.know(100)
+
+
+def test_frequencies_of_a_sequences_length_and_other_modules_are_left_alone(library: NativeLibrary) -> None:
+    dynamic = module_of({"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
+    other = nn.Linear(2, 2)
+    for module in (dynamic, other):
+        use_angles(module, library)
+        assert tables_of(module) is None and "forward" not in module.__dict__
+
+
+def test_a_second_time_changes_nothing(library: NativeLibrary) -> None:
+    module = module_of(SCALED[0])
+    use_angles(module, library)
+    tables = tables_of(module)
+    use_angles(module, library)
+    assert tables_of(module) is tables
