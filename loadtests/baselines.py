@@ -32,17 +32,20 @@ class Baselines:
     """The two models of the worker, each loaded from the same checkpoint."""
 
     def __init__(self, base: Path, adapters: Mapping[str, Path], attention: str) -> None:
+        import torch
         from peft import PeftModel
         from transformers import AutoTokenizer
 
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         self._tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        self._static = _load_nf4(base, attention)
+        self._static = load_nf4(base, attention, device)
         self._peft: Any = None
         for name, directory in adapters.items():
             if self._peft is None:
-                self._peft = PeftModel.from_pretrained(_load_nf4(base, attention), directory, adapter_name=name).eval()
+                model = load_nf4(base, attention, device)
+                self._peft = PeftModel.from_pretrained(model, directory, adapter_name=name).eval()
             else:
                 self._peft.load_adapter(directory, adapter_name=name)
 
@@ -69,7 +72,8 @@ class Baselines:
         return {"tokens": len(prompts) * (reply.shape[1] - batch["input_ids"].shape[1]), "seconds": seconds}
 
 
-def _load_nf4(base: Path, attention: str) -> Any:
+def load_nf4(base: Path, attention: str, device: str) -> Any:
+    """The base as bitsandbytes quantizes it."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -83,7 +87,7 @@ def _load_nf4(base: Path, attention: str) -> Any:
         base,
         quantization_config=recipe,
         dtype=torch.bfloat16,
-        device_map={"": "cuda" if torch.cuda.is_available() else "cpu"},
+        device_map={"": device},
         attn_implementation=attention,
     )
     return model.eval()

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .baselines import load_nf4
 from .errors import LoadTestError
 from .process import Server, started_server
 from .report import table, write_json
@@ -145,19 +146,10 @@ def load_exact(base: Path) -> Any:
     import torch
     from bitsandbytes.nn import Linear4bit
     from torch import nn
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    recipe = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        base, quantization_config=recipe, dtype=torch.bfloat16, device_map={"": "cpu"}, attn_implementation="eager"
-    ).eval()
+    model = load_nf4(base, "eager", "cpu")
     for path, layer in list(model.named_modules()):
         if isinstance(layer, Linear4bit):
             weight: Any = layer.weight
@@ -166,8 +158,7 @@ def load_exact(base: Path) -> Any:
             dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
             dense.weight = nn.Parameter(bnb.dequantize_4bit(weight.data, state), requires_grad=False)
             dense.bias = layer.bias
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, dense)
+            model.set_submodule(path, dense)
     for tensor in (*model.parameters(), *model.buffers()):  # transformers refuses .float() on a quantized model
         if tensor.is_floating_point():
             tensor.data = tensor.data.float()

@@ -87,8 +87,7 @@ class AdapterSlots:
         )
         self._written[path] = np.zeros(self.rows // SMALLEST_RANK, dtype=np.bool_)
         layer = LoRALinear(linear, arena, add_lora)
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, layer)
+        model.set_submodule(path, layer)
         return layer
 
     @torch.no_grad()
@@ -148,11 +147,16 @@ class AdapterSlots:
         )
 
 
+def output_head(model: nn.Module) -> tuple[str, nn.Module | None]:
+    """Module path of a transformers model's output head, whatever the architecture calls it, and the head: "", None if
+    it has none."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return next((path for path, each in model.named_modules() if each is head), ""), head
+
+
 def head_path(model: nn.Module) -> str | None:
-    """Module path of a transformers model's output head, whatever the architecture calls it; None if it has none."""
-    get = getattr(model, "get_output_embeddings", None)
-    head = None if get is None else get()
-    return next((path for path, module in model.named_modules() if module is head), None) if head is not None else None
+    """Module path of the output head; None if there is none."""
+    return output_head(model)[0] or None
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

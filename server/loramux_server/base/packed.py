@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
+from loramux_adapters.lora.lora_linear import output_head
 from loramux_adapters.memory import mapping
 from loramux_server.base.cache_directory import partial_directory
 from loramux_server.base.nf4_quantizer import quantize_into
@@ -99,7 +100,7 @@ class PackedTensors:
 
 def packable(skeleton: nn.Module) -> bool:
     """Whether the compiled kernels take every layer of this model, which is on the meta device."""
-    head = _head(skeleton)[1]
+    head = output_head(skeleton)[1]
     linears = [module for module in skeleton.modules() if isinstance(module, nn.Linear) and module is not head]
     loose = any(isinstance(each, torch.Tensor) for module in skeleton.modules() for each in vars(module).values())
     return bool(linears) and all(shape_fits(each) for each in linears) and not loose
@@ -143,7 +144,7 @@ def packed_once(
 @torch.no_grad()
 def packed(model: nn.Module, compiled: Compiled, report: Report) -> PackedTensors:
     """The tensors of a 16-bit model on the CPU as the kernels read them; the model stays as it is."""
-    head_path, head = _head(model)
+    head_path, head = output_head(model)
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     linears.pop(head_path, None)
     weights = {id(layer.weight) for layer in linears.values()}
@@ -197,20 +198,20 @@ def assembled(skeleton: nn.Module, tensors: PackedTensors, compiled: Compiled) -
             parameters[name] = nn.Parameter(take(name), requires_grad=False)
         return parameters[name]
 
-    head_path, head = _head(skeleton)
+    head_path, head = output_head(skeleton)
     tied = tied_embedding(skeleton)
     reads_head = tied is not None and f"{head_path}.numbers" in tensors and first[id(tied.weight)] not in tensors
-    replaced: list[tuple[nn.Module, nn.Module]] = []
+    replaced: list[tuple[str, nn.Module]] = []
     filled: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     for path, module in skeleton.named_modules():
         under = f"{path}." if path else ""
         if isinstance(module, nn.Linear) and (module is not head or f"{head_path}.numbers" in tensors):
             scales = take(f"{under}scales")
             if module is head:
-                replaced.append((module, PackedHead(take(f"{under}numbers"), scales, module.out_features, compiled)))
+                replaced.append((path, PackedHead(take(f"{under}numbers"), scales, module.out_features, compiled)))
             else:
                 bias = None if module.bias is None else parameter(f"{under}bias", module.bias).data
-                replaced.append((module, NF4Linear(take(f"{under}weight"), scales, bias, compiled)))
+                replaced.append((path, NF4Linear(take(f"{under}weight"), scales, bias, compiled)))
             continue
         for name, held in module._parameters.items():
             if held is not None and not (reads_head and module is tied):
@@ -222,9 +223,9 @@ def assembled(skeleton: nn.Module, tensors: PackedTensors, compiled: Compiled) -
         raise Unusable(f"it holds {unused[0]}, which this model does not have")
     for holder, name, tensor in filled:  # not before all is known to be there
         holder[name] = tensor
-    for module, layer in replaced:
-        put(skeleton, module, layer)
-        if module is head and reads_head and tied is not None and isinstance(layer, PackedHead):
+    for path, layer in replaced:
+        skeleton.set_submodule(path, layer)
+        if path == head_path and reads_head and tied is not None and isinstance(layer, PackedHead):
             put(skeleton, tied, PackedEmbedding(layer, float(getattr(tied, "embed_scale", 1.0))))
     return skeleton.eval()
 
@@ -305,11 +306,6 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters, tied ones once, and buffers, also those that are in no checkpoint."""
     yield from model.named_parameters()
     yield from model.named_buffers(remove_duplicate=False)
-
-
-def _head(model: nn.Module) -> tuple[str, nn.Module | None]:
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return next((path for path, module in model.named_modules() if module is head), ""), head
 
 
 _workers = partial(ThreadPoolExecutor, max_workers=min(16, os.cpu_count() or 1), thread_name_prefix="packed")

@@ -13,6 +13,7 @@ from torch import nn
 from loramux_adapters import nf4
 from loramux_adapters.errors import TrainingError
 from loramux_adapters.lora.host_cache import HostAdapter
+from loramux_adapters.lora.lora_linear import output_head
 from loramux_adapters.training.model.whole_directory import cannot_write
 
 ONTO = ("nf4", "16bit")
@@ -50,7 +51,7 @@ def merge_into(
         TrainingError: a layer is not there, or is not in 16 bit.
     """
     assert onto in ONTO
-    head_path, head = _head(model)
+    head_path, head = output_head(model)
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     wrong = [path for path in adapter.modules if path not in linears or linears[path].weight.dtype != torch.bfloat16]
     if wrong:
@@ -103,11 +104,6 @@ def write_checkpoint(model: Any, tokenizer: Any, directory: Path) -> None:
         tokenizer.save_pretrained(directory)
     except OSError as error:
         raise cannot_write(directory, error) from error
-
-
-def _head(model: Any) -> tuple[str, nn.Module | None]:
-    head = model.get_output_embeddings()
-    return next((path for path, module in model.named_modules() if module is head), ""), head
 
 
 def _untie(model: Any, head: Any) -> bool:

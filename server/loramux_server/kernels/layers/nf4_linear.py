@@ -143,8 +143,7 @@ def pack(model: nn.Module, compiled: Compiled) -> None:
     """Puts an NF4Linear in the place of every NF4 layer that `fits`."""
     for path, layer in list(model.named_modules()):
         if fits(layer):
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, NF4Linear.of(layer, compiled))
+            model.set_submodule(path, NF4Linear.of(layer, compiled))
 
 
 def unpacked(weight: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:

@@ -97,6 +97,4 @@ def pack_head(model: Any, compiled: Compiled) -> None:
 
 def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Has a module of the model be another one."""
-    path = next(path for path, module in model.named_modules() if module is old)
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, new)
+    model.set_submodule(next(path for path, module in model.named_modules() if module is old), new)

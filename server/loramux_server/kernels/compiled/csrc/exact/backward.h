@@ -88,23 +88,6 @@ void add_outputs(float* dx, int64_t dx_row, const int16_t* q, const float* scale
     }
 }
 
-struct BlockFactor {
-    float factor, scale;  // what brings a block's largest number to the top, and back; a sick block has 0 and NaN
-};
-
-inline BlockFactor block_factor(const float* x, int64_t count, float top, float weight_top) {
-    Floats most = splat(0.f), sick = splat(0.f);
-    for (int64_t i = 0; i < count; i += kLanes) {
-        const Floats a = load(x + i);
-        most = greater(absolute(a), most);
-        sick = fma(a, splat(0.f), sick);
-    }
-    const float largest_number = largest(most), broken = total(sick) * 0.f;
-    if (broken != 0.f) return {0.f, broken};
-    if (!(largest_number >= kSmallest)) return {0.f, 0.f};
-    return {top / largest_number, largest_number / top / weight_top};
-}
-
 // dx [rows, in] = dy [rows, out] @ w; `in` is a multiple of 64, `out` of 32. `top` and `weight_top` as in quantize_block.
 template <class Weights>
 void multiply_transposed(float* dx, const float* dy, const Weights& w, int64_t rows, float top, float weight_top,

@@ -25,9 +25,12 @@ constexpr float kSmallest = 1e-30f;  // a block whose largest number is below co
 constexpr float kLevelTop = 2047.f, kRowTop = 16383.f;
 constexpr float kHeadTop = 4095.f, kHeadRowTop = 8191.f;
 
-// q [count] = x / scale, rounded, with the largest at `top`; returns the scale divided by `weight_top`. A NaN or an
-// infinity in x gives a scale of NaN, and with it NaN for the row.
-inline float quantize_block(int16_t* q, const float* x, int64_t count, float top, float weight_top) {
+struct BlockFactor {
+    float factor, scale;  // what brings a block's largest number to the top, and back; factor 0: all count as zeros
+};
+
+// The scale is divided by `weight_top`. A NaN or an infinity in x gives a scale of NaN, and with it NaN for the row.
+inline BlockFactor block_factor(const float* x, int64_t count, float top, float weight_top) {
     Floats most = splat(0.f), sick = splat(0.f);
     for (int64_t i = 0; i < count; i += kLanes) {
         const Floats a = load(x + i);
@@ -35,13 +38,18 @@ inline float quantize_block(int16_t* q, const float* x, int64_t count, float top
         sick = fma(a, splat(0.f), sick);
     }
     const float largest_number = largest(most), broken = total(sick) * 0.f;
-    const bool usable = largest_number >= kSmallest && broken == 0.f;
-    const Floats factor = splat(usable ? top / largest_number : 0.f);
-    if (usable)
-        for (int64_t i = 0; i < count; i += kLanes) store_int16(q + i, nearest(load(x + i) * factor));
+    if (!(largest_number >= kSmallest && broken == 0.f)) return {0.f, broken};
+    return {top / largest_number, largest_number / top / weight_top};
+}
+
+// q [count] = x / scale, rounded, with the largest at `top`; returns the scale.
+inline float quantize_block(int16_t* q, const float* x, int64_t count, float top, float weight_top) {
+    const BlockFactor block = block_factor(x, count, top, weight_top);
+    if (block.factor != 0.f)
+        for (int64_t i = 0; i < count; i += kLanes) store_int16(q + i, nearest(load(x + i) * splat(block.factor)));
     else
         std::memset(q, 0, count * sizeof *q);
-    return usable ? largest_number / top / weight_top : broken;
+    return block.scale;
 }
 
 inline void quantize_row(int16_t* q, float* scales, const float* x, int64_t in, float top, float weight_top) {
