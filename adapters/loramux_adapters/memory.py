@@ -62,6 +62,13 @@ def resident_bytes() -> int:
     return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else 0
 
 
+def available_bytes() -> int:
+    """Bytes that this process can still take: of the machine or, if it is less, of its control group."""
+    free = _field(Path("/proc/meminfo"), "MemAvailable") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit, used = (_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
+    return free if limit is None or used is None else min(free, max(0, limit - used))
+
+
 @contextmanager
 def returning_memory() -> Iterator[None]:
     """For work that allocates much and frees it again, as loading a model does: what it frees goes back to the system.
@@ -112,16 +119,25 @@ class PeakMemory:
         """Bytes."""
         if self._device.type == "cuda":
             return max(self._least, torch.cuda.max_memory_allocated(self._device))
-        return max(self._least, (_status("VmHWM") if self._resets else 0) or _ever())
+        return max(self._least, (_field(_STATUS, "VmHWM") if self._resets else 0) or _ever())
 
 
-def _status(name: str) -> int:
-    """A field of the process's status, in bytes; 0 if the system does not tell."""
+def _field(file: Path, name: str) -> int:
+    """A field of a /proc file, in bytes; 0 if the system does not tell."""
     try:
-        found = re.search(rf"^{name}:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+        found = re.search(rf"^{name}:\s+(\d+) kB$", file.read_text(), re.MULTILINE)
     except OSError:
         return 0
     return int(found[1]) * 1024 if found else 0
+
+
+def _number(file: Path) -> int | None:
+    """The number in a file; None where there is none, or no limit."""
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
 
 
 def _ever() -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from loramux_server.kernels.compiled.abi import (
@@ -22,6 +23,7 @@ from loramux_server.kernels.compiled.abi import (
     VectorIsa,
 )
 from loramux_server.kernels.compiled.library import NativeLibrary
+from loramux_server.kernels.layers.packed_head import rows_of
 
 Array = NDArray[Any]
 
@@ -181,7 +183,7 @@ class Decoder:
             structure.rotary = 0 if s.rotary else -1
             structure.window, structure.gelu = s.window, s.gelu
             structure.scaling, structure.softcap = self.scaling, s.softcap
-        self.numbers = np.zeros((self.padded // 16, s.hidden // 2, 16, 2), dtype=np.int16)
+        self.numbers = np.zeros((3, self.padded // 32, 16, s.hidden), dtype=np.uint8)
         self.head_scales = np.zeros((s.hidden // 64, self.padded), dtype=np.float32)
         pack = self.library.function("loramux_exact_pack_head")
         pack(at(self.numbers), at(self.head_scales), at(self.head), s.vocabulary, self.padded, s.hidden, 0, 1)
@@ -210,9 +212,9 @@ class Decoder:
         """[len(tokens), hidden] fp32, before the factor."""
         if not self.shape.tied:
             return widened(self.embedding[tokens])
-        which = np.array(tokens)
-        rows = self.numbers[which // TILE, :, which % TILE].reshape(len(which), -1, 64).astype(np.float32)
-        return (rows * self.head_scales.T[which][..., None]).reshape(len(which), -1)
+        numbers, scales = torch.from_numpy(self.numbers), torch.from_numpy(self.head_scales)
+        rows: Array = rows_of(numbers, scales, torch.tensor(tokens)).numpy()
+        return rows
 
     def cache(self, blocks: int) -> Cache:
         s = self.shape

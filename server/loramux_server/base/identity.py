@@ -32,46 +32,68 @@ def compute_base_id(directory: Path, recipe: dict[str, Any]) -> str:
     Raises:
         BaseModelError: the directory holds no safetensors weights, or they cannot be read.
     """
-    digest = hashlib.sha256(b"loramux base id 1\n")
-    _add(digest, "recipe", _canonical(recipe))
-    config = read_json(directory / "config.json")
-    _add(digest, "config", _canonical({key: config[key] for key in config if key not in _CONFIG_NOISE}))
-    tokenizer_config = directory / "tokenizer_config.json"
-    if tokenizer_config.is_file():
-        settings = read_json(tokenizer_config)
-        _add(digest, "tokenizer", _canonical({key: settings[key] for key in settings if key in _TOKENIZER_KEYS}))
-    for name in _TOKENIZER_FILES:
-        if (directory / name).is_file():
-            _add(digest, name, hashlib.sha256((directory / name).read_bytes()).digest())
-    for name, summary in sorted(_tensor_digests(directory).items()):
-        _add(digest, name, summary)
-    return digest.hexdigest()
+    return _base_id(recipe, _parts(directory))
 
 
 def cached_base_id(
     directory: Path, recipe: dict[str, Any], cache_dir: Path, report: Callable[[str], None] = lambda line: None
 ) -> str:
-    """`compute_base_id`, remembered in `cache_dir` for as long as the checkpoint's files keep size and time."""
+    """`compute_base_id`; what it read of the checkpoint is remembered in `cache_dir`, for any recipe.
+
+    For as long as the files are the same ones: name, device, inode, size, and the times of the last change of content
+    and of anything. The last of these no program can set, so a file that is exchanged for one of the same size and
+    time is noticed; a directory that is renamed is not digested again.
+    """
     files = sorted(path for path in directory.iterdir() if path.is_file())
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    key = hashlib.sha256(_canonical([str(directory.resolve()), stats, recipe])).hexdigest()
-    remembered = cache_dir / "base-ids" / key
-    if remembered.is_file() and len(base_id := remembered.read_text().strip()) == 64:
-        return base_id
-    size = sum(path.stat().st_size for path in files if path.suffix == ".safetensors")
+    found = [(path.name, path.stat()) for path in files]
+    stats = [(name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in found]
+    key = hashlib.sha256(_canonical(stats)).hexdigest()
+    remembered = cache_dir / "base-ids" / f"{key}.json"
+    if (parts := _remembered(remembered)) is not None:
+        return _base_id(recipe, parts)
+    size = sum(s.st_size for name, s in found if name.endswith(".safetensors"))
     if size >= _TOLD_BYTES:
         report(f"digesting the checkpoint ({size / 2**20:,.0f} MiB, once)")
-    base_id = compute_base_id(directory, recipe)
+    parts = _parts(directory)
     try:
         remembered.parent.mkdir(parents=True, exist_ok=True)
         partial = remembered.with_suffix(f".{os.getpid()}-{threading.get_ident()}.partial")  # others start meanwhile
-        partial.write_text(base_id)
+        partial.write_text(json.dumps([[label, content.hex()] for label, content in parts], indent=0))
         partial.replace(remembered)
     except OSError as error:
         raise BaseModelError(
             f"the cache directory cannot be used ({error.strerror}); choose one with --cache-dir"
         ) from error
-    return base_id
+    return _base_id(recipe, parts)
+
+
+def _base_id(recipe: dict[str, Any], parts: list[tuple[str, bytes]]) -> str:
+    digest = hashlib.sha256(b"loramux base id 1\n")
+    for label, content in [("recipe", _canonical(recipe)), *parts]:
+        _add(digest, label, content)
+    return digest.hexdigest()
+
+
+def _parts(directory: Path) -> list[tuple[str, bytes]]:
+    """(what, its digest, or itself where it is short) of all that makes a checkpoint, in the order of the base id."""
+    config = read_json(directory / "config.json")
+    parts = [("config", _canonical({key: config[key] for key in config if key not in _CONFIG_NOISE}))]
+    tokenizer_config = directory / "tokenizer_config.json"
+    if tokenizer_config.is_file():
+        settings = read_json(tokenizer_config)
+        parts.append(("tokenizer", _canonical({key: settings[key] for key in settings if key in _TOKENIZER_KEYS})))
+    for name in _TOKENIZER_FILES:
+        if (directory / name).is_file():
+            parts.append((name, hashlib.sha256((directory / name).read_bytes()).digest()))
+    return [*parts, *sorted(_tensor_digests(directory).items())]
+
+
+def _remembered(path: Path) -> list[tuple[str, bytes]] | None:
+    """None where nothing is, or nothing that can be read: it is digested again."""
+    try:
+        return [(str(label), bytes.fromhex(content)) for label, content in json.loads(path.read_text())]
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _tensor_digests(directory: Path) -> dict[str, bytes]:

@@ -25,9 +25,9 @@ from loramux_server.base.quantized import quantization_constants, quantized_once
 from loramux_server.base.source import BaseSource, Report, resolve_base
 from loramux_server.base.support import unsupported_config, unsupported_modules
 from loramux_server.errors import BaseModelError
-from loramux_server.kernels.choice import Kernels, choose_kernels
-from loramux_server.kernels.compiled.library import Compiled
-from loramux_server.kernels.layers.fp32 import keep_unpacked
+from loramux_server.kernels.choice import Kernels, choose_kernels, why_not_compiled
+from loramux_server.kernels.compiled.library import Compiled, native_library
+from loramux_server.kernels.layers.fp32 import DequantizedNF4, dequantized, keep_unpacked
 from loramux_server.kernels.layers.nf4_linear import BLOCK, NF4Linear, four_bit_layers
 from loramux_server.kernels.layers.packed_embedding import PackedEmbedding
 from loramux_server.kernels.layers.packed_head import PackedHead
@@ -98,11 +98,8 @@ class BaseModel:
 
     @property
     def vocabulary(self) -> int:
-        """Token ids that have an embedding are below it. Raises BaseModelError if there are none."""
-        size = int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-        if size < 1:
-            raise BaseModelError("the base has no token embeddings")
-        return size
+        """As `vocabulary_of` has it."""
+        return vocabulary_of(self.model)
 
 
 def quantization_recipe(config: Any, quantize: str = "nf4") -> dict[str, Any]:
@@ -119,6 +116,14 @@ def quantization_recipe(config: Any, quantize: str = "nf4") -> dict[str, Any]:
     }
 
 
+def vocabulary_of(model: Any) -> int:
+    """Token ids that have an embedding are below it. Raises BaseModelError if there are none."""
+    size = int(model.get_input_embeddings().num_embeddings)
+    if size < 1:
+        raise BaseModelError("the base has no token embeddings")
+    return size
+
+
 def load_base_model(
     spec: str | BaseSource,
     *,
@@ -127,6 +132,7 @@ def load_base_model(
     report: Report,
     quantize: str = "nf4",
     training: bool = False,
+    exact: bool = False,
     kernels: Kernels | None = None,
 ) -> BaseModel:
     """The base in NF4 with double quantization, ready to run. Quantized once, then kept in the cache.
@@ -139,42 +145,46 @@ def load_base_model(
         report: receives one line for each slow stage.
         quantize: "nf4", or "none" for the 16-bit weights as they are, to compare with.
         training: give its modules no forward of the kernels between the layers, which have no backward.
-        kernels: what it is to run on; the device's own if None.
+        exact: as what serves it is compared with, on the CPU: every number of its weights as it is, computed with in
+            fp32 by transformers' own code on the slow reference's kernels. The NF4 weights are those that are kept.
+        kernels: what it is to run on; the device's own if None, and not asked for if `exact`.
     Raises:
         BaseModelError: it cannot be found, read or served correctly.
     """
     transformers_logging.disable_progress_bar()  # `report` tells what is slow; bars would break its lines
-    kernels = kernels or choose_kernels(device)
+    kernels = choose_kernels(device, "reference") if exact else kernels or choose_kernels(device)
+    if not exact:
+        for line in why_not_compiled(kernels, device):  # before what takes long because of it
+            report(line)
     stages: list[tuple[str, float]] = []
     source = (
         spec
         if isinstance(spec, BaseSource)
         else _timed(stages, "find the base", lambda: resolve_base(spec, cache_dir, report))
     )
-    try:
-        config = AutoConfig.from_pretrained(source.directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise BaseModelError(f"the base's config cannot be read: {_first_line(error)}") from error
-    _refuse(source.name, unsupported_config(config))
-    skeleton = _timed(stages, "architecture", lambda: _skeleton(config))
-    _refuse(source.name, unsupported_modules(skeleton))
+    config, skeleton = _timed(stages, "architecture", lambda: skeleton_of(source))
     recipe = quantization_recipe(config, quantize)
     base_id = _timed(stages, "base id", lambda: cached_base_id(source.directory, recipe, cache_dir, report))
-    compiled = kernels.compiled if quantize == "nf4" and packable(skeleton) else None
-    if compiled is not None:
-        model = _timed(stages, "load", lambda: _packed(skeleton, source, base_id, compiled, cache_dir, report))
+    library = native_library() if exact else None
+    compiled = library.best if library else kernels.compiled
+    if quantize != "nf4" or not packable(skeleton):
+        compiled = None
+    if compiled is not None and exact:
+        model = _timed(stages, "weights", lambda: _dense(skeleton, source, base_id, compiled, cache_dir, report))
+    elif compiled is not None:
+        model = _timed(stages, "weights", lambda: _packed(skeleton, source, base_id, compiled, cache_dir, report))
     elif quantize == "none":
         report("loading the base in 16 bit")
-        model = _timed(stages, "load", lambda: _load(source.directory, device))
+        model = _timed(stages, "weights", lambda: _load(source.directory, device))
     else:
-        model = _timed(stages, "load", lambda: _load_nf4(source.directory, device, base_id, cache_dir, report))
+        model = _timed(stages, "weights", lambda: _load_nf4(source.directory, device, base_id, cache_dir, report))
         _check_quantized(model, source.name)
     keep_unpacked(model)
     if not training:
         if compiled is None:
             _timed(stages, "lay out for the kernels", lambda: kernels.lay_out(model))
         _timed(stages, "compiled operations", lambda: kernels.use_ops(model))
-    tokenizer = _timed(stages, "tokenizer", lambda: _load_tokenizer(source.directory))
+    tokenizer = _timed(stages, "tokenizer", lambda: load_tokenizer(source.directory))
     return BaseModel(
         model=model,
         tokenizer=tokenizer,
@@ -196,15 +206,25 @@ def load_base_model(
     )
 
 
-def _load_tokenizer(directory: Path) -> Any:
+def load_tokenizer(directory: Path) -> Any:
+    """transformers' own. Raises BaseModelError: it cannot be read."""
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(f"the base's tokenizer cannot be read: {_first_line(error)}") from error
 
 
-def _skeleton(config: Any) -> nn.Module:
-    """The model without weights, and before bitsandbytes replaces any layer."""
+def skeleton_of(source: BaseSource) -> tuple[Any, nn.Module]:
+    """A base's config, and its model without weights, on the meta device: within a second, whatever its size.
+
+    Raises:
+        BaseModelError: the config cannot be read, or the base not be served correctly.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source.directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(f"the base's config cannot be read: {_first_line(error)}") from error
+    _refuse(source.name, unsupported_config(config))
     try:
         with torch.device("meta"):
             factory: Any = AutoModelForCausalLM
@@ -213,7 +233,8 @@ def _skeleton(config: Any) -> nn.Module:
         raise BaseModelError(
             f"the base is no causal language model that is known here: {_first_line(error)}"
         ) from error
-    return model
+    _refuse(source.name, unsupported_modules(model))
+    return config, model
 
 
 def _packed(
@@ -230,6 +251,18 @@ def _packed(
     with contextlib.suppress(OSError):  # most checkpoints have none
         model.generation_config = GenerationConfig.from_pretrained(source.directory, local_files_only=True)
     return model  # type: ignore[no-any-return]
+
+
+def _dense(
+    skeleton: nn.Module, source: BaseSource, base_id: str, compiled: Compiled, cache_dir: Path, report: Report
+) -> nn.Module:
+    """The 16-bit model with the NF4 weights that are served in it, in fp32."""
+    packed = _packed(skeleton, source, base_id, compiled, cache_dir, report)
+    model: nn.Module = _read(source.directory, torch.device("cpu"))
+    for path, layer in list(packed.named_modules()):
+        if isinstance(layer, NF4Linear):
+            model.set_submodule(path, dequantized(layer))
+    return model
 
 
 def _load_nf4(directory: Path, device: torch.device, base_id: str, cache_dir: Path, report: Report) -> Any:
@@ -321,10 +354,13 @@ def _bytes_16bit(model: nn.Module) -> int:
 
 def _kept_floats(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every name of every weight that lies as it was loaded; tied weights appear under each of their names."""
+    dequantized = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, DequantizedNF4)}
     return {
         name: parameter.detach()
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.dtype in (torch.bfloat16, torch.float16, torch.float32) and parameter.numel()
+        if parameter.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and parameter.numel()
+        and name not in dequantized
     }
 
 

@@ -37,7 +37,7 @@ from loramux_server.kernels.layers.nf4_linear import NF4Linear, codes_shape, sca
 from loramux_server.kernels.layers.packed_embedding import PackedEmbedding, factor_of, put, tied_embedding
 from loramux_server.kernels.layers.packed_head import PackedHead, head_fits, head_shapes
 
-FORM = 2  # goes up whenever the same checkpoint would give other bytes
+FORM = 3  # goes up whenever the same checkpoint would give other bytes
 _MAGIC = b"loramux packed base\n"
 _LENGTH = struct.Struct("<Q")  # of the header, between its digest and itself
 _ALIGNED = 64  # bytes, each tensor in the mapping
@@ -158,7 +158,7 @@ def packed(model: nn.Module, compiled: Compiled, report: Report) -> PackedTensor
         shapes[f"{path}.scales"] = torch.float32, scales_shape(layer)
     if head_fits(head):
         numbers, scales = head_shapes(head)
-        shapes |= {f"{head_path}.numbers": (torch.int16, numbers), f"{head_path}.scales": (torch.float32, scales)}
+        shapes |= {f"{head_path}.numbers": (torch.uint8, numbers), f"{head_path}.scales": (torch.float32, scales)}
     tensors = PackedTensors.reserved(shapes | {name: (each.dtype, tuple(each.shape)) for name, each in kept.items()})
     told = time.monotonic()
     for done, (path, layer) in enumerate(linears.items()):

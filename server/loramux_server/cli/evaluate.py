@@ -14,7 +14,7 @@ from loramux_server.cli.frame import configure_logging, show, write
 from loramux_server.cli.options import once, settings_app
 from loramux_server.cli.screen import LineBar, print_table
 from loramux_server.config.adapter_directory import find_adapter
-from loramux_server.config.environment import bound_spinning, cache_dir_of, key_of, quiet_libraries
+from loramux_server.config.environment import before_a_base, cache_dir_of, key_of, quiet_libraries
 from loramux_server.config.evaluate import EvalConfig
 from loramux_server.config.train import DEFAULT_OUT
 from loramux_server.errors import CommandFailed
@@ -42,13 +42,13 @@ def run(
     Perplexity, and for answers from a few labels accuracy, precision, recall, F1 and a confusion matrix, each with its
     95 % bootstrap interval.
     """
-    bound_spinning()
     configure_logging("info")
     quiet_libraries()
     if config.url is not None:
         show(f"  ask the server at {masked(config.url)}")
         evaluation = evaluate_server(config, key_of(ctx.obj), skip_bad=skip_bad)
     else:
+        before_a_base(ctx.obj)
         cache_dir = cache_dir_of(config.cache_dir, ctx.obj)
         evaluation = evaluate_here(config, Stages(write), cache_dir=cache_dir, skip_bad=skip_bad)
     return _report(evaluation, config.out)
@@ -76,7 +76,7 @@ def evaluate_here(config: EvalConfig, stages: Stages, *, cache_dir: Path, skip_b
     quantize = config.quantize or trained_on(directory)
     with stages.stage("find the base"):
         source = resolve_base(config.base, cache_dir, stages.note)
-    with stages.stage("import libraries"):
+    with stages.imports():
         import torch
 
         from loramux_adapters.evaluation.evaluated import Role

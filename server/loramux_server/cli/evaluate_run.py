@@ -71,7 +71,8 @@ class Bases:
             cache_dir=self._cache_dir,
             report=self._report,
             quantize=quantize,
-            kernels=choose_kernels(device, "reference" if exact else kernels_of(os.environ)),
+            exact=exact,
+            kernels=None if exact else choose_kernels(device, kernels_of(os.environ)),
         )
 
 

@@ -18,7 +18,7 @@ from loramux_server.base.source import check_base, resolve_base
 from loramux_server.cli import frame
 from loramux_server.cli.evaluate import evaluate_shown, print_report, written
 from loramux_server.cli.options import once, settings_app
-from loramux_server.config.environment import bound_spinning, cache_dir_of, quiet_libraries
+from loramux_server.config.environment import before_a_base, cache_dir_of, quiet_libraries
 from loramux_server.config.finish import FinishConfig
 from loramux_server.longrun.interrupt import stoppable
 from loramux_server.serving.startup import Stages
@@ -40,9 +40,9 @@ def run(
     skip_bad: Annotated[bool, once("--skip-bad", "leave out examples that cannot be used")] = False,
 ) -> int:
     """Fingerprint and evaluate a trained adapter on the serving path."""
-    bound_spinning()
     frame.configure_logging("info")
     quiet_libraries()
+    before_a_base(ctx.obj)
     finish(run_dir, config, Stages(frame.write), cache_dir=cache_dir_of(config.cache_dir, ctx.obj), skip_bad=skip_bad)
     return 0
 
@@ -69,7 +69,7 @@ def finish(
         with stages.stage("find the base"):
             source = resolve_base(settings.base, cache_dir, stages.note)
         go_on()
-        with stages.stage("import libraries"):
+        with stages.imports():
             import torch
 
             from loramux_adapters.evaluation.evaluated import Role

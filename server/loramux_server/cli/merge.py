@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import typer
 
@@ -20,7 +20,7 @@ from loramux_server.cli.frame import configure_logging, show, write
 from loramux_server.cli.options import settings_app
 from loramux_server.cli.screen import LineBar
 from loramux_server.config.adapter_directory import find_adapter
-from loramux_server.config.environment import bound_spinning, cache_dir_of, kernels_of, quiet_libraries
+from loramux_server.config.environment import before_a_base, cache_dir_of, kernels_of, quiet_libraries
 from loramux_server.config.merge import MergeConfig
 from loramux_server.config.train import DEFAULT_OUT
 from loramux_server.longrun.growth import growth_told
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from loramux_adapters.training.model.merge import Merged
     from loramux_server.base.loader import BaseModel
+    from loramux_server.engine.local_engine import LocalEngine
     from loramux_server.fingerprint.fingerprint import Agreement
 
 REPORT_FILE = "merge.json"
@@ -83,9 +84,9 @@ def merge(config: MergeConfig, ctx: typer.Context) -> int:
     from loramux_server.evaluation.material import largest_rank
 
     assert config.adapter is not None and config.out is not None
-    bound_spinning()
     configure_logging("info")
     quiet_libraries()
+    before_a_base(ctx.obj)
     check_base(config.base)
     adapter = find_adapter(config.adapter, DEFAULT_OUT)
     largest_rank([adapter])  # a file that cannot be read is known now
@@ -98,7 +99,7 @@ def merge(config: MergeConfig, ctx: typer.Context) -> int:
     with whole_directory(config.out) as partial, stoppable(lambda: bar.line(answer)) as go_on:
         with stages.stage("find the base"):
             source = resolve_base(config.base, cache_dir, stages.note)
-        with stages.stage("import libraries"):
+        with stages.imports():
             import torch
 
             import loramux_server.base.loader  # noqa: F401 - it needs transformers, whose seconds belong to this stage
@@ -220,7 +221,7 @@ class _Merge:
         from loramux_server.fingerprint.fingerprint import compare, witness
 
         with self._stage("ask the adapter"):
-            engine = self._engine(self._source, self._trained_on)
+            engine = self._engine(self._source, self._trained_on, check=True)
             adapter = engine.load(self._adapter)
             prompts = drift_prompts(self._adapter, engine.base.tokenizer, adapter.chat_template)
             said = witness(engine, prompts, adapter, max_tokens=REPLY_TOKENS)
@@ -228,8 +229,7 @@ class _Merge:
             del engine
         exact = None
         if self._config.fidelity:
-            with self._stage("ask the adapter in fp32"):
-                self._stages.note("by transformers' own code, which is slow; --no-fidelity leaves this out")
+            with self._stage("ask the adapter in fp32, by transformers' own code"):
                 engine = self._engine(self._source, self._trained_on, exact=True)
                 exact = compare(engine, said, engine.load(self._adapter))
                 del engine
@@ -249,15 +249,15 @@ class _Merge:
                 self._bar.end()
             self._go_on()
 
-    def _engine(self, spec: str | BaseSource, quantize: str, *, exact: bool = False) -> Any:
-        """`exact`: in fp32, on the CPU."""
+    def _engine(
+        self, spec: str | BaseSource, quantize: str, *, exact: bool = False, check: bool = False
+    ) -> LocalEngine:
+        """`exact`: in fp32, on the CPU. `check`: as a server does at its start; not for what is only compared with."""
         from loramux_server.engine.local_engine import LocalEngine
 
         gc.collect()
-        if quantize == "none" and not exact and self._device.type == "cpu":
-            self._stages.note("layers in 16 bit have no compiled kernels, so this takes longer")
         base = self._load(spec, quantize, exact=exact)
-        return LocalEngine.open(base, rows=16, tokens=8192, max_rank=max(self._rank, 8), check=not exact)
+        return LocalEngine.open(base, rows=16, tokens=8192, max_rank=max(self._rank, 8), check=check)
 
     def _load(self, spec: str | BaseSource, quantize: str, *, training: bool = False, exact: bool = False) -> BaseModel:
         import torch
@@ -273,7 +273,8 @@ class _Merge:
             report=self._stages.note,
             quantize=quantize,
             training=training,
-            kernels=choose_kernels(device, "reference" if exact else kernels_of(os.environ)),
+            exact=exact,
+            kernels=None if exact else choose_kernels(device, kernels_of(os.environ)),
         )
 
 

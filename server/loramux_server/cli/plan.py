@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -18,7 +15,7 @@ from loramux_server.cli.options import settings_app
 from loramux_server.cli.screen import print_table
 from loramux_server.config.environment import cache_dir_of, quiet_libraries
 from loramux_server.config.plan import PlanConfig
-from loramux_server.errors import BaseModelError, ConfigError
+from loramux_server.errors import ConfigError
 from loramux_server.serving.startup import Stages
 
 if TYPE_CHECKING:
@@ -46,10 +43,11 @@ def plan(config: PlanConfig, ctx: typer.Context) -> int:
     stages = Stages(write)
     with stages.stage("find the base"):
         source = resolve_base(config.base, cache_dir, stages.note, weights=False)
-    with stages.stage("import libraries"):
+    with stages.imports():
         import torch
 
         from loramux_adapters.training.run.plan import kv_bytes, plan_memory
+        from loramux_server.base.loader import skeleton_of
 
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
@@ -57,7 +55,7 @@ def plan(config: PlanConfig, ctx: typer.Context) -> int:
     cuda = config.device == "cuda" or (config.device == "auto" and available)
     learned = config.learned or max(1, config.seq // 4)
     with stages.stage("count its layers"):
-        skeleton = _skeleton(source.directory)
+        _, skeleton = skeleton_of(source)
         plans = [
             plan_memory(skeleton, config.recipe(quantize), sequence=config.seq, learned=learned, cuda=cuda)
             for quantize in ("nf4", "none")
@@ -78,20 +76,6 @@ def plan(config: PlanConfig, ctx: typer.Context) -> int:
     ]:
         show(line)
     return 0
-
-
-def _skeleton(directory: Path) -> Any:
-    """The base without weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        found = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        factory: Any = AutoModelForCausalLM
-        with torch.device("meta"):
-            return factory.from_config(found, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise BaseModelError(f"the base's config cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def _about(config: PlanConfig, qlora: MemoryPlan) -> Sequence[str]:
@@ -154,12 +138,10 @@ def _verdict(config: PlanConfig, qlora: MemoryPlan, lora: MemoryPlan, memory: Me
 
 def _host_memory() -> Memory:
     """Free memory of the machine or, if it is less, of the control group that this process may not exceed."""
-    free = _field(Path("/proc/meminfo"), "MemAvailable") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit, used = (_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
-    if limit is not None and used is not None:
-        free = min(free, max(0, limit - used))
-    taken = _field(Path("/proc/self/status"), "VmRSS")
-    return Memory("this machine", free + taken, taken)  # what this process takes will be free again
+    from loramux_adapters.memory import available_bytes, resident_bytes
+
+    taken = resident_bytes()
+    return Memory("this machine", available_bytes() + taken, taken)  # what this process takes will be free again
 
 
 def _cuda_memory() -> Memory:
@@ -167,24 +149,6 @@ def _cuda_memory() -> Memory:
 
     free, total = torch.cuda.mem_get_info()
     return Memory(torch.cuda.get_device_name(), free, 0)
-
-
-def _field(path: Path, name: str) -> int:
-    """A field of a /proc file in bytes; 0 if there is none."""
-    try:
-        found = re.search(rf"^{name}:\s+(\d+) kB$", path.read_text(), re.MULTILINE)
-    except OSError:
-        return 0
-    return int(found[1]) * 1024 if found else 0
-
-
-def _number(path: Path) -> int | None:
-    """The number in a file; None where there is none, or no limit."""
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
 
 
 app = settings_app(

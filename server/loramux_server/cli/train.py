@@ -17,7 +17,7 @@ from loramux_server.base.cache_directory import borrowed_cache
 from loramux_server.base.source import EMBEDDED_NAME, check_base, resolve_base
 from loramux_server.cli.frame import configure_logging, show, show_command, write
 from loramux_server.cli.options import once, settings_app
-from loramux_server.config.environment import bound_spinning, cache_dir_of, key_of, quiet_libraries
+from loramux_server.config.environment import before_a_base, cache_dir_of, key_of, quiet_libraries
 from loramux_server.config.finish import FinishConfig
 from loramux_server.config.settings import settings_of
 from loramux_server.config.train import TrainConfig
@@ -48,9 +48,9 @@ def train(
     from loramux_adapters.training.run.run_dir import RunDirectory
     from loramux_server.cli.train_data import Prepared, read_material
 
-    bound_spinning()
     configure_logging("info")
     quiet_libraries()
+    before_a_base(ctx.obj)
     run = RunDirectory(config.run_dir)
     check_base(config.base)
     if run.is_finished and not overwrite:
@@ -90,7 +90,7 @@ def _run(
     dry_run: bool,
 ) -> int:
     """Everything that takes long; returns the exit code. Raises KeyboardInterrupt."""
-    with stages.stage("import libraries"):
+    with stages.imports():
         from loramux_server.cli.train_run import run_training
     outcome = run_training(config, prepared, run, stages, skip_bad=skip_bad, dry_run=dry_run)
     if outcome is None:

@@ -15,6 +15,7 @@ import torch
 from loramux_adapters.errors import MemoryShort
 from loramux_adapters.memory import resident_bytes
 from loramux_adapters.training.data.batches import Row
+from loramux_adapters.training.model.lora_layers import target_names
 from loramux_adapters.training.model.model import LoraModel
 from loramux_adapters.training.run.card import make_card, write_card
 from loramux_adapters.training.run.curves import draw_curves
@@ -23,8 +24,17 @@ from loramux_adapters.training.run.run_dir import RunDirectory
 from loramux_adapters.training.run.trace import EpochRecord, StepRecord
 from loramux_adapters.training.run.trainer import Plan, Trainer, TrainingOutcome
 from loramux_server.base.device import device_of
-from loramux_server.base.loader import BaseModel, load_base_model
+from loramux_server.base.identity import cached_base_id
+from loramux_server.base.loader import (
+    BaseModel,
+    load_base_model,
+    load_tokenizer,
+    quantization_recipe,
+    skeleton_of,
+    vocabulary_of,
+)
 from loramux_server.base.originals import original_weights
+from loramux_server.base.source import BaseSource
 from loramux_server.cli.frame import show
 from loramux_server.cli.screen import LineBar
 from loramux_server.cli.train_data import Prepared, data_lines, render
@@ -55,7 +65,16 @@ def run_training(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     recipe = config.recipe()
+    with stages.stage("look at the base's layers"):
+        skeleton_config, skeleton = skeleton_of(prepared.source)
+        target_names(skeleton, recipe)  # refuses layers that there are not
+        if prepared.base_there is not None:
+            served = quantization_recipe(skeleton_config, recipe.quantize)
+            base_id = cached_base_id(prepared.source.directory, served, prepared.cache_dir, stages.note)
+            _refuse_another_base(config, prepared.base_there, base_id)
     train, held = render(config, material, stages, prepared.source, skip_bad=skip_bad)
+    rows = [*train.rendered.rows, *(held.rendered.rows if held is not None else ())]
+    _refuse_unknown_tokens(vocabulary_of(skeleton), prepared.source, rows)
     with stages.stage("load the base"):
         base = load_base_model(
             prepared.source,
@@ -66,8 +85,6 @@ def run_training(
             training=True,
             kernels=choose_kernels(device, kernels_of(os.environ)),
         )
-    _refuse_another_base(config, prepared.base_there, base.base_id)
-    _refuse_unknown_tokens(base, [*train.rendered.rows, *(held.rendered.rows if held is not None else ())])
     with stages.stage("add the adapter" if recipe.init == "default" else f"add the adapter ({recipe.init})"):
         model = _add_adapter(base, config)
     progress = Progress(sys.stdout, run.checkpoints, memory=_memory(device), evaluates=held is not None)
@@ -131,14 +148,14 @@ def _refuse_another_base(config: TrainConfig, there: str | None, here: str) -> N
         )
 
 
-def _refuse_unknown_tokens(base: BaseModel, rows: Iterable[Row]) -> None:
+def _refuse_unknown_tokens(vocabulary: int, source: BaseSource, rows: Iterable[Row]) -> None:
     """Raises CommandFailed: some tokenizers know tokens that the checkpoint has no row of numbers for."""
     highest = max((max(row.ids) for row in rows), default=0)
-    if highest >= base.vocabulary:
-        token = base.tokenizer.convert_ids_to_tokens(highest)
+    if highest >= vocabulary:
+        token = load_tokenizer(source.directory).convert_ids_to_tokens(highest)
         raise CommandFailed(
             f"{token!r} is token {highest} of the base's tokenizer, and the base "
-            f"has embeddings for 0 to {base.vocabulary - 1} only; take it out of the data, or out of the chat template"
+            f"has embeddings for 0 to {vocabulary - 1} only; take it out of the data, or out of the chat template"
         )
 
 

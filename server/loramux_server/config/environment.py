@@ -10,6 +10,7 @@ from pathlib import Path
 from loramux_server.did_you_mean import suggest
 from loramux_server.errors import ConfigError
 from loramux_server.kernels.compiled.library import native_library, why_unusable
+from loramux_server.kernels.set_names import check_name
 
 KEY_VARIABLES = ("LORAMUX_ADMIN_KEY", "LORAMUX_API_KEY")
 KERNELS_VARIABLE = "LORAMUX_KERNELS"
@@ -44,10 +45,15 @@ def kernels_of(environ: Mapping[str, str]) -> str | None:
 
     Raises:
         ConfigError: LORAMUX_ISA names no instruction set that compiled kernels run on here, or LORAMUX_KERNELS asks for
-            others.
+            others, or for what there is not.
     """
     request, isa = environ.get(KERNELS_VARIABLE) or None, environ.get(ISA_VARIABLE)
     if not isa:
+        if request is not None:
+            try:
+                check_name(request)
+            except ConfigError as error:
+                raise ConfigError(f"{KERNELS_VARIABLE}: {error}") from error
         return request
     kind, _, label = (request or "native").partition("-")
     if kind not in ("native", "modules") or label not in ("", isa):
@@ -64,6 +70,16 @@ def kernels_of(environ: Mapping[str, str]) -> str | None:
             f"{isa!r}{suggest(isa, labels)}"
         )
     return f"{kind}-{isa}"
+
+
+def before_a_base(environ: Mapping[str, str]) -> None:
+    """To be called by every command that loads a base, before PyTorch is imported.
+
+    Raises:
+        ConfigError: as `kernels_of`: at once, not after seconds of imports.
+    """
+    kernels_of(environ)
+    bound_spinning()
 
 
 def no_bars() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.lora_linear import AdapterSlots
 from loramux_adapters.lora.ops import LoraRows
-from loramux_server.engine.sampler import Sampler
+from loramux_server.engine.sampler import Sampler, asks_first_token
 from loramux_server.engine.sequence import Batch, RowResult, SlotLoad
 from loramux_server.engine.step_graphs import CudaCapture, StepGraphs
 from loramux_server.errors import SequenceFailed
@@ -77,8 +77,11 @@ class ModelRunner:
             started = time.perf_counter()
             self._load(load)
             load.seconds = time.perf_counter() - started
-        logits = self.forward(batch)
         rows = [row for row in batch.rows if row.num_logits]
+        if self.decoder is not None and rows and all(map(asks_first_token, rows)):
+            logits, first = self._first_tokens(self.decoder, batch)
+            return self._sampler.results(logits, rows, first)
+        logits = self.forward(batch)
         return self._sampler.results(logits, rows) if rows else []
 
     @torch.inference_mode()
@@ -88,7 +91,29 @@ class ModelRunner:
             return self.graphs.run(batch, lambda: self._plain(batch))
         return self._plain(batch)
 
+    @torch.inference_mode()
+    def _first_tokens(self, decoder: Decoder, batch: Batch) -> tuple[torch.Tensor, list[int]]:
+        tokens, _, heads, step, lora, head = self._inputs(batch)
+        return decoder.first_tokens(tokens, heads, step, lora, head)
+
     def _plain(self, batch: Batch) -> torch.Tensor:
+        tokens, position, heads, step, lora, head = self._inputs(batch)
+        if self.decoder is not None:
+            decoded: torch.Tensor = self.decoder.forward(tokens, heads, step, lora, head)
+            return decoded
+        return self._call(
+            torch.tensor([tokens], device=self._device),
+            torch.tensor([position], device=self._device),
+            torch.tensor(heads, dtype=torch.long, device=self._device),
+            step,
+            lora,
+            head,
+        )
+
+    def _inputs(
+        self, batch: Batch
+    ) -> tuple[list[int], list[int], list[int], AttentionStep, LoraRows | None, LoraRows | None]:
+        """Tokens and positions of all rows, the rows whose logits are wanted, and adapters of both."""
         tokens: list[int] = []
         sequence: list[int] = []
         position: list[int] = []
@@ -116,17 +141,7 @@ class ModelRunner:
         head = lora  # logits of all tokens are wanted
         if len(heads) != len(tokens):
             head = LoraRows.build([(row.sequence.slots, row.num_logits) for row in batch.rows if row.num_logits])
-        if self.decoder is not None:
-            decoded: torch.Tensor = self.decoder.forward(tokens, heads, step, lora, head)
-            return decoded
-        return self._call(
-            torch.tensor([tokens], device=self._device),
-            torch.tensor([position], device=self._device),
-            torch.tensor(heads, dtype=torch.long, device=self._device),
-            step,
-            lora,
-            head,
-        )
+        return tokens, position, heads, step, lora, head
 
     def _call(
         self,

@@ -32,12 +32,17 @@ class Sampler:
         self._secret = os.urandom(32)
         self._sampling = sampling
 
-    def results(self, logits: torch.Tensor, rows: list[ScheduledSequence]) -> list[RowResult]:
-        """One for each row. logits: [sum of `num_logits`, vocabulary], in order of the rows.
+    def results(
+        self, logits: torch.Tensor, rows: list[ScheduledSequence], first: list[int] | None = None
+    ) -> list[RowResult]:
+        """One for each row. A row with logits that are not finite carries an error and nothing else.
 
-        A row with logits that are not finite carries an error and nothing else.
+        Args:
+            logits: [sum of `num_logits`, vocabulary], in order of the rows.
+            first: the first largest of each row of finite logits, which then mean nothing; -1 where it is in the
+                logits. Only for rows that `asks_first_token`.
         """
-        greedy, finite = self._sampling.search(logits)
+        greedy, finite = self._search(logits, first)
         starts = list(accumulate((row.num_logits for row in rows), initial=0))
         asked = [
             (start, row)
@@ -61,6 +66,16 @@ class Sampler:
             digest = digest_of(logits[last].float()) if params.digests else None
             results.append(RowResult(chosen[last], logprob, digest=digest, scores=found))
         return results
+
+    def _search(self, logits: torch.Tensor, first: list[int] | None) -> tuple[list[int], list[bool]]:
+        unknown = [row for row, token in enumerate(first or []) if token < 0]
+        if first is None or len(unknown) == len(first):
+            return self._sampling.search(logits)
+        greedy, finite = list(first), [True] * len(first)
+        if unknown:
+            for row, token, is_finite in zip(unknown, *self._sampling.search(logits[unknown]), strict=True):
+                greedy[row], finite[row] = token, is_finite
+        return greedy, finite
 
     def _choose(
         self, logits: torch.Tensor, greedy: list[int], asked: list[tuple[int, ScheduledSequence]]
@@ -88,6 +103,13 @@ class Sampler:
         if sequence.params.seed is not None:
             return sequence.params.seed
         return int.from_bytes(hashlib.blake2b(sequence.id.encode(), key=self._secret, digest_size=8).digest(), "big")
+
+
+def asks_first_token(row: ScheduledSequence) -> bool:
+    """Whether nothing but the first largest of its logits is asked for."""
+    params = row.sequence.params
+    chosen = row.samples and row.num_scored == 0 and params.temperature == 0 and not params.forced
+    return chosen and params.logprobs is None and not params.digests
 
 
 class _Question(NamedTuple):

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loramux_server.engine.local_engine import LocalAdapter, LocalEngine, LocalReply
+from loramux_adapters.evaluation.scores import TokenScore
+from loramux_server.engine.local_engine import LocalAdapter, LocalEngine
 from loramux_server.fingerprint.file import MAX_PROMPTS, MAX_TOKENS, Fingerprint, Witness
 
 
@@ -91,45 +92,47 @@ def witness(
 
 
 def compare(engine: LocalEngine, witnesses: Sequence[Witness], adapter: LocalAdapter | None) -> Agreement:
-    """What witnesses say against what the adapter (or the bare base) says here, token by token."""
+    """What witnesses say against what the adapter (or the bare base) says here, token by token.
+
+    Each token is scored after the witness's own tokens before it, all of them in one go; replies are made only to tell
+    whether they are the same bits, and where another token is likelier.
+    """
     count = sum(len(said.tokens) for said in witnesses)
-    longest = max(len(said.tokens) for said in witnesses)
-    replies = engine.generate([said.ids for said in witnesses], adapter, max_tokens=longest, stop_ids=frozenset())
-    if all(_equal(said, reply) for said, reply in zip(witnesses, replies, strict=True)):
-        return Agreement(count, equal=True)
-    found = engine.score([(said.ids, said.tokens) for said in witnesses], adapter)
+    found = engine.ask([(said.ids, said.tokens) for said in witnesses], adapter).scores
     differences = [
-        abs(here - there)
-        for said, logprobs in zip(witnesses, found, strict=True)
-        for here, there in zip(logprobs, said.logprobs, strict=True)
+        abs(here.logprob - there)
+        for said, scores in zip(witnesses, found, strict=True)
+        for here, there in zip(scores, said.logprobs, strict=True)
     ]
+    if not any(differences) and _equal(engine, witnesses, adapter):
+        return Agreement(count, equal=True)
     return Agreement(count, sum(differences) / count, max(differences), _flips(engine, witnesses, found, adapter))
 
 
-def _equal(said: Witness, reply: LocalReply) -> bool:
-    count = len(said.tokens)
-    return tuple(reply.tokens[:count]) == said.tokens and tuple(reply.logprobs[:count]) == said.logprobs
+def _equal(engine: LocalEngine, witnesses: Sequence[Witness], adapter: LocalAdapter | None) -> bool:
+    """Whether the replies themselves are what the witnesses say."""
+    longest = max(len(said.tokens) for said in witnesses)
+    replies = engine.generate([said.ids for said in witnesses], adapter, max_tokens=longest, stop_ids=frozenset())
+    return all(
+        (tuple(reply.tokens[: len(said.tokens)]), tuple(reply.logprobs[: len(said.tokens)]))
+        == (said.tokens, said.logprobs)
+        for said, reply in zip(witnesses, replies, strict=True)
+    )
 
 
 def _flips(
-    engine: LocalEngine, witnesses: Sequence[Witness], found: Sequence[Sequence[float]], adapter: LocalAdapter | None
+    engine: LocalEngine,
+    witnesses: Sequence[Witness],
+    found: Sequence[Sequence[TokenScore]],
+    adapter: LocalAdapter | None,
 ) -> tuple[Flip, ...]:
-    """Every flip. Behind one the reply goes on from the expected token, so that each is counted by itself."""
-    flips: list[Flip] = []
-    starts = dict.fromkeys(range(len(witnesses)), 0)
-    while starts:
-        length = max(len(witnesses[index].tokens) - start for index, start in starts.items())
-        prompts = [(*witnesses[index].ids, *witnesses[index].tokens[:start]) for index, start in starts.items()]
-        replies = engine.generate(prompts, adapter, max_tokens=length, stop_ids=frozenset())
-        going_on: dict[int, int] = {}
-        for (index, start), reply in zip(starts.items(), replies, strict=True):
-            expected = witnesses[index].tokens
-            for position in range(start, len(expected)):
-                said = position - start
-                if reply.tokens[said] != expected[position]:
-                    flips.append(Flip(index, position, reply.logprobs[said] - found[index][position]))
-                    if position + 1 < len(expected):
-                        going_on[index] = position + 1
-                    break
-        starts = going_on
-    return tuple(sorted(flips, key=lambda flip: (flip.prompt, flip.position)))
+    """Every flip, each by itself: behind one the witness's own token is taken as said."""
+    places = [
+        (index, place) for index, scores in enumerate(found) for place, score in enumerate(scores) if not score.is_best
+    ]
+    prompts = [(*witnesses[index].ids, *witnesses[index].tokens[:place]) for index, place in places]
+    replies = engine.generate(prompts, adapter, max_tokens=1, stop_ids=frozenset())
+    return tuple(
+        Flip(index, place, reply.logprobs[0] - found[index][place].logprob)
+        for (index, place), reply in zip(places, replies, strict=True)
+    )

@@ -14,7 +14,8 @@ A processor without AVX2 (or NEON) also runs `native`, on portable code. Beside 
 both held to SSE2 and without fma, it decodes 2.9 times as many tokens in a second of processor time with 1 row, 2.4
 with 4 and 1.4 with 32; and only so are its replies those of every other processor.
 
-Who adds a kernel for another device or instruction set adds it to a set here, or a set to `_sets`.
+Who adds a kernel for another device or instruction set adds it to a set here, or a set to `_sets` and its name to
+set_names.py.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ from loramux_server.kernels.layers.nf4_linear import pack
 from loramux_server.kernels.layers.operations import use_compiled_ops
 from loramux_server.kernels.layers.packed_embedding import pack_head
 from loramux_server.kernels.layers.rotary import use_angles
+from loramux_server.kernels.set_names import check_name, set_names
+
+_SLOWER = "4 to 15"  # the set `tensor`, with SmolLM2-135M on Zen 4: the check at start, and one client
 
 
 class GraphKernels(NamedTuple):
@@ -114,13 +118,25 @@ def choose_kernels(device: torch.device, request: str | None = None, shape: KVSh
         request = "cuda" if device.type == "cuda" else "tensor"
         if device.type == "cpu" and native_library() is not None:
             request = "native"
-    sets = _sets()
-    if request not in sets:
-        raise ConfigError(f"there are no kernels named {request!r}; choose one of {', '.join(sets)}")
+    check_name(request)
     try:
-        return sets[request](device, shape)
+        return _sets()[request](device, shape)
     except _Unavailable as error:
         raise ConfigError(f"the kernels {request!r} cannot be used here: {error}") from error
+
+
+def why_not_compiled(kernels: Kernels, device: torch.device) -> list[str]:
+    """For people, in two lines: why no compiled code runs on this CPU, what that costs, and what to do.
+
+    Empty where some does, and for other devices.
+    """
+    if kernels.isa or device.type != "cpu":
+        return []
+    if why := why_unusable():
+        todo = "install g++ and then loramux again" if "not built" in why else "install loramux again"
+    else:
+        why, todo = f"LORAMUX_KERNELS asks for {kernels.name!r}", "unset it"
+    return [f"NO compiled kernels: {why}", f"so all takes {_SLOWER} times as long, the start too; {todo}"]
 
 
 def available_kernels(device: torch.device) -> list[str]:
@@ -235,16 +251,13 @@ def _convert() -> ConvertPairs:
 def _sets() -> dict[str, Callable[[torch.device, KVShape | None], Kernels]]:
     """All that have a name on this machine."""
     library = native_library()
-    isas: list[VectorIsa | None] = [None, *reversed(library.isas if library else ())]
-    compiled = {
-        name: partial(make, isa, name)
-        for kind, make in (("native", _native), ("modules", _modules))
-        for isa in isas
-        for name in [kind if isa is None else f"{kind}-{isa.label}"]
-    }
-    return {
-        **compiled,
-        "tensor": _tensor,
-        "reference": _reference,
-        "cuda": _cuda,
-    }
+    isas = {isa.label: isa for isa in library.isas} if library else {}
+    compiled, others = (
+        {"native": _native, "modules": _modules},
+        {"tensor": _tensor, "reference": _reference, "cuda": _cuda},
+    )
+    sets: dict[str, Callable[[torch.device, KVShape | None], Kernels]] = {}
+    for name in set_names():
+        kind, _, label = name.partition("-")
+        sets[name] = partial(compiled[kind], isas.get(label), name) if kind in compiled else others[name]
+    return sets

@@ -56,6 +56,22 @@ class CompiledTraining:
         self._call("activation", dx.data_ptr(), x.data_ptr(), dy.data_ptr(), x.numel(), int(gelu))
         return dx
 
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, *, gelu: bool) -> torch.Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        y = torch.empty_like(gate)
+        size = (gate.numel() // gate.shape[-1], gate.shape[-1], gate.shape[-1])
+        self._call("gate", *(t.data_ptr() for t in (y, gate, up)), *size, int(gelu))
+        return y
+
+    def gated_gradient(
+        self, dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, *, gelu: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
+        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+        tensors = (d_gate, d_up, dy, gate, up)
+        self._call("gate_gradient", *(t.data_ptr() for t in tensors), dy.numel(), int(gelu))
+        return d_gate, d_up
+
     def token_losses(
         self,
         logits: torch.Tensor,

@@ -111,12 +111,12 @@ def build(config: ServeConfig, source: BaseSource, stages: Stages, connections: 
     with stages.stage("load the base"), returning_memory():
         base = load_base_model(source, device=device, cache_dir=cache_dir, report=stages.note, kernels=kernels)
         shape = probe_kv_shape(base.model, device, whole_numbers=kernels.whole_numbers)
-    tokenizer = BaseTokenizer(
-        base.tokenizer,
-        getattr(base.model, "generation_config", None),
-        base.vocabulary,
-        special_in_messages=config.special_tokens_in_messages,
-    )
+        tokenizer = BaseTokenizer(
+            base.tokenizer,
+            getattr(base.model, "generation_config", None),
+            base.vocabulary,
+            special_in_messages=config.special_tokens_in_messages,
+        )
     name = config.served_model_name or base.name
     metrics = Metrics(config.metrics_adapter_labels)
     with stages.stage("open the adapter store"):

@@ -13,7 +13,7 @@ from loramux_server.base.loader import BaseModel, resident_bytes
 from loramux_server.config.serve import ServeConfig
 from loramux_server.errors import ConfigError
 from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVShape
-from loramux_server.kernels.compiled.library import why_unusable
+from loramux_server.kernels.choice import Kernels, why_not_compiled
 from loramux_server.kernels.layers.nf4_linear import four_bit_layers, why_no_kernel
 from loramux_server.kernels.numerics import kernel_paths
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from loramux_server.engine.model_runner import ModelRunner
 
 MIB = 2**20
+SHOWN_SECONDS = 0.05  # of a part of loading; less is no news
 
 
 def arena_rows(config: ServeConfig, base: BaseModel) -> int:
@@ -104,21 +105,17 @@ def summary(config: ServeConfig, base: BaseModel, device: DeviceSide, context: i
         f"base id  {base.base_id}",
         *(f"  {what:<24} {size / MIB:>8,.0f} MiB  ({note})" for what, size, note in table),
         f"device   {base.device}{threads}; {how_a_step_runs(device.runner)}",
-        *compiled_lines(device.kernels.isa, base.device),
+        *(f"  {line}" for line in compiled_lines(device.kernels, base.device)),
         *(f"  {path}" for path in kernel_paths(base.model, base.device).split("; ")),
         *(f"  {line}" for line in unpacked_layers(base.model) if device.kernels.isa),
         f"  attention {device.kernels.attention}",
         f"  LoRA {device.kernels.lora} (stacks bf16, sums fp32)",
         f"batch    {invariance}",
-        f"loading  the base, in {sum(seconds for _, seconds in base.stages):.1f} s",
-        *(f"  {what:<24} {seconds:>8.1f} s" for what, seconds in base.stages),
+        "loading  the base, part by part",
+        *(f"  {what:<24} {seconds:>8.1f} s" for what, seconds in base.stages if seconds >= SHOWN_SECONDS),
     ]
 
 
-def compiled_lines(isa: str, device: torch.device) -> list[str]:
-    """What compiled code a base runs on, by its instruction set; on a CPU also why on none."""
-    if isa:
-        return [f"  compiled kernels on {isa.upper()}"]
-    if device.type == "cpu" and (why := why_unusable()):
-        return [f"  NO compiled kernels, so replies take very long: {why}"]
-    return []
+def compiled_lines(kernels: Kernels, device: torch.device) -> list[str]:
+    """What compiled code a base runs on, by its instruction set; on a CPU also why on none, and what to do."""
+    return [f"compiled kernels on {kernels.isa.upper()}"] if kernels.isa else why_not_compiled(kernels, device)

@@ -24,7 +24,7 @@ import uvicorn
 
 from loramux_adapters.store.store import check_store
 from loramux_server.base.source import check_base, resolve_base
-from loramux_server.config.environment import bound_spinning, cache_dir_of
+from loramux_server.config.environment import before_a_base, cache_dir_of
 from loramux_server.config.serve import ServeConfig
 from loramux_server.errors import ConfigError
 from loramux_server.longrun.interrupt import SAME_SECONDS
@@ -80,7 +80,8 @@ def serve(config: ServeConfig) -> int:
     """Serves until a signal; returns the exit code.
 
     Raises:
-        ConfigError: a directory that adapters come from is not there, or the system allows too few open files.
+        ConfigError: a directory that adapters come from is not there, the kernels asked for are not, or the system
+            allows too few open files.
         BaseModelError: there is no such base.
         CommandFailed: the port cannot be had.
         StoreUnavailable, IndexLost: another server uses the store, or its index is lost. All of this is found before
@@ -88,8 +89,8 @@ def serve(config: ServeConfig) -> int:
         LoramuxError, AdapterError: the base or the store cannot be used.
     """
     _require_directories(config)
+    before_a_base(os.environ)
     check_base(config.base)
-    bound_spinning()
     sys.setswitchinterval(_SWITCH_SECONDS)
     check_store(config.adapter_dir)
     connections = Connections(connection_cap(config.max_connections))
@@ -170,7 +171,7 @@ async def _first_of(work: asyncio.Future[Any], stop: asyncio.Event) -> None:
 def _build(config: ServeConfig, stages: Stages, connections: Connections) -> Built:
     with stages.stage("find the base"):
         source = resolve_base(config.base, cache_dir_of(config.cache_dir, os.environ), stages.note)
-    with stages.stage("import libraries"):
+    with stages.imports():
         from loramux_server.serving.build import build
     return build(config, source, stages, connections)
 

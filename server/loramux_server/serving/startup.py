@@ -6,9 +6,11 @@ Until the base is loaded the port already answers, so that a supervisor sees a l
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import logging
 import socket
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
@@ -57,6 +59,24 @@ class Stages:
             self._write(f"  {name}")
         self._line_is_open = False
         self._write(f" {self.seconds[name]:.1f} s\n")
+
+    @contextmanager
+    def imports(self) -> Iterator[None]:
+        """The stage in which libraries are imported.
+
+        Python looks for garbage meanwhile as often as ever, through more and more that stays: a fifth of the seconds
+        of PyTorch and transformers. So it does not look, and never again looks through what was imported.
+        """
+        with self.stage("import libraries"):
+            if "torch" in sys.modules or not gc.isenabled():
+                yield
+                return
+            gc.disable()
+            try:
+                yield
+            finally:
+                gc.freeze()
+                gc.enable()
 
     def note(self, text: str) -> None:
         """Adds a line, within a stage or between two."""

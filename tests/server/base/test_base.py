@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,13 +19,14 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from loramux_adapters.errors import AdapterRejected
-from loramux_server.base import source
+from loramux_server.base import identity, packed, source
 from loramux_server.base.identity import cached_base_id, compute_base_id
 from loramux_server.base.loader import BaseModel, load_base_model, quantization_recipe, resident_bytes
 from loramux_server.base.source import check_base, resolve_base
 from loramux_server.base.tokenizer import BaseTokenizer
 from loramux_server.errors import BaseModelError, RequestError
 from loramux_server.kernels.choice import available_kernels, choose_kernels
+from loramux_server.kernels.compiled.library import native_library
 from loramux_server.kernels.numerics import kernel_paths
 from support.real_server import clean_environment
 from support.tiny_models import save_tiny_model, tiny_tokenizer
@@ -37,9 +39,14 @@ def silent(line: str) -> None:
     pass
 
 
-def load(spec: str, tmp_path: Path, kernels: str | None = None) -> BaseModel:
+def load(spec: str, tmp_path: Path, kernels: str | None = None, *, exact: bool = False) -> BaseModel:
     return load_base_model(
-        spec, device=CPU, cache_dir=tmp_path / "cache", report=silent, kernels=choose_kernels(CPU, kernels)
+        spec,
+        device=CPU,
+        cache_dir=tmp_path / "cache",
+        report=silent,
+        exact=exact,
+        kernels=None if exact else choose_kernels(CPU, kernels),
     )
 
 
@@ -291,7 +298,8 @@ def test_two_starts_at_once_remember_the_base_id_side_by_side(
 
     monkeypatch.setattr(Path, "write_text", written_while_another_starts)
     first = cached_base_id(checkpoint, RECIPE, cache)
-    assert [path.read_text() for path in (cache / "base-ids").iterdir()] == [first]
+    assert len(list((cache / "base-ids").iterdir())) == 1
+    assert cached_base_id(checkpoint, RECIPE, cache) == first
 
 
 def test_the_base_id_is_remembered_until_the_files_change(checkpoint: Path, tmp_path: Path) -> None:
@@ -303,6 +311,71 @@ def test_the_base_id_is_remembered_until_the_files_change(checkpoint: Path, tmp_
     tensors["model.norm.weight"][0] += 1
     save_file(tensors, copy / "model.safetensors")
     assert cached_base_id(copy, RECIPE, cache) != first
+
+
+def test_a_file_that_is_exchanged_for_one_of_equal_size_and_time_is_noticed(checkpoint: Path, tmp_path: Path) -> None:
+    copy, cache = damaged(checkpoint, tmp_path), tmp_path / "cache"
+    weights = copy / "model.safetensors"
+    first, before = cached_base_id(copy, RECIPE, cache), weights.stat()
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][0] += 1
+    other = tmp_path / "other.safetensors"
+    save_file(tensors, other, metadata={"format": "pt"})
+    assert other.stat().st_size == before.st_size
+
+    other.replace(weights)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    exchanged = cached_base_id(copy, RECIPE, cache)
+    assert exchanged == compute_base_id(copy, RECIPE) != first
+
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, other, metadata={"format": "pt"})
+    weights.write_bytes(other.read_bytes())  # the same inode
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert cached_base_id(copy, RECIPE, cache) == compute_base_id(copy, RECIPE) not in (first, exchanged)
+
+
+def test_a_checkpoint_is_digested_once_whatever_its_recipe_and_its_directorys_name(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, cache = damaged(checkpoint, tmp_path), tmp_path / "cache"
+    first, other = cached_base_id(copy, RECIPE, cache), compute_base_id(copy, {"type": "none"})
+    copy = copy.rename(tmp_path / "renamed")
+    (file,) = (cache / "base-ids").iterdir()
+    for broken in ("", "[]]", "[1]", '[["a", "no hex"]]', '["abc"]'):
+        whole = file.read_text()
+        file.write_text(broken)
+        assert cached_base_id(copy, RECIPE, cache) == first, "what cannot be read is digested again"
+        assert file.read_text() == whole
+
+    def never(path: Path) -> dict[str, bytes]:
+        raise AssertionError(f"{path} is digested again")
+
+    monkeypatch.setattr(identity, "_tensor_digests", never)
+    assert cached_base_id(copy, RECIPE, cache) == first
+    assert cached_base_id(copy, {"type": "none"}, cache) == other != first
+
+
+@pytest.mark.skipif(native_library() is None, reason="no compiler was there at installation")
+@torch.inference_mode()
+def test_an_exact_base_has_the_numbers_that_are_kept_and_quantizes_nothing(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def logits(base: BaseModel) -> torch.Tensor:
+        base.model.set_attn_implementation("eager")  # type: ignore[operator]
+        found: torch.Tensor = base.model(input_ids=torch.tensor([[3, 1, 4, 1, 5]])).logits
+        assert found.dtype == torch.float32
+        return found
+
+    by_bitsandbytes = logits(load(str(checkpoint), tmp_path, "reference"))
+    served = load(str(checkpoint), tmp_path)
+    monkeypatch.setattr(packed, "packed", lambda *others: pytest.fail("quantized again"))
+    exact = load(str(checkpoint), tmp_path, exact=True)
+
+    torch.testing.assert_close(logits(exact), by_bitsandbytes, rtol=1e-5, atol=1e-6)
+    assert exact.base_id == served.base_id and exact.kernels.name == "reference"
+    assert sorted(exact.linears) == sorted(served.linears)
+    assert not any("_proj" in name for name in exact.floats), "what was dequantized is no weight of the checkpoint"
 
 
 def test_a_loaded_base_knows_its_layers_and_bytes(checkpoint: Path, tmp_path: Path) -> None:

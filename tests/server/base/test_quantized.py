@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from loramux_server.base import quantized
 from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.base.quantized import state_digest
-from loramux_server.kernels.choice import choose_kernels
+from loramux_server.kernels.choice import choose_kernels, why_not_compiled
 from support.tiny_models import ARCHITECTURES, save_tiny_model
 
 CPU = torch.device("cpu")
@@ -34,7 +34,8 @@ def load(checkpoint: Path, cache: Path) -> tuple[BaseModel, list[str]]:
         training=True,
         kernels=choose_kernels(CPU, "tensor"),
     )
-    return base, said
+    assert said[:2] == why_not_compiled(base.kernels, CPU)
+    return base, said[2:]
 
 
 def kept_in(cache: Path) -> Path:

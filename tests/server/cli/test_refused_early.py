@@ -12,12 +12,18 @@ from support.real_server import clean_environment
 
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "matplotlib", "huggingface_hub", "datasets"}
 SCRIPT = """
-import json, sys
+import json, os, sys
 from loramux_server.cli import finish, main
 cases, heavy, cache = map(json.loads, sys.argv[1:])
 before = set()
-for name, *rest in cases:
-    code = (finish.main(rest, cache) if name == "finish" else main.main([name, *rest], cache))
+for case in cases:
+    variables = dict(word.split("=", 1) for word in case if word.startswith("LORAMUX_"))
+    name, *rest = case[len(variables):]
+    os.environ |= variables
+    environ = cache | variables
+    code = (finish.main(rest, environ) if name == "finish" else main.main([name, *rest], environ))
+    for variable in variables:
+        del os.environ[variable]
     imported = set(heavy) & set(sys.modules) - before
     before |= imported
     print(json.dumps([code, sorted(imported)]))
@@ -27,7 +33,7 @@ LINE = '{"prompt": "a", "completion": "b"}\n'
 TRAIN = ("train", "--data", "train.jsonl", "--name", "spam")
 EVAL = ("eval", "--data", "train.jsonl", "--adapter", "good")
 MERGE = ("merge", "--adapter", "good", "--out", "new")
-CASES: dict[tuple[str, ...], str] = {
+CASES: dict[tuple[str, ...], str] = {  # what begins with LORAMUX_ is a variable
     (*TRAIN, "--name", "a:b"): "--name 'a:b'",
     (*TRAIN, "--name", "smollm2-135m-instruct"): "is the base's own name",
     (*TRAIN, "--base", "nothing"): "base 'nothing' is neither a directory",
@@ -55,6 +61,12 @@ CASES: dict[tuple[str, ...], str] = {
     (*MERGE, "--out", "."): "is there already and not empty",
     ("plan", "--base", "nothing"): "base 'nothing' is neither a directory",
     ("plan", "--rank", "0"): "--rank must be from 1 to 1024",
+    ("LORAMUX_KERNELS=fast", "serve"): "LORAMUX_KERNELS: there are no kernels named 'fast'; choose one of",
+    ("LORAMUX_ISA=avx9", "serve"): "LORAMUX_ISA",
+    ("LORAMUX_ISA=avx9", *TRAIN): "LORAMUX_ISA",
+    ("LORAMUX_KERNELS=tenser", *EVAL): "reference, cuda; did you mean tensor?",
+    ("LORAMUX_KERNELS=tensor", "LORAMUX_ISA=avx2", *MERGE): "LORAMUX_KERNELS=tensor for others: unset one",
+    ("LORAMUX_KERNELS=fast", "finish", "run"): "there are no kernels named 'fast'",
     ("finish", "nothing"): "card.json cannot be read",
     ("finish", "run", "--base", "nothing"): "base 'nothing' is neither a directory",
     ("finish", "run", "--eval-data", "nothing.jsonl"): "nothing.jsonl cannot be read",

@@ -26,6 +26,7 @@ from loramux_adapters.training.run.trainer import Plan
 from loramux_server.base.loader import load_base_model
 from loramux_server.cli import finish
 from loramux_server.cli import train as cli_train
+from loramux_server.cli import train_run as cli_train_run
 from loramux_server.cli.frame import call
 from loramux_server.cli.train_data import read_material
 from loramux_server.cli.train_run import Progress
@@ -68,6 +69,11 @@ def where(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     examples(tmp_path / "train.jsonl", 24, seed=1)
     examples(tmp_path / "held.jsonl", 6, seed=2)
     return tmp_path
+
+
+@pytest.fixture
+def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_train_run, "load_base_model", lambda *_, **__: pytest.fail("the base is loaded"))
 
 
 def run(argv: list[str], environ: Mapping[str, str] | None = None) -> int:
@@ -403,8 +409,8 @@ def test_without_held_out_examples_the_run_says_so(where: Path, base: Path, caps
         (("--device", "cuda"), ConfigError, "--device cuda"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_before_the_first_step(
-    where: Path, base: Path, more: tuple[str, ...], error: type[Exception], said: str
+def test_what_cannot_be_trained_is_refused_before_the_base_is_loaded(
+    where: Path, base: Path, nothing_loaded: None, more: tuple[str, ...], error: type[Exception], said: str
 ) -> None:
     with pytest.raises(error, match=said):
         run(arguments(base, *more))
@@ -412,7 +418,9 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(
     assert not list(where.glob("adapters-trained/*"))
 
 
-def test_a_token_without_an_embedding_is_named_before_the_first_step(where: Path, tmp_path: Path) -> None:
+def test_a_token_without_an_embedding_is_named_before_the_base_is_loaded(
+    where: Path, tmp_path: Path, nothing_loaded: None
+) -> None:
     base = save_tiny_model(tmp_path / "narrow")
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([f"<x{number}>" for number in range(100)])
@@ -503,8 +511,8 @@ def test_however_an_upload_ends_the_last_line_says_how_to_do_it(
         run(arguments(base, "--max-steps", "1", "--upload", "http://there"))
 
 
-def test_a_server_with_another_base_is_known_before_the_first_step(
-    where: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_server_with_another_base_is_known_before_the_base_is_loaded(
+    where: Path, base: Path, nothing_loaded: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(upload_check, "check_upload", lambda url, key, name: "f" * 64)
 

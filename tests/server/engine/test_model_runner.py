@@ -14,7 +14,7 @@ from loramux_adapters.lora.ops import Arena, LoraRows, add_lora_segments
 from loramux_adapters.lora.slots import ScaledSlot, Slot
 from loramux_adapters.lora.weights import load_host_adapter
 from loramux_server.base.loader import BaseModel, load_base_model
-from loramux_server.engine.sequence import Batch, ScheduledSequence, SlotLoad
+from loramux_server.engine.sequence import Batch, SamplingParams, ScheduledSequence, SlotLoad
 from loramux_server.engine.start_check import Checker, StartCheck
 from loramux_server.errors import BaseModelError, SequenceFailed
 from loramux_server.kernels.attention.kv_cache import KVShape
@@ -160,6 +160,22 @@ def test_slot_loads_of_a_batch_are_applied_before_its_forward(base: BaseModel, t
     assert token.logprob is not None
     assert not torch.equal(stepper.prefill(stepper.sequence("again", prompt, slot), chunk=99), plain)
     assert stepper.prefill(stepper.sequence("again", prompt, slot), chunk=99).argmax() == token.token_id
+
+
+def test_a_greedy_token_is_the_same_whether_or_not_more_is_asked_for(base: BaseModel, tmp_path: Path) -> None:
+    stepper = loaded(base, tmp_path)
+    replies: list[list[int]] = []
+    for logprobs in (None, 0):
+        params = SamplingParams(temperature=0.0, max_tokens=12, logprobs=logprobs)
+        made = [stepper.sequence(str(index), [5 + index, 7], slot, params) for index, slot in enumerate(SLOTS[:3])]
+        for _ in range(12):
+            rows = [ScheduledSequence(one, one.num_tokens - one.num_computed, samples=True) for one in made]
+            for one, found in zip(made, stepper.runner.run(Batch(rows)), strict=True):
+                assert found.token_id is not None
+                one.num_computed = one.num_tokens
+                one.output.append(found.token_id)
+        replies.append([token for one in made for token in one.output])
+    assert replies[0] == replies[1]
 
 
 def test_a_version_that_left_host_memory_is_an_error_that_says_so(base: BaseModel) -> None:

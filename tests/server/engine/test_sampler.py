@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from loramux_server.engine.sampler import Sampler, uniform
+from loramux_server.engine.sampler import Sampler, asks_first_token, uniform
 from loramux_server.engine.sequence import NOT_FINITE, RowResult, SamplingParams, ScheduledSequence, Sequence
 from loramux_server.kernels.compiled.library import Compiled, native_library
 from loramux_server.kernels.compiled.sampling import NativeSampling, Sampling, TensorSampling
@@ -40,6 +42,34 @@ def draws(params: SamplingParams, count: int) -> list[int]:
 
 def test_temperature_zero_takes_the_most_likely() -> None:
     assert set(draws(SamplingParams(temperature=0.0), 5)) == {1}
+
+
+def test_a_first_token_that_is_known_is_taken_and_others_are_looked_for() -> None:
+    rows = [ScheduledSequence(sequence(SamplingParams(temperature=0.0)), 1, samples=True) for _ in range(4)]
+    logits = LOGITS.expand(4, -1).clone()
+    logits[0] = float("nan")  # what is known needs no logits
+    logits[3] = float("nan")
+    results = Sampler(PATHS[-1]).results(logits, rows, [2, -1, 0, -1])
+    assert [result.token_id for result in results] == [2, 1, 0, None] and results[3].error == NOT_FINITE
+    unknown = Sampler(PATHS[-1]).results(logits, rows, [-1] * 4)
+    assert unknown == Sampler(PATHS[-1]).results(logits, rows)
+
+
+@pytest.mark.parametrize(
+    "asks_more",
+    [
+        {"temperature": 0.5},
+        {"logprobs": 0},
+        {"digests": True},
+        {"forced": (1,)},
+    ],
+)
+def test_only_who_asks_for_no_more_asks_for_the_first_token(asks_more: dict[str, Any]) -> None:
+    greedy = SamplingParams(temperature=0.0)
+    assert asks_first_token(ScheduledSequence(sequence(greedy), 1, samples=True))
+    assert not asks_first_token(ScheduledSequence(sequence(replace(greedy, **asks_more)), 1, samples=True))
+    assert not asks_first_token(ScheduledSequence(sequence(greedy), 1, samples=True, num_scored=1))
+    assert not asks_first_token(ScheduledSequence(sequence(greedy), 1, samples=False, num_scored=1))
 
 
 def test_frequencies_follow_the_distribution() -> None:

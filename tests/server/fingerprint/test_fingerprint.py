@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from loramux_adapters.errors import AdapterRejected
+from loramux_adapters.evaluation.scores import TokenScore
 from loramux_server.base.loader import load_base_model
-from loramux_server.engine.local_engine import LocalAdapter, LocalEngine, LocalReply
+from loramux_server.engine.local_engine import Asked, LocalAdapter, LocalEngine, LocalReply
 from loramux_server.fingerprint import fingerprint
 from loramux_server.fingerprint.file import MAX_BYTES, MAX_PROMPTS, MAX_TOKENS, Fingerprint, Witness, parse
 from loramux_server.fingerprint.replay import MAX_TOLERANCE
@@ -107,12 +108,14 @@ class Said(SimpleNamespace):
             replies.append(reply)
         return replies
 
-    def score(
-        self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], adapter: LocalAdapter | None
-    ) -> list[list[float]]:
-        return [
-            [self.says([*ids, *tokens[:place]])[token] for place, token in enumerate(tokens)] for ids, tokens in rows
-        ]
+    def ask(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], adapter: LocalAdapter | None) -> Asked:
+        def scored(so_far: Sequence[int], token: int) -> TokenScore:
+            logprobs = self.says(so_far)
+            return TokenScore(logprobs[token], logprobs[token] == max(logprobs))
+
+        return Asked(
+            [[scored([*ids, *tokens[:place]], token) for place, token in enumerate(tokens)] for ids, tokens in rows], {}
+        )
 
 
 def steady(so_far: Sequence[int]) -> list[float]:

@@ -10,10 +10,12 @@ import pytest
 import torch
 from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
+from torch.nn import functional
 
 from loramux_server.base.loader import resident_bytes
 from loramux_server.kernels.compiled.library import Compiled, native_library
-from loramux_server.kernels.layers.fp32 import run_in_fp32
+from loramux_server.kernels.layers import fp32
+from loramux_server.kernels.layers.fp32 import dequantized, run_in_fp32
 from loramux_server.kernels.layers.nf4_linear import NF4Linear, codes_of, pack, tiles, unpacked
 
 LIBRARY = native_library()
@@ -145,6 +147,28 @@ def test_layers_that_no_kernel_takes_are_dequantized_to_fp32() -> None:
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), x.double() @ weight.T + odd.bias.double(), rtol=2e-2, atol=2e-2)
     state = odd.weight.quant_state
+    assert state.dtype == torch.float32
     exact = bnb.dequantize_4bit(odd.weight.data, state).double()
+    fours = functional.linear(functional.pad(x, (0, 0, 0, 3)), exact.float(), odd.bias)[:5]
+    assert torch.equal(model[1](x), fours)
     torch.testing.assert_close(model[1](x).double(), x.double() @ exact.T + odd.bias.double(), rtol=1e-5, atol=1e-6)
     assert model[2](torch.randn(1, 32)).dtype == torch.float32
+
+
+@needs_the_kernel
+@pytest.mark.parametrize("room", [True, False])
+@torch.inference_mode()
+def test_a_layer_of_the_kernels_is_dequantized_to_what_it_stands_for(
+    room: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fp32, "available_bytes", lambda: 2 * 4 * 128 * 64 - (0 if room else 1))
+    quant = quantized(128, 64, bias=True)
+    layer = packed(quant)
+    state, x = quant.weight.quant_state, torch.randn(2, 3, 128)
+    state.dtype = torch.float32
+    expected = functional.linear(x, bnb.dequantize_4bit(quant.weight.data, state), quant.bias.float())
+
+    found = dequantized(layer)
+
+    assert (found is layer) is not room
+    assert torch.equal(found(x), expected)

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from loramux_server.kernels.compiled.abi import FUNCTIONS, VectorIsa
 from loramux_server.kernels.compiled.adapter_kernels import NativeConvertPairs, NativeCopySlot
 from loramux_server.kernels.compiled.library import LIBRARY, Compiled, native_library
 from loramux_server.kernels.compiled.sampling import Draw, NativeSampling
+from loramux_server.kernels.decoder.decoder import Decoder as CompiledDecoder
 from loramux_server.kernels.layers.nf4_linear import NF4Linear
 from loramux_server.kernels.layers.packed_head import PackedHead
 from loramux_server.kernels.training import CompiledTraining
@@ -138,6 +140,7 @@ def record_training(recorder: RecordingLibrary, counts: list[int], vocabulary: i
         for gelu in (False, True):
             ops.activation(x.view(-1)[: 128 * rows - 3], gelu=gelu)
             ops.activation_gradient(x.view(-1)[: 128 * rows - 3], dy.view(-1)[: 128 * rows - 3], gelu=gelu)
+            ops.gated_gradient(dy, dy.flip(0), dy.flip(1), gelu=gelu)
         ops.matmul(x.t(), dy)
         ops.matmul(dy, torch.randn(40, 160).t())
         ops.matmul(x, torch.randn(128, 33), torch.randn(rows, 33))
@@ -159,6 +162,11 @@ def record_models(recorder: RecordingLibrary, families: list[str]) -> None:
             assert served.decoder is not None
             for forward in (served.by_modules, served.decoder.forward):
                 served.feed(forward, [[5, 6, 7], [8]], adapters, chunk=2)
+            served.feed(partial(first_tokens_of, served.decoder), [[5, 6, 7], [8]], chunk=2)
+
+
+def first_tokens_of(decoder: CompiledDecoder, *step: Any) -> torch.Tensor:
+    return decoder.first_tokens(*step)[0]
 
 
 def record_quantizer(recorder: RecordingLibrary) -> None:

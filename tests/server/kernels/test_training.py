@@ -60,6 +60,33 @@ def test_the_product_over_outputs_is_that_of_the_very_numbers_that_are_served(
     assert torch.equal(alone[0], dx[-1])
 
 
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "rows"), [(64, 32, 32), (192, 96, 50), (128, 352, 131), (64, 32, 512), (192, 352, 531)]
+)
+def test_many_rows_at_once_are_multiplied_as_each_is_alone(inputs: int, outputs: int, rows: int) -> None:
+    torch.manual_seed(8)
+    four = Linear4bit(inputs, outputs, bias=False, quant_type="nf4").to("cpu")
+    x = torch.randn(rows, inputs) * torch.logspace(-3, 3, rows)[:, None]
+    x[3, 5], x[4], x[5, 63] = float("nan"), 0.0, float("inf")
+    together = on_every_isa(lambda compiled: NF4Linear.of(four, compiled).product(x).nan_to_num(nan=-1e30))
+    layer = NF4Linear.of(four, BEST)
+    alone = torch.cat([layer.product(row[None]) for row in x])
+    assert alone[3].isnan().all() and torch.equal(together, alone.nan_to_num(nan=-1e30))
+
+
+def test_rows_without_a_gradient_are_passed_over() -> None:
+    """A token that is not learned has none above the last attention."""
+    torch.manual_seed(9)
+    layer = NF4Linear.of(Linear4bit(128, 96, bias=False, quant_type="nf4").to("cpu"), BEST)
+    dy = torch.randn(70, 96)
+    dy[torch.rand(70) < 0.6] = 0.0
+    learned = dy.any(1)
+    expected = torch.zeros(70, 128)
+    expected[learned] = layer.product_transposed(dy[learned])
+    found = on_every_isa(lambda compiled: NF4Linear(layer.weight, layer.scales, None, compiled).product_transposed(dy))
+    assert 0 < learned.sum() < 70 and torch.equal(found, expected)
+
+
 def test_a_sick_row_of_gradients_harms_no_other() -> None:
     torch.manual_seed(1)
     layer = NF4Linear.of(Linear4bit(64, 64, bias=False, quant_type="nf4").to("cpu"), BEST)
@@ -79,7 +106,7 @@ def test_the_head_goes_back_by_its_own_numbers(vocabulary: int) -> None:
     dy = torch.zeros(9, head.padded)
     dy[:, :vocabulary] = torch.randn(9, vocabulary)
     dx = on_every_isa(lambda compiled: PackedHead.of(dense, compiled).product_transposed(dy))
-    # the weight is rounded to 1/4095 of a block's largest number, the gradient to 1/8191
+    # the weight is rounded to 1/2047 of a block's largest number, the gradient to 1/16383
     assert far(dx, dy[:, :vocabulary].double() @ dense.weight.double()) < 1e-3
     assert torch.equal(head.product(torch.randn(2, 128))[:, vocabulary:], torch.zeros(2, head.padded - vocabulary))
 
@@ -121,6 +148,22 @@ def test_an_activation_goes_forth_and_back(gelu: bool) -> None:
     slopes = on_every_isa(lambda compiled: CompiledTraining(compiled).activation_gradient(dy, x, gelu=gelu))
     assert (ours - y.detach()).abs().max() < 2e-6
     assert exact.grad is not None and (slopes - exact.grad).abs().max() < 3e-6
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_a_gate_goes_forth_and_back(gelu: bool) -> None:
+    torch.manual_seed(10)
+    gate, up, dy = (torch.randn(9, 48) * 3 for _ in range(3))
+    exact = [x.double().requires_grad_() for x in (gate, up)]
+    y = (nn.functional.gelu(exact[0], approximate="tanh") if gelu else nn.functional.silu(exact[0])) * exact[1]
+    y.backward(dy.double())
+    ours = on_every_isa(lambda compiled: CompiledTraining(compiled).gated(gate, up, gelu=gelu))
+    slopes = on_every_isa(
+        lambda compiled: torch.cat(CompiledTraining(compiled).gated_gradient(dy, gate, up, gelu=gelu))
+    ).chunk(2)
+    assert far(ours, y.detach()) < 1e-6
+    for found, x in zip(slopes, exact, strict=True):
+        assert x.grad is not None and far(found, x.grad) < 2e-6
 
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0])

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from loramux_server.base.loader import BaseModel, load_base_model
-from loramux_server.kernels.choice import choose_kernels
+from loramux_server.kernels import choice
+from loramux_server.kernels.choice import Kernels, choose_kernels
 from loramux_server.kernels.compiled.library import native_library
-from loramux_server.serving import memory_plan
 from loramux_server.serving.memory_plan import compiled_lines, how_a_step_runs, unpacked_layers
 from support.stepping import CPU, Stepper
 from support.tiny_models import save_tiny_model
@@ -56,16 +56,38 @@ def test_layers_that_cannot_be_packed_are_told_with_their_sizes(tmp_path: Path) 
     assert why in how_a_step_runs(Stepper(base.model).runner)
 
 
-def test_a_server_without_compiled_kernels_says_why_it_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_plan, "why_unusable", lambda: "they were not built")
-    (line,) = compiled_lines("", CPU)
-    assert "NO compiled kernels" in line and line.endswith(": they were not built")
-    assert compiled_lines("", torch.device("cuda")) == []
-
-
-def test_a_server_names_the_instruction_set_and_nothing_where_others_were_asked_for(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("why", "todo"),
+    [
+        ("they were not built at installation (is there a C++ compiler?)", "install g++ and then loramux again"),
+        ("_kernels.so does not load: no such symbol", "install loramux again"),
+    ],
+)
+def test_a_server_without_compiled_kernels_says_why_what_it_costs_and_what_to_do(
+    why: str, todo: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory_plan, "why_unusable", lambda: "")
-    assert compiled_lines("avx512-vnni", CPU) == ["  compiled kernels on AVX512-VNNI"]
-    assert compiled_lines("", CPU) == []
+    monkeypatch.setattr(choice, "why_unusable", lambda: why)
+    tensor = Kernels("tensor")
+    first, second = compiled_lines(tensor, CPU)
+    assert first == f"NO compiled kernels: {why}"
+    assert "times as long, the start too" in second and second.endswith(f"; {todo}")
+    assert compiled_lines(tensor, torch.device("cuda")) == []
+
+
+def test_a_server_names_the_instruction_set_or_who_asked_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "why_unusable", lambda: "")
+    assert compiled_lines(Kernels("native", isa="avx512-vnni"), CPU) == ["compiled kernels on AVX512-VNNI"]
+    first, second = compiled_lines(Kernels("tensor"), CPU)
+    assert first == "NO compiled kernels: LORAMUX_KERNELS asks for 'tensor'" and second.endswith("; unset it")
+
+
+def test_whoever_loads_a_base_is_told_before_it_takes_long(tmp_path: Path) -> None:
+    told: list[str] = []
+    load_base_model(
+        str(save_tiny_model(tmp_path / "base")),
+        device=CPU,
+        cache_dir=tmp_path / "cache",
+        report=told.append,
+        kernels=choose_kernels(CPU, "tensor"),
+    )
+    assert told[0].startswith("NO compiled kernels: ")

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import gc
 import logging
 import socket
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -39,6 +41,32 @@ def test_a_stage_names_itself_first_and_its_seconds_last() -> None:
 
     assert "".join(text) == "  load ... 1.0 s\n"
     assert stages.seconds == {"load": 1.0}
+
+
+@pytest.fixture
+def unfrozen() -> Iterator[None]:
+    yield
+    gc.unfreeze()
+
+
+def test_garbage_is_not_looked_for_while_libraries_are_imported(
+    unfrozen: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text: list[str] = []
+    stages, before = Stages(text.append, ticking()), gc.get_freeze_count()
+    with stages.imports():
+        assert gc.isenabled(), "what is imported already takes no time, and must stay as it is"
+    assert gc.get_freeze_count() == before
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+
+    with pytest.raises(ImportError), stages.imports():
+        assert not gc.isenabled()
+        raise ImportError
+
+    with stages.imports():
+        assert not gc.isenabled()
+    assert gc.isenabled() and gc.get_freeze_count() > before
+    assert "".join(text) == "  import libraries ... 1.0 s\n  import libraries ...\n  import libraries ... 1.0 s\n"
 
 
 def test_a_note_within_a_stage_gets_a_line_of_its_own() -> None:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from loramux_adapters.training.model.ops import TrainingOps
 
-_VECTOR = 16  # a norm's width is a multiple of this
+_VECTOR = 16  # the width of a norm, and of a gate, is a multiple of this
 _NEAR = 1e-5  # relative difference of the same numbers, summed in another order
 _OURS = "loramux_"  # attributes that say that a module's forward was replaced, without a backward
 _ANGLES: dict[Any, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -66,13 +66,12 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, gelu: bool, ops: TrainingOps) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
         ctx.gelu, ctx.ops = gelu, ops
-        return ops.activation(gate, gelu=gelu).mul_(up)
+        return ops.gated(gate, up, gelu=gelu)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         gate, up = ctx.saved_tensors
-        d_up = ctx.ops.activation(gate, gelu=ctx.gelu).mul_(grad)
-        return ctx.ops.activation_gradient(grad * up, gate, gelu=ctx.gelu), d_up, None, None
+        return *ctx.ops.gated_gradient(grad, gate, up, gelu=ctx.gelu), None, None
 
 
 class _AnglesInDouble(TorchFunctionMode):
@@ -171,7 +170,7 @@ def _use_mlp(module: Any, ops: TrainingOps, random: torch.Generator) -> None:
     if activation is None or not {*gates, "down_proj"} <= module._modules.keys():
         return
     gelu = _activation_of(activation, ops, random)
-    if gelu is None:
+    if gelu is None or module.down_proj.in_features % _VECTOR:
         return
     apply: Any = _Gated.apply
 

@@ -27,7 +27,7 @@ def target_names(base: Any, recipe: Recipe) -> list[str]:
     unknown = sorted(set(recipe.target_modules) - set(known))
     if unknown:
         raise RecipeError(
-            f"target_modules names {', '.join(unknown)}; linear layers of this base that can be trained are "
+            f"target_modules: no layer that can be trained is called {', '.join(unknown)}; those of this base are "
             f"{', '.join(known)}"
         )
     return sorted(set(recipe.target_modules)) or known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -184,9 +185,19 @@ class LoraModel:
 
     @contextmanager
     def _training(self) -> Iterator[None]:
-        """Training mode, but of the dropouts only the adapters' own."""
+        """Training mode, but of the dropouts only the adapters' own; the garbage collector rests.
+
+        A step makes and drops thousands of objects that all go with their last reference. Searched again and again,
+        with the model's own, they took a twentieth of its time.
+        """
         self._peft.train()
         for name, module in self._peft.named_modules():
             if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
                 module.eval()
-        yield
+        rests = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if rests:
+                gc.enable()

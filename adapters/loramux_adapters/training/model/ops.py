@@ -30,6 +30,14 @@ class TrainingOps(Protocol):
     def activation_gradient(self, dy: torch.Tensor, x: torch.Tensor, *, gelu: bool) -> torch.Tensor:
         """dx of `activation`."""
 
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, *, gelu: bool) -> torch.Tensor:
+        """activation(gate) * up, both [..., width] with a width that is a multiple of 16."""
+
+    def gated_gradient(
+        self, dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, *, gelu: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """d_gate and d_up of `gated`."""
+
     def token_losses(
         self,
         logits: torch.Tensor,

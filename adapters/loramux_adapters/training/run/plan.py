@@ -88,8 +88,8 @@ def plan_memory(skeleton: Any, recipe: Recipe, *, sequence: int, learned: int, c
 def base_bytes(skeleton: Any, quantize: str, *, cuda: bool) -> int:
     """Bytes of the base as it is held; every linear layer but the head is quantized.
 
-    On the CPU that is the form of compiled kernels: scales in fp32, and the head as whole numbers, which an embedding
-    of the same weight reads too.
+    On the CPU that is the form of compiled kernels: scales in fp32, and the head as whole numbers of 12 bits, which an
+    embedding of the same weight reads too.
     """
     total = 0
     quantized = {id(module.weight) for _, module in _linears(skeleton)} if quantize == "nf4" else set()
@@ -128,7 +128,7 @@ def _head_fits(head: Any) -> bool:
 
 def _packed_head_bytes(head: Any) -> int:
     weights = -(-head.out_features // _HEAD_TILE) * _HEAD_TILE * head.in_features
-    return int(2 * weights + 4 * weights // BLOCK)
+    return int(weights * 3 // 2 + 4 * weights // BLOCK)
 
 
 def _optimizer_bytes(weights: int, *, cuda: bool) -> int:

@@ -14,7 +14,7 @@ import ctypes
 from enum import IntEnum
 from typing import Any
 
-VERSION = 3  # kAbiVersion in csrc/kernels.h; goes up where a meaning changes and no form does
+VERSION = 4  # kAbiVersion in csrc/kernels.h; goes up where a meaning changes and no form does
 
 POINTER, SIZE, INT, FLOAT, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_double
 _KINDS = {None: "v", POINTER: "p", SIZE: "l", INT: "i", FLOAT: "f", DOUBLE: "d"}
@@ -99,6 +99,7 @@ class ExactStep(ctypes.Structure):
     _fields_ = [
         *((name, POINTER) for name in ("tokens", "position", "sequence", "tables", "sampled", "cos", "sin")),
         *((name, POINTER) for name in ("k_cache", "v_cache", "kv_scales", "lora", "head_lora", "scratch", "logits")),
+        ("first_tokens", POINTER),
         *((name, SIZE) for name in ("rows", "samples", "table_width", "threads")),
     ]
 
@@ -169,6 +170,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "loramux_exact_matmul": (None, [POINTER, SIZE, POINTER, POINTER] + [SIZE] * 3 + [INT] * 3),
     "loramux_exact_norm_gradient": (None, [POINTER] * 4 + [SIZE] * 2 + [FLOAT, INT, INT]),
     "loramux_exact_activation": (None, [POINTER] * 3 + [SIZE] + [INT] * 3),
+    "loramux_exact_gate_gradient": (None, [POINTER] * 5 + [SIZE] + [INT] * 3),
     "loramux_exact_loss": (None, [POINTER] * 4 + [SIZE] * 3 + [FLOAT] * 2 + [INT] * 3),
     "loramux_exact_attend": (None, [POINTER] * 7 + [INT] * 2),
     "loramux_exact_attend_gradient": (None, [POINTER] * 12 + [INT] * 2),

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from loramux_adapters.lora.ops import LoraRows
@@ -61,6 +62,30 @@ class Decoder:
             heads: the rows, in order, whose logits are wanted.
             lora, head: adapters of all rows, and of the rows in `heads`.
         """
+        return self._run(tokens, heads, step, lora, head, None)
+
+    def first_tokens(
+        self, tokens: list[int], heads: list[int], step: AttentionStep, lora: LoraRows | None, head: LoraRows | None
+    ) -> tuple[torch.Tensor, list[int]]:
+        """The same where of the rows in `heads` nothing but the first largest logit is asked for, which may be cheaper.
+
+        Returns:
+            (logits; the token for each of these rows). A token of -1 was not looked for: then the row's logits are
+            there, and else they mean nothing.
+        """
+        first = np.empty(len(heads), dtype=np.int64)
+        logits = self._run(tokens, heads, step, lora, head, first)
+        return logits, first.tolist()
+
+    def _run(
+        self,
+        tokens: list[int],
+        heads: list[int],
+        step: AttentionStep,
+        lora: LoraRows | None,
+        head: LoraRows | None,
+        first: npt.NDArray[np.int64] | None,
+    ) -> torch.Tensor:
         rows = len(tokens)
         if self._rows < rows:
             self._rows = rows
@@ -87,6 +112,7 @@ class Decoder:
             head_lora=ctypes.addressof(head_entries) if head_entries else None,
             scratch=self._scratch.data_ptr(),
             logits=logits.data_ptr(),
+            first_tokens=None if first is None else first.ctypes.data,
             rows=rows,
             samples=len(heads),
             table_width=step.tables.shape[1],

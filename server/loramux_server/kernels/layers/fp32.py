@@ -12,10 +12,37 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from loramux_adapters.memory import available_bytes
 from loramux_server.kernels.layers.nf4_linear import NF4Linear, four_bit_layers
 from loramux_server.kernels.layers.packed_head import PackedHead
 
 _TOGETHER = 4
+_SHARE = 2  # of the memory that is free, half may go to a layer's weight in fp32
+
+
+class DequantizedNF4(nn.Linear):
+    """An NF4 layer whose weight lies in fp32, each number as its code and scale say. Frozen.
+
+    Semantics: y = x @ w.T + bias in fp32, the bits of an NF4 layer that is dequantized for each product.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """weight [out, in] fp32, bias [out] of any float dtype; both are held, the bias in fp32."""
+        nn.Module.__init__(self)  # nn.Linear's own would make a weight
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.float(), requires_grad=False))
+
+
+@torch.no_grad()
+def dequantized(layer: NF4Linear) -> nn.Module:
+    """What a layer of the compiled kernels stands for, computed in fp32 by PyTorch: `layer` itself, changed, where
+    memory has no room for its weight, which is then dequantized for each product."""
+    bias = None if layer.bias is None else layer.bias.float()
+    if 4 * layer.in_features * layer.out_features <= available_bytes() // _SHARE:
+        return DequantizedNF4(layer.dequantized(), bias)
+    layer.__dict__["forward"] = lambda x: functional.linear(x, layer.dequantized(), bias)
+    return layer
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """The output head on the compiled CPU kernels (csrc/exact/): whole numbers with a scale for each block.
 
-Semantics: y = x @ w.T in fp32, each block of 64 of a row rounded to 13 bits and of the weight to 12.
+Semantics: y = x @ w.T in fp32; each block of 64 of the weight is rounded to whole numbers up to 2047, and of a row to
+ones up to 16383. A number of the weight takes 12 bits, a high byte and half a low one, which lie apart.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class PackedHead(nn.Linear):
     """A head without bias. Frozen.
 
     Attributes:
-        weight: whole numbers [padded / 16, in / 2, 16, 2] int16.
+        weight: bytes of whole numbers [3, padded / 32, 16, in] uint8, as csrc/exact/exact.h says of `pack_head`.
         scales: [in / 64, padded] fp32, a buffer.
         padded: the vocabulary, up to a multiple of 32.
     """
@@ -31,7 +32,7 @@ class PackedHead(nn.Linear):
     def __init__(self, numbers: torch.Tensor, scales: torch.Tensor, vocabulary: int, compiled: Compiled) -> None:
         """The tensors are held as they are, not copied."""
         nn.Module.__init__(self)  # nn.Linear's own would make a weight
-        self.out_features, self.in_features = vocabulary, 2 * numbers.shape[1]
+        self.out_features, self.in_features = vocabulary, numbers.shape[-1]
         self.padded = scales.shape[1]
         self.weight = nn.Parameter(numbers, requires_grad=False)
         self.register_parameter("bias", None)
@@ -43,7 +44,7 @@ class PackedHead(nn.Linear):
         """From a head that `head_fits`."""
         numbers, scales = (
             torch.empty(shape, dtype=dtype)
-            for shape, dtype in zip(head_shapes(head), (torch.int16, torch.float32), strict=True)
+            for shape, dtype in zip(head_shapes(head), (torch.uint8, torch.float32), strict=True)
         )
         cls.fill(numbers, scales, head.weight, compiled)
         return cls(numbers, scales, head.out_features, compiled)
@@ -85,15 +86,21 @@ class PackedHead(nn.Linear):
 
 def rows_of(numbers: torch.Tensor, scales: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Rows of the weight that a head's numbers and scales stand for: tokens [...] -> [..., in] fp32."""
-    which = tokens.reshape(-1)
-    rows = numbers[which // _OUTPUTS, :, which % _OUTPUTS].view(len(which), -1, BLOCK).float()
-    return (rows * scales.t()[which][..., None]).view(*tokens.shape, -1)
+    which, inputs, padded = tokens.reshape(-1), numbers.shape[-1], scales.shape[1]
+    tile, lane = which // _OUTPUTS, which % _OUTPUTS
+    flat = numbers.view(-1)
+    high, low = flat[: padded * inputs], flat[padded * inputs :]
+    highs = high.view(torch.int8).view(padded // _OUTPUTS, inputs // 4, 2, _OUTPUTS, 2)[tile, :, :, lane].float()
+    lows = low.view(padded // _OUTPUTS, inputs // 4, _OUTPUTS, 2)[tile, :, lane]
+    whole = highs * 16 + torch.stack([lows & 15, lows >> 4], dim=2)
+    rows = whole.view(len(which), inputs // BLOCK, BLOCK) * scales.t()[which][..., None]
+    return rows.view(*tokens.shape, inputs)
 
 
 def head_shapes(head: nn.Linear) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of `numbers` and `scales`."""
     padded = -(-head.out_features // _TOGETHER) * _TOGETHER
-    return (padded // _OUTPUTS, head.in_features // 2, _OUTPUTS, 2), (head.in_features // BLOCK, padded)
+    return (3, padded // _TOGETHER, _OUTPUTS, head.in_features), (head.in_features // BLOCK, padded)
 
 
 def head_fits(head: object) -> TypeGuard[nn.Linear]:

@@ -75,7 +75,7 @@ def test_loss_and_every_gradient_are_those_of_an_fp32_model_of_the_same_weights(
     assert model._head is not None
     randomize(model.trainable)
     ours = gradients(model, TokenBatch.of(rows()))
-    # Rows are rounded to 1/16383 of a block's largest number, the head's weights to 1/4095: 1e-4 of the usual size, in
+    # Rows are rounded to 1/16383 of a block's largest number, the head's weights to 1/2047: 1e-4 of the usual size, in
     # some ten products one after the other, and random weights make it several times larger on the way.
     assert model.evaluate(TokenBatch.of(rows())).loss_sum == pytest.approx(total, rel=1e-3)
     for name, gradient in theirs.items():

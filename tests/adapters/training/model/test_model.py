@@ -288,7 +288,10 @@ def test_all_linear_layers_but_the_head_get_one_by_default(tmp_path: Path) -> No
 
 def test_a_layer_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "base")
-    with pytest.raises(RecipeError, match="target_modules names lm_head, q_porj; .* k_proj, o_proj, q_proj"):
+    with pytest.raises(
+        RecipeError,
+        match="target_modules: no layer that can be trained is called lm_head, q_porj; .* k_proj, o_proj, q_proj",
+    ):
         LoraModel.build(load(tmp_path).model, Recipe(target_modules=("q_porj", "lm_head", "v_proj")))
 
 

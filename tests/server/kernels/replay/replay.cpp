@@ -82,6 +82,7 @@ const Function kFunctions[] = {
     FUNCTION(loramux_exact_matmul),
     FUNCTION(loramux_exact_norm_gradient),
     FUNCTION(loramux_exact_activation),
+    FUNCTION(loramux_exact_gate_gradient),
     FUNCTION(loramux_exact_loss),
     FUNCTION(loramux_exact_attend),
     FUNCTION(loramux_exact_attend_gradient),

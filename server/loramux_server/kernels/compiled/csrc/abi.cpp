@@ -61,7 +61,7 @@ std::string describe_exact_structs() {
     text += "\n" STRUCT(ExactStep) + FIELD(S, tokens) + FIELD(S, position) + FIELD(S, sequence) + FIELD(S, tables) +
             FIELD(S, sampled) + FIELD(S, cos) + FIELD(S, sin) + FIELD(S, k_cache) + FIELD(S, v_cache) +
             FIELD(S, kv_scales) + FIELD(S, lora) + FIELD(S, head_lora) + FIELD(S, scratch) + FIELD(S, logits) +
-            FIELD(S, rows) + FIELD(S, samples) + FIELD(S, table_width) + FIELD(S, threads);
+            FIELD(S, first_tokens) + FIELD(S, rows) + FIELD(S, samples) + FIELD(S, table_width) + FIELD(S, threads);
     return text;
 }
 
@@ -104,7 +104,7 @@ std::string describe() {
            FUNCTION(loramux_exact_scratch) + FUNCTION(loramux_exact_step) + FUNCTION(loramux_exact_angles) +
            FUNCTION(loramux_exact_product_transposed) + FUNCTION(loramux_exact_dense_transposed) +
            FUNCTION(loramux_exact_matmul) + FUNCTION(loramux_exact_norm_gradient) +
-           FUNCTION(loramux_exact_activation) + FUNCTION(loramux_exact_loss) + FUNCTION(loramux_exact_attend) +
+           FUNCTION(loramux_exact_activation) + FUNCTION(loramux_exact_gate_gradient) + FUNCTION(loramux_exact_loss) + FUNCTION(loramux_exact_attend) +
            FUNCTION(loramux_exact_attend_gradient);
 }
 

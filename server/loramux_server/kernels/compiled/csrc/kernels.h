@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int32_t kAbiVersion = 3;
+constexpr int32_t kAbiVersion = 4;
 constexpr int64_t kCacheTile = 16;  // tokens in a block of the KV cache (kv_cache.py)
 constexpr int64_t kRankGroup = 8;   // every slot's rank is a multiple of this (lora/slots.py)
 

@@ -30,17 +30,19 @@ struct RoundedRows {
 
 void exact_product(float* y, const float* x, const uint8_t* codes, const float* scales, int64_t rows, int64_t in,
                    int64_t out, int32_t threads) {
+    const Nf4Weights weights{codes, scales, Levels(kNf4Levels), in, out};
+    if (rows >= kManyRows) return multiply_many(y, x, weights, rows, kRowTop, kLevelTop, threads);
     const RoundedRows rounded(x, rows, in, kRowTop, kLevelTop, threads);
-    multiply(y, rounded.rows, Nf4Weights{codes, scales, Levels(kNf4Levels), in, out}, nullptr, 0, threads);
+    multiply(y, rounded.rows, weights, nullptr, 0, threads);
 }
 
-void exact_dense(float* y, const float* x, const int16_t* numbers, const float* scales, int64_t rows, int64_t in,
+void exact_dense(float* y, const float* x, const uint8_t* numbers, const float* scales, int64_t rows, int64_t in,
                  int64_t out, int32_t threads) {
-    const RoundedRows rounded(x, rows, in, kHeadRowTop, 1.f, threads);
+    const RoundedRows rounded(x, rows, in, kRowTop, 1.f, threads);
     multiply(y, rounded.rows, DenseWeights{numbers, scales, in, out}, nullptr, 0, threads);
 }
 
-void exact_pack_head(int16_t* numbers, float* scales, const uint16_t* w, int64_t vocabulary, int64_t padded, int64_t in,
+void exact_pack_head(uint8_t* numbers, float* scales, const uint16_t* w, int64_t vocabulary, int64_t padded, int64_t in,
                      int32_t threads) {
     in_pieces(padded / kLanes, threads, [&](int64_t tile) {
         for (int64_t o = tile * kLanes; o < (tile + 1) * kLanes; ++o)
@@ -49,9 +51,15 @@ void exact_pack_head(int16_t* numbers, float* scales, const uint16_t* w, int64_t
                 int16_t rounded[kBlock];
                 for (int64_t i = 0; i < kBlock; ++i)
                     block[i] = o < vocabulary ? widen(w[o * in + b * kBlock + i]) : 0.f;
-                scales[b * padded + o] = quantize_block(rounded, block, kBlock, kHeadTop, 1.f);
-                int16_t* to = numbers + tile * kLanes * in + b * kBlock * kLanes + (o % kLanes) * 2;
-                for (int64_t i = 0; i < kBlock; i += 2) std::memcpy(to + i * kLanes, rounded + i, 4);
+                scales[b * padded + o] = quantize_block(rounded, block, kBlock, kLevelTop, 1.f);
+                const int64_t at = tile * kLanes * in + b * kBlock * kLanes;
+                uint8_t *high = numbers + at + o % kLanes * 2, *low = numbers + padded * in + at / 2 + o % kLanes * 2;
+                for (int64_t i = 0; i < kBlock; ++i)
+                    high[i / 2 * (2 * kLanes) + i % 2] = static_cast<uint8_t>(rounded[i] >> 4);
+                for (int64_t i = 0; i < kBlock; i += 4)
+                    for (int64_t one = 0; one < 2; ++one)
+                        low[i / 4 * (2 * kLanes) + one] =
+                            static_cast<uint8_t>((rounded[i + one] & 15) | (rounded[i + 2 + one] & 15) << 4);
             }
     });
 }

@@ -11,6 +11,7 @@
 #include "elementwise.h"
 #include "lora.h"
 #include "product.h"
+#include "screen.h"
 
 namespace {
 
@@ -219,11 +220,12 @@ struct DecoderRun {
         const int64_t dim = width.hidden, padded = model.padded_vocabulary;
         for_rows(rows, dim, threads, [&](int64_t t) {
             norm_row(at.n + t * dim, at.x + t * dim, model.norm.weight, dim, static_cast<float>(model.norm.eps));
-            quantize_row(at.rounded + t * dim, at.row_scales + t * (dim / kBlock), at.n + t * dim, dim, kHeadRowTop,
-                         1.f);
+            quantize_row(at.rounded + t * dim, at.row_scales + t * (dim / kBlock), at.n + t * dim, dim, kRowTop, 1.f);
         });
         const DenseWeights weights{model.head, model.head_scales, dim, padded};
-        multiply(step.logits, Rows{at.rounded, at.row_scales, rows}, weights, nullptr, 0, threads);
+        const Rows x{at.rounded, at.row_scales, rows};
+        if (step.first_tokens && screened(weights, x)) return;
+        multiply(step.logits, x, weights, nullptr, 0, threads);
         if (step.head_lora && model.head_arena.a)
             add_lora(step.logits, padded, at.n, model.head_arena, *step.head_lora, threads);
         const auto divisor = static_cast<float>(model.logit_divisor), cap = static_cast<float>(model.logit_softcap);
@@ -237,6 +239,30 @@ struct DecoderRun {
         });
     }
 
+    // Whether the first token of every row was found without its logits.
+    bool screened(const DenseWeights& weights, const Rows& x) const {
+        const bool can = can_screen(x.count);
+        if (can)
+            find_first_tokens(step.first_tokens, step.logits, x, weights, model.vocabulary,
+                              static_cast<float>(model.logit_divisor), threads);
+        bool all = can;
+        for (int64_t t = 0; t < x.count; ++t) {
+            if (!can) step.first_tokens[t] = -1;
+            all = all && step.first_tokens[t] >= 0;
+        }
+        return all;
+    }
+
+    // Rows have to be few, and nothing may be added to their logits. A soft cap makes logits equal that are not.
+    bool can_screen(int64_t rows) const {
+        if (rows > kScreenedRows || model.logit_softcap > 0. || !(model.logit_divisor > 0.)) return false;
+        if (!step.head_lora || !model.head_arena.a) return true;
+        const LoraBatch batch{model.head_arena, *step.head_lora};
+        for (int32_t e = 0; e < batch.first[rows]; ++e)
+            if (batch.counts(e)) return false;
+        return true;
+    }
+
     // x = the embedding of a token, where there is none the head's row of it, times the factor.
     void embed(float* x, int64_t token) const {
         const int64_t dim = width.hidden;
@@ -246,11 +272,10 @@ struct DecoderRun {
                 store(x + i, widen(model.embedding + token * dim + i) * splat(factor));
             return;
         }
-        const int16_t* from = model.head + token / kLanes * dim * kLanes + token % kLanes * 2;  // two, then the next row's
-        for (int64_t i = 0; i < dim; i += 2) {
-            const float scale = model.head_scales[i / kBlock * model.padded_vocabulary + token];
-            for (int64_t one = 0; one < 2; ++one)
-                x[i + one] = static_cast<float>(from[i * kLanes + one]) * scale * factor;
+        const DenseWeights head{model.head, model.head_scales, dim, model.padded_vocabulary};
+        for (int64_t i = 0; i < dim; ++i) {
+            const float scale = head.scales[i / kBlock * head.out + token];
+            x[i] = static_cast<float>(head.number(token, i)) * scale * factor;
         }
     }
 

@@ -86,12 +86,12 @@ void loramux_exact_draw(int64_t* tokens, const float* x, const TokenDraw* draws,
     kernels_of(isa)->draw(tokens, x, draws, num_draws, count, stride, threads);
 }
 
-void loramux_exact_dense(float* y, const float* x, const int16_t* numbers, const float* scales, int64_t rows, int64_t in,
+void loramux_exact_dense(float* y, const float* x, const uint8_t* numbers, const float* scales, int64_t rows, int64_t in,
                          int64_t out, int32_t isa, int32_t threads) {
     kernels_of(isa)->dense(y, x, numbers, scales, rows, in, out, threads);
 }
 
-void loramux_exact_pack_head(int16_t* numbers, float* scales, const uint16_t* w, int64_t vocabulary, int64_t padded,
+void loramux_exact_pack_head(uint8_t* numbers, float* scales, const uint16_t* w, int64_t vocabulary, int64_t padded,
                              int64_t in, int32_t isa, int32_t threads) {
     kernels_of(isa)->pack_head(numbers, scales, w, vocabulary, padded, in, threads);
 }

@@ -50,7 +50,7 @@ struct ExactLayer {
 struct ExactModel {
     const ExactLayer* layers;
     const uint16_t* embedding;  // [vocabulary, hidden] bf16; null: rows of the head, number times scale
-    const int16_t* head;        // [padded_vocabulary / 16, hidden / 2, 16, 2]
+    const uint8_t* head;        // as pack_head makes it
     const float* head_scales;   // [hidden / 64, padded_vocabulary]
     LoraArena head_arena;
     ExactNorm norm;
@@ -73,6 +73,9 @@ struct ExactStep {
     const LoraEntries* head_lora;  // of the sampled rows, or null
     char* scratch;                 // loramux_exact_scratch(rows) bytes
     float* logits;                 // [samples, padded_vocabulary]
+    // [samples] or null: only the first largest logit of each sampled row is asked for. It is given here, or -1, and then
+    // the row's logits are.
+    int64_t* first_tokens;
     int64_t rows, samples, table_width, threads;
 };
 
@@ -103,11 +106,14 @@ void loramux_exact_draw(int64_t* tokens, const float* x, const TokenDraw* draws,
                         int64_t stride, int32_t isa, int32_t threads);
 
 // y [rows, out] = x @ w.T, w as pack_head made it; `out` is the padded vocabulary.
-void loramux_exact_dense(float* y, const float* x, const int16_t* numbers, const float* scales, int64_t rows, int64_t in,
+void loramux_exact_dense(float* y, const float* x, const uint8_t* numbers, const float* scales, int64_t rows, int64_t in,
                          int64_t out, int32_t isa, int32_t threads);
 
-// A dense weight w [vocabulary, in] bf16 as ExactModel's head; what is beyond the vocabulary becomes zeros.
-void loramux_exact_pack_head(int16_t* numbers, float* scales, const uint16_t* w, int64_t vocabulary, int64_t padded,
+// A dense weight w [vocabulary, in] bf16 as ExactModel's head: whole numbers of 12 bits with a scale for each block of 64;
+// what is beyond the vocabulary becomes zeros. A number is 16 * high + low; `numbers` [3 / 2 * padded * in] are all high
+// bytes [padded / 16, in / 2, 16, 2] int8, then all low halves [padded / 16, in / 4, 16, 2], of inputs 0 and 1 of four in the
+// lower halves of bytes and of 2 and 3 in the upper ones; scales [in / 64, padded].
+void loramux_exact_pack_head(uint8_t* numbers, float* scales, const uint16_t* w, int64_t vocabulary, int64_t padded,
                              int64_t in, int32_t isa, int32_t threads);
 
 // y = w * x / sqrt(mean(x^2) + eps) of each row; `dim` is a multiple of 16, and y may be x.

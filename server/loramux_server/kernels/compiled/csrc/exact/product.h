@@ -18,12 +18,11 @@ namespace {
 
 constexpr int64_t kBlock = 64;       // numbers that share a scale
 constexpr int64_t kTileBytes = 32;   // of NF4 codes: 16 outputs by 4 inputs
+constexpr int kOneTileRows = 4;      // so few read the tiles of a dense weight one by one
 constexpr float kSmallest = 1e-30f;  // a block whose largest number is below counts as zeros
 
-// The largest whole number of a row's and a weight's int16, for NF4 (2047 and 16383) and for the head: 64 products of
-// both stay below 2^31.
+// The largest whole number of a weight, and of a row's int16: 64 products of both stay below 2^31.
 constexpr float kLevelTop = 2047.f, kRowTop = 16383.f;
-constexpr float kHeadTop = 4095.f, kHeadRowTop = 8191.f;
 
 struct BlockFactor {
     float factor, scale;  // what brings a block's largest number to the top, and back; factor 0: all count as zeros
@@ -58,6 +57,7 @@ inline void quantize_row(int16_t* q, float* scales, const float* x, int64_t in, 
 }
 
 struct Nf4Weights {
+    static constexpr bool kDense = false;
     const uint8_t* codes;  // [out / 16, in / 4, 32]
     const float* scales;   // [in / 64, out]
     Levels levels;
@@ -74,22 +74,34 @@ struct Nf4Weights {
     static Floats ordered(Ints sum) { return to_ordered_floats(sum); }
 };
 
+// Numbers of 12 bits, 16 * high + low: a byte and half a byte each.
 struct DenseWeights {
-    const int16_t* numbers;  // [out / 16, in / 2, 16, 2]
+    static constexpr bool kDense = true;
+    const uint8_t* numbers;  // all high bytes [out / 16, in / 2, 16, 2] int8, then all low halves [out / 16, in / 4, 32]
     const float* scales;     // [in / 64, out]
     int64_t in, out;
 
     struct Tiles {
-        const int16_t* at;
+        const int8_t* high;
+        const uint8_t* low;
         int64_t stride;
     };
-    Tiles tiles(int64_t o) const { return {numbers + o * in, in * kLanes}; }
-    void pairs(const Tiles& tiles, int k, int64_t j, Pairs& first, Pairs& second) const {
-        const int16_t* at = tiles.at + k * tiles.stride + j * kLanes;
-        first = load_pairs(at);
-        second = load_pairs(at + 2 * kLanes);
+    Tiles tiles(int64_t o) const {
+        return {reinterpret_cast<const int8_t*>(numbers) + o * in, numbers + (2 * out + o) * in / 2, in * kLanes};
     }
-    static Floats ordered(Ints sum) { return to_floats(sum); }
+    void pairs(const Tiles& tiles, int k, int64_t j, Pairs& first, Pairs& second) const {
+        const int64_t at = k * tiles.stride + j * kLanes;
+        join_pairs(tiles.high + at, tiles.low + at / 2, first, second);
+    }
+    static Floats ordered(Ints sum) { return to_ordered_floats(sum); }
+
+    // One number of an output, for those who read few.
+    int32_t number(int64_t o, int64_t i) const {
+        const int64_t lane = o % kLanes * 2 + i % 2, tile = o / kLanes * kLanes * in;
+        const auto* high = reinterpret_cast<const int8_t*>(numbers) + tile + i / 2 * (2 * kLanes) + lane;
+        const uint8_t both = numbers[(2 * out * in + tile) / 2 + i / 4 * (2 * kLanes) + lane];
+        return 16 * *high + (i % 4 < 2 ? both & 15 : both >> 4);
+    }
 };
 
 struct Rows {
@@ -138,7 +150,8 @@ void multiply_tiles(float* y, const Rows& x, int64_t first, const Weights& w, in
         for (int k = 0; k < T; ++k) store(y + (first + t) * w.out + o + k * kLanes, sum[t][k]);
 }
 
-// y [rows, out] = x @ w.T; `out` is a multiple of 16 * kProductTiles, `in` of 64.
+// y [rows, out] = x @ w.T. Few rows wait for memory, which the tiles of a dense weight, one by one, are read from in one run;
+// codes take too long to look up for that. `out` is a multiple of 16 * kProductTiles, `in` of 64.
 template <class Weights>
 void multiply(float* y, const Rows& x, const Weights& w, const Reads* reads, int64_t num_reads, int32_t threads) {
     constexpr int64_t kWide = kProductTiles * kLanes;
@@ -148,6 +161,13 @@ void multiply(float* y, const Rows& x, const Weights& w, const Reads* reads, int
         const int64_t groups = (x.count + kProductRows - 1) / kProductRows;
         const int64_t steps = x.count < 3 ? 0 : groups * (share.end - share.begin) * (w.in / kBlock);
         SharePrefetch prefetch(reads, num_reads, piece, pieces, steps);
+        if (Weights::kDense && x.count > 0 && x.count <= kOneTileRows) {
+            for (int64_t tile = share.begin * kProductTiles; tile < share.end * kProductTiles; ++tile)
+                with_count<kOneTileRows>(x.count, [&](auto size) {
+                    multiply_tiles<size.value, 1>(y, x, 0, w, tile * kLanes, prefetch);
+                });
+            return;
+        }
         for (int64_t tile = share.begin; tile < share.end; ++tile)
             for_row_groups<kProductRows>(x.count, [&](auto size, int64_t first, int64_t) {
                 multiply_tiles<size.value, kProductTiles>(y, x, first, w, tile * kWide, prefetch);

@@ -8,13 +8,15 @@
 struct TrainingKernels {
     void (*product_transposed)(float* dx, const float* dy, const uint8_t* codes, const float* scales, int64_t rows,
                                int64_t in, int64_t out, int32_t threads);
-    void (*dense_transposed)(float* dx, const float* dy, const int16_t* numbers, const float* scales, int64_t rows,
+    void (*dense_transposed)(float* dx, const float* dy, const uint8_t* numbers, const float* scales, int64_t rows,
                              int64_t in, int64_t out, int32_t threads);
     void (*matmul)(float* c, int64_t c_row, const FloatMatrix* a, const FloatMatrix* b, int64_t rows, int64_t columns,
                    int64_t depth, bool add, int32_t threads);
     void (*norm_gradient)(float* dx, const float* dy, const float* x, const float* w, int64_t rows, int64_t dim, float eps,
                           int32_t threads);
     void (*activation)(float* y, const float* x, const float* dy, int64_t count, bool gelu, int32_t threads);
+    void (*gate_gradient)(float* d_gate, float* d_up, const float* dy, const float* gate, const float* up, int64_t count,
+                          bool gelu, int32_t threads);
     void (*loss)(float* logits, double* loss, uint8_t* correct, const int64_t* labels, int64_t rows, int64_t vocabulary,
                  int64_t padded, float factor, float softcap, bool gradient, int32_t threads);
     void (*attend)(float* out, float* stats, const float* q, const float* k, const float* v, const TrainingRows* rows,
@@ -47,9 +49,9 @@ struct ExactKernels {
                          int64_t count, int64_t stride, int32_t threads);
     void (*draw)(int64_t* tokens, const float* x, const TokenDraw* draws, int64_t num_draws, int64_t count,
                  int64_t stride, int32_t threads);
-    void (*dense)(float* y, const float* x, const int16_t* numbers, const float* scales, int64_t rows, int64_t in,
+    void (*dense)(float* y, const float* x, const uint8_t* numbers, const float* scales, int64_t rows, int64_t in,
                   int64_t out, int32_t threads);
-    void (*pack_head)(int16_t* numbers, float* scales, const uint16_t* w, int64_t vocabulary, int64_t padded,
+    void (*pack_head)(uint8_t* numbers, float* scales, const uint16_t* w, int64_t vocabulary, int64_t padded,
                       int64_t in, int32_t threads);
     void (*norm)(float* y, const float* x, const float* w, int64_t rows, int64_t dim, float eps, int32_t threads);
     void (*gate)(float* y, const float* gate, const float* up, int64_t rows, int64_t dim, int64_t row, bool gelu,

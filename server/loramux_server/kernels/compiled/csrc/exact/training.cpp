@@ -15,7 +15,7 @@ void loramux_exact_product_transposed(float* dx, const float* dy, const uint8_t*
     kernels_of(isa).product_transposed(dx, dy, codes, scales, rows, in, out, threads);
 }
 
-void loramux_exact_dense_transposed(float* dx, const float* dy, const int16_t* numbers, const float* scales, int64_t rows,
+void loramux_exact_dense_transposed(float* dx, const float* dy, const uint8_t* numbers, const float* scales, int64_t rows,
                                     int64_t in, int64_t out, int32_t isa, int32_t threads) {
     kernels_of(isa).dense_transposed(dx, dy, numbers, scales, rows, in, out, threads);
 }
@@ -33,6 +33,11 @@ void loramux_exact_norm_gradient(float* dx, const float* dy, const float* x, con
 void loramux_exact_activation(float* y, const float* x, const float* dy, int64_t count, int32_t gelu, int32_t isa,
                               int32_t threads) {
     kernels_of(isa).activation(y, x, dy, count, gelu != 0, threads);
+}
+
+void loramux_exact_gate_gradient(float* d_gate, float* d_up, const float* dy, const float* gate, const float* up,
+                                 int64_t count, int32_t gelu, int32_t isa, int32_t threads) {
+    kernels_of(isa).gate_gradient(d_gate, d_up, dy, gate, up, count, gelu != 0, threads);
 }
 
 void loramux_exact_loss(float* logits, double* loss, uint8_t* correct, const int64_t* labels, int64_t rows,

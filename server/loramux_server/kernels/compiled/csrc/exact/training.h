@@ -28,7 +28,7 @@ void loramux_exact_product_transposed(float* dx, const float* dy, const uint8_t*
                                       int64_t in, int64_t out, int32_t isa, int32_t threads);
 
 // The same with an output head as loramux_exact_pack_head made it; `out` is the padded vocabulary.
-void loramux_exact_dense_transposed(float* dx, const float* dy, const int16_t* numbers, const float* scales, int64_t rows,
+void loramux_exact_dense_transposed(float* dx, const float* dy, const uint8_t* numbers, const float* scales, int64_t rows,
                                     int64_t in, int64_t out, int32_t isa, int32_t threads);
 
 // c [rows, columns], whose rows are c_row apart, = or += a [rows, depth] @ b [depth, columns] (matmul.h).
@@ -42,6 +42,10 @@ void loramux_exact_norm_gradient(float* dx, const float* dy, const float* x, con
 // y [count] = SiLU or GELU of x; with dy not null y = dy * its slope at x.
 void loramux_exact_activation(float* y, const float* x, const float* dy, int64_t count, int32_t gelu, int32_t isa,
                               int32_t threads);
+
+// d_gate, d_up [count] of y = activation(gate) * up; `count` is a multiple of 16.
+void loramux_exact_gate_gradient(float* d_gate, float* d_up, const float* dy, const float* gate, const float* up,
+                                 int64_t count, int32_t gelu, int32_t isa, int32_t threads);
 
 // Of each row of logits [rows, padded], which become gradients: see gradients.h.
 void loramux_exact_loss(float* logits, double* loss, uint8_t* correct, const int64_t* labels, int64_t rows,

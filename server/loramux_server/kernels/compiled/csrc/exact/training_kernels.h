@@ -12,12 +12,12 @@ namespace {
 
 void exact_product_transposed(float* dx, const float* dy, const uint8_t* codes, const float* scales, int64_t rows, int64_t in,
                               int64_t out, int32_t threads) {
-    multiply_transposed(dx, dy, Nf4Weights{codes, scales, Levels(kNf4Levels), in, out}, rows, kRowTop, kLevelTop, threads);
+    multiply_transposed(dx, dy, Nf4Weights{codes, scales, Levels(kNf4Levels), in, out}, rows, kNf4Steep, threads);
 }
 
-void exact_dense_transposed(float* dx, const float* dy, const int16_t* numbers, const float* scales, int64_t rows, int64_t in,
+void exact_dense_transposed(float* dx, const float* dy, const uint8_t* numbers, const float* scales, int64_t rows, int64_t in,
                             int64_t out, int32_t threads) {
-    multiply_transposed(dx, dy, DenseWeights{numbers, scales, in, out}, rows, kHeadRowTop, 1.f, threads);
+    multiply_transposed(dx, dy, DenseWeights{numbers, scales, in, out}, rows, kDenseSteep, threads);
 }
 
 void exact_matmul(float* c, int64_t c_row, const FloatMatrix* a, const FloatMatrix* b, int64_t rows, int64_t columns,
@@ -47,6 +47,16 @@ void exact_activation(float* y, const float* x, const float* dy, int64_t count, 
     std::memcpy(y + whole, numbers, rest * sizeof *y);
 }
 
+void exact_gate_gradient(float* d_gate, float* d_up, const float* dy, const float* gate, const float* up, int64_t count,
+                         bool gelu, int32_t threads) {
+    for_rows(count / kLanes, kLanes, threads, [&](int64_t i) {
+        const int64_t at = i * kLanes;
+        const Floats g = load(gate + at), slope = load(dy + at);
+        store(d_up + at, activation_of(g, gelu) * slope);
+        store(d_gate + at, slope * load(up + at) * activation_slope(g, gelu));
+    });
+}
+
 void exact_loss(float* logits, double* loss, uint8_t* correct, const int64_t* labels, int64_t rows, int64_t vocabulary,
                 int64_t padded, float factor, float softcap, bool gradient, int32_t threads) {
     for_rows(rows, padded, threads, [&](int64_t t) {
@@ -68,7 +78,7 @@ void exact_attend_gradient(float* d_q, float* d_k, float* d_v, float* given, con
 }
 
 constexpr TrainingKernels kTraining{exact_product_transposed, exact_dense_transposed, exact_matmul,
-                                    exact_norm_gradient,      exact_activation,       exact_loss,
-                                    exact_attend,             exact_attend_gradient};
+                                    exact_norm_gradient,      exact_activation,       exact_gate_gradient,
+                                    exact_loss,               exact_attend,           exact_attend_gradient};
 
 }  // namespace

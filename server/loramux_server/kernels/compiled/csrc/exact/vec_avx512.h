@@ -81,8 +81,31 @@ class Levels {
     __m512i table_;
 };
 
+// Two times 16 pairs of numbers of 12 bits, 16 * high + low: high bytes [64], low halves of a byte [32] as codes lie.
+inline void join_pairs(const int8_t* high, const uint8_t* low, Pairs& first, Pairs& second) {
+    const auto* from = reinterpret_cast<const __m256i*>(high);
+    const __m512i one = _mm512_slli_epi16(_mm512_cvtepi8_epi16(_mm256_loadu_si256(from)), 4);
+    const __m512i two = _mm512_slli_epi16(_mm512_cvtepi8_epi16(_mm256_loadu_si256(from + 1)), 4);
+    const __m512i lows = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
+    first = {_mm512_ternarylogic_epi32(one, lows, _mm512_set1_epi16(15), 0xf8)};  // one | (lows & 15)
+    second = {_mm512_or_si512(two, _mm512_srli_epi16(lows, 4))};
+}
+
+// 16 pairs from bytes [32], in the order of the outputs.
+inline Pairs widen_pairs(const int8_t* p) {
+    return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+
+// (a * by + 2^14) / 2^15, rounded down, of each number.
+inline Pairs scaled(Pairs a, Pairs by) { return {_mm512_mulhrs_epi16(a.v, by.v)}; }
+inline Pairs twice(Pairs a) { return {_mm512_add_epi16(a.v, a.v)}; }
+// Of two neighbouring pairs the first numbers and then the second ones.
+inline void store_by_outputs(uint64_t* p, Pairs a) {
+    _mm512_storeu_si512(p, _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(a.v, 0xd8), 0xd8));
+}
+
 // Decoded pairs, and sums of them, in the order of the outputs.
-inline void store_ordered(int16_t* p, Pairs a) { store_pairs(p, a); }
+inline Pairs ordered(Pairs a) { return a; }
 inline Floats to_ordered_floats(Ints a) { return to_floats(a); }
 
 inline float total(Floats a) {

@@ -137,8 +137,48 @@ class Levels {
     uint8x16_t low_, high_;
 };
 
+// Two times 16 pairs of numbers of 12 bits, 16 * high + low: high bytes [64], low halves of a byte [32] as codes lie.
+inline void join(int16x8_t* to, int8x16_t high, uint8x16_t low) {
+    to[0] = vaddq_s16(vshll_n_s8(vget_low_s8(high), 4), vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(low))));
+    to[1] = vaddq_s16(vshll_high_n_s8(high, 4), vreinterpretq_s16_u16(vmovl_high_u8(low)));
+}
+inline void join_pairs(const int8_t* high, const uint8_t* low, Pairs& first, Pairs& second) {
+    const int8x16x2_t one = vld2q_s8(high), two = vld2q_s8(high + 32);
+    const uint8x16x2_t lows = vld2q_u8(low);  // of inputs 0 and 2, of inputs 1 and 3
+    const uint8x16_t mask = vdupq_n_u8(15);
+    join(first.first, one.val[0], vandq_u8(lows.val[0], mask));
+    join(first.second, one.val[1], vandq_u8(lows.val[1], mask));
+    join(second.first, two.val[0], vshrq_n_u8(lows.val[0], 4));
+    join(second.second, two.val[1], vshrq_n_u8(lows.val[1], 4));
+}
+
+// 16 pairs from bytes [32], in the order of the outputs.
+inline Pairs widen_pairs(const int8_t* p) {
+    const int8x16x2_t both = vld2q_s8(p);
+    return {{vmovl_s8(vget_low_s8(both.val[0])), vmovl_high_s8(both.val[0])},
+            {vmovl_s8(vget_low_s8(both.val[1])), vmovl_high_s8(both.val[1])}};
+}
+
+// (a * by + 2^14) / 2^15, rounded down, of each number.
+inline Pairs scaled(Pairs a, Pairs by) {
+    return {{vqrdmulhq_s16(a.first[0], by.first[0]), vqrdmulhq_s16(a.first[1], by.first[1])},
+            {vqrdmulhq_s16(a.second[0], by.second[0]), vqrdmulhq_s16(a.second[1], by.second[1])}};
+}
+inline Pairs twice(Pairs a) {
+    return {{vaddq_s16(a.first[0], a.first[0]), vaddq_s16(a.first[1], a.first[1])},
+            {vaddq_s16(a.second[0], a.second[0]), vaddq_s16(a.second[1], a.second[1])}};
+}
+// Of two neighbouring pairs the first numbers and then the second ones.
+inline void store_by_outputs(uint64_t* p, Pairs a) {
+    for (int k = 0; k < 2; ++k) {
+        const int32x4_t first = vreinterpretq_s32_s16(a.first[k]), second = vreinterpretq_s32_s16(a.second[k]);
+        vst1q_s32(reinterpret_cast<int32_t*>(p + 4 * k), vzip1q_s32(first, second));
+        vst1q_s32(reinterpret_cast<int32_t*>(p + 4 * k + 2), vzip2q_s32(first, second));
+    }
+}
+
 // Decoded pairs, and sums of them, in the order of the outputs.
-inline void store_ordered(int16_t* p, Pairs a) { store_pairs(p, a); }
+inline Pairs ordered(Pairs a) { return a; }
 inline Floats to_ordered_floats(Ints a) { return to_floats(a); }
 
 inline float total(Floats a) {

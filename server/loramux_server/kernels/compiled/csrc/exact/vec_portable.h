@@ -158,8 +158,42 @@ class Levels {
     int16_t table_[16];
 };
 
+// Two times 16 pairs of numbers of 12 bits, 16 * high + low: high bytes [64], low halves of a byte [32] as codes lie.
+inline void join_pairs(const int8_t* high, const uint8_t* low, Pairs& first, Pairs& second) {
+    for (int k = 0; k < 32; ++k) {
+        first.v[k] = static_cast<int16_t>(16 * high[k] + (low[k] & 15));
+        second.v[k] = static_cast<int16_t>(16 * high[32 + k] + (low[k] >> 4));
+    }
+}
+
+// 16 pairs from bytes [32], in the order of the outputs.
+inline Pairs widen_pairs(const int8_t* p) {
+    Pairs pairs;
+    for (int k = 0; k < 32; ++k) pairs.v[k] = p[k];
+    return pairs;
+}
+
+
+// (a * by + 2^14) / 2^15, rounded down, of each number.
+inline Pairs scaled(Pairs a, Pairs by) {
+    Pairs to;
+    for (int k = 0; k < 32; ++k) to.v[k] = static_cast<int16_t>((a.v[k] * by.v[k] + (1 << 14)) >> 15);
+    return to;
+}
+inline Pairs twice(Pairs a) {
+    for (int k = 0; k < 32; ++k) a.v[k] = static_cast<int16_t>(2 * a.v[k]);
+    return a;
+}
+// Of two neighbouring pairs the first numbers and then the second ones.
+inline void store_by_outputs(uint64_t* p, Pairs a) {
+    for (int k = 0; k < 32; k += 4) {
+        const int16_t turned[4] = {a.v[k], a.v[k + 2], a.v[k + 1], a.v[k + 3]};
+        std::memcpy(p + k / 4, turned, sizeof turned);
+    }
+}
+
 // Decoded pairs, and sums of them, in the order of the outputs.
-inline void store_ordered(int16_t* p, Pairs a) { store_pairs(p, a); }
+inline Pairs ordered(Pairs a) { return a; }
 inline Floats to_ordered_floats(Ints a) { return to_floats(a); }
 
 inline float total(Floats a) {
