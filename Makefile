@@ -13,7 +13,7 @@ LOAD_ARGS ?= run --spawn
 TEST_ARGS ?=
 ISA ?= $(if $(filter x86_64 amd64,$(shell uname -m)),avx2,neon)
 
-.PHONY: help install serve spam check test test-isa test-gpu wheel load clean
+.PHONY: help install serve spam check test test-isa test-cards test-gpu wheel load clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do printf 'make %-10s %s\n' "$$name" "$$text"; done
@@ -38,8 +38,11 @@ test: $(STAMP) ## every test that needs no GPU; TEST_ARGS="tests/server/config -
 test-isa: $(STAMP) ## the end-to-end tests on a lower instruction set: ISA=avx2, say; TEST_ARGS as above
 	@LORAMUX_ISA=$(ISA) $(BIN)/pytest $(or $(TEST_ARGS),tests/e2e)
 
-test-gpu: $(STAMP) ## the tests that need a CUDA device
-	@$(BIN)/pytest tests/gpu
+test-cards: $(STAMP) ## compile the kernels in Triton for every card, with a table of registers; needs no GPU, some minutes
+	@PYTHONPATH=server:adapters:tests $(BIN)/python -m support.compiled_kernels
+
+test-gpu: $(STAMP) ## the tests that need a CUDA device, and the kernels' own, compiled
+	@$(BIN)/pytest tests/gpu tests/adapters/device tests/adapters/lora/test_slot_copy.py tests/server/kernels/gpu
 
 wheel: $(STAMP) ## make a wheel, install it in an empty environment, ask it one thing; minutes, PyTorch is most of it
 	@$(BIN)/python tests/wheel/try_wheel.py

@@ -43,7 +43,7 @@ Rows = list[dict[str, Any]]
 class PlainLoop:
     """The baseline: padded batches, transformers' loss over all logits, peft's layers over bitsandbytes'."""
 
-    def __init__(self, base: Path, *, rank: int, alpha: int, checkpointing: bool) -> None:
+    def __init__(self, base: Path, *, rank: int, alpha: int, checkpointing: bool, dtype: str = "bfloat16") -> None:
         import torch
         from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
         from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -52,11 +52,11 @@ class PlainLoop:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
         )
         place = {"": "cuda" if torch.cuda.is_available() else "cpu"}
         model = AutoModelForCausalLM.from_pretrained(
-            base, quantization_config=recipe, dtype=torch.bfloat16, device_map=place
+            base, quantization_config=recipe, dtype=getattr(torch, dtype), device_map=place
         )
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
         torch.manual_seed(0)
@@ -117,9 +117,11 @@ def serve(trained: PlainLoop, lines: TextIO, replies: TextIO) -> None:
 class Side:
     """One process that trains."""
 
-    def __init__(self, name: str, command: Sequence[str]) -> None:
+    def __init__(self, name: str, command: Sequence[str], environ: dict[str, str]) -> None:
         self.name = name
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | environ
+        )
         self.rates: list[float] = []
         self.losses: list[float] = []
 
@@ -173,15 +175,16 @@ class Side:
         return answer
 
 
-def read_rows(path: Path, tokenizer: Any, count: int) -> Rows:
-    """The first `count` conversations as token ids; the answer and its end token are learned."""
+def read_rows(path: Path, tokenizer: Any, count: int, *, every_token: bool = False) -> Rows:
+    """The first `count` conversations as token ids; the answer and its end token are learned, or all but the first."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines()[:count]:
         messages = json.loads(line)["messages"]
         prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
         answer = tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        rows.append({"ids": ids + answer, "learned": len(answer)})
+        learned = len(ids) + len(answer) - 1 if every_token else len(answer)
+        rows.append({"ids": ids + answer, "learned": learned})
     return rows
 
 
@@ -222,7 +225,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=8, help="LoRA rank, all linear layers (default: 8)")
     parser.add_argument("--alpha", type=int, default=16, help="LoRA alpha (default: 16)")
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="constant (default: 5e-4)")
-    parser.add_argument("--out", type=Path, default=Path("loadtests/results"), help="where train.json goes")
+    parser.add_argument("--every-token", action="store_true", help="learn whole conversations, not the answers alone")
+    parser.add_argument("--isa", choices=("avx2",), help="hold all sides to this instruction set")
+    parser.add_argument(
+        "--out", type=Path, default=Path("loadtests/results"), help="where train.json (train-every-avx2.json) goes"
+    )
+    parser.add_argument("--dtype", default="bfloat16", help=argparse.SUPPRESS)
     parser.add_argument("--worker", choices=list(PLAIN), help=argparse.SUPPRESS)
 
 
@@ -231,7 +239,9 @@ def main(args: argparse.Namespace) -> int:
     if args.worker is not None:
         replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not mix with the answers
-        loop = PlainLoop(args.base, rank=args.rank, alpha=args.alpha, checkpointing=PLAIN[args.worker])
+        loop = PlainLoop(
+            args.base, rank=args.rank, alpha=args.alpha, checkpointing=PLAIN[args.worker], dtype=args.dtype
+        )
         serve(loop, sys.stdin, replies)
         return 0
     if args.ours is None or args.data is None or args.held is None:
@@ -239,18 +249,26 @@ def main(args: argparse.Namespace) -> int:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.base)
+
+    def read(path: Path, count: int) -> Rows:
+        return read_rows(path, tokenizer, count, every_token=args.every_token)
+
     needed = WARM_UP + args.rounds * args.steps
-    batches = group_by_length(read_rows(args.data, tokenizer, needed * args.batch_size), args.batch_size)
+    batches = group_by_length(read(args.data, needed * args.batch_size), args.batch_size)
     if len(batches) < needed:
         raise LoadTestError(f"{args.data} has {len(batches)} batches of {args.batch_size} rows, {needed} are needed")
-    held = group_by_length(read_rows(args.held, tokenizer, args.held_rows), args.batch_size)
+    held = group_by_length(read(args.held, args.held_rows), args.batch_size)
     common = ["--base", str(args.base), "--rank", str(args.rank), "--alpha", str(args.alpha)]
-    plain = [sys.executable, "-m", "loadtests", "train", "--worker"]
+    environ, dtype = {}, "bfloat16"
+    if args.isa:
+        environ = {"LORAMUX_ISA": args.isa, "ATEN_CPU_CAPABILITY": args.isa, "ONEDNN_MAX_CPU_ISA": args.isa.upper()}
+        dtype = "float32"
+    plain = [sys.executable, "-m", "loadtests", "train", "--dtype", dtype, "--worker"]
     commands = {"ours": shlex.split(args.ours)} | {name: [*plain, name] for name in PLAIN}
     sides: list[Side] = []
     try:
         for name, command in commands.items():
-            sides.append(Side(name, [*command, *common]))
+            sides.append(Side(name, [*command, *common], environ))
             sides[-1].wait_until_ready()
         measure(sides, batches, args, lambda line: print(line, flush=True))
         result = summarize(sides, held, args.steps)
@@ -259,7 +277,8 @@ def main(args: argparse.Namespace) -> int:
             side.close()
     print(table([["side", "tok/s", "ours is faster by", "train loss, last round", "held-out loss"], *show(result)]))
     args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "train.json", result)
+    name = "-".join(["train", *(["every"] if args.every_token else []), *([args.isa] if args.isa else [])])
+    write_json(args.out / f"{name}.json", result)
     return 0
 
 

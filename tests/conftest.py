@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,6 +16,10 @@ settings.load_profile("loramux")
 
 # As the server does, and before PyTorch is imported: its threads must not spin while others use the same cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# Before Triton is imported, which bitsandbytes does: where there is no CUDA, tests interpret our kernels on the CPU.
+if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg")):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture

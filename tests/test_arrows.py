@@ -266,6 +266,59 @@ def test_nothing_prints_but_the_command_line() -> None:
     assert prints == []
 
 
+def asks_for_a_kind_of_device(tree: ast.Module) -> list[int]:
+    """Lines that use `torch.cuda` or `torch.device("cuda")`, or ask a tensor or a place what kind it is."""
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            names_cuda = ast.unparse(node) in ("torch.cuda", "torch.backends.cuda", "torch.accelerator")
+            asks = node.attr in ("is_cuda", "is_cpu") or ast.unparse(node).endswith((".device.type", "place.type"))
+            if names_cuda or asks:
+                lines.append(node.lineno)
+        elif isinstance(node, ast.Compare):
+            compared = {each.value for each in ast.walk(node) if isinstance(each, ast.Constant)}
+            if compared & {"cuda", "cpu"} and "type" in ast.unparse(node):
+                lines.append(node.lineno)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.device", "torch.Tensor.cuda"):
+            if any(isinstance(arg, ast.Constant) and str(arg.value).startswith("cuda") for arg in node.args):
+                lines.append(node.lineno)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+            if any(name.startswith("torch.cuda") for name in names) or (names[0] == "torch" and "cuda" in names):
+                lines.append(node.lineno)
+    return lines
+
+
+def test_what_differs_between_devices_is_asked_of_the_device_alone() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in modules(SERVER, ADAPTERS)
+        for line in asks_for_a_kind_of_device(tree_of(path))
+        if path.parent != ADAPTERS / "device"
+    ]
+
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.cuda.synchronize()",
+        "from torch.cuda import Stream",
+        "import torch.cuda.graphs",
+        "from torch import cuda",
+        "x = torch.device('cuda:1')",
+        "if x.device.type == 'cpu': ...",
+        "kind = x.device.type",
+        "if x.is_cuda: ...",
+        "if device.type == 'cuda': ...",
+    ],
+)
+def test_a_question_for_the_kind_of_device_is_seen(line: str) -> None:
+    assert asks_for_a_kind_of_device(ast.parse(line)) != []
+    assert asks_for_a_kind_of_device(ast.parse("x = torch.zeros(1, device=device.place)")) == []
+
+
 @pytest.mark.parametrize("place", [SERVER, ADAPTERS, LOADTESTS], ids=lambda place: place.name)
 def test_no_file_is_longer_than_a_reader_can_hold(place: Path) -> None:
     lengths = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in modules(place)}

@@ -17,6 +17,9 @@ AdapterError
 │   ├── DataError             the examples cannot be used; names file and line (training/: LineError, OverlapError)
 │   ├── CheckpointError       a checkpoint cannot be written, read or continued from
 │   └── MemoryShort           it does not fit into memory; says what to lower
+│       └── DeviceFull        a device has no room for a tensor; says how much is free
+├── DeviceMissing             this machine has no such device
+├── CannotCapture             work cannot be written down as a graph: it waits, reads, allocates or changes streams
 └── StoreUnavailable          the store's directory or index cannot be used (disk full, locked, permission)
     └── IndexLost             the index is gone, damaged or lacks changes, beside versions that it should know
 """
@@ -134,3 +137,16 @@ class CheckpointError(TrainingError):
 
 class MemoryShort(TrainingError):
     """It does not fit into memory; the message says what to lower."""
+
+
+class DeviceFull(MemoryShort, MemoryError):
+    """A device has no room for a tensor; the message says for which, and how much is free."""
+
+
+class DeviceMissing(AdapterError):
+    """This machine has no device of the kind that is asked for."""
+
+
+class CannotCapture(AdapterError):
+    """Work cannot be written down as a graph: it waits, reads a result, allocates or changes streams, or the device
+    has no graphs."""

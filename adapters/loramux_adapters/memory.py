@@ -1,14 +1,11 @@
-"""Host memory: tensors that take it only where they are written to, memory that goes back when free, and peaks."""
+"""Host memory: mappings that take it only where they are written to, and memory that goes back when it is free."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import math
 import mmap
 import os
-import re
-import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,31 +39,10 @@ def mapping(nbytes: int, *, huge_pages: bool = False) -> torch.Tensor:
     return torch.frombuffer(mapped, dtype=torch.uint8, count=max(1, nbytes), offset=offset)[:nbytes]
 
 
-def reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor of zeros of this shape.
-
-    On the CPU the system maps its pages at the first write, so what is reserved and never used costs nothing, and what
-    another process left in memory can never be read. Elsewhere all of it is allocated now.
-
-    Raises:
-        MemoryError, torch.OutOfMemoryError: there is no room for it.
-    """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return mapping(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
-
-
 def resident_bytes() -> int:
     """Bytes of this process that lie in memory, files it has mapped included; 0 where the system does not tell."""
     status = Path("/proc/self/statm")
     return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else 0
-
-
-def available_bytes() -> int:
-    """Bytes that this process can still take: of the machine or, if it is less, of its control group."""
-    free = _field(Path("/proc/meminfo"), "MemAvailable") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit, used = (_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
-    return free if limit is None or used is None else min(free, max(0, limit - used))
 
 
 @contextmanager
@@ -90,55 +66,3 @@ def returning_memory() -> Iterator[None]:
         mallopt(_M_TRIM_THRESHOLD, 64 * 1024 * 1024)
         gc.collect()
         trim(0)
-
-
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-class PeakMemory:
-    """The most memory from now on: of the device on CUDA, else of the process."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._least = 0
-        self._resets = False
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            return
-        try:
-            _CLEAR.write_text("5")  # the high-water mark starts anew: loading the base is not part of training
-            self._resets = True
-        except OSError:
-            pass  # then the mark since the process began is the best there is
-
-    def at_least(self, peak: int) -> None:
-        """Counts what an earlier process of the same run took."""
-        self._least = max(self._least, peak)
-
-    def peak(self) -> int:
-        """Bytes."""
-        if self._device.type == "cuda":
-            return max(self._least, torch.cuda.max_memory_allocated(self._device))
-        return max(self._least, (_field(_STATUS, "VmHWM") if self._resets else 0) or _ever())
-
-
-def _field(file: Path, name: str) -> int:
-    """A field of a /proc file, in bytes; 0 if the system does not tell."""
-    try:
-        found = re.search(rf"^{name}:\s+(\d+) kB$", file.read_text(), re.MULTILINE)
-    except OSError:
-        return 0
-    return int(found[1]) * 1024 if found else 0
-
-
-def _number(file: Path) -> int | None:
-    """The number in a file; None where there is none, or no limit."""
-    try:
-        text = file.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
-
-
-def _ever() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_server.base.loader import load_base_model
 from loramux_server.base.source import EMBEDDED_NAME
 from loramux_server.engine.local_engine import LocalEngine
@@ -14,7 +14,7 @@ from loramux_server.fingerprint import fingerprint
 from loramux_server.fingerprint.file import parse
 from loramux_server.kernels.choice import available_kernels, choose_kernels
 
-CPU = torch.device("cpu")
+CPU = CpuDevice()
 EXAMPLES = Path(__file__).parents[2] / "adapters" / "examples"
 SETS = [name for name in available_kernels(CPU) if name.startswith("native-")]
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 from loadtests.fidelity import TARGET, TEXT
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_server.base.loader import load_base_model
 from loramux_server.base.source import EMBEDDED_NAME
 from loramux_server.engine.sequence import Batch, ScheduledSequence
 from loramux_server.kernels.choice import available_kernels, choose_kernels
 from support.stepping import Stepper
 
-CPU = torch.device("cpu")
+CPU = CpuDevice()
 
 
 def logits_of(kernels: str, cache: Path) -> tuple[list[int], torch.Tensor]:

@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from loramux_adapters.memory import PeakMemory
+from loramux_adapters.device.cpu import CpuDevice
+from loramux_adapters.device.device import ON_HOST
+from loramux_adapters.device.peak import PeakMemory
 from loramux_adapters.training.model.model import LoraModel
 from loramux_adapters.training.recipe import Recipe
 from loramux_adapters.training.run.optimizer import make_optimizer
@@ -18,7 +20,7 @@ from loramux_server.base.loader import load_base_model, resident_bytes
 from loramux_server.base.source import EMBEDDED_NAME
 from support.measured_memory import different_rows, optimizer_bytes, saved_by_a_step
 
-CPU = torch.device("cpu")
+CPU = CpuDevice()
 
 
 def test_base_adapter_and_optimizer_are_planned_within_a_tenth(
@@ -28,7 +30,7 @@ def test_base_adapter_and_optimizer_are_planned_within_a_tenth(
     base = load_base_model(EMBEDDED_NAME, device=CPU, cache_dir=embedded_cache, report=lambda line: None, training=True)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.source.directory))
-    planned = plan_memory(skeleton, recipe, sequence=128, learned=2, cuda=False)
+    planned = plan_memory(skeleton, recipe, sequence=128, learned=2, layout=ON_HOST)
     measured = resident_bytes(base.model)
 
     model = LoraModel.build(base.model, recipe)

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.lora.slots import ScaledSlot, Slot, bucket_of
 from loramux_adapters.lora.weights import load_host_adapter
 from loramux_server.base.loader import load_base_model
@@ -42,9 +43,7 @@ def peft_greedy(model: Any, prompt: list[int]) -> tuple[list[int], torch.Tensor]
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_a_mixed_batch_agrees_with_peft(adapter_dirs: dict[str, Path], embedded_cache: Path) -> None:
-    base = load_base_model(
-        EMBEDDED_NAME, device=torch.device("cpu"), cache_dir=embedded_cache, report=lambda line: None
-    )
+    base = load_base_model(EMBEDDED_NAME, device=CpuDevice(), cache_dir=embedded_cache, report=lambda line: None)
     prompt = base.tokenizer(PROMPT)["input_ids"]
     oracle = {"base": peft_greedy(base.model, prompt)}
     names = [ADAPTERS[index] for index in (0, 1, 2, 4, 7, 10, 12, 15)]

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from loramux_adapters.device.choice import device_named
+from loramux_adapters.device.cuda import CudaDevice
 from loramux_adapters.lora.ops import Arena, add_lora_loop
 from loramux_adapters.lora.slots import Slot
 from loramux_adapters.lora.weights import load_host_adapter
@@ -25,11 +27,15 @@ PROMPTS = [list(range(40)), [5, 6, 7], list(range(100, 133))]
 SLOTS = [None, Slot(0, 8), Slot(16, 16)]
 
 
-def stepper_on(device: str, tmp_path: Path) -> Stepper:
+CUDA = CudaDevice(torch.device("cuda"))
+
+
+def stepper_on(name: str, tmp_path: Path) -> Stepper:
+    device = device_named(name)
     base = load_base_model(
-        str(tmp_path / "base"), device=torch.device(device), cache_dir=tmp_path / "cache", report=lambda line: None
+        str(tmp_path / "base"), device=device, cache_dir=tmp_path / "cache", report=lambda line: None
     )
-    stepper = Stepper(base.model, device=torch.device(device))
+    stepper = Stepper(base.model, device=device)
     for index, slot in enumerate(SLOTS[1:]):
         assert slot is not None
         directory = write_adapter(tmp_path / f"adapter-{index}", dict(base.linears), rank=8, seed=index, std_b=0.2)
@@ -66,18 +72,14 @@ def test_rows_of_a_mixed_batch_agree_with_their_solo_runs(tmp_path: Path) -> Non
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "phi3"])
 def test_the_checks_at_start_pass(architecture: str, tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "base", architecture)
-    device = torch.device("cuda")
-    base = load_base_model(
-        str(tmp_path / "base"), device=device, cache_dir=tmp_path / "cache", report=lambda line: None
-    )
-    stepper = Stepper(base.model, device=device)
+    base = load_base_model(str(tmp_path / "base"), device=CUDA, cache_dir=tmp_path / "cache", report=lambda line: None)
+    stepper = Stepper(base.model, device=CUDA)
     Checker(stepper.runner, stepper.slots, base.model, vocabulary=256, num_blocks=256, rows=20).run()
 
 
 def test_the_librarys_kernels_are_in_use() -> None:
     """What the tensor paths would do slowly; on a device without them this says so."""
-    device = torch.device("cuda")
-    kernels = choose_kernels(device, shape=KVShape(2, 3, 64))
+    kernels = choose_kernels(CUDA, shape=KVShape(2, 3, 64))
     assert (kernels.name, kernels.lora) == ("cuda", "grouped") and kernels.attention.startswith("varlen")
 
 
@@ -112,15 +114,15 @@ def test_deltas_on_the_device_equal_the_loop_on_the_cpu(counts: list[int], compo
     arena = Arena(on_cpu.a.cuda(), on_cpu.bt.cuda(), on_cpu.targeted.cuda())
     x, y = torch.randn(rows.num_rows, 576).bfloat16(), torch.randn(rows.num_rows, 192).bfloat16()
     got = y.cuda()
-    choose_kernels(torch.device("cuda"), shape=KVShape(1, 3, 64)).add_lora(got, x.cuda(), arena, rows)
+    choose_kernels(CUDA, shape=KVShape(1, 3, 64)).add_lora(got, x.cuda(), arena, rows)
     add_lora_loop(y, x, on_cpu, rows)
     assert (got.cpu().float() - y.float()).abs().mean() <= 0.01
 
 
 @pytest.mark.parametrize("window", [0, 7])
 def test_attention_on_the_device_equals_the_reference(window: int) -> None:
-    device, shape = torch.device("cuda"), KVShape(1, 3, 64)
-    attend = choose_kernels(device, shape=shape).attend
+    device, shape = CUDA.place, KVShape(1, 3, 64)
+    attend = choose_kernels(CUDA, shape=shape).attend
     tables = torch.tensor([[4, 1, 3], [2, 0, 0]], dtype=torch.int32, device=device)
     runs = ((0, 0, 40, 0), (1, 40, 5, 0))
     sequence = torch.tensor([0] * 40 + [1] * 5, dtype=torch.int32, device=device)
@@ -132,7 +134,7 @@ def test_attention_on_the_device_equals_the_reference(window: int) -> None:
             k,
             v,
             0,
-            AttentionStep(KVCache(shape, 6, device), path, tables, sequence, position, runs),
+            AttentionStep(KVCache(shape, 6, CUDA), path, tables, sequence, position, runs),
             AttentionParams(0.125, window=window),
         )
         for path in (attend, attend_reference)

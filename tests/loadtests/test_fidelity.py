@@ -10,6 +10,7 @@ import torch
 from loadtests.errors import LoadTestError
 from loadtests.fidelity import compare, load_exact
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_server.base.loader import load_base_model
 from loramux_server.kernels.choice import choose_kernels
 from support.stepping import Stepper
@@ -43,7 +44,7 @@ def test_another_base_is_named() -> None:
 
 
 def test_the_reference_is_the_served_weights_in_fp32(tmp_path: Path) -> None:
-    cpu = torch.device("cpu")
+    cpu = CpuDevice()
     checkpoint = save_tiny_model(tmp_path / "base")
     kernels = choose_kernels(cpu, "reference")
     base = load_base_model(str(checkpoint), device=cpu, cache_dir=tmp_path, report=lambda line: None, kernels=kernels)

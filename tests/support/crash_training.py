@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.training.data.batches import Row
 from loramux_adapters.training.model.model import LoraModel
 from loramux_adapters.training.recipe import Recipe
@@ -50,7 +51,7 @@ def die() -> None:
 def attempt(checkpoint: Path, run_dir: Path, end: tuple[str, int] | None) -> None:
     base = load_base_model(
         str(checkpoint),
-        device=torch.device("cpu"),
+        device=CpuDevice(),
         cache_dir=run_dir / "cache",
         report=lambda line: None,
         training=True,

@@ -8,6 +8,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from loramux_adapters.device.cpu import CpuDevice
+from loramux_adapters.device.device import Device
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.lora_linear import AdapterSlots, head_path
 from loramux_adapters.lora.ops import AddLora
@@ -20,7 +22,7 @@ from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVCache
 from loramux_server.kernels.attention.paged_attention import Attend, probe_kv_shape
 from loramux_server.kernels.choice import choose_kernels
 
-CPU = torch.device("cpu")
+CPU = CpuDevice()
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64, logprobs=0)
 
 
@@ -44,7 +46,7 @@ class Stepper:
         blocks: int = 256,
         attend: Attend | None = None,
         add_lora: AddLora | None = None,
-        device: torch.device = CPU,
+        device: Device = CPU,
         kernels: str | None = None,
     ) -> None:
         """`kernels`: another set than the device's own; `attend`, `add_lora`: other parts than the set's.
@@ -62,9 +64,9 @@ class Stepper:
                 compile_step=None,
                 graphs=None,
             )
-        self.kernels = chosen
+        self.kernels, self.device = chosen, device
         self.host: dict[str, HostAdapter] = {}
-        self.slots = AdapterSlots(model, rows, chosen.add_lora, chosen.copy_slot, head=head_path(model))
+        self.slots = AdapterSlots(model, rows, chosen.add_lora, chosen.copy_slot, head=head_path(model), device=device)
         self.runner = ModelRunner(
             model,
             slots=self.slots,

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from loramux_adapters.device.choice import device_named
 from loramux_adapters.training.data.batches import Row, TokenBatch
 from loramux_adapters.training.model.model import LoraModel
 from loramux_adapters.training.recipe import Recipe
@@ -33,7 +34,7 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not mix with the answers
     recipe = Recipe(rank=args.rank, alpha=args.alpha)
     cache = Path("~/.cache/loramux").expanduser()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_named("auto")
     base = load_base_model(args.base, device=device, cache_dir=cache, report=lambda line: None, training=True)
     model = LoraModel.build(base.model, recipe, ops=compiled_training(base.model))
     optimizer = make_optimizer(model.trainable, recipe)

@@ -9,12 +9,12 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from loramux_adapters.device.device import Device
 from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.ops import AddLora, Arena, LoraRows
 from loramux_adapters.lora.slot_copy import CopySlot, Weights
 from loramux_adapters.lora.slots import SMALLEST_RANK, Slot
-from loramux_adapters.memory import reserve
 
 
 class LoRALinear(nn.Module):
@@ -57,7 +57,14 @@ class AdapterSlots:
     """
 
     def __init__(
-        self, model: nn.Module, rows: int, add_lora: AddLora, copy_slot: CopySlot, *, head: str | None
+        self,
+        model: nn.Module,
+        rows: int,
+        add_lora: AddLora,
+        copy_slot: CopySlot,
+        *,
+        head: str | None,
+        device: Device,
     ) -> None:
         """Wraps every linear layer of `model` in place.
 
@@ -65,12 +72,16 @@ class AdapterSlots:
             rows: rank rows of each layer's arena, a multiple of 8; 0 wraps nothing (LoRA off).
             add_lora, copy_slot: the kernels in use.
             head: module path of the output head, which sees other rows than the layers do (`head_path`).
+            device: where the model lies, and the arenas will.
+        Raises:
+            DeviceFull: there is no room for them.
         """
         if rows % SMALLEST_RANK:
             raise ValueError(f"rows must be a multiple of {SMALLEST_RANK}")
         self.rows = rows
         self.head = head
         self._copy = copy_slot
+        self._device = device
         self.layers: dict[str, LoRALinear] = {}
         self._written: dict[str, npt.NDArray[np.bool_]] = {}  # by layer, which groups of 8 rows ever held weights
         self._targets: list[set[str]] = [set() for _ in range(rows // SMALLEST_RANK)]  # layers with weights, by group
@@ -79,11 +90,10 @@ class AdapterSlots:
                 self.layers[path] = self._wrap(model, path, linear, add_lora)
 
     def _wrap(self, model: nn.Module, path: str, linear: nn.Linear, add_lora: AddLora) -> LoRALinear:
-        device = linear.weight.device
         arena = Arena(
-            reserve((self.rows, linear.in_features), torch.bfloat16, device),
-            reserve((self.rows, linear.out_features), torch.bfloat16, device),
-            torch.zeros(self.rows // SMALLEST_RANK, dtype=torch.uint8, device=device),
+            self._device.reserve((self.rows, linear.in_features), torch.bfloat16),
+            self._device.reserve((self.rows, linear.out_features), torch.bfloat16),
+            self._device.reserve((self.rows // SMALLEST_RANK,), torch.uint8),
         )
         self._written[path] = np.zeros(self.rows // SMALLEST_RANK, dtype=np.bool_)
         layer = LoRALinear(linear, arena, add_lora)
@@ -132,12 +142,11 @@ class AdapterSlots:
     @property
     def held_bytes(self) -> int:
         """Bytes that the device really holds: on the CPU what was ever written to, else the whole arena."""
-        if any(layer.arena.a.device.type != "cpu" for layer in self.layers.values()):
-            return self.rows * self.row_bytes
-        return sum(
+        written = sum(
             int(self._written[path].sum()) * SMALLEST_RANK * 2 * (layer.arena.a.shape[1] + layer.arena.bt.shape[1])
             for path, layer in self.layers.items()
         )
+        return self._device.held_of(self.rows * self.row_bytes, written)
 
     @property
     def row_bytes(self) -> int:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 
+from loramux_adapters.device.device import Device, Event, WorkStream
 from loramux_adapters.lora.ops import Arena
 from loramux_adapters.lora.slots import SMALLEST_RANK, Slot
 
 Weights = tuple[torch.Tensor, torch.Tensor]  # A [rank, in], B transposed [rank, out], bf16
 Filling = Sequence[tuple[Arena, Weights | None]]
 CopySlot = Callable[[Slot, Filling], None]
+STAGING_BYTES = 16 << 20  # of a buffer; there are two
 
 
 def copy_slot(slot: Slot, filling: Filling) -> None:
-    """The slow reference and the path of devices without a kernel.
+    """The slow reference, and the path of a CPU without compiled code.
 
     For each arena, rows of `slot` that the weights do not fill become zero: all of them where there are none.
     """
@@ -31,3 +34,65 @@ def copy_slot(slot: Slot, filling: Filling) -> None:
             arena.a[filled : slot.offset + slot.rank] = 0
             arena.bt[filled : slot.offset + slot.rank] = 0
         arena.targeted[groups] = weights is not None
+
+
+class StagedCopySlot:
+    """The same for a device with memory of its own: through pinned memory, on a stream beside the steps'.
+
+    It begins when all steps that were started before it are done, since they may read what the slot held, and steps
+    that are started after it begin when it is done. The host only waits for a buffer that is still being read. Owner:
+    the engine thread.
+    """
+
+    def __init__(self, device: Device, staging_bytes: int = STAGING_BYTES) -> None:
+        """`staging_bytes`: of each of two buffers of pinned memory, which are taken at the first copy."""
+        self._device = device
+        self._size = staging_bytes // torch.bfloat16.itemsize
+        self._buffers: list[torch.Tensor] = []  # [size] bf16
+        self._read: list[Event | None] = [None, None]  # when what was copied from a buffer has left it
+        self._current = self._used = 0
+
+    def __call__(self, slot: Slot, filling: Filling) -> None:
+        """Raises DeviceFull: there is no pinned memory for the buffers."""
+        while len(self._buffers) < len(self._read):
+            self._buffers.append(self._device.pinned((self._size,), torch.bfloat16))
+        groups = slice(slot.offset // SMALLEST_RANK, (slot.offset + slot.rank) // SMALLEST_RANK)
+        end = slot.offset + slot.rank
+        self._stream.wait(self._device.main.record())
+        with self._device.on(self._stream):
+            for arena, weights in filling:
+                filled = slot.offset
+                if weights is not None:
+                    filled += weights[0].shape[0]
+                    for rows, source in zip((arena.a, arena.bt), weights, strict=True):
+                        self._copy(rows[slot.offset : filled].view(-1), source.view(-1))
+                if filled < end:
+                    self._device.fill(arena.a[filled:end], 0.0)
+                    self._device.fill(arena.bt[filled:end], 0.0)
+                self._device.fill(arena.targeted[groups], float(weights is not None))
+        self._read[self._current] = done = self._stream.record()
+        self._device.main.wait(done)
+
+    @cached_property
+    def _stream(self) -> WorkStream:
+        return self._device.stream()
+
+    def _copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
+        """to[n] = source[n], through the buffers."""
+        first = 0
+        while first < len(source):
+            if self._used == self._size:
+                self._take_next()
+            count = min(len(source) - first, self._size - self._used)
+            staged = self._buffers[self._current][self._used : self._used + count]
+            staged.copy_(source[first : first + count])
+            self._device.copy(to[first : first + count], staged)
+            self._used += count
+            first += count
+
+    def _take_next(self) -> None:
+        self._read[self._current] = self._stream.record()
+        self._current, self._used = (self._current + 1) % len(self._buffers), 0
+        event = self._read[self._current]
+        if event is not None:
+            event.synchronize()

@@ -1,15 +1,16 @@
-"""Which device a command runs on."""
+"""What `--device` means on this machine."""
 
 from __future__ import annotations
 
-import torch
-
+from loramux_adapters.device.choice import device_named
+from loramux_adapters.device.device import Device
+from loramux_adapters.errors import DeviceMissing
 from loramux_server.errors import ConfigError
 
 
-def device_of(wanted: str) -> torch.device:
+def device_of(wanted: str) -> Device:
     """What `--device` (auto, cpu or cuda) means here. Raises ConfigError where there is no such device."""
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise ConfigError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-    return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and available) else "cpu")
+    try:
+        return device_named(wanted)
+    except DeviceMissing as error:
+        raise ConfigError(f"--device {wanted}: {error}; use --device cpu") from error

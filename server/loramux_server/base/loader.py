@@ -17,6 +17,8 @@ from transformers.utils import logging as transformers_logging
 from loramux_adapters.base_info import BaseInfo
 from loramux_adapters.chat.encoder import TextEncoder
 from loramux_adapters.chat.tokenizer_files import TokenizerFiles
+from loramux_adapters.device.cpu import CpuDevice
+from loramux_adapters.device.device import Device, in_host_memory
 from loramux_adapters.errors import AdapterRejected
 from loramux_server.base.identity import cached_base_id
 from loramux_server.base.originals import original_tensor
@@ -53,7 +55,7 @@ class BaseModel:
     base_id: str
     name: str
     source: BaseSource
-    device: torch.device
+    device: Device
     kernels: Kernels
     linears: Mapping[str, tuple[int, int]]
     floats: Mapping[str, torch.Tensor]
@@ -127,7 +129,7 @@ def vocabulary_of(model: Any) -> int:
 def load_base_model(
     spec: str | BaseSource,
     *,
-    device: torch.device,
+    device: Device,
     cache_dir: Path,
     report: Report,
     quantize: str = "nf4",
@@ -246,7 +248,7 @@ def _packed(
         skeleton,
         compiled,
         report,
-        load=lambda: _read(source.directory, torch.device("cpu")),
+        load=lambda: _read(source.directory, CpuDevice()),
     )
     with contextlib.suppress(OSError):  # most checkpoints have none
         model.generation_config = GenerationConfig.from_pretrained(source.directory, local_files_only=True)
@@ -258,14 +260,14 @@ def _dense(
 ) -> nn.Module:
     """The 16-bit model with the NF4 weights that are served in it, in fp32."""
     packed = _packed(skeleton, source, base_id, compiled, cache_dir, report)
-    model: nn.Module = _read(source.directory, torch.device("cpu"))
+    model: nn.Module = _read(source.directory, CpuDevice())
     for path, layer in list(packed.named_modules()):
         if isinstance(layer, NF4Linear):
             model.set_submodule(path, dequantized(layer))
     return model
 
 
-def _load_nf4(directory: Path, device: torch.device, base_id: str, cache_dir: Path, report: Report) -> Any:
+def _load_nf4(directory: Path, device: Device, base_id: str, cache_dir: Path, report: Report) -> Any:
     from transformers import BitsAndBytesConfig
 
     untyped: Any = BitsAndBytesConfig
@@ -285,17 +287,17 @@ def _load_nf4(directory: Path, device: torch.device, base_id: str, cache_dir: Pa
     )
 
 
-def _load(directory: Path, device: torch.device, **options: Any) -> Any:
+def _load(directory: Path, device: Device, **options: Any) -> Any:
     return _settle(_read(directory, device, **options))
 
 
-def _read(directory: Path, device: torch.device, **options: Any) -> Any:
+def _read(directory: Path, device: Device, **options: Any) -> Any:
     """The model; weights on the CPU may lie in the mapped checkpoint."""
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=torch.bfloat16,
-            device_map={"": str(device)},
+            device_map={"": str(device.place)},
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
@@ -311,10 +313,10 @@ def _read(directory: Path, device: torch.device, **options: Any) -> Any:
 def _settle(model: Any) -> Any:
     """Copies what still points into the mapped checkpoint, so that the file can be unmapped."""
     for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.device.type == "cpu":
+        if in_host_memory(tensor):
             tensor.data = tensor.data.clone()
     for holder, name, constant in quantization_constants(model):
-        if constant.device.type == "cpu":
+        if in_host_memory(constant):
             setattr(holder, name, constant.clone())
     return model
 

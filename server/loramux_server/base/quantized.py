@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from loramux_adapters.device.device import Device
 from loramux_server.base.cache_directory import partial_directory
 from loramux_server.base.source import Report
 from loramux_server.kernels.layers.nf4_linear import four_bit_layers
@@ -29,7 +30,7 @@ _LIBRARIES = ("bitsandbytes", "transformers")  # what the numbers and their form
 def quantized_once(
     cache_dir: Path,
     base_id: str,
-    device: torch.device,
+    device: Device,
     report: Report,
     *,
     read: Callable[[Path], Any],
@@ -41,7 +42,7 @@ def quantized_once(
         read: loads a model from such a directory; whatever it raises, the model is quantized again.
         quantize: makes it from the 16-bit weights.
     """
-    kind = f"{base_id[:16]}-{device.type}"
+    kind = f"{base_id[:16]}-{device}"
     versions = "-".join(f"{name}-{metadata.version(name)}" for name in _LIBRARIES)
     place = cache_dir / "quantized" / f"{kind}-{versions}"
     if place.is_dir():

@@ -7,8 +7,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
+from loramux_adapters.device.cpu import CpuDevice
+from loramux_adapters.device.device import Device
 from loramux_adapters.evaluation.evaluated import Role
 from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.base.source import BaseSource, Report
@@ -26,9 +26,7 @@ class Bases:
         opened: the last base that was loaded.
     """
 
-    def __init__(
-        self, source: BaseSource, *, device: torch.device, cache_dir: Path, max_rank: int, report: Report
-    ) -> None:
+    def __init__(self, source: BaseSource, *, device: Device, cache_dir: Path, max_rank: int, report: Report) -> None:
         self._source, self._device, self._cache_dir = source, device, cache_dir
         self._max_rank, self._report = max_rank, report
         self._engine: LocalEngine | None = None
@@ -64,7 +62,7 @@ class Bases:
         )
 
     def _load(self, quantize: str, exact: bool) -> BaseModel:
-        device = torch.device("cpu") if exact else self._device
+        device = CpuDevice() if exact else self._device
         return load_base_model(
             self._source,
             device=device,

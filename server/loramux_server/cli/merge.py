@@ -29,8 +29,7 @@ from loramux_server.longrun.time_left import TimeLeft
 from loramux_server.serving.startup import Stages
 
 if TYPE_CHECKING:
-    import torch
-
+    from loramux_adapters.device.device import Device
     from loramux_adapters.training.model.merge import Merged
     from loramux_server.base.loader import BaseModel
     from loramux_server.engine.local_engine import LocalEngine
@@ -159,7 +158,7 @@ class _Merge:
         config: MergeConfig,
         adapter: Path,
         source: BaseSource,
-        device: torch.device,
+        device: Device,
         cache_dir: Path,
         stages: Stages,
         bar: StageBar,
@@ -260,12 +259,11 @@ class _Merge:
         return LocalEngine.open(base, rows=16, tokens=8192, max_rank=max(self._rank, 8), check=check)
 
     def _load(self, spec: str | BaseSource, quantize: str, *, training: bool = False, exact: bool = False) -> BaseModel:
-        import torch
-
+        from loramux_adapters.device.cpu import CpuDevice
         from loramux_server.base.loader import load_base_model
         from loramux_server.kernels.choice import choose_kernels
 
-        device = torch.device("cpu") if exact else self._device
+        device = CpuDevice() if exact else self._device
         return load_base_model(
             spec,
             device=device,

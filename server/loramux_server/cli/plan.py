@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from loramux_adapters.device.process_memory import in_memory
 from loramux_adapters.training.recipe import Recipe
 from loramux_server.base.source import check_base, resolve_base
 from loramux_server.cli.frame import configure_logging, show, write
@@ -15,10 +16,10 @@ from loramux_server.cli.options import settings_app
 from loramux_server.cli.screen import print_table
 from loramux_server.config.environment import cache_dir_of, quiet_libraries
 from loramux_server.config.plan import PlanConfig
-from loramux_server.errors import ConfigError
 from loramux_server.serving.startup import Stages
 
 if TYPE_CHECKING:
+    from loramux_adapters.device.device import Device
     from loramux_adapters.training.run.plan import MemoryPlan
 
 MIB = 2**20
@@ -44,34 +45,30 @@ def plan(config: PlanConfig, ctx: typer.Context) -> int:
     with stages.stage("find the base"):
         source = resolve_base(config.base, cache_dir, stages.note, weights=False)
     with stages.imports():
-        import torch
-
         from loramux_adapters.training.run.plan import kv_bytes, plan_memory
+        from loramux_server.base.device import device_of
         from loramux_server.base.loader import skeleton_of
 
-    available = torch.cuda.is_available()
-    if config.device == "cuda" and not available:
-        raise ConfigError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-    cuda = config.device == "cuda" or (config.device == "auto" and available)
+    device = device_of(config.device)
     learned = config.learned or max(1, config.seq // 4)
     with stages.stage("count its layers"):
         _, skeleton = skeleton_of(source)
         plans = [
-            plan_memory(skeleton, config.recipe(quantize), sequence=config.seq, learned=learned, cuda=cuda)
+            plan_memory(skeleton, config.recipe(quantize), sequence=config.seq, learned=learned, layout=device.layout)
             for quantize in ("nf4", "none")
         ]
     show("")
-    memory = _cuda_memory() if cuda else _host_memory()
+    memory = _memory(device)
     for line in _about(config, plans[0]):
         show(line)
     print_table(("MiB", "QLoRA (NF4)", "LoRA (16 bit)"), _rows(*plans), numbers=True)
 
     def again(recipe: Recipe) -> MemoryPlan:
-        return plan_memory(skeleton, recipe, sequence=config.seq, learned=learned, cuda=cuda)
+        return plan_memory(skeleton, recipe, sequence=config.seq, learned=learned, layout=device.layout)
 
     for line in [
         *_saved(plans[0]),
-        f"serving: {kv_bytes(skeleton.config, cuda=cuda):,} bytes of KV cache for each token of a prompt or reply",
+        f"serving: {kv_bytes(skeleton.config, device.layout):,} bytes of KV cache for each token of a prompt or reply",
         *_verdict(config, plans[0], plans[1], memory, again),
     ]:
         show(line)
@@ -136,19 +133,10 @@ def _verdict(config: PlanConfig, qlora: MemoryPlan, lora: MemoryPlan, memory: Me
     return [*lines, "lower --seq or --rank, or take a smaller base"]
 
 
-def _host_memory() -> Memory:
-    """Free memory of the machine or, if it is less, of the control group that this process may not exceed."""
-    from loramux_adapters.memory import available_bytes, resident_bytes
-
-    taken = resident_bytes()
-    return Memory("this machine", available_bytes() + taken, taken)  # what this process takes will be free again
-
-
-def _cuda_memory() -> Memory:
-    import torch
-
-    free, total = torch.cuda.mem_get_info()
-    return Memory(torch.cuda.get_device_name(), free, 0)
+def _memory(device: Device) -> Memory:
+    now = device.memory()
+    taken = device.in_process(in_memory())  # what this process takes will be free again
+    return Memory("this machine" if device.is_host else device.name, now.free + taken, taken)
 
 
 app = settings_app(

@@ -13,7 +13,6 @@ from typing import TextIO
 import torch
 
 from loramux_adapters.errors import MemoryShort
-from loramux_adapters.memory import resident_bytes
 from loramux_adapters.training.data.batches import Row
 from loramux_adapters.training.model.lora_layers import target_names
 from loramux_adapters.training.model.model import LoraModel
@@ -87,7 +86,7 @@ def run_training(
         )
     with stages.stage("add the adapter" if recipe.init == "default" else f"add the adapter ({recipe.init})"):
         model = _add_adapter(base, config)
-    progress = Progress(sys.stdout, run.checkpoints, memory=_memory(device), evaluates=held is not None)
+    progress = Progress(sys.stdout, run.checkpoints, memory=lambda: device.memory().held, evaluates=held is not None)
     trainer = Trainer(
         model,
         train.rendered.rows,
@@ -121,7 +120,7 @@ def run_training(
         data=train.summary(),
         held=held.summary() if held is not None else None,
         outcome=outcome,
-        device=_device_in_words(device),
+        device=device.in_words(),
     )
 
     def fill(directory: Path) -> None:
@@ -210,17 +209,6 @@ def _draw(outcome: TrainingOutcome, run: RunDirectory, title: str) -> None:
             f"{run.curves} cannot be written: {error.strerror}. The last checkpoint is still there: make room and run "
             "the same command again"
         ) from error
-
-
-def _device_in_words(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
-def _memory(device: torch.device) -> Callable[[], int]:
-    """What the run takes now: of the device on CUDA, else of the machine."""
-    return (lambda: torch.cuda.memory_allocated(device)) if device.type == "cuda" else resident_bytes
 
 
 class Progress:

@@ -70,7 +70,12 @@ class DeviceSide:
         kernels = choose_kernels(base.device, base.kernels.name, shape)
         try:
             slots = AdapterSlots(
-                base.model, arena_rows, kernels.add_lora, kernels.copy_slot, head=head_path(base.model)
+                base.model,
+                arena_rows,
+                kernels.add_lora,
+                kernels.copy_slot,
+                head=head_path(base.model),
+                device=base.device,
             )
             cache = KVCache(shape, num_blocks, base.device)
         except (MemoryError, RuntimeError) as error:

@@ -11,12 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from loramux_adapters.device.device import Device
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.lora_linear import AdapterSlots
 from loramux_adapters.lora.ops import LoraRows
 from loramux_server.engine.sampler import Sampler, asks_first_token
 from loramux_server.engine.sequence import Batch, RowResult, SlotLoad
-from loramux_server.engine.step_graphs import CudaCapture, StepGraphs
+from loramux_server.engine.step_graphs import StepGraphs
 from loramux_server.errors import SequenceFailed
 from loramux_server.kernels.attention.kv_cache import KVCache
 from loramux_server.kernels.attention.paged_attention import AttentionStep, use_our_attention
@@ -33,7 +34,7 @@ class ModelRunner:
 
     Attributes:
         decoder: the compiled step; None where transformers' code runs, which is also its reference.
-        graphs: steps captured as CUDA graphs; None where there are none.
+        graphs: steps captured as graphs; None where there are none.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class ModelRunner:
         cache: KVCache,
         kernels: Kernels,
         host_adapter: Callable[[str], HostAdapter | None],
-        device: torch.device,
+        device: Device,
     ) -> None:
         """`kernels`: those that slots and cache were made for.
 
@@ -65,7 +66,7 @@ class ModelRunner:
             self.decoder, self.why_by_modules = (None, step) if isinstance(step, str) else (step, "")
         self.graphs: StepGraphs | None = None
         if kernels.graphs is not None:
-            self.graphs = StepGraphs(self._call, cache, kernels.graphs, slots.rows, CudaCapture())
+            self.graphs = StepGraphs(self._call, cache, kernels.graphs, slots.rows, device.capture)
 
     def run(self, batch: Batch) -> list[RowResult]:
         """One step: a result for each row with logits, in row order.
@@ -73,23 +74,25 @@ class ModelRunner:
         Raises:
             SequenceFailed: a version that a slot load names is not in host memory any more.
         """
-        for load in batch.slot_loads:
-            started = time.perf_counter()
-            self._load(load)
-            load.seconds = time.perf_counter() - started
-        rows = [row for row in batch.rows if row.num_logits]
-        if self.decoder is not None and rows and all(map(asks_first_token, rows)):
-            logits, first = self._first_tokens(self.decoder, batch)
-            return self._sampler.results(logits, rows, first)
-        logits = self.forward(batch)
-        return self._sampler.results(logits, rows) if rows else []
+        with self._device.used():
+            for load in batch.slot_loads:
+                started = time.perf_counter()
+                self._load(load)
+                load.seconds = time.perf_counter() - started
+            rows = [row for row in batch.rows if row.num_logits]
+            if self.decoder is not None and rows and all(map(asks_first_token, rows)):
+                logits, first = self._first_tokens(self.decoder, batch)
+                return self._sampler.results(logits, rows, first)
+            logits = self.forward(batch)
+            return self._sampler.results(logits, rows) if rows else []
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits [sum of the rows' num_logits, vocabulary]; keys and values of all rows are in the cache afterwards."""
-        if self.graphs is not None:
-            return self.graphs.run(batch, lambda: self._plain(batch))
-        return self._plain(batch)
+        with self._device.used():
+            if self.graphs is not None:
+                return self.graphs.run(batch, lambda: self._plain(batch))
+            return self._plain(batch)
 
     @torch.inference_mode()
     def _first_tokens(self, decoder: Decoder, batch: Batch) -> tuple[torch.Tensor, list[int]]:
@@ -102,9 +105,9 @@ class ModelRunner:
             decoded: torch.Tensor = self.decoder.forward(tokens, heads, step, lora, head)
             return decoded
         return self._call(
-            torch.tensor([tokens], device=self._device),
-            torch.tensor([position], device=self._device),
-            torch.tensor(heads, dtype=torch.long, device=self._device),
+            self._device.put(torch.tensor([tokens])),
+            self._device.put(torch.tensor([position])),
+            self._device.put(torch.tensor(heads, dtype=torch.long)),
             step,
             lora,
             head,
@@ -169,8 +172,7 @@ class ModelRunner:
 
     def _on_device(self, array: npt.NDArray[np.int32]) -> torch.Tensor:
         """A tensor of it; on the CPU of the same memory, without a call that gives up the interpreter lock."""
-        tensor = torch.from_numpy(array)
-        return tensor if self._device.type == "cpu" else tensor.to(self._device)
+        return self._device.put(torch.from_numpy(array))
 
     def _load(self, load: SlotLoad) -> None:
         adapter = self._host_adapter(load.version)

@@ -1,4 +1,4 @@
-"""Steps whose shapes repeat, captured once as CUDA graphs and replayed: one launch in place of thousands.
+"""Steps whose shapes repeat, captured once as graphs of the device and replayed: one launch in place of thousands.
 
 A decode step feeds one token of each sequence, so its shapes follow from the number of sequences, rounded up to a power
 of two, and the ranks of their adapters. What differs from step to step is copied into tensors that the graph reads;
@@ -10,8 +10,8 @@ is used any more.
 They need attention that reads block tables: the library's does so with blocks of 16 tokens only on devices with
 FlashAttention 3 or 4, where that is installed and activated.
 
-The mechanism is https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs. All bookkeeping is tested on the CPU,
-with a capture that does the same operations again on the same tensors.
+`Device.capture` is the mechanism; on CUDA it is https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs. All
+bookkeeping is tested on the CPU, with a capture that does the same operations again on the same tensors.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from loramux_adapters.device.device import Replay
 from loramux_adapters.lora.ops import LoraRows
 from loramux_server.engine.sequence import Batch, ScheduledSequence
 from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVCache
@@ -39,7 +40,6 @@ MOST = 32  # shapes that are captured: a graph stays, since others may read what
 _MOST_BLOCKS = 512  # of a sequence's table: longer sequences run as they are
 _TOLERANCE = 0.05  # root mean square difference of the logits, as a share of their spread, where bits may differ
 
-Replay = Callable[[], None]
 # Runs a step and gives what runs it again on the same tensors, and the tensor that holds its logits each time.
 Capture = Callable[[Callable[[], torch.Tensor]], tuple[Replay, torch.Tensor]]
 # (input ids [1, rows], position ids [1, rows], sampled rows [rows], step, adapters of all rows and of the sampled ones)
@@ -61,26 +61,26 @@ class Inputs:
     """The tensors that a captured step of one shape reads."""
 
     def __init__(self, shape: Shape, cache: KVCache, attend: VarlenAttend, arena_rows: int) -> None:
-        device, rows = cache.k[0].device, shape.rows
+        device, rows = cache.device, shape.rows
         width = min(_MOST_BLOCKS, cache.num_blocks)
-        each = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        self.tokens = torch.zeros(1, rows, dtype=torch.int64, device=device)
-        self.positions = torch.zeros(1, rows, dtype=torch.int64, device=device)
-        self.sampled = torch.arange(rows, device=device)
+        each = device.put(torch.arange(rows + 1, dtype=torch.int32))
+        self.tokens = device.reserve((1, rows), torch.int64)
+        self.positions = device.reserve((1, rows), torch.int64)
+        self.sampled = device.put(torch.arange(rows))
         self.lengths = Lengths(
             rows=each,
-            keys=torch.zeros_like(each),
-            used=torch.zeros(rows, dtype=torch.int32, device=device),
+            keys=device.reserve((rows + 1,), torch.int32),
+            used=device.reserve((rows,), torch.int32),
             most_rows=1,
             most_keys=width * BLOCK_SIZE,
-            places=torch.empty(0, dtype=torch.int64, device=device),
+            places=device.reserve((0,), torch.int64),
         )
         self.step = AttentionStep(
             cache=cache,
             attend=attend,
-            tables=torch.zeros(rows, width, dtype=torch.int32, device=device),
+            tables=device.reserve((rows, width), torch.int32),
             sequence=each[:-1],
-            position=torch.zeros(rows, dtype=torch.int32, device=device),
+            position=device.reserve((rows,), torch.int32),
             runs=(),
         )
         self.parts = [Part.empty(rank, rows, arena_rows, device) for rank in shape.ranks]
@@ -194,7 +194,7 @@ class StepGraphs:
         return self._forward(inputs.tokens, inputs.positions, inputs.sampled, inputs.step, lora, lora)
 
     def _give_up(self, reason: str) -> None:
-        logger.warning("steps run without CUDA graphs from now on: %s", reason)
+        logger.warning("steps run without graphs from now on: %s", reason)
         self._works = False
         self._captured.clear()
 
@@ -227,30 +227,3 @@ def shape_of(batch: Batch, cache: KVCache) -> Shape | None:
             return None
         ranks.update(entry.slot.rank for entry in slots)
     return Shape(1 << (len(batch.rows) - 1).bit_length(), tuple(sorted(ranks)))
-
-
-class CudaCapture:
-    """`Capture` by CUDA graphs, all on one stream and in one pool of memory."""
-
-    def __init__(self) -> None:
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, run: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
-        before, mode = torch.cuda.current_stream(), torch.cuda.get_sync_debug_mode()
-        self._stream.wait_stream(before)
-        try:
-            with torch.cuda.stream(self._stream):
-                run()  # what libraries allocate at the first call must not be part of the graph
-                torch.cuda.set_sync_debug_mode("error")  # who waits for the device shows before the capture begins
-                run()
-            torch.cuda.set_sync_debug_mode(mode)
-            before.wait_stream(self._stream)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may use the device meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                logits = run()
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-            torch.cuda.set_stream(before)  # a capture that fails would leave its own
-        return graph.replay, logits

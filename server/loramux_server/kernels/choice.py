@@ -28,8 +28,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from loramux_adapters.device.device import Device
 from loramux_adapters.lora.ops import AddLora, add_lora_loop, add_lora_segments
-from loramux_adapters.lora.slot_copy import CopySlot, copy_slot
+from loramux_adapters.lora.slot_copy import CopySlot, StagedCopySlot, copy_slot
 from loramux_adapters.lora.weights import ConvertPairs, convert_by_tensors
 from loramux_server.errors import ConfigError
 from loramux_server.kernels.attention.kv_cache import KVCache, KVShape
@@ -104,7 +105,7 @@ class _Unavailable(Exception):
     """A set does not run here; the text says why."""
 
 
-def choose_kernels(device: torch.device, request: str | None = None, shape: KVShape | None = None) -> Kernels:
+def choose_kernels(device: Device, request: str | None = None, shape: KVShape | None = None) -> Kernels:
     """The kernels for a base on this device.
 
     Args:
@@ -115,9 +116,9 @@ def choose_kernels(device: torch.device, request: str | None = None, shape: KVSh
         ConfigError: there is no set of this name, or it does not run here.
     """
     if request is None:
-        request = "cuda" if device.type == "cuda" else "tensor"
-        if device.type == "cpu" and native_library() is not None:
-            request = "native"
+        request = device.kernels
+        if request == "native" and native_library() is None:
+            request = "tensor"
     check_name(request)
     try:
         return _sets()[request](device, shape)
@@ -125,12 +126,12 @@ def choose_kernels(device: torch.device, request: str | None = None, shape: KVSh
         raise ConfigError(f"the kernels {request!r} cannot be used here: {error}") from error
 
 
-def why_not_compiled(kernels: Kernels, device: torch.device) -> list[str]:
+def why_not_compiled(kernels: Kernels, device: Device) -> list[str]:
     """For people, in two lines: why no compiled code runs on this CPU, what that costs, and what to do.
 
     Empty where some does, and for other devices.
     """
-    if kernels.isa or device.type != "cpu":
+    if kernels.isa or not device.is_host:
         return []
     if why := why_unusable():
         todo = "install g++ and then loramux again" if "not built" in why else "install loramux again"
@@ -139,7 +140,7 @@ def why_not_compiled(kernels: Kernels, device: torch.device) -> list[str]:
     return [f"NO compiled kernels: {why}", f"so all takes {_SLOWER} times as long, the start too; {todo}"]
 
 
-def available_kernels(device: torch.device) -> list[str]:
+def available_kernels(device: Device) -> list[str]:
     """The names of all sets that run on this device."""
     found = []
     for name, make in _sets().items():
@@ -151,13 +152,13 @@ def available_kernels(device: torch.device) -> list[str]:
     return found
 
 
-def _modules(isa: VectorIsa | None, name: str, device: torch.device, shape: KVShape | None) -> Kernels:
+def _modules(isa: VectorIsa | None, name: str, device: Device, shape: KVShape | None) -> Kernels:
     return replace(_native(isa, name, device, shape), compile_step=None)
 
 
-def _native(isa: VectorIsa | None, name: str, device: torch.device, shape: KVShape | None) -> Kernels:
+def _native(isa: VectorIsa | None, name: str, device: Device, shape: KVShape | None) -> Kernels:
     """On this instruction set; None: the fastest."""
-    if device.type != "cpu":
+    if device.kernels != "native":
         raise _Unavailable(
             f"they are for the CPU, and the device is {device}: give --device cpu, or unset LORAMUX_KERNELS and "
             "LORAMUX_ISA"
@@ -202,11 +203,11 @@ def _pack(model: nn.Module, compiled: Compiled) -> None:
     pack_head(model, compiled)
 
 
-def _tensor(device: torch.device, shape: KVShape | None) -> Kernels:
+def _tensor(device: Device, shape: KVShape | None) -> Kernels:
     return Kernels(name="tensor", use_ops=_in_fp32_on(device))
 
 
-def _reference(device: torch.device, shape: KVShape | None) -> Kernels:
+def _reference(device: Device, shape: KVShape | None) -> Kernels:
     return Kernels(
         name="reference",
         lay_out=keep_unpacked,
@@ -217,12 +218,12 @@ def _reference(device: torch.device, shape: KVShape | None) -> Kernels:
     )
 
 
-def _in_fp32_on(device: torch.device) -> Callable[[nn.Module], None]:
-    return run_in_fp32 if device.type == "cpu" else as_it_is
+def _in_fp32_on(device: Device) -> Callable[[nn.Module], None]:
+    return run_in_fp32 if device.is_host else as_it_is
 
 
-def _cuda(device: torch.device, shape: KVShape | None) -> Kernels:
-    if device.type != "cuda":
+def _cuda(device: Device, shape: KVShape | None) -> Kernels:
+    if device.kernels != "cuda":
         raise _Unavailable(f"they are for CUDA devices, and the device is {device}")
     is_bf16 = shape is not None and shape.dtype == torch.bfloat16
     grouped = grouped_add_lora(device) if is_bf16 else None
@@ -237,6 +238,7 @@ def _cuda(device: torch.device, shape: KVShape | None) -> Kernels:
         lora=grouped.name if grouped else "tensor",
         attend=varlen or attend_reference,
         attention=varlen.name if varlen else "tensor",
+        copy_slot=StagedCopySlot(device),
         convert=_convert(),
         graphs=GraphKernels(varlen, grouped) if grouped and varlen and varlen.paged else None,
     )
@@ -248,7 +250,7 @@ def _convert() -> ConvertPairs:
     return convert_by_tensors if library is None else NativeConvertPairs(library)
 
 
-def _sets() -> dict[str, Callable[[torch.device, KVShape | None], Kernels]]:
+def _sets() -> dict[str, Callable[[Device, KVShape | None], Kernels]]:
     """All that have a name on this machine."""
     library = native_library()
     isas = {isa.label: isa for isa in library.isas} if library else {}
@@ -256,7 +258,7 @@ def _sets() -> dict[str, Callable[[torch.device, KVShape | None], Kernels]]:
         {"native": _native, "modules": _modules},
         {"tensor": _tensor, "reference": _reference, "cuda": _cuda},
     )
-    sets: dict[str, Callable[[torch.device, KVShape | None], Kernels]] = {}
+    sets: dict[str, Callable[[Device, KVShape | None], Kernels]] = {}
     for name in set_names():
         kind, _, label = name.partition("-")
         sets[name] = partial(compiled[kind], isas.get(label), name) if kind in compiled else others[name]

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import grouped_mm
 
+from loramux_adapters.device.device import Device
 from loramux_adapters.lora.ops import Arena, LoraRows, add_lora_segments, check_rows
 from loramux_adapters.lora.slots import SMALLEST_RANK, ScaledSlot, Slot
 
@@ -43,15 +44,15 @@ class Part:
     used: torch.Tensor | None = None
 
     @classmethod
-    def empty(cls, rank: int, rows: int, arena_rows: int, device: torch.device) -> Part:
+    def empty(cls, rank: int, rows: int, arena_rows: int, device: Device) -> Part:
         """One to be filled again and again, for steps of so many rows."""
         return cls(
             rank,
-            torch.zeros(rows, dtype=torch.int64, device=device),
-            torch.zeros(arena_rows // rank, dtype=torch.int32, device=device),
-            torch.zeros(rows, dtype=torch.int64, device=device),
-            torch.zeros(rows, 1, device=device),
-            torch.zeros(rows, 1, dtype=torch.bool, device=device),
+            device.reserve((rows,), torch.int64),
+            device.reserve((arena_rows // rank,), torch.int32),
+            device.reserve((rows,), torch.int64),
+            device.reserve((rows, 1), torch.float32),
+            device.reserve((rows, 1), torch.bool),
         )
 
     def fill(self, rows: LoraRows) -> None:
@@ -160,15 +161,15 @@ def _in_order(
     return order, entries[order], np.cumsum(np.bincount(slot, minlength=slots))
 
 
-def grouped_add_lora(device: torch.device) -> GroupedAddLora | None:
+def grouped_add_lora(device: Device) -> GroupedAddLora | None:
     """This path if the device's library has it and it agrees there with the tensor path; None otherwise."""
     random = torch.Generator().manual_seed(0)
-    a, bt = (torch.randn(64, 64, generator=random).to(device, torch.bfloat16) / 8 for _ in range(2))
-    arena = Arena(a, bt, torch.ones(len(a) // SMALLEST_RANK, dtype=torch.uint8, device=device))
+    a, bt = (device.put(torch.randn(64, 64, generator=random).to(torch.bfloat16)) / 8 for _ in range(2))
+    arena = Arena(a, bt, device.put(torch.ones(len(a) // SMALLEST_RANK, dtype=torch.uint8)))
     slots = [(ScaledSlot(Slot(0, 16)),), (ScaledSlot(Slot(16, 8)), ScaledSlot(Slot(32, 32), 0.5)), ()]
     rows = LoraRows.build([(used, count) for used, count in zip(slots, (3, 2, 1), strict=True)])
     assert rows is not None
-    x = torch.randn(rows.num_rows, 64, generator=random).to(device, torch.bfloat16)
+    x = device.put(torch.randn(rows.num_rows, 64, generator=random).to(torch.bfloat16))
     ours, theirs = torch.zeros_like(x), torch.zeros_like(x)
     path = GroupedAddLora()
     try:

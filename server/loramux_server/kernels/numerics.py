@@ -12,6 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from loramux_adapters.device.cpu import CpuDevice
+from loramux_adapters.device.device import Device
 from loramux_server.kernels.attention.kv_cache import KVCache, KVShape
 from loramux_server.kernels.attention.paged_attention import AttentionStep, use_our_attention
 from loramux_server.kernels.choice import Kernels
@@ -32,11 +34,11 @@ _EXACT = frozenset(
 )
 
 
-def products_of(model: nn.Module, device: torch.device) -> str:
+def products_of(model: nn.Module, device: Device) -> str:
     """How the linear layers of a base are computed."""
     layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
     layers += [layer for _, layer in four_bit_layers(model)]
-    if device.type != "cpu":
+    if not device.is_host:
         return "NF4 bitsandbytes CUDA" if layers else "16 bit"
     names = Counter("NF4 native" if isinstance(layer, NF4Linear) else "NF4 dequantize" for layer in layers)
     if len(names) > 1:
@@ -46,12 +48,12 @@ def products_of(model: nn.Module, device: torch.device) -> str:
     return f"{products}, head native" if packed else products
 
 
-def kernel_paths(model: nn.Module, device: torch.device) -> str:
+def kernel_paths(model: nn.Module, device: Device) -> str:
     """How the layers of this model are computed on this machine, for the start-up report and the numerics id."""
     return f"{products_of(model, device)}; compiled {compiled_ops(model)}"
 
 
-def numerics_id(model: nn.Module, device: torch.device, kernels: Kernels, *, whole_step: bool) -> str:
+def numerics_id(model: nn.Module, device: Device, kernels: Kernels, *, whole_step: bool) -> str:
     """What decides the bits of a reply besides base and adapter: versions, kernel paths, and the kind of device.
 
     Compiled kernels give the same bits on every processor, so a processor is named only where PyTorch or bitsandbytes
@@ -62,8 +64,8 @@ def numerics_id(model: nn.Module, device: torch.device, kernels: Kernels, *, who
         whole_step: it runs on the compiled step, in which all is ours; else its modules are tried here.
     """
     versions = " ".join([*(f"{name} {metadata.version(name)}" for name in _LIBRARIES), f"kernels {_KERNELS}"])
-    if device.type != "cpu":
-        kind = torch.cuda.get_device_name(device)
+    if not device.is_host:
+        kind = device.name
     elif kernels.lora == kernels.attention == "native" and (whole_step or not library_operations(model)):
         kind = "any cpu"
     else:
@@ -81,7 +83,7 @@ def library_operations(model: Any) -> list[str]:
     our kernels compute is no operation of PyTorch's.
     """
     two = torch.zeros(2, dtype=torch.int32)
-    step = AttentionStep(KVCache(KVShape(0, 1, 2), 0, two.device), _nothing, two[None], two, two, ((0, 0, 2, 0),))
+    step = AttentionStep(KVCache(KVShape(0, 1, 2), 0, CpuDevice()), _nothing, two[None], two, two, ((0, 0, 2, 0),))
     use_our_attention(model)
     with _Watch() as watch:
         model(

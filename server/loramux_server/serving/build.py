@@ -275,7 +275,8 @@ def _overhead(parts: Parts, base: BaseModel) -> int:
     Measured when the checks have run full batches and before the first request; 0 where the system does not tell.
     """
     pools = parts.pools(resident_bytes(base.model))
-    ours = sum(pools.values()) if base.device.type == "cpu" else pools["adapter_host"]
+    on_host = pools["adapter_host"]
+    ours = on_host + base.device.in_process(sum(pools.values()) - on_host)
     return max(0, process_bytes() - ours)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
+from loramux_adapters.device.device import Device
 from loramux_adapters.lora.lora_linear import row_bytes
 from loramux_adapters.lora.slots import SMALLEST_RANK
 from loramux_server.base.loader import BaseModel, resident_bytes
@@ -94,7 +94,6 @@ def summary(config: ServeConfig, base: BaseModel, device: DeviceSide, context: i
         ("everything else", overhead, "libraries, tokenizer, work of a full step; just measured"),
     ]
     table.append(("together", sum(size for _, size, _ in table), "at most"))
-    threads = f", {torch.get_num_threads()} threads" if base.device.type == "cpu" else ""
     invariance = (
         "checked here: a reply is the same, bit for bit, alone or in any batch"
         if device.checked.batch_invariant
@@ -104,7 +103,7 @@ def summary(config: ServeConfig, base: BaseModel, device: DeviceSide, context: i
         "",
         f"base id  {base.base_id}",
         *(f"  {what:<24} {size / MIB:>8,.0f} MiB  ({note})" for what, size, note in table),
-        f"device   {base.device}{threads}; {how_a_step_runs(device.runner)}",
+        f"device   {base.device.report()}; {how_a_step_runs(device.runner)}",
         *(f"  {line}" for line in compiled_lines(device.kernels, base.device)),
         *(f"  {path}" for path in kernel_paths(base.model, base.device).split("; ")),
         *(f"  {line}" for line in unpacked_layers(base.model) if device.kernels.isa),
@@ -116,6 +115,6 @@ def summary(config: ServeConfig, base: BaseModel, device: DeviceSide, context: i
     ]
 
 
-def compiled_lines(kernels: Kernels, device: torch.device) -> list[str]:
+def compiled_lines(kernels: Kernels, device: Device) -> list[str]:
     """What compiled code a base runs on, by its instruction set; on a CPU also why on none, and what to do."""
     return [f"compiled kernels on {kernels.isa.upper()}"] if kernels.isa else why_not_compiled(kernels, device)

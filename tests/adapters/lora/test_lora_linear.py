@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.lora_linear import AdapterSlots, LoRALinear, linears, row_bytes
@@ -17,7 +18,7 @@ from loramux_adapters.lora.slots import ScaledSlot, Slot
 from loramux_server.kernels.choice import choose_kernels
 from loramux_server.kernels.compiled.library import native_library
 
-KERNELS = choose_kernels(torch.device("cpu"))
+KERNELS = choose_kernels(CpuDevice())
 
 SHAPES = {"first": (64, 96), "second": (96, 64), "head": (64, 160)}
 
@@ -50,7 +51,7 @@ def adapter(rank: int, targets: Mapping[str, tuple[int, int]] = SHAPES, seed: in
 
 def make(rows: int = 64) -> tuple[Net, AdapterSlots]:
     net = Net()
-    return net, AdapterSlots(net, rows, KERNELS.add_lora, KERNELS.copy_slot, head="head")
+    return net, AdapterSlots(net, rows, KERNELS.add_lora, KERNELS.copy_slot, head="head", device=CpuDevice())
 
 
 def merged(one: HostAdapter) -> Net:
@@ -149,7 +150,7 @@ def test_bytes_are_counted_as_they_lie_in_memory() -> None:
 
 def test_no_rows_wrap_nothing() -> None:
     net = Net()
-    assert not AdapterSlots(net, 0, KERNELS.add_lora, KERNELS.copy_slot, head=None).layers
+    assert not AdapterSlots(net, 0, KERNELS.add_lora, KERNELS.copy_slot, head=None, device=CpuDevice()).layers
     assert isinstance(net.first, nn.Linear)
 
 
@@ -162,6 +163,6 @@ def test_every_linear_layer_is_found_and_keeps_its_weight_visible() -> None:
     net = Net()
     assert {path: (m.in_features, m.out_features) for path, m in linears(net)} == SHAPES
     weight = net.first.weight
-    AdapterSlots(net, 8, KERNELS.add_lora, KERNELS.copy_slot, head="head")
+    AdapterSlots(net, 8, KERNELS.add_lora, KERNELS.copy_slot, head="head", device=CpuDevice())
     assert isinstance(net.first, LoRALinear)
     assert net.first.weight is weight

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.lora.ops import (
     AddLora,
     LoraRows,
@@ -48,7 +49,7 @@ def rows_for(path: str, *size: int) -> torch.Tensor:
 
 def test_the_compiled_kernel_was_built_so_that_the_tests_below_cover_it() -> None:
     assert native_library() is not None
-    assert choose_kernels(torch.device("cpu")).lora == "native" and len(NATIVE) > 1
+    assert choose_kernels(CpuDevice()).lora == "native" and len(NATIVE) > 1
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -120,7 +121,7 @@ def test_the_compiled_kernel_refuses_what_it_would_misread() -> None:
 
 
 def test_grouped_products_are_tried_before_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
+    cpu = CpuDevice()
     assert isinstance(grouped_add_lora(cpu), GroupedAddLora)
 
     def wrong(x: torch.Tensor, w: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:

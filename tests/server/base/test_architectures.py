@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_server.base.loader import load_base_model
 from loramux_server.base.support import unsupported_config
 from loramux_server.errors import BaseModelError
@@ -15,7 +16,7 @@ from loramux_server.kernels.attention.paged_attention import ATTENTION_NAME
 from support.stepping import Stepper, relative_difference
 from support.tiny_models import ARCHITECTURES, save_tiny_model, tiny_config
 
-CPU = torch.device("cpu")
+CPU = CpuDevice()
 
 
 def eager_logits(model: Any, tokens: list[int]) -> torch.Tensor:

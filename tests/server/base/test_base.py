@@ -18,6 +18,7 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.errors import AdapterRejected
 from loramux_server.base import identity, packed, source
 from loramux_server.base.identity import cached_base_id, compute_base_id
@@ -31,7 +32,7 @@ from loramux_server.kernels.numerics import kernel_paths
 from support.real_server import clean_environment
 from support.tiny_models import save_tiny_model, tiny_tokenizer
 
-CPU = torch.device("cpu")
+CPU = CpuDevice()
 RECIPE = {"type": "nf4"}
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_server.base import packed
 from loramux_server.base.loader import BaseModel, load_base_model, resident_bytes
 from loramux_server.base.quantized import state_digest
@@ -26,7 +27,7 @@ from loramux_server.kernels.layers.packed_head import PackedHead
 from support.real_server import clean_environment
 from support.tiny_models import ARCHITECTURES, save_tiny_model, tiny_config
 
-CPU = torch.device("cpu")
+CPU = CpuDevice()
 LIBRARY = native_library()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="there are no compiled kernels")
 QUANTIZING, READING = "loading and quantizing the base to NF4", "reading the base as it was packed before"
@@ -141,7 +142,8 @@ def test_every_instruction_set_packs_the_same_bytes(checkpoint: Path, tmp_path: 
         "import sys; from pathlib import Path; import torch\n"
         "from loramux_server.base.loader import load_base_model\n"
         "from loramux_server.kernels.choice import choose_kernels\n"
-        "cpu = torch.device('cpu')\n"
+        "from loramux_adapters.device.cpu import CpuDevice\n"
+        "cpu = CpuDevice()\n"
         "torch.set_num_threads(int(sys.argv[4]))\n"
         "load_base_model(sys.argv[1], device=cpu, cache_dir=Path(sys.argv[2]), report=lambda line: None,\n"
         "                training=True, kernels=choose_kernels(cpu, sys.argv[3]))\n"
@@ -329,7 +331,8 @@ def test_a_later_start_imports_no_bitsandbytes_and_no_peft(checkpoint: Path, tmp
         "import sys; from pathlib import Path; import torch\n"
         "from loramux_server.base.loader import load_base_model\n"
         "from loramux_server.kernels.choice import choose_kernels\n"
-        "cpu = torch.device('cpu')\n"
+        "from loramux_adapters.device.cpu import CpuDevice\n"
+        "cpu = CpuDevice()\n"
         "load_base_model(sys.argv[1], device=cpu, cache_dir=Path(sys.argv[2]), report=lambda line: None,\n"
         "                training=True, kernels=choose_kernels(cpu, 'native'))\n"
         "print({'bitsandbytes', 'peft'} & set(sys.modules))\n"

@@ -8,13 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_server.base import quantized
 from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.base.quantized import state_digest
 from loramux_server.kernels.choice import choose_kernels, why_not_compiled
 from support.tiny_models import ARCHITECTURES, save_tiny_model
 
-CPU = torch.device("cpu")
+CPU = CpuDevice()
 QUANTIZING, READING = "loading and quantizing the base to NF4", "reading the quantized base that was kept"
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.errors import BaseMismatch, DataError
 from loramux_server.base.loader import load_base_model
 from loramux_server.cli import evaluate as cli_evaluate
@@ -31,9 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, two adapters and labelled examples."""
     place = tmp_path_factory.mktemp("eval")
     save_tiny_model(place / "base")
-    base = load_base_model(
-        str(place / "base"), device=torch.device("cpu"), cache_dir=place / "cache", report=lambda line: None
-    )
+    base = load_base_model(str(place / "base"), device=CpuDevice(), cache_dir=place / "cache", report=lambda line: None)
     named = {"loramux_base_id": base.base_id}
     write_adapter(place / "one" / "adapter", base.linears, std_b=0.1, extra_config=named)
     write_adapter(place / "two", base.linears, std_b=0.1, seed=1, extra_config=named)
@@ -64,7 +62,7 @@ def stages(lines: list[str]) -> Stages:
 def test_an_adapter_is_evaluated_beside_base_majority_another_and_16_bit(place: Path, tmp_path: Path) -> None:
     plain = load_base_model(
         str(place / "base"),
-        device=torch.device("cpu"),
+        device=CpuDevice(),
         cache_dir=place / "cache",
         report=lambda line: None,
         quantize="none",

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.training.recipe import Recipe
 from loramux_adapters.training.run.card import FORMAT
 from loramux_server.base.loader import load_base_model
@@ -19,7 +19,7 @@ from loramux_server.fingerprint.fingerprint import compare
 from support.adapter_files import write_adapter
 from support.tiny_models import save_tiny_model
 
-CPU = torch.device("cpu")
+CPU = CpuDevice()
 
 
 @pytest.fixture

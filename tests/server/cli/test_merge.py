@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.errors import BaseMismatch, CheckpointError
 from loramux_adapters.training.model import merge as model_merge
 from loramux_adapters.training.model.merge import Merged
@@ -33,7 +34,7 @@ def run(*argv: str, environ: dict[str, str] | None = None) -> int:
 
 def load(tmp_path: Path, spec: Path, quantize: str = "nf4") -> BaseModel:
     return load_base_model(
-        str(spec), device=torch.device("cpu"), cache_dir=tmp_path / "cache", report=lambda line: None, quantize=quantize
+        str(spec), device=CpuDevice(), cache_dir=tmp_path / "cache", report=lambda line: None, quantize=quantize
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.errors import RecipeError
 from loramux_server.cli import plan as cli_plan
 from loramux_server.cli.frame import call
@@ -30,7 +31,7 @@ def base(tmp_path: Path) -> str:
 
 
 def has(monkeypatch: pytest.MonkeyPatch, mib: float) -> None:
-    monkeypatch.setattr(cli_plan, "_host_memory", lambda: Memory("this machine", int(mib * MIB), 0))
+    monkeypatch.setattr(cli_plan, "_memory", lambda device: Memory("this machine", int(mib * MIB), 0))
 
 
 def test_the_table_adds_up(base: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,6 +92,6 @@ def test_settings_come_from_the_environment_and_a_file_too(
 
 
 def test_this_machine_is_measured() -> None:
-    memory = cli_plan._host_memory()
+    memory = cli_plan._memory(CpuDevice())
 
     assert memory.free > memory.libraries > MIB

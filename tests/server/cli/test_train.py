@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.errors import AdapterError, CheckpointError, DataError, InvalidAdapterName
 from loramux_adapters.training.recipe import Recipe
 from loramux_adapters.training.run.run_dir import RunDirectory
@@ -376,9 +376,7 @@ def test_a_dry_run_leaves_nothing_behind(
     environ = {"HOME": str(home), "TMPDIR": str(temporary), "PATH": os.environ["PATH"]}
     environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "server"), str(ROOT / "adapters")])
     if warm:
-        load_base_model(
-            str(base), device=torch.device("cpu"), cache_dir=home / ".cache" / "loramux", report=lambda line: None
-        )
+        load_base_model(str(base), device=CpuDevice(), cache_dir=home / ".cache" / "loramux", report=lambda line: None)
     before = tree(where)
     given = ["--data", "train.jsonl", "--name", "spam", "--base", str(base), "--rank", "4", "--dry-run"]
     command = [sys.executable, "-m", "loramux_server", "train", *given]

@@ -16,6 +16,7 @@ from loramux_adapters.lora.slots import ScaledSlot, Slot
 from loramux_server.engine.sequence import Batch, ScheduledSequence
 from loramux_server.kernels.attention.varlen_attention import VarlenAttend
 from loramux_server.kernels.grouped_lora import GroupedAddLora
+from support.meta_device import MetaDevice
 from support.stepping import Stepper
 from support.tiny_models import tiny_config
 
@@ -39,7 +40,7 @@ def kernel(q: torch.Tensor, *others: Any, **more: Any) -> torch.Tensor:
 def test_a_step_stays_on_the_device(architecture: str, paged: bool) -> None:
     model = AutoModelForCausalLM.from_config(tiny_config(architecture), dtype=torch.bfloat16).to(META)
     attend = VarlenAttend(kernel, paged=paged)
-    stepper = Stepper(model, rows=64, attend=attend, add_lora=GroupedAddLora(), device=META)
+    stepper = Stepper(model, rows=64, attend=attend, add_lora=GroupedAddLora(), device=MetaDevice())
     modules = {
         path: (torch.ones(8, layer.base_layer.in_features), torch.ones(8, layer.base_layer.out_features))
         for path, layer in stepper.slots.layers.items()

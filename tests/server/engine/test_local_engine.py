@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.errors import AdapterRejected, BaseMismatch, DataError
 from loramux_adapters.lora.slots import Slot
 from loramux_adapters.lora.weights import load_host_adapter
@@ -19,7 +20,7 @@ from support.adapter_files import write_adapter
 from support.stepping import Stepper, told
 from support.tiny_models import save_tiny_model
 
-CPU = torch.device("cpu")
+CPU = CpuDevice()
 NO_STOP: frozenset[int] = frozenset()
 
 

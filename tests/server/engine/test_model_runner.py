@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.ops import Arena, LoraRows, add_lora_segments
 from loramux_adapters.lora.slots import ScaledSlot, Slot
@@ -29,7 +30,7 @@ from support.adapter_files import write_adapter
 from support.stepping import Stepper
 from support.tiny_models import save_tiny_model
 
-CPU = torch.device("cpu")
+CPU = CpuDevice()
 HERE = available_kernels(CPU)
 SLOTS = [None, Slot(0, 8), Slot(16, 16), Slot(32, 32), Slot(8, 8)]
 SUMS = [

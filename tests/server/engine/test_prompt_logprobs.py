@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.lora.slots import Slot
 from loramux_adapters.lora.weights import load_host_adapter
 from loramux_server.base.loader import BaseModel, load_base_model
@@ -32,7 +33,7 @@ from support.adapter_files import write_adapter
 from support.stepping import Stepper, told
 from support.tiny_models import save_tiny_model
 
-CPU = torch.device("cpu")
+CPU = CpuDevice()
 RANKS = {"small": 8, "large": 16}
 # what a step of a busy server looks like: little room, so that prompts and continuations are read in pieces
 BUSY = SchedulerConfig(max_num_seqs=8, max_batch_tokens=24, max_scored_tokens=5, max_background_tokens=4)

@@ -1,7 +1,7 @@
 """Captured steps: whatever differs between two steps reaches a replay, and who cannot be captured runs as before.
 
-tests/gpu tries CUDA graphs on a device. Here a capture writes down every tensor operation and a replay does them again
-on the same tensors: like a graph it knows nothing of Python, so what was a number then stays that number.
+tests/gpu tries CUDA graphs on a device. Here the emulated device captures: it writes down every tensor operation, and a
+replay does them again on the same tensors.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
+from loramux_adapters.device.cuda import CudaDevice
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.slots import ScaledSlot, Slot
 from loramux_server.engine import step_graphs
@@ -27,6 +26,7 @@ from loramux_server.kernels.attention.kv_cache import KVShape
 from loramux_server.kernels.attention.varlen_attention import VarlenAttend
 from loramux_server.kernels.choice import GraphKernels
 from loramux_server.kernels.grouped_lora import GroupedAddLora
+from support.emulated import EmulatedDevice
 from support.slow_varlen import slow_varlen
 from support.stepping import CPU, Stepper, relative_difference
 from support.tiny_models import tiny_config
@@ -60,52 +60,33 @@ def kernel(q: torch.Tensor, *args: Any, window_size: Any, enable_gqa: bool, num_
     return varlen(q, *args, more["scale"], list(window_size), enable_gqa, more["seqused_k"], more["block_table"])
 
 
-class Recorder(TorchDispatchMode):
-    """Writes down operations on tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("a captured step waits for a number")
-        out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, out))
-        return out
-
-    def replay(self) -> None:
-        for func, args, kwargs, out in self.calls:
-            for before, now in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
-                if before.data_ptr() != now.data_ptr():  # else it is a view, or was changed in place
-                    before.copy_(now)
-
-
-def record(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-    with Recorder() as recorder:
-        logits = run()
-    return recorder.replay, logits
-
-
 def stepper_of(architecture: str) -> Stepper:
     """On the paths of CUDA devices; the same model each time."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(architecture), dtype=torch.bfloat16).eval()
     attend = VarlenAttend(kernel, paged=True)
-    return Stepper(model, rows=64, blocks=256, attend=attend, add_lora=GroupedAddLora())
+    return Stepper(model, rows=64, blocks=256, attend=attend, add_lora=GroupedAddLora(), device=EmulatedDevice())
+
+
+Wrap = Callable[[Capture], Capture]
 
 
 class Case:
     """A runner that captures steps, beside one with a cache of its own that does not."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capture: Capture, architecture: str = "llama") -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, *, wrap: Wrap = lambda capture: capture, architecture: str = "llama"
+    ) -> None:
+        """`wrap` changes how the device captures."""
         monkeypatch.setattr(step_graphs, "OFTEN", 2)
         self.stepper, self.plain = stepper_of(architecture), stepper_of(architecture)
-        runner = self.stepper.runner
+        runner, device = self.stepper.runner, self.stepper.device
         attend, add_lora = runner._attend, self.stepper.kernels.add_lora
         assert isinstance(attend, VarlenAttend) and isinstance(add_lora, GroupedAddLora)
         kernels = GraphKernels(attend, add_lora)
-        self.graphs = runner.graphs = StepGraphs(runner._call, runner._cache, kernels, self.stepper.slots.rows, capture)
+        self.graphs = runner.graphs = StepGraphs(
+            runner._call, runner._cache, kernels, self.stepper.slots.rows, wrap(device.capture)
+        )
         self.twins: dict[int, EngineSequence] = {}
         for seed, slot in enumerate(SLOTS):
             self.load(slot, seed)
@@ -143,7 +124,7 @@ class Case:
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "phi3"])
 def test_replays_give_the_logits_of_plain_steps(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(monkeypatch, record, architecture)
+    case = Case(monkeypatch, architecture=architecture)
     choose = random.Random(0)
     uses: list[tuple[ScaledSlot, ...]] = [(), *((ScaledSlot(slot, choose.choice((1.0, 0.5))),) for slot in SLOTS)]
     live = [case.start(str(i), uses[i % len(uses)], choose.randint(1, 40)) for i in range(9)]
@@ -158,17 +139,20 @@ def test_replays_give_the_logits_of_plain_steps(architecture: str, monkeypatch: 
 def test_where_replies_have_the_same_bits_in_any_batch_replays_must_have_them(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def nearly(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        replay, logits = record(run)
+    def nearly(capture: Capture) -> Capture:
+        def nearly_captured(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+            replay, logits = capture(run)
 
-        def replay_nearly() -> None:
-            replay()
-            logits[0, 0] = logits[0, 0].float() * 1.01
+            def replay_nearly() -> None:
+                replay()
+                logits[0, 0] = logits[0, 0].float() * 1.01
 
-        return replay_nearly, logits
+            return replay_nearly, logits
+
+        return nearly_captured
 
     for exact in (False, True):
-        case = Case(monkeypatch, nearly)
+        case = Case(monkeypatch, wrap=nearly)
         case.graphs.exact = exact
         sequence = case.start("one", (), 5)
         for _ in range(5):
@@ -177,7 +161,7 @@ def test_where_replies_have_the_same_bits_in_any_batch_replays_must_have_them(
 
 
 def test_only_steps_that_follow_from_their_shape_are_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(monkeypatch, record)
+    case = Case(monkeypatch)
     both = tuple(ScaledSlot(slot) for slot in SLOTS[:2])
     base, composed = case.start("base", (), 5), case.start("composed", both, 5)
     for _ in range(4):
@@ -190,7 +174,7 @@ def test_only_steps_that_follow_from_their_shape_are_captured(monkeypatch: pytes
 
 
 def test_shapes_are_rounded_up_and_say_which_ranks_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(monkeypatch, record)
+    case = Case(monkeypatch)
     seen: list[Shape | None] = []
     monkeypatch.setattr(step_graphs, "shape_of", lambda *args: seen.append(shape_of(*args)) or seen[-1])
     rows = [case.start(str(i), (ScaledSlot(slot),), 3) for i, slot in enumerate((SLOTS[0], SLOTS[2], SLOTS[3]))]
@@ -202,7 +186,7 @@ def test_shapes_are_rounded_up_and_say_which_ranks_there_are(monkeypatch: pytest
 
 def test_no_more_shapes_are_captured_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_graphs, "MOST", 1)
-    case = Case(monkeypatch, record)
+    case = Case(monkeypatch)
     rows = [(case.start(str(i), (), 5), 1) for i in range(3)]
     for _ in range(3):
         case.feed(rows[:1])
@@ -215,7 +199,7 @@ def test_no_more_shapes_are_captured_than_there_is_room_for(monkeypatch: pytest.
 
 
 def test_a_row_that_is_not_finite_does_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(monkeypatch, record)
+    case = Case(monkeypatch)
     case.graphs.exact = True
     modules = {
         path: (torch.full((8, 64), 1e30).bfloat16(), torch.full((8, layer.base_layer.out_features), 1e30).bfloat16())
@@ -236,7 +220,7 @@ def test_a_row_that_is_not_finite_does_not_end_it(monkeypatch: pytest.MonkeyPatc
 def test_a_model_with_a_soft_cap_runs_as_before(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    case = Case(monkeypatch, record, "gemma2")
+    case = Case(monkeypatch, architecture="gemma2")
     sequence = case.start("one", (), 5)
     for _ in range(5):
         case.feed([(sequence, 1)])
@@ -247,15 +231,18 @@ def test_a_model_with_a_soft_cap_runs_as_before(
 def test_a_step_that_cannot_be_captured_runs_as_before(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(run: Callable[[], torch.Tensor]) -> Any:
-        raise RuntimeError("operation not permitted when stream is capturing")
+    def refuse(capture: Capture) -> Capture:
+        def refuse_captured(run: Callable[[], torch.Tensor]) -> Any:
+            raise RuntimeError("operation not permitted when stream is capturing")
 
-    case = Case(monkeypatch, refuse)
+        return refuse_captured
+
+    case = Case(monkeypatch, wrap=refuse)
     sequence = case.start("one", (), 5)
     for _ in range(5):
         case.feed([(sequence, 1)])
     assert case.graphs.replays == 0
-    assert caplog.text.count("without CUDA graphs") == 1
+    assert caplog.text.count("without graphs") == 1
     assert "not permitted" in caplog.text
 
 
@@ -265,20 +252,23 @@ def test_replays_that_give_other_logits_are_not_used(
 ) -> None:
     """As if a value had stayed in the graph: its first replays may be right, and no client sees the wrong ones."""
 
-    def forgetful(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        replay, logits = record(run)
-        count = 0
+    def forgetful(capture: Capture) -> Capture:
+        def forgetful_captured(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+            replay, logits = capture(run)
+            count = 0
 
-        def wrong() -> None:
-            nonlocal count
-            replay()
-            count += 1
-            if count > right:
-                logits.copy_(logits.flip(-1))
+            def wrong() -> None:
+                nonlocal count
+                replay()
+                count += 1
+                if count > right:
+                    logits.copy_(logits.flip(-1))
 
-        return wrong, logits
+            return wrong, logits
 
-    case = Case(monkeypatch, forgetful)
+        return forgetful_captured
+
+    case = Case(monkeypatch, wrap=forgetful)
     sequence = case.start("one", (), 5)
     for _ in range(8):
         case.feed([(sequence, 1)])
@@ -293,9 +283,11 @@ def test_there_are_none_where_they_are_not_made_for(monkeypatch: pytest.MonkeyPa
         attend = None if paged is None else VarlenAttend(kernel, paged=paged)
         monkeypatch.setattr(choice, "varlen_attend", lambda *args, attend=attend: attend)
         monkeypatch.setattr(choice, "grouped_add_lora", lambda device: GroupedAddLora())
-        chosen[paged] = choice.choose_kernels(torch.device("cuda"), shape=KVShape(2, 3, 64))
+        chosen[paged] = choice.choose_kernels(CudaDevice(torch.device("cuda")), shape=KVShape(2, 3, 64))
     assert [kernels.graphs is not None for kernels in chosen.values()] == [True, False, False]
     assert [kernels.attention for kernels in chosen.values()] == ["varlen paged", "varlen gathered", "tensor"]
     assert {kernels.lora for kernels in chosen.values()} == {"grouped"}
-    assert choice.choose_kernels(torch.device("cuda"), shape=KVShape(2, 3, 64, torch.float32)).lora == "tensor"
+    assert (
+        choice.choose_kernels(CudaDevice(torch.device("cuda")), shape=KVShape(2, 3, 64, torch.float32)).lora == "tensor"
+    )
     assert choice.choose_kernels(CPU, shape=KVShape(2, 3, 64)).graphs is None

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-import torch
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.evaluation.scores import TokenScore
 from loramux_server.base.loader import load_base_model
@@ -30,7 +30,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> LocalEngine:
     root = tmp_path_factory.mktemp("fingerprint")
     base = load_base_model(
         str(save_tiny_model(root / "base")),
-        device=torch.device("cpu"),
+        device=CpuDevice(),
         cache_dir=root / "cache",
         report=lambda line: None,
     )

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_server.errors import BaseModelError
 from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVCache, KVShape
 from loramux_server.kernels.attention.paged_attention import (
@@ -22,7 +23,7 @@ from loramux_server.kernels.choice import choose_kernels
 from loramux_server.kernels.compiled.library import Compiled, native_library
 from support.slow_varlen import slow_varlen
 
-CPU = torch.device("cpu")
+CPU = CpuDevice()
 LENGTHS = [1, 5, 16, 17, 33, 100]
 BLOCKS = 24
 

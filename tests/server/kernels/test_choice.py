@@ -24,6 +24,7 @@ from loramux_server.kernels.compiled import library as native
 from loramux_server.kernels.compiled.adapter_kernels import NativeAddLora
 from loramux_server.kernels.numerics import library_operations, numerics_id
 from support.adapter_files import write_adapter
+from support.meta_device import MetaDevice
 from support.stepping import CPU, Stepper, relative_difference
 from support.tiny_models import save_tiny_model
 
@@ -72,7 +73,7 @@ def test_sets_that_run_here_are_found() -> None:
     assert HERE == [*compiled, "tensor", "reference"]
     assert choose_kernels(CPU).name == HERE[0], "the fastest is the default"
     assert not labels or choose_kernels(CPU).isa == labels[-1] and labels[0] == "portable"
-    assert choose_kernels(torch.device("meta")).name == "tensor"
+    assert choose_kernels(MetaDevice()).name == "tensor"
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3_text", "phi3", "olmo2", "gpt_neox"])
@@ -185,7 +186,7 @@ def test_a_set_that_does_not_run_here_is_refused_with_the_reason(monkeypatch: py
     with pytest.raises(ConfigError, match="'cuda' cannot be used here: .* the device is cpu"):
         choose_kernels(CPU, "cuda")
     with pytest.raises(ConfigError, match="'native' cannot be used here: .* the device is meta"):
-        choose_kernels(torch.device("meta"), "native")
+        choose_kernels(MetaDevice(), "native")
     native._found.cache_clear()
     monkeypatch.setattr(native, "LIBRARY", Path("/nowhere/_kernels.so"))
     try:
@@ -226,7 +227,7 @@ def test_the_environment_asks_for_an_instruction_set() -> None:
             kernels_of({"LORAMUX_ISA": "portable", "LORAMUX_KERNELS": other})
     elsewhere = "for the CPU, and the device is meta: give --device cpu, or unset LORAMUX_KERNELS and LORAMUX_ISA"
     with pytest.raises(ConfigError, match=f"'native-portable' cannot be used here: they are {elsewhere}"):
-        choose_kernels(torch.device("meta"), kernels_of({"LORAMUX_ISA": "portable"}))
+        choose_kernels(MetaDevice(), kernels_of({"LORAMUX_ISA": "portable"}))
 
 
 @needs_library

@@ -17,6 +17,7 @@ from loramux_server.base.loader import load_base_model
 from loramux_server.kernels.compiled.library import Compiled, NativeLibrary, native_library
 from loramux_server.kernels.decoder.decoder import Decoder, Trial, decoder_for
 from loramux_server.kernels.decoder.description import NotOfThisShape, describe
+from loramux_server.kernels.decoder.exact_model import KINDS
 from support.adapter_files import write_adapter
 from support.decoders import FAMILIES, Served, changed, random_model, slow_twin
 from support.stepping import CPU, Stepper, relative_difference
@@ -83,7 +84,7 @@ def test_it_has_the_bits_of_the_modules_adapters_and_company_included(family: tu
 def test_embedding_and_head_of_one_weight_are_one_in_memory(name: str, tied: bool) -> None:
     served = Served(random_model(name, tie_word_embeddings=tied))
     head, embedding = served.model.get_output_embeddings(), served.model.get_input_embeddings()
-    assert (step_of(served).description.model.embedding is None) == tied
+    assert (step_of(served).description.embedding is None) == tied
     assert (embedding.weight is head.weight) == tied
     modules = served.feed(served.by_modules, sequences(), ADAPTERS)
     for isa in library().isas:
@@ -147,7 +148,7 @@ def test_a_row_that_is_no_number_harms_no_other(name: str) -> None:
 
 def mutations(decoder: Decoder) -> Iterator[tuple[str, Any, str, Any]]:
     """(what, structure, its field, another value) of everything in a description that can be wrong."""
-    model, layers = decoder.description.model, decoder.description.layers
+    model, layers = decoder.exact.model, decoder.exact.layers
     for name in ("embedding_factor", "residual_factor", "logit_divisor"):
         yield name, model, name, getattr(model, name) * 1.0001
     yield (
@@ -297,9 +298,9 @@ def test_sizes_that_do_not_fit_one_another_are_refused() -> None:
         (layer.self_attn, "k_norm", layer.input_layernorm, "k_norm of layer 1 is of 128 numbers, and not of 32"),
     ):
         with changed(owner, name, other), pytest.raises(NotOfThisShape, match=reason):
-            describe(served.model, served.shape, asked)
+            describe(served.model, served.shape, asked, KINDS)
     with pytest.raises(NotOfThisShape, match="it has 3 layers and 2 attentions"):
-        describe(served.model, served.shape, asked[:2])
+        describe(served.model, served.shape, asked[:2], KINDS)
 
 
 def test_a_layer_that_does_more_than_its_parts_say_is_found_out() -> None:

@@ -59,6 +59,35 @@ def test_a_row_has_the_same_bits_alone_and_in_company_whatever_the_chunks(librar
         assert alone[index].tobytes() == together[index].tobytes()
 
 
+@pytest.mark.parametrize("name", ["Llama", "Phi-3", "Qwen2", "OLMo 2"])
+def test_a_step_of_so_many_rows_that_weights_are_laid_out_for_them_gives_the_bits_of_one_of_few(
+    library: NativeLibrary, name: str
+) -> None:
+    decoder, random = Decoder(library, SHAPES[name]), np.random.default_rng(1)
+    lengths = (150, 140, 130, 101)  # together more than 512, from where on all instruction sets do
+    sequences = [random.integers(0, decoder.shape.vocabulary, length).tolist() for length in lengths]
+    few = feed(decoder, VectorIsa.PORTABLE, sequences, chunk=23)  # 92 rows: none does
+    for isa in sets_of(library):
+        for chunk, threads in ((150, 1), (150, 2), (24, 1), (49, 3)):
+            for logits, expected in zip(feed(decoder, isa, sequences, chunk, threads), few, strict=True):
+                assert np.isfinite(logits).all()
+                assert logits.tobytes() == expected.tobytes(), (isa.name, chunk, threads)
+
+
+def test_a_sick_row_harms_no_other_of_many(library: NativeLibrary) -> None:
+    decoder, random = Decoder(library, SHAPES["Llama"]), np.random.default_rng(1)
+    sequences = [random.integers(1, decoder.shape.vocabulary, 150).tolist() for _ in range(4)]
+    well = feed(decoder, VectorIsa.PORTABLE, sequences, chunk=23)
+    decoder.embedding[0, 5] = 0x7FC0  # NaN
+    sequences[2][70] = 0
+    for isa in sets_of(library):
+        found = feed(decoder, isa, sequences, chunk=150)
+        assert np.isnan(found[2][70:]).all(axis=1).all()
+        assert found[2][:70].tobytes() == well[2][:70].tobytes()
+        for index in (0, 1, 3):
+            assert found[index].tobytes() == well[index].tobytes(), isa.name
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 33])
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 32), (192, 96), (576, 64)])
 def test_a_product_is_near_double_precision_and_the_same_everywhere(

@@ -146,6 +146,16 @@ def test_where_a_logit_may_not_be_finite_all_are_given(scale: float, family: tup
             assert found.screened == 0 or scale == 1e38  # which may be too large for one row and not for another
 
 
+def test_where_dividing_makes_an_infinity_of_the_largest_logit_all_are_given() -> None:
+    served = Served(random_model("Granite", logits_scaling=1e-5))
+    with changed_head(served) as (_, scales):
+        scales.mul_(1e32 / scales.max())  # logits are finite before they are divided
+        for decoder in decoders(served):
+            found = Found(decoder)
+            served.feed(found.forward, sequences([9]), chunk=1)
+            assert (found.screened, found.others) == (0, 9)
+
+
 def test_of_rows_with_an_adapter_on_the_head_all_logits_are_given(family: tuple[str, Served]) -> None:
     name, served = family
     head = served.model.get_output_embeddings()

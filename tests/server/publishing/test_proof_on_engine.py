@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.errors import AdapterCorrupt, AdapterRejected
 from loramux_adapters.lora.host_cache import HostAdapter, HostCache
 from loramux_adapters.lora.lora_linear import AdapterSlots, head_path
@@ -36,7 +36,7 @@ from support.adapter_files import write_adapter
 from support.fakes_engine import FakeMetrics
 from support.tiny_models import save_tiny_model
 
-CPU = torch.device("cpu")
+CPU = CpuDevice()
 BLOCKS, ROWS = 128, 64
 PROMPTS = [(5, 6, 7, 8), tuple(range(20, 50)), (1,)]
 
@@ -47,7 +47,9 @@ class Rig:
     def __init__(self, base: BaseModel) -> None:
         shape = probe_kv_shape(base.model, CPU, whole_numbers=base.kernels.whole_numbers)
         kernels = choose_kernels(CPU, base.kernels.name, shape)
-        slots = AdapterSlots(base.model, ROWS, kernels.add_lora, kernels.copy_slot, head=head_path(base.model))
+        slots = AdapterSlots(
+            base.model, ROWS, kernels.add_lora, kernels.copy_slot, head=head_path(base.model), device=CPU
+        )
         self.inbox = Inbox(64)
         self.host = HostCache(self.published, 1 << 30, on_ready=self.inbox.wake)
         runner = ModelRunner(

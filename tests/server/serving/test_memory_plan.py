@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from loramux_adapters.device.cuda import CudaDevice
 from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.kernels import choice
 from loramux_server.kernels.choice import Kernels, choose_kernels
@@ -71,7 +72,7 @@ def test_a_server_without_compiled_kernels_says_why_what_it_costs_and_what_to_do
     first, second = compiled_lines(tensor, CPU)
     assert first == f"NO compiled kernels: {why}"
     assert "times as long, the start too" in second and second.endswith(f"; {todo}")
-    assert compiled_lines(tensor, torch.device("cuda")) == []
+    assert compiled_lines(tensor, CudaDevice(torch.device("cuda"))) == []
 
 
 def test_a_server_names_the_instruction_set_or_who_asked_for_none(monkeypatch: pytest.MonkeyPatch) -> None:

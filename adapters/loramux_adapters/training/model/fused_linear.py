@@ -19,6 +19,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from loramux_adapters.device.device import in_host_memory
 from loramux_adapters.training.model.ops import TrainingOps
 
 _DRAWS = 2**16  # dropout is drawn in 16-bit steps: a quarter of the random numbers, and finer than anybody sets it
@@ -180,7 +181,7 @@ def fuse_lora_layers(model: nn.Module, ops: TrainingOps | None = None) -> None:
             wrapped |= set(layer.modules())
             _fuse(layer, ops)
     for module in model.modules():
-        if isinstance(module, nn.Linear) and module not in wrapped and module.weight.device.type == "cpu":
+        if isinstance(module, nn.Linear) and module not in wrapped and in_host_memory(module.weight):
             _freeze(module, FrozenWeight(module, ops))
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from loramux_adapters import nf4
+from loramux_adapters.device.device import in_host_memory
 from loramux_adapters.errors import TrainingError
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.lora_linear import output_head
@@ -82,7 +83,7 @@ def through_nf4(weight: torch.Tensor) -> torch.Tensor:
 
     By bitsandbytes on CUDA, and where blocks do not end with rows.
     """
-    if weight.device.type == "cpu" and weight.shape[1] % nf4.BLOCK == 0:
+    if in_host_memory(weight) and weight.shape[1] % nf4.BLOCK == 0:
         return nf4.dequantize(*nf4.quantize(weight)).to(weight.dtype)
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from loramux_adapters.device.choice import device_at
 from loramux_adapters.errors import RecipeError
 from loramux_adapters.training.data.batches import TokenBatch
 from loramux_adapters.training.model.adapter_directory import write_adapter
@@ -110,7 +111,7 @@ class LoraModel:
             start_at_quantization_loss(model, originals)
         fuse_lora_layers(model, ops)
         use_packed_attention(model)
-        if model.device.type == "cpu":
+        if device_at(model.device).is_host:
             use_fp32(model)
         if ops is not None:
             use_exact_modules(model, ops)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from loramux_adapters.device.choice import device_at
 from loramux_adapters.errors import CheckpointError
 from loramux_adapters.training.recipe import Recipe
 
@@ -27,7 +28,7 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], recipe: Recipe) -> to
         "eps": EPSILON,
         "weight_decay": recipe.weight_decay,
     }
-    if values[0].device.type == "cpu":
+    if not device_at(values[0].device).layout.moments_8_bit:
         return torch.optim.AdamW(values, fused=True, **options)
     from bitsandbytes.optim import PagedAdamW8bit
 
@@ -40,7 +41,7 @@ def state_bytes(parameters: Mapping[str, nn.Parameter]) -> int:
     total = 0
     for parameter in parameters.values():
         count = parameter.numel()
-        in_8_bit = parameter.device.type != "cpu" and count >= SMALLEST_8_BIT
+        in_8_bit = device_at(parameter.device).layout.moments_8_bit and count >= SMALLEST_8_BIT
         total += 2 * (count + 4 * -(-count // BLOCK) if in_8_bit else 4 * count)
     return total
 

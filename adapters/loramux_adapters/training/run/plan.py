@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from loramux_adapters.device.device import ON_CARD, DeviceLayout
 from loramux_adapters.nf4 import BLOCK
 from loramux_adapters.training.model.lora_layers import target_names
 from loramux_adapters.training.recipe import Recipe
@@ -55,14 +56,14 @@ class MemoryPlan:
         return self.base + self.adapter + self.gradients + self.optimizer + self.activations + self.work
 
 
-def plan_memory(skeleton: Any, recipe: Recipe, *, sequence: int, learned: int, cuda: bool) -> MemoryPlan:
+def plan_memory(skeleton: Any, recipe: Recipe, *, sequence: int, learned: int, layout: DeviceLayout) -> MemoryPlan:
     """The plan of one recipe. `quantize` nf4 is QLoRA, none is LoRA.
 
     Args:
         skeleton: transformers' causal language model, made from the config on the meta device.
         sequence: tokens of each example. What examples share at their beginning is computed once and makes it cheaper.
         learned: tokens of each example that a loss is taken on; logits are computed for these alone.
-        cuda: the optimizer is the 8-bit one.
+        layout: of the device it is to run on.
     Raises:
         RecipeError: the recipe names layers that the base does not have.
     """
@@ -71,11 +72,11 @@ def plan_memory(skeleton: Any, recipe: Recipe, *, sequence: int, learned: int, c
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     rows = -(-recipe.batch_size // recipe.accumulation)
     return MemoryPlan(
-        base=base_bytes(skeleton, recipe.quantize, cuda=cuda),
+        base=base_bytes(skeleton, recipe.quantize, layout),
         adapter=4 * trainable,
         gradients=4 * trainable,
-        optimizer=sum(_optimizer_bytes(rows * columns, cuda=cuda) for rows, columns in shapes),
-        activations=_activations(skeleton, recipe, rows, sequence, width=2 if cuda else 4)
+        optimizer=sum(_optimizer_bytes(rows * columns, layout) for rows, columns in shapes),
+        activations=_activations(skeleton, recipe, rows, sequence, width=layout.activation_bytes)
         + rows * learned * _vocabulary(skeleton) * 4,
         work=_work(skeleton, recipe, rows, sequence, learned),
         saved=trainable * (2 if recipe.save_dtype == "bfloat16" else 4),
@@ -85,7 +86,7 @@ def plan_memory(skeleton: Any, recipe: Recipe, *, sequence: int, learned: int, c
     )
 
 
-def base_bytes(skeleton: Any, quantize: str, *, cuda: bool) -> int:
+def base_bytes(skeleton: Any, quantize: str, layout: DeviceLayout) -> int:
     """Bytes of the base as it is held; every linear layer but the head is quantized.
 
     On the CPU that is the form of compiled kernels: scales in fp32, and the head as whole numbers of 12 bits, which an
@@ -93,9 +94,9 @@ def base_bytes(skeleton: Any, quantize: str, *, cuda: bool) -> int:
     """
     total = 0
     quantized = {id(module.weight) for _, module in _linears(skeleton)} if quantize == "nf4" else set()
-    nf4_bytes = _nf4_bytes if cuda else _packed_bytes
+    nf4_bytes = _packed_bytes if layout.packed else _nf4_bytes
     head = skeleton.get_output_embeddings()
-    packed_head = head.weight if quantized and not cuda and _head_fits(head) else None
+    packed_head = head.weight if quantized and layout.packed and _head_fits(head) else None
     for parameter in skeleton.parameters():  # tied ones come once
         if parameter is packed_head:
             total += _packed_head_bytes(head)
@@ -104,13 +105,13 @@ def base_bytes(skeleton: Any, quantize: str, *, cuda: bool) -> int:
     return int(total + sum(buffer.numel() * buffer.element_size() for buffer in skeleton.buffers()))
 
 
-def kv_bytes(config: Any, *, cuda: bool) -> int:
+def kv_bytes(config: Any, layout: DeviceLayout) -> int:
     """Bytes that one token takes in the server's cache: 16 bits a number, and on the CPU 32 a head for its scale."""
     text = config.get_text_config()
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return int(2 * text.num_hidden_layers * kv_heads * (2 * dim + (0 if cuda else 4)))
+    return int(2 * text.num_hidden_layers * kv_heads * (2 * dim + (4 if layout.packed else 0)))
 
 
 def _nf4_bytes(weights: int) -> int:
@@ -131,8 +132,8 @@ def _packed_head_bytes(head: Any) -> int:
     return int(weights * 3 // 2 + 4 * weights // BLOCK)
 
 
-def _optimizer_bytes(weights: int, *, cuda: bool) -> int:
-    if not cuda:
+def _optimizer_bytes(weights: int, layout: DeviceLayout) -> int:
+    if not layout.moments_8_bit:
         return 2 * 4 * weights + 4  # and the count of steps
     if weights < _SMALL:
         return 2 * 4 * weights
@@ -189,7 +190,7 @@ def _token_bytes(skeleton: Any, recipe: Recipe, width: int) -> int:
     for members in blocks.values():
         # the first ones read the block's input, the last one reads what they led to
         total += width * members[0].in_features + (width * members[-1].in_features if len(members) > 1 else 0)
-    total += kv_bytes(skeleton.config, cuda=True) * width // 2
+    total += kv_bytes(skeleton.config, ON_CARD) * width // 2
     heads = config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     norms = sum("norm" in type(module).__name__.lower() for module in skeleton.modules()) - 1

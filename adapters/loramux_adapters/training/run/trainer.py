@@ -20,8 +20,9 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from loramux_adapters.device.choice import device_at
+from loramux_adapters.device.peak import PeakMemory
 from loramux_adapters.errors import CheckpointError, DataError, MemoryShort, TrainingError
-from loramux_adapters.memory import PeakMemory
 from loramux_adapters.training.data.batches import Row, TokenBatch, epoch_order, parts
 from loramux_adapters.training.model.model import StepLoss
 from loramux_adapters.training.recipe import Recipe
@@ -158,7 +159,7 @@ class Trainer:
         self._saved_at = clock()
         self._run_dir = run_dir
         self.trace = Trace(run_dir / LOG_FILE)
-        self._memory = PeakMemory(next(iter(self._parameters.values())).device)
+        self._memory = PeakMemory(device_at(next(iter(self._parameters.values())).device))
         self._step = self._saved = 0
         self._stopping = False
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loramux_adapters.memory import reserve
+from loramux_adapters.device.device import Device
 
 BLOCK_SIZE = 16  # tokens in a block; the compiled kernel's tile
 _KEY_TOP, _VALUE_TOP = 4095.0, 16383.0  # the largest whole number of a head of keys, of values (csrc/exact/attention.h)
@@ -50,7 +50,9 @@ class KVCache:
         scales: by layer [blocks, kv_heads, 2, BLOCK_SIZE] fp32, of the keys and of the values; empty for floats.
     """
 
-    def __init__(self, shape: KVShape, num_blocks: int, device: torch.device) -> None:
+    def __init__(self, shape: KVShape, num_blocks: int, device: Device) -> None:
+        """Raises DeviceFull: there is no room for it."""
+        self.device = device
         self.shape = shape
         self.num_blocks = num_blocks
         heads, dim = shape.kv_heads, shape.head_dim
@@ -60,10 +62,10 @@ class KVCache:
         else:
             k_size = v_size = (num_blocks, BLOCK_SIZE, heads, dim)
         layers = range(shape.layers)
-        self.k = [reserve(k_size, shape.dtype, device) for _ in layers]
-        self.v = [reserve(v_size, shape.dtype, device) for _ in layers]
+        self.k = [device.reserve(k_size, shape.dtype) for _ in layers]
+        self.v = [device.reserve(v_size, shape.dtype) for _ in layers]
         self.scales = [
-            reserve((num_blocks, heads, 2, BLOCK_SIZE), torch.float32, device) for _ in layers if shape.whole_numbers
+            device.reserve((num_blocks, heads, 2, BLOCK_SIZE), torch.float32) for _ in layers if shape.whole_numbers
         ]
 
     @property
@@ -73,7 +75,7 @@ class KVCache:
 
     def held_bytes(self, peak_blocks: int) -> int:
         """Bytes that the device really holds, if at most `peak_blocks` blocks were ever used."""
-        return peak_blocks * self.shape.block_bytes if self.k and self.k[0].device.type == "cpu" else self.nbytes
+        return self.device.held_of(self.nbytes, peak_blocks * self.shape.block_bytes)
 
     def write(self, layer: int, blocks: torch.Tensor, offsets: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Stores k and v [rows, kv_heads, head_dim] at (block, offset in block) [rows] int64."""

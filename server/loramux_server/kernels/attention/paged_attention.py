@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from loramux_adapters.device.device import Device
 from loramux_server.errors import BaseModelError
 from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVCache, KVShape
 from loramux_server.kernels.compiled.library import Compiled
@@ -187,7 +188,7 @@ def use_our_attention(model: Any) -> None:
 
 
 @torch.no_grad()
-def probe_kv_shape(model: Any, device: torch.device, *, whole_numbers: bool) -> KVShape:
+def probe_kv_shape(model: Any, device: Device, *, whole_numbers: bool) -> KVShape:
     """What one token of this model needs in the cache, seen in a forward of one token; configs are not always true.
 
     Args:
@@ -209,7 +210,7 @@ def probe_kv_shape(model: Any, device: torch.device, *, whole_numbers: bool) -> 
     none = torch.zeros(1, dtype=torch.int32)
     empty = KVCache(KVShape(0, 1, 2), 0, device)
     step = AttentionStep(empty, record, none[None], none, none, ((0, 0, 1, 0),))
-    one = torch.zeros(1, 1, dtype=torch.long, device=device)
+    one = device.put(torch.zeros(1, 1, dtype=torch.long))
     model(input_ids=one, position_ids=one, use_cache=False, loramux_step=step)
     kinds = set(seen.values())
     if len(kinds) != 1 or sorted(seen) != list(range(len(seen))):

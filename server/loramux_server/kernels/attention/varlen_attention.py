@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from loramux_adapters.device.device import Device
 from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVCache, KVShape
 from loramux_server.kernels.attention.paged_attention import Attend, AttentionParams, AttentionStep, attend_reference
 
@@ -120,37 +121,37 @@ def lengths_of(step: AttentionStep, *, paged: bool) -> Lengths:
     )
 
 
-def varlen_attend(kernel: Kernel, device: torch.device, shape: KVShape) -> VarlenAttend | None:
+def varlen_attend(kernel: Kernel, device: Device, shape: KVShape) -> VarlenAttend | None:
     """The way this kernel works with our cache, tried on the device against the reference; None if it does not."""
     for paged in (True, False):
         path = VarlenAttend(kernel, paged=paged)
         try:
             if _agrees(path, device, shape):
                 return path
-        except (RuntimeError, ValueError):  # what the library says of a case it does not take
+        except (RuntimeError, ValueError, TypeError):  # what the library says of a case it does not take
             continue
     return None
 
 
-def _agrees(path: Attend, device: torch.device, shape: KVShape) -> bool:
+def _agrees(path: Attend, device: Device, shape: KVShape) -> bool:
     """A prompt in two chunks and one decode beside it, with a cache of its own that is full of NaN."""
     random = torch.Generator().manual_seed(0)
     small = KVShape(1, shape.kv_heads, shape.head_dim, shape.dtype)
     caches = [KVCache(small, 6, device) for _ in range(2)]
     for tensor in (tensor for cache in caches for tensor in (*cache.k, *cache.v)):
         tensor.fill_(float("nan"))  # what other sequences left behind must never be read
-    tables = torch.tensor([[4, 1, 3], [2, 0, 0]], dtype=torch.int32, device=device)
+    tables = device.put(torch.tensor([[4, 1, 3], [2, 0, 0]], dtype=torch.int32))
     for runs in (((0, 0, 20, 0), (1, 20, 3, 0)), ((0, 0, 19, 20), (1, 19, 1, 3))):
         rows = sum(count for _, _, count, _ in runs)
         sequence = [index for index, _, count, _ in runs for _ in range(count)]
         position = [first + i for _, _, count, first in runs for i in range(count)]
         q, k, v = (
-            torch.randn(rows, heads, shape.head_dim, generator=random).to(device, shape.dtype)
+            device.put(torch.randn(rows, heads, shape.head_dim, generator=random).to(shape.dtype))
             for heads in (2 * shape.kv_heads, shape.kv_heads, shape.kv_heads)
         )
         outs = []
         for attend, cache in zip((path, attend_reference), caches, strict=True):
-            owner, place = (torch.tensor(them, dtype=torch.int32, device=device) for them in (sequence, position))
+            owner, place = (device.put(torch.tensor(them, dtype=torch.int32)) for them in (sequence, position))
             step = AttentionStep(cache, attend, tables, owner, place, runs)
             outs.append(attend(q, k, v, 0, step, AttentionParams(shape.head_dim**-0.5)).float())
         if not torch.allclose(outs[0], outs[1], rtol=0.05, atol=0.05):

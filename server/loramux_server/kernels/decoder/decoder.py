@@ -23,6 +23,7 @@ from loramux_server.kernels.compiled.abi import POINTER, ExactStep
 from loramux_server.kernels.compiled.adapter_kernels import rows_of
 from loramux_server.kernels.compiled.library import Compiled
 from loramux_server.kernels.decoder.description import Description, NotOfThisShape, describe
+from loramux_server.kernels.decoder.exact_model import KINDS, exact_model
 from loramux_server.kernels.layers.rotary import use_angles
 
 _TRIAL = (BLOCK_SIZE + 5, 3, 1)  # tokens of the sequences that a model is tried on
@@ -37,15 +38,17 @@ class Decoder:
     The model's weights and the arenas of its adapters are read where they lie; they must outlive this object.
 
     Attributes:
-        description: the model as it is read.
+        description: the model.
+        exact: the description as the compiled code reads it.
     """
 
     def __init__(self, compiled: Compiled, description: Description) -> None:
         self.description = description
+        self.exact = exact_model(description)
         self._step = compiled.function("loramux_exact_step")
         self._bytes = compiled.function("loramux_exact_scratch")
         self._isa = compiled.isa
-        self._at = ctypes.addressof(description.model)
+        self._at = ctypes.addressof(self.exact.model)
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._rows = self._positions = 0  # that scratch, and tables of angles, are enough for
         self._cos = self._sin = pointers_to([])
@@ -95,7 +98,7 @@ class Decoder:
             places = (pointers_to(tensors) for tensors in (step.cache.k, step.cache.v, step.cache.scales))
             self._caches = (step.cache, *places)
         ids, sampled = np.array(tokens, dtype=np.int64), np.array(heads, dtype=np.int64)
-        logits = torch.empty(len(heads), self.description.padded)
+        logits = torch.empty(len(heads), self.exact.padded)
         entries, head_entries = rows_of(lora) if lora else None, rows_of(head) if head else None
         call = ExactStep(
             tokens=ids.ctypes.data,
@@ -149,7 +152,7 @@ class Trial:
             return attend(q, k, v, layer, step, params)
 
         blocks = [-(-length // BLOCK_SIZE) for length in _TRIAL]
-        device = cache.k[0].device
+        device = cache.device
         self._step = _step_of(KVCache(cache.shape, sum(blocks), device), record, blocks)
         generator = torch.Generator().manual_seed(0)
         vocabulary = model.get_input_embeddings().num_embeddings
@@ -169,7 +172,7 @@ class Trial:
 
     def compare(self, decoder: Decoder) -> None:
         """Raises NotOfThisShape: it gives other logits than the modules."""
-        model, expected = decoder.description.model, self._expected
+        model, expected = decoder.exact.model, self._expected
         cap, model.logit_softcap = model.logit_softcap, 0.0
         try:
             got = decoder.forward(self._tokens, self._rows, self._step, None, None)
@@ -254,7 +257,7 @@ def decoder_for(compiled: Compiled, attend: Attend, model: Any, cache: KVCache) 
     """Raises NotOfThisShape: the model cannot be run in one call."""
     use_angles(model, compiled.library)
     trial = Trial(attend, model, cache)
-    decoder = Decoder(compiled, describe(model, cache.shape, trial.asked))
+    decoder = Decoder(compiled, describe(model, cache.shape, trial.asked, KINDS))
     trial.compare(decoder)
     return decoder
 

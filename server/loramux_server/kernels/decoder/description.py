@@ -1,32 +1,29 @@
-"""How the compiled step (csrc/exact/decoder.h) sees a model: one description of what a decoder may have.
+"""What a decoder is: one description of it, which the whole steps of every device are made from.
 
-It is read off the modules: their names say what they are for, and what the compiled forwards were given
-(compiled_ops.py) says what they compute. transformers gives the same name to different places in two cases, and a few
-factors are attributes: the tables below name them. Whatever has no place here raises NotOfThisShape.
+It is read off the modules: their names say what they are for, and what they were recognized as (layers/operations.py)
+says what they compute. transformers gives the same name to different places in two cases, and a few factors are
+attributes: the tables below name them. Whatever has no place here raises NotOfThisShape.
 """
 
 from __future__ import annotations
 
-import ctypes
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from loramux_adapters.lora.lora_linear import LoRALinear
+from loramux_adapters.lora.ops import Arena
 from loramux_server.kernels.attention.kv_cache import KVShape
 from loramux_server.kernels.attention.paged_attention import AttentionParams
-from loramux_server.kernels.compiled.abi import ExactLayer, ExactLinear, ExactModel, ExactNorm, LoraArena
-from loramux_server.kernels.compiled.adapter_kernels import arena_of
-from loramux_server.kernels.layers.nf4_linear import NF4Linear, why_no_kernel
-from loramux_server.kernels.layers.packed_embedding import PackedEmbedding
-from loramux_server.kernels.layers.packed_head import PackedHead
+from loramux_server.kernels.layers.recognition import RMSNorm
 from loramux_server.kernels.layers.rotary import Angles, tables_of
 
 _BODY = {"embed_tokens", "layers", "norm", "rotary_emb"}
 _LAYER = {"self_attn", "mlp"}  # and norms:
-# a layer's norms by name -> their places in ExactLayer
+# a layer's norms by name -> their places in Layer
 _NORMS: tuple[dict[str, str], ...] = (
     {"input_layernorm": "before_attention", "post_attention_layernorm": "before_mlp"},
     {
@@ -48,9 +45,8 @@ _MLP: tuple[dict[str, str], ...] = (
 )
 _QK_NORMS: tuple[dict[str, str], ...] = ({}, {"q_norm": "q_norm", "k_norm": "k_norm"})
 _ACTIVATIONS = {"act_fn", "activation_fn"}  # part of what an MLP's forward computes
-_LARGEST_HEAD = 512  # write_cache of csrc/exact/attention.h
 
-# (whose attribute, its name) -> the factor in ExactModel; 1 or none where it is not there
+# (whose attribute, its name) -> the factor in Description; 1 or none where it is not there
 _FACTORS = (
     ("body", "embedding_multiplier", "embedding_factor"),
     ("layer", "residual_multiplier", "residual_factor"),
@@ -60,53 +56,149 @@ _FACTORS = (
 
 
 class NotOfThisShape(Exception):
-    """The model has something that the compiled step does not compute; the text says what."""
+    """The model has something that a whole step does not compute; the text says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear layer of the base.
+
+    Attributes:
+        layer: it, of a kind that the step takes.
+        arena: the adapters' memory beside it; None where adapters cannot target it.
+    """
+
+    layer: Any
+    arena: Arena | None
+
+    @property
+    def inputs(self) -> int:
+        return int(self.layer.in_features)
+
+    @property
+    def outputs(self) -> int:
+        return int(self.layer.out_features)
+
+
+@dataclass
+class Layer:
+    """One layer: what is None or zero is not there.
+
+        n = before_attention(x)
+        x += residual * after_attention(o(attend(turn(q_norm(q(n))), turn(k_norm(k(n))), v(n))))
+        m = before_mlp(x)
+        x += residual * after_mlp(down(activation(gate(m)) * up(m)))
+
+    Attributes:
+        k, v: None: q gives all three, one behind the other.
+        up: None: gate gives both, one behind the other.
+        whole_norms: q_norm and k_norm are of all heads together, not of each.
+        rotary: which table of angles; -1: none.
+        gelu: the activation is GELU by tanh, else SiLU.
+    """
+
+    asked: AttentionParams
+    before_attention: RMSNorm | None = None
+    q_norm: RMSNorm | None = None
+    k_norm: RMSNorm | None = None
+    after_attention: RMSNorm | None = None
+    before_mlp: RMSNorm | None = None
+    after_mlp: RMSNorm | None = None
+    q: Linear | None = None
+    k: Linear | None = None
+    v: Linear | None = None
+    o: Linear | None = None
+    gate: Linear | None = None
+    up: Linear | None = None
+    down: Linear | None = None
+    whole_norms: bool = False
+    rotary: int = -1
+    gelu: bool = False
+
+    def linear(self, name: str) -> Linear:
+        """One that every layer has."""
+        found: Linear | None = getattr(self, name)
+        assert found is not None
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Kinds:
+    """What the whole step of a device takes; each says why one does not fit, or gives "".
+
+    Attributes:
+        linear: a layer of the base.
+        head: the output head.
+        cache: of keys and values.
+        embedding: what the weight of one is kept in, where it is not read from the head.
+    """
+
+    linear: Callable[[nn.Module], str]
+    head: Callable[[nn.Module], str]
+    cache: Callable[[KVShape], str]
+    embedding: torch.dtype = torch.bfloat16
 
 
 @dataclass
 class Description:
-    """A model as the compiled step reads it, where its weights lie; they must outlive it.
+    """A model as a whole step computes it. Its tensors are the model's own.
 
     Attributes:
-        angles: the tables that layers name by number.
-        vocabulary, padded: numbers of a row of logits that count, and that there are.
+        embedding: [at least vocabulary, hidden]; None: rows of the head.
+        head: the output head, of `vocabulary` outputs.
+        angles: the tables that layers name by number, all of `pairs` pairs.
+        logit_softcap: 0: none.
     """
 
-    model: ExactModel
-    layers: ctypes.Array[ExactLayer]
+    layers: list[Layer]
+    embedding: torch.Tensor | None
+    head: Linear
+    norm: RMSNorm
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
     angles: list[Angles]
-    vocabulary: int
-    padded: int
-    keep: list[torch.Tensor] = field(default_factory=list)
+    embedding_factor: float = 1.0
+    residual_factor: float = 1.0
+    logit_divisor: float = 1.0
+    logit_softcap: float = 0.0
+
+    @property
+    def pairs(self) -> int:
+        return self.angles[0].pairs
+
+    @property
+    def vocabulary(self) -> int:
+        return self.head.outputs
 
 
-def describe(model: Any, cache: KVShape, asked: list[AttentionParams]) -> Description:
+def describe(model: Any, cache: KVShape, asked: list[AttentionParams], kinds: Kinds) -> Description:
     """`asked`: what each layer asks of its attention.
 
     Raises:
         NotOfThisShape: the model cannot be run this way.
     """
-    return _Reader(model, cache, asked).description()
+    return _Reader(model, cache, asked, kinds).description()
 
 
 class _Reader:
-    def __init__(self, model: Any, cache: KVShape, asked: list[AttentionParams]) -> None:
+    def __init__(self, model: Any, cache: KVShape, asked: list[AttentionParams], kinds: Kinds) -> None:
         body = getattr(model, getattr(model, "base_model_prefix", ""), None)
         self.head = model.get_output_embeddings()
         if body is None or {id(child) for child in model.children()} != {id(body), id(self.head)}:
             raise NotOfThisShape("it is not made of a body and an output head")
         self.body: Any = body
         self.config = body.config
-        self.cache, self.asked = cache, asked
-        self.keep: list[torch.Tensor] = []
+        self.cache, self.asked, self.kinds = cache, asked, kinds
         self.angles: list[Angles] = []
         self.numbers: dict[str | None, int] = {}  # of tables, by kind of layer
 
     def description(self) -> Description:
         body, dim = self.body, self.cache.head_dim
         _only(body, "the body", _BODY)
-        if not self.cache.whole_numbers or dim % 16 or dim > _LARGEST_HEAD:
-            raise NotOfThisShape(f"heads of {dim} numbers do not fit the cache of whole numbers")
+        if reason := self.kinds.cache(self.cache):
+            raise NotOfThisShape(reason)
         for layer_type, table in (tables_of(body.rotary_emb) or {}).items():
             self.numbers[layer_type] = len(self.angles)
             self.angles.append(table)
@@ -116,28 +208,22 @@ class _Reader:
         if len(self.asked) != len(body.layers):
             raise NotOfThisShape(f"it has {len(body.layers)} layers and {len(self.asked)} attentions")
         head = _base(self.head)
-        if not isinstance(head, PackedHead):
-            raise NotOfThisShape(f"its head ({_kind(head)}) has no compiled kernel")
+        if reason := self.kinds.head(head):
+            raise NotOfThisShape(f"its head ({_kind(head)}) {reason}")
         self.hidden = head.in_features
-        layers = (ExactLayer * len(body.layers))(*map(self.layer, range(len(body.layers))))
-        model = ExactModel(
-            layers=ctypes.addressof(layers),
+        layers = list(map(self.layer, range(len(body.layers))))
+        return Description(
+            layers=layers,
             embedding=self.embedding(head),
-            head=self.place(head.weight),
-            head_scales=self.place(head.scales),
-            head_arena=_arena(self.head),
+            head=Linear(head, _arena(self.head)),
             norm=self.norm(body.norm, "the last norm", self.hidden),
-            num_layers=len(layers),
             hidden=self.hidden,
-            heads=layers[0].o.inputs // dim,
+            heads=layers[0].linear("o").inputs // dim,
             kv_heads=self.cache.kv_heads,
             head_dim=dim,
-            rotary_pairs=max(pairs),
-            vocabulary=head.out_features,
-            padded_vocabulary=head.padded,
+            angles=self.angles,
             **self.factors(),
         )
-        return Description(model, layers, self.angles, head.out_features, head.padded, self.keep)
 
     def factors(self) -> dict[str, float]:
         found = {name: 0.0 if name == "logit_softcap" else 1.0 for *_, name in _FACTORS}
@@ -150,21 +236,20 @@ class _Reader:
         found["embedding_factor"] *= float(self.body.embed_tokens.loramux_embedding.factor)
         return found
 
-    def embedding(self, head: PackedHead) -> int | None:
-        """None: it is read from the head."""
+    def embedding(self, head: Any) -> torch.Tensor | None:
         embedding = self.body.embed_tokens
-        if isinstance(embedding, PackedEmbedding) and embedding.weight is head.weight:
-            return None
         weight = getattr(embedding, "weight", None)
         if getattr(embedding, "loramux_embedding", None) is None or not isinstance(weight, torch.Tensor):
             raise NotOfThisShape(f"its embedding ({_kind(embedding)}) has no compiled forward")
-        if weight.dtype != torch.bfloat16 or weight.dim() != 2 or weight.shape[1] != self.hidden:
+        if embedding.num_embeddings < head.out_features:
+            raise NotOfThisShape(f"its embedding has {embedding.num_embeddings} rows for {head.out_features} tokens")
+        if not weight.is_floating_point() and weight is head.weight:
+            return None
+        if weight.dtype != self.kinds.embedding or weight.dim() != 2 or weight.shape[1] != self.hidden:
             raise NotOfThisShape(f"its embedding is {tuple(weight.shape)} of {weight.dtype}")
-        if weight.shape[0] < head.out_features:
-            raise NotOfThisShape(f"its embedding has {weight.shape[0]} rows for {head.out_features} tokens")
-        return self.place(weight)
+        return weight
 
-    def layer(self, index: int) -> ExactLayer:
+    def layer(self, index: int) -> Layer:
         layer, asked, dim = self.body.layers[index], self.asked[index], self.cache.head_dim
         attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
         if attention is None or mlp is None:
@@ -173,42 +258,42 @@ class _Reader:
         projections = _choice(attention, f"the attention of layer {index}", _ATTENTION, {"q_norm", "k_norm"})
         head_norms = _choice(attention, f"the attention of layer {index}", _QK_NORMS, set(projections))
         gated = _choice(mlp, f"the MLP of layer {index}", _MLP, _ACTIVATIONS)
-        found = ExactLayer(scaling=asked.scaling, softcap=asked.softcap, window=asked.window)
+        found = Layer(asked)
         for owner, names in ((attention, projections), (mlp, gated)):
             for name, place in names.items():
                 setattr(found, place, self.linear(getattr(owner, name), f"{name} of layer {index}"))
         for name, place in norms.items():
             setattr(found, place, self.norm(getattr(layer, name), f"{name} of layer {index}", self.hidden))
         self.check_sizes(index, found)
-        heads = {"q_norm": found.o.inputs, "k_norm": self.cache.kv_heads * dim}
+        heads = {"q_norm": found.linear("o").inputs, "k_norm": self.cache.kv_heads * dim}
         if head_norms:
             found.whole_norms = _width(attention.q_norm) != dim
         for name, place in head_norms.items():
             width = heads[name] if found.whole_norms else dim
             setattr(found, place, self.norm(getattr(attention, name), f"{name} of layer {index}", width))
         kernel = getattr(mlp, "loramux_mlp", None)
-        if kernel is None or kernel.fused != (not found.up.codes):
+        if kernel is None or kernel.fused != (found.up is None):
             raise NotOfThisShape(f"the MLP of layer {index} ({_kind(mlp)}) has no compiled forward")
         found.gelu = kernel.gelu
         found.rotary = self.table(index, attention)
         return found
 
-    def check_sizes(self, index: int, layer: ExactLayer) -> None:
+    def check_sizes(self, index: int, layer: Layer) -> None:
         """The step trusts them: it would read beyond a weight's end."""
-        hidden, kv, q = self.hidden, self.cache.kv_heads * self.cache.head_dim, layer.o.inputs
-        inner = layer.down.inputs
+        hidden, kv, q = self.hidden, self.cache.kv_heads * self.cache.head_dim, layer.linear("o").inputs
+        inner = layer.linear("down").inputs
         expected = {
-            "q": (hidden, q if layer.k.codes else q + 2 * kv),
+            "q": (hidden, q if layer.k else q + 2 * kv),
             "k": (hidden, kv),
             "v": (hidden, kv),
             "o": (_base(self.body.layers[0].self_attn.o_proj).in_features, hidden),
-            "gate": (hidden, inner if layer.up.codes else 2 * inner),
+            "gate": (hidden, inner if layer.up else 2 * inner),
             "up": (hidden, inner),
             "down": (inner, hidden),
         }
         for name, size in expected.items():
-            linear = getattr(layer, name)
-            if linear.codes and (linear.inputs, linear.outputs) != size:
+            linear: Linear | None = getattr(layer, name)
+            if linear is not None and (linear.inputs, linear.outputs) != size:
                 raise NotOfThisShape(
                     f"{name} of layer {index} takes {linear.inputs} numbers to {linear.outputs}, "
                     f"and not {size[0]} to {size[1]}"
@@ -225,28 +310,19 @@ class _Reader:
             raise NotOfThisShape(f"there are no angles for layer {index} ({kind})")
         return self.numbers[kind]
 
-    def linear(self, module: nn.Module, name: str) -> ExactLinear:
-        linear = _base(module)
-        if not isinstance(linear, NF4Linear):
-            sizes = isinstance(linear, nn.Linear) and why_no_kernel(linear)
-            raise NotOfThisShape(f"{name} ({_kind(linear)}) has no compiled kernel{f': {sizes}' if sizes else ''}")
-        bias = None if linear.bias is None else self.place(linear.bias)
-        places = (self.place(linear.weight), self.place(linear.scales), bias)
-        return ExactLinear(*places, _arena(module), linear.in_features, linear.out_features)
+    def linear(self, module: nn.Module, name: str) -> Linear:
+        layer = _base(module)
+        if reason := self.kinds.linear(layer):
+            raise NotOfThisShape(f"{name} ({_kind(layer)}) {reason}")
+        return Linear(layer, _arena(module))
 
-    def norm(self, module: Any, name: str, width: int) -> ExactNorm:
-        kernel = getattr(module, "loramux_norm", None)
+    def norm(self, module: Any, name: str, width: int) -> RMSNorm:
+        kernel: RMSNorm | None = getattr(module, "loramux_norm", None)
         if kernel is None:
             raise NotOfThisShape(f"{name} ({_kind(module)}) has no compiled forward")
         if kernel.weight.numel() != width:
             raise NotOfThisShape(f"{name} is of {kernel.weight.numel()} numbers, and not of {width}")
-        return ExactNorm(self.place(kernel.weight), kernel.eps)
-
-    def place(self, tensor: torch.Tensor) -> int:
-        if not tensor.is_contiguous() or tensor.device.type != "cpu":
-            raise NotOfThisShape("a weight does not lie dense in memory")
-        self.keep.append(tensor)
-        return tensor.data_ptr()
+        return kernel
 
 
 def _parts(module: nn.Module) -> set[str]:
@@ -257,7 +333,7 @@ def _parts(module: nn.Module) -> set[str]:
 
 def _only(module: nn.Module, what: str, names: set[str]) -> None:
     if (found := _parts(module)) != names:
-        raise NotOfThisShape(f"{what} has {', '.join(sorted(found ^ names))} more or less than the compiled step knows")
+        raise NotOfThisShape(f"{what} has {', '.join(sorted(found ^ names))} more or less than a whole step knows")
 
 
 def _choice(module: nn.Module, what: str, choices: tuple[dict[str, str], ...], others: set[str]) -> dict[str, str]:
@@ -279,8 +355,8 @@ def _base(module: nn.Module) -> Any:
     return module.base_layer if isinstance(module, LoRALinear) else module
 
 
-def _arena(module: nn.Module) -> LoraArena:
-    return arena_of(module.arena) if isinstance(module, LoRALinear) else LoraArena()
+def _arena(module: nn.Module) -> Arena | None:
+    return module.arena if isinstance(module, LoRALinear) else None
 
 
 def _kind(module: object) -> str:

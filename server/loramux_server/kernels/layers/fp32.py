@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from loramux_adapters.memory import available_bytes
+from loramux_adapters.device.process_memory import available_bytes
 from loramux_server.kernels.layers.nf4_linear import NF4Linear, four_bit_layers
 from loramux_server.kernels.layers.packed_head import PackedHead
 

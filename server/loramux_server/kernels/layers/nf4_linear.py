@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from loramux_adapters import nf4
+from loramux_adapters.device.device import in_host_memory
 from loramux_server.kernels.compiled.library import Compiled
 
 BLOCK = nf4.BLOCK  # inputs that share a scale
@@ -47,15 +48,9 @@ class NF4Linear(nn.Linear):
     @classmethod
     def of(cls, layer: Any, compiled: Compiled) -> NF4Linear:
         """From a Linear4bit of bitsandbytes that `fits`."""
-        import bitsandbytes.functional as bnb
-
         state = layer.weight.quant_state
-        scales = state.absmax
-        if state.nested:
-            scales = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
-        outputs, inputs = state.shape
-        codes = tiles(unpacked(layer.weight.data, outputs, inputs))
-        scales = scales.float().view(outputs, inputs // BLOCK).t().contiguous()
+        codes = tiles(unpacked(layer.weight.data, *state.shape))
+        scales = scales_of(state).t().contiguous()
         bias = None if layer.bias is None else layer.bias.detach().to(torch.bfloat16)
         return cls(codes, scales, bias, compiled)
 
@@ -96,7 +91,7 @@ class NF4Linear(nn.Linear):
 def fits(layer: nn.Module) -> bool:
     """Whether it is an NF4 layer of bitsandbytes on the CPU that the compiled kernels can take."""
     linear: Any = layer
-    if type(layer) not in _four_bit() or linear.weight.device.type != "cpu":
+    if type(layer) not in _four_bit() or not in_host_memory(linear.weight):
         return False
     state = linear.weight.quant_state
     return shape_fits(linear) and state is not None and state.quant_type == "nf4" and state.blocksize == BLOCK
@@ -150,6 +145,17 @@ def unpacked(weight: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
     """bitsandbytes' packed codes, two in a byte, the first in its high half -> [outputs, inputs] uint8."""
     pairs = weight.reshape(-1)
     return torch.stack([pairs >> 4, pairs & 15], dim=1).view(outputs, inputs)
+
+
+def scales_of(state: Any) -> torch.Tensor:
+    """bitsandbytes' scales, double quantization undone -> [outputs, inputs / 64] fp32, where they lie."""
+    import bitsandbytes.functional as bnb
+
+    scales: torch.Tensor = state.absmax
+    if state.nested:
+        scales = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    outputs, inputs = state.shape
+    return scales.float().view(outputs, inputs // BLOCK)
 
 
 def tiles(codes: torch.Tensor) -> torch.Tensor:

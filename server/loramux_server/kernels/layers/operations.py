@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,34 +22,9 @@ from torch import nn
 from loramux_server.kernels.compiled.library import Compiled
 from loramux_server.kernels.layers.fp32 import run_in_fp32
 from loramux_server.kernels.layers.packed_embedding import Widened, factor_of, widened
-
-_VECTOR = 16  # widths are a multiple of this
-_NEAR = 1e-5  # relative difference of the same numbers, summed in another order
-_NEAR_PRODUCT = 1e-3  # of a whole MLP: a number that changes in the last bit may be rounded to another whole one
+from loramux_server.kernels.layers.recognition import GatedMLP, RMSNorm, gate_and_up, mlp_of, norm_of
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class RMSNorm:
-    """Attribute `loramux_norm` of a norm whose forward is ours: what it multiplies with [dim] fp32, and its epsilon."""
-
-    weight: torch.Tensor
-    eps: float
-
-
-@dataclass(frozen=True, slots=True)
-class GatedMLP:
-    """Attribute `loramux_mlp` of an MLP whose forward is ours.
-
-    Attributes:
-        gelu: its activation is GELU by tanh, else SiLU.
-        fused: `gate_up_proj` gives both, the gate first; else there are `gate_proj` and `up_proj`.
-    """
-
-    gelu: bool
-    fused: bool
-
 
 _KINDS = {"loramux_embedding": "embedding", "loramux_norm": "norm", "loramux_mlp": "MLP"}
 
@@ -91,97 +65,57 @@ def _widen(module: Any) -> bool:
 
 
 class _CompiledOps:
+    """The formulas that modules are compared with (recognition.py), by the kernels that take their place."""
+
+    multiple = 16  # a vector
+
     def __init__(self, compiled: Compiled) -> None:
         self._norm = compiled.function("loramux_exact_rms_norm")
         self._gate = compiled.function("loramux_exact_gate")
         self._isa = compiled.isa
-        self._random = torch.Generator().manual_seed(0)
 
-    def use_norm(self, module: Any) -> bool:
-        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        if list(module._parameters) != ["weight"] or module._modules or not isinstance(eps, float):
-            return False
-        own = module.forward
-        if module.weight.dim() != 1 or len(module.weight) % _VECTOR or module.weight.dtype != torch.float32:
-            return False
-        x = self._inputs(8, len(module.weight))
-        expected = own(x)
-        for one in (0.0, 1.0):
-            norm = RMSNorm((module.weight.detach() + one).contiguous(), eps)
-            forward = self._norm_forward(norm, own)
-            if _agree(forward(x), expected, expected):
-                _give(module, forward, loramux_norm=norm)
-                return True
-        return False
-
-    def _norm_forward(self, norm: RMSNorm, own: Forward) -> Forward:
-        dim, at, eps, call, isa = len(norm.weight), norm.weight.data_ptr(), norm.eps, self._norm, self._isa
-
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            if x.dtype != torch.float32:
-                return own(x)
-            x = x.contiguous()
-            y = torch.empty_like(x)
-            call(y.data_ptr(), x.data_ptr(), at, x.numel() // dim, dim, eps, isa, torch.get_num_threads())
-            return y
-
-        return forward
+    def use_norm(self, module: Any) -> None:
+        norm = norm_of(module, self)
+        if norm is not None:
+            _give(module, self._norm_forward(norm, module.forward), loramux_norm=norm)
 
     def use_mlp(self, module: Any) -> bool:
-        """Modules look alike, so what they do is tried."""
-        activation = module._modules.get("act_fn", module._modules.get("activation_fn"))
-        fused = "gate_up_proj" in module._modules
-        gates = ("gate_up_proj",) if fused else ("gate_proj", "up_proj")
-        layers = [module._modules.get(name) for name in (*gates, "down_proj")]
-        if activation is None or not all(isinstance(layer, nn.Linear) for layer in layers):
+        found = mlp_of(module, self)
+        if found is None:
             return False
-        inner = module.down_proj.in_features
-        if inner % _VECTOR or layers[0].out_features != inner * (1 + fused):
-            return False
-        g, u = self._inputs(8, inner), self._inputs(8, inner)
-        x = self._inputs(4, layers[0].in_features)
-        expected, its = activation(g) * u, module.forward(x)
-        for gelu in (False, True):
-            if _agree(self._gated(g, u, gelu), expected, g * u):
-                forward = self._mlp_forward(module, gelu, fused)
-                if (forward(x) - its).norm() <= _NEAR_PRODUCT * its.norm():
-                    _give(module, forward, loramux_mlp=GatedMLP(gelu, fused))
-                    return True
-        return False
+        _give(module, self._mlp_forward(module, found), loramux_mlp=found)
+        return True
 
-    def _mlp_forward(self, module: Any, gelu: bool, fused: bool) -> Forward:
-        own = module.forward
+    def norm(self, norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        dim, threads = len(norm.weight), torch.get_num_threads()
+        places = (tensor.data_ptr() for tensor in (y, x, norm.weight))
+        self._norm(*places, x.numel() // dim, dim, norm.eps, self._isa, threads)
+        return y
 
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            if x.dtype != torch.float32:
-                other: torch.Tensor = own(x)
-                return other
-            # by name: a layer may have been wrapped since
-            if fused:
-                g, u = module.gate_up_proj(x).contiguous().chunk(2, dim=-1)
-            else:
-                g, u = module.gate_proj(x).contiguous(), module.up_proj(x).contiguous()
-            y: torch.Tensor = module.down_proj(self._gated(g, u, gelu))
-            return y
-
-        return forward
-
-    def _gated(self, g: torch.Tensor, u: torch.Tensor, gelu: bool) -> torch.Tensor:
-        """activation(g) * u of rows [..., dim], dense or halves of dense rows."""
+    def gated(self, g: torch.Tensor, u: torch.Tensor, gelu: bool) -> torch.Tensor:
+        """Rows dense, or halves of dense rows."""
         dim = g.shape[-1]
         y = torch.empty(g.shape)
         places = (tensor.data_ptr() for tensor in (y, g, u))
         self._gate(*places, g.numel() // dim, dim, g.stride(-2), gelu, self._isa, torch.get_num_threads())
         return y
 
-    def _inputs(self, rows: int, width: int) -> torch.Tensor:
-        """[rows, width] fp32 of sizes from small to large, none with a mean of zero."""
-        scales = torch.logspace(-2, 1, rows)[:, None]
-        return (torch.randn(rows, width, generator=self._random) + 0.3) * scales
+    def _norm_forward(self, norm: RMSNorm, own: Forward) -> Forward:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            return self.norm(norm, x) if x.dtype == torch.float32 else own(x)
 
+        return forward
 
-def _agree(ours: torch.Tensor, its: torch.Tensor, size: torch.Tensor) -> bool:
-    """Whether both are the same numbers, up to some of the last bits of theirs and of `size`."""
-    if ours.shape != its.shape or ours.dtype != its.dtype:
-        return False
-    return bool(((ours - its).abs() <= _NEAR * its.abs() + 1e-6 * size.abs()).all())
+    def _mlp_forward(self, module: Any, found: GatedMLP) -> Forward:
+        own = module.forward
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            if x.dtype != torch.float32:
+                other: torch.Tensor = own(x)
+                return other
+            y: torch.Tensor = module.down_proj(self.gated(*gate_and_up(module, found.fused, x), found.gelu))
+            return y
+
+        return forward

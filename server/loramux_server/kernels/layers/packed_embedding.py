@@ -52,13 +52,13 @@ class PackedEmbedding(nn.Embedding):
 
 
 def factor_of(embedding: Any) -> float | None:
-    """What a token embedding in bf16 multiplies its rows with; None where a trial shows that it does more."""
-    if not isinstance(embedding, nn.Embedding) or embedding.weight.dtype != torch.bfloat16:
+    """What a token embedding in 16 bits multiplies its rows with; None where a trial shows that it does more."""
+    if not isinstance(embedding, nn.Embedding) or embedding.weight.dtype not in (torch.bfloat16, torch.float16):
         return None
     if embedding.max_norm is not None:
         return None
     factor = float(getattr(embedding, "embed_scale", 1.0))
-    rows = embedding.weight[:_TRIED].detach().float()
+    rows = embedding.weight[:_TRIED].detach().float().cpu()
     tokens = torch.arange(len(rows))
     few = copy.copy(embedding)
     few.__dict__.update(padding_idx=None, _parameters={"weight": nn.Parameter(rows)})

@@ -11,6 +11,7 @@ from typing import TypeGuard
 import torch
 from torch import nn
 
+from loramux_adapters.device.device import in_host_memory
 from loramux_server.kernels.compiled.library import Compiled
 from loramux_server.kernels.layers.nf4_linear import BLOCK
 
@@ -108,4 +109,4 @@ def head_fits(head: object) -> TypeGuard[nn.Linear]:
     if type(head) is not nn.Linear or head.bias is not None or head.in_features % BLOCK:
         return False
     weight = head.weight
-    return weight.dtype == torch.bfloat16 and weight.is_contiguous() and weight.device.type == "cpu"
+    return weight.dtype == torch.bfloat16 and weight.is_contiguous() and in_host_memory(weight)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.errors import RecipeError
 from loramux_adapters.training.model.fused_linear import FrozenWeight
 from loramux_adapters.training.model.loftq import closest_pair
@@ -15,7 +16,7 @@ from loramux_adapters.training.recipe import Recipe
 from loramux_server.base.loader import load_base_model
 from support.tiny_models import save_tiny_model
 
-CPU = torch.device("cpu")
+CPU = CpuDevice()
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24)])

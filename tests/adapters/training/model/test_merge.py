@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.errors import CheckpointError, TrainingError
 from loramux_adapters.lora.weights import load_host_adapter
 from loramux_adapters.training.model.merge import merge_into, write_checkpoint
@@ -22,7 +23,7 @@ from loramux_server.kernels.layers.nf4_linear import NF4Linear
 from support.adapter_files import write_adapter
 from support.tiny_models import save_tiny_model, tiny_tokenizer
 
-CPU = torch.device("cpu")
+CPU = CpuDevice()
 
 
 def load(directory: Path) -> Any:

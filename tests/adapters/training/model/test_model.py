@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.errors import RecipeError
 from loramux_adapters.lora.verify import check_adapter
 from loramux_adapters.training.data.batches import IGNORED, Row, TokenBatch
@@ -25,7 +26,7 @@ from loramux_server.kernels.layers.fp32 import keep_unpacked
 from support.decoders import slow_twin
 from support.tiny_models import save_tiny_model, tiny_config
 
-CPU = torch.device("cpu")
+CPU = CpuDevice()
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt_neox", "granite"]
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from loramux_adapters.device.cpu import CpuDevice
+from loramux_adapters.device.device import ON_CARD, ON_HOST
 from loramux_adapters.errors import RecipeError
 from loramux_adapters.training.model.model import LoraModel
 from loramux_adapters.training.recipe import Recipe
@@ -20,7 +22,7 @@ from loramux_server.kernels.choice import available_kernels
 from support.measured_memory import different_rows, optimizer_bytes, saved_by_a_step
 from support.tiny_models import save_tiny_model, tiny_config
 
-CPU = torch.device("cpu")
+CPU = CpuDevice()
 
 
 def skeleton_of(directory: Path) -> Any:
@@ -31,7 +33,7 @@ def skeleton_of(directory: Path) -> Any:
 def plan(architecture: str = "llama", *, cuda: bool = False, sequence: int = 64, **recipe: Any) -> MemoryPlan:
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(tiny_config(architecture))
-    return plan_memory(skeleton, Recipe(**recipe), sequence=sequence, learned=4, cuda=cuda)
+    return plan_memory(skeleton, Recipe(**recipe), sequence=sequence, learned=4, layout=ON_CARD if cuda else ON_HOST)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3", "gemma2"])
@@ -39,7 +41,7 @@ def plan(architecture: str = "llama", *, cuda: bool = False, sequence: int = 64,
 def test_base_adapter_and_optimizer_take_what_was_planned(tmp_path: Path, architecture: str, quantize: str) -> None:
     directory = save_tiny_model(tmp_path / "base", architecture)
     recipe = Recipe(rank=4, quantize=quantize, batch_size=4)
-    planned = plan_memory(skeleton_of(directory), recipe, sequence=32, learned=4, cuda=False)
+    planned = plan_memory(skeleton_of(directory), recipe, sequence=32, learned=4, layout=ON_HOST)
 
     base = load_base_model(
         str(directory), device=CPU, cache_dir=tmp_path, report=lambda line: None, quantize=quantize, training=True
@@ -62,7 +64,7 @@ def test_base_adapter_and_optimizer_take_what_was_planned(tmp_path: Path, archit
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_weight_that_embedding_and_head_share_is_planned_once(tmp_path: Path, tied: bool, quantize: str) -> None:
     directory = save_tiny_model(tmp_path / "base", tie_word_embeddings=tied)
-    planned = base_bytes(skeleton_of(directory), quantize, cuda=False)
+    planned = base_bytes(skeleton_of(directory), quantize, ON_HOST)
     base = load_base_model(
         str(directory), device=CPU, cache_dir=tmp_path, report=lambda line: None, quantize=quantize, training=True
     )
@@ -78,7 +80,7 @@ def test_a_weight_that_embedding_and_head_share_is_planned_once(tmp_path: Path, 
 def test_activations_are_what_the_backward_pass_is_kept(tmp_path: Path, sequence: int, changes: dict[str, Any]) -> None:
     directory = save_tiny_model(tmp_path / "base")
     recipe = Recipe(rank=4, batch_size=4, **changes)
-    planned = plan_memory(skeleton_of(directory), recipe, sequence=sequence, learned=4, cuda=False)
+    planned = plan_memory(skeleton_of(directory), recipe, sequence=sequence, learned=4, layout=ON_HOST)
     base = load_base_model(str(directory), device=CPU, cache_dir=tmp_path, report=lambda line: None, training=True)
 
     model = LoraModel.build(base.model, recipe)
@@ -93,7 +95,7 @@ def test_the_cache_is_what_the_server_would_take(tmp_path: Path) -> None:
     )
 
     shape = probe_kv_shape(base.model, CPU, whole_numbers=base.kernels.whole_numbers)
-    assert kv_bytes(base.config, cuda=False) == shape.token_bytes
+    assert kv_bytes(base.config, ON_HOST) == shape.token_bytes
 
 
 def test_parts_and_recomputation_lower_the_activations_alone() -> None:

@@ -10,7 +10,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "lora.h"
-#include "product.h"
+#include "panels.h"
 #include "screen.h"
 
 namespace {
@@ -131,7 +131,10 @@ struct DecoderRun {
         if (next && next->codes) reads[count++] = {spans[1], code_spans(spans[1], *next)};
         if (cached >= 0 && cached < model.num_layers) reads[count++] = {spans[2], cache_spans(spans[2], cached, part)};
         const Nf4Weights weights{layer.codes, layer.scales, levels, layer.inputs, layer.outputs};
-        multiply(y, Rows{at.rounded, at.row_scales, rows}, weights, reads, count, threads);
+        if (rows >= kManyRows)
+            multiply_many(y, x, weights, rows, kRowTop, kLevelTop, threads);
+        else
+            multiply(y, Rows{at.rounded, at.row_scales, rows}, weights, reads, count, threads);
         if (layer.bias)
             for_rows(rows, layer.outputs, threads,
                      [&](int64_t t) { add_bias(y + t * layer.outputs, layer.bias, layer.outputs); });
@@ -255,7 +258,8 @@ struct DecoderRun {
 
     // Rows have to be few, and nothing may be added to their logits. A soft cap makes logits equal that are not.
     bool can_screen(int64_t rows) const {
-        if (rows > kScreenedRows || model.logit_softcap > 0. || !(model.logit_divisor > 0.)) return false;
+        if (rows > kScreenedRows || model.logit_softcap > 0. || !(static_cast<float>(model.logit_divisor) > 0.f))
+            return false;
         if (!step.head_lora || !model.head_arena.a) return true;
         const LoraBatch batch{model.head_arena, *step.head_lora};
         for (int32_t e = 0; e < batch.first[rows]; ++e)

@@ -20,7 +20,7 @@ constexpr int kPanelGroup = 6, kPanelTiles = 4;
 constexpr int64_t kManyRows = 512;
 #else
 constexpr int kPanelGroup = 6, kPanelTiles = 1;
-constexpr int64_t kManyRows = 32;
+constexpr int64_t kManyRows = 96;
 #endif
 
 // y [R, 16 * vectors] += float(q [R, 64] @ panel) * (row_scales [R] * scales [16 * vectors]); rows of y are y_row

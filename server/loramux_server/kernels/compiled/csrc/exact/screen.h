@@ -5,9 +5,9 @@
 //   logit = sum_b scale_w[b] * scale_x[b] * sum_i x[i] * (16 * high[i] + 7.5), give or take
 //   reach = sum_b scale_w[b] * scale_x[b] * sum_i |x[i]| * 7.5
 //
-// (scales are not negative) and a token whose logit is less, even so, than what another has for certain is not the first. The few tiles with tokens
-// that are left are computed in full, by the product of all rows: the token is the one that a search of all logits finds,
-// bit for bit.
+// (scales are not negative), and a token whose logit is less, even so, than what another has for certain is not the first.
+// The few tiles with tokens that are left are computed in full, by the product of all rows: the token is the one that a
+// search of all logits finds, bit for bit.
 //
 // Rounding: both the estimate and the logit itself are sums of terms of at most 2056 * scale_w * scale_x * sum_i |x[i]|,
 // each rounded at most blocks + 4 times by 2^-24 of that; `kMargin` of it makes each reach longer by more than all of them,
@@ -153,11 +153,13 @@ inline void find_first_tokens(int64_t* tokens, float* logits, const Rows& x, con
             parts[piece].first[t] = first;
         }
     });
+    // A divisor below 1 may make an infinity of a largest logit that is none.
+    const uint64_t below = key_of(kNothing, 0), above = key_of(-kNothing, 0xffffffff);
     for (int64_t t = 0; t < rows; ++t) {
         uint64_t first = 0;
         for (int64_t piece = 0; piece < pieces; ++piece)
             if (parts[piece].first[t] > first) first = parts[piece].first[t];
-        if (tokens[t] >= 0) tokens[t] = first != 0 ? token_of(first) : -1;
+        if (tokens[t] >= 0) tokens[t] = below < first && first < above ? token_of(first) : -1;
     }
 }
 

@@ -1,0 +1,1 @@
+"""What differs between a CPU and a graphics processor, behind one narrow object: `Device` in device.py."""

@@ -1,0 +1,1 @@
+"""A whole step of a decoder, made of the kernels beside it."""

@@ -1,0 +1,80 @@
+"""NF4 layers of a base on a graphics processor's kernels: bitsandbytes' weights, laid out for them once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from loramux_adapters.device.device import Device
+from loramux_server.kernels.attention.kv_cache import KVShape
+from loramux_server.kernels.decoder.description import Kinds
+from loramux_server.kernels.gpu.nf4 import Nf4Weights, nf4_product, why_not
+from loramux_server.kernels.gpu.split_sums import scratch_numbers
+from loramux_server.kernels.layers.nf4_linear import four_bit_layers
+from loramux_server.kernels.layers.packed_embedding import put
+
+_LARGEST_HEAD = 256  # numbers of one that the attention kernels keep in registers
+
+
+class TritonNF4Linear(nn.Linear):
+    """A frozen layer whose weight lies as the kernels read it.
+
+    Attributes:
+        nf4: the weight; a part of several layers' where a whole step reads them as one.
+        bias: [out], no gradient; or None.
+    """
+
+    def __init__(self, nf4: Nf4Weights, bias: torch.Tensor | None, device: Device) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would make a weight
+        self.in_features, self.out_features = nf4.inputs, nf4.outputs
+        self.nf4, self._device = nf4, device
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The codes: what asks a layer for its weight wants to know where it lies."""
+        return self.nf4.codes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in] -> [..., out] of x's dtype. Without gradients."""
+        rows = x.detach().reshape(-1, self.in_features).to(self._device.activations).contiguous()
+        numbers = scratch_numbers(len(rows), self.in_features, self.out_features)
+        scratch = self._device.scratch((max(numbers, 1),), torch.float32)
+        y = self._device.scratch((len(rows), self.out_features), x.dtype)
+        nf4_product(self._device.launch, y, rows, self.nf4, scratch, bias=self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+@torch.no_grad()
+def pack(model: nn.Module, device: Device) -> None:
+    """Has a base compute in the device's activations, its layers on TritonNF4Linear where the kernels read them."""
+    for parameter in model.parameters():
+        if parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.to(device.activations)
+    for _, layer in four_bit_layers(model):
+        if not why_not(layer):
+            bias = None if layer.bias is None else layer.bias.detach()
+            put(model, layer, TritonNF4Linear(Nf4Weights.of(layer), bias, device))
+
+
+def kinds_of(act: torch.dtype) -> Kinds:
+    """What a whole step on these kernels takes, where `act` is what lies between them."""
+
+    def why_not_linear(layer: nn.Module) -> str:
+        return "" if isinstance(layer, TritonNF4Linear) else "is not read by the NF4 kernels"
+
+    def why_not_head(head: Any) -> str:
+        if type(head) is not nn.Linear or head.bias is not None or not head.weight.is_contiguous():
+            return "is no dense layer without a bias"
+        if head.weight.dtype != act:
+            return f"is kept in {head.weight.dtype}, and the kernels compute in {act}"
+        return "" if head.in_features % 16 == 0 else f"takes {head.in_features} numbers, and not a multiple of 16"
+
+    def why_not_cache(shape: KVShape) -> str:
+        dim = shape.head_dim
+        fits = shape.dtype == act and dim % 16 == 0 and dim <= _LARGEST_HEAD
+        return "" if fits else f"heads of {dim} numbers in {shape.dtype} do not fit the attention kernels"
+
+    return Kinds(why_not_linear, why_not_head, why_not_cache, act)

@@ -1,0 +1,167 @@
+"""What the parts of a transformers model between its linear layers compute: recognized by trying them.
+
+Modules of many families look alike and differ in a detail (a one added to a norm's weight, another activation), so each
+is given numbers and compared with the formulas below. What is recognized is noted on the module, for a whole step to
+be made from (decoder/description.py):
+
+    loramux_embedding   embedding(t) = factor * w[t]
+    loramux_norm        norm(x) = w * x / sqrt(mean(x^2) + eps), where w already holds the one that some models add
+    loramux_mlp         mlp(x) = down(activation(gate(x)) * up(x))
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from loramux_server.kernels.layers.packed_embedding import Widened, factor_of
+
+_NEAR = 1e-5  # relative difference of the same numbers, summed in another order
+_NEAR_PRODUCT = {
+    torch.float32: 1e-3,
+    torch.bfloat16: 2e-2,
+    torch.float16: 5e-3,
+}  # of a whole MLP, by what it computes in
+
+
+@dataclass(frozen=True, slots=True)
+class RMSNorm:
+    """Attribute `loramux_norm` of a norm: what it multiplies with [dim] fp32, and its epsilon."""
+
+    weight: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class GatedMLP:
+    """Attribute `loramux_mlp` of an MLP.
+
+    Attributes:
+        gelu: its activation is GELU by tanh, else SiLU.
+        fused: `gate_up_proj` gives both, the gate first; else there are `gate_proj` and `up_proj`.
+    """
+
+    gelu: bool
+    fused: bool
+
+
+class Formulas(Protocol):
+    """Who computes what modules are compared with.
+
+    Attributes:
+        multiple: of numbers that it takes at once; rows of other widths it does not compute.
+    """
+
+    multiple: int
+
+    def norm(self, norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+        """x [rows, dim] fp32."""
+        ...
+
+    def gated(self, g: torch.Tensor, u: torch.Tensor, gelu: bool) -> torch.Tensor:
+        """activation(g) * u of rows [..., dim] fp32."""
+        ...
+
+
+class TensorFormulas:
+    """By PyTorch."""
+
+    multiple = 1
+
+    def norm(self, norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+        return norm.weight * (x * (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt())
+
+    def gated(self, g: torch.Tensor, u: torch.Tensor, gelu: bool) -> torch.Tensor:
+        return (functional.gelu(g, approximate="tanh") if gelu else functional.silu(g)) * u
+
+
+def norm_of(module: Any, formulas: Formulas) -> RMSNorm | None:
+    """What a norm in fp32 on the CPU computes; None for other modules, and for what it is not."""
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if list(module._parameters) != ["weight"] or module._modules or not isinstance(eps, float):
+        return None
+    weight = module.weight
+    if weight.dim() != 1 or len(weight) % formulas.multiple or weight.dtype != torch.float32:
+        return None
+    x = inputs(8, len(module.weight))
+    expected = module.forward(x)
+    for one in (0.0, 1.0):
+        norm = RMSNorm((module.weight.detach() + one).contiguous(), eps)
+        if _agree(formulas.norm(norm, x), expected, expected):
+            return norm
+    return None
+
+
+def mlp_of(module: Any, formulas: Formulas, dtype: torch.dtype = torch.float32) -> GatedMLP | None:
+    """What an MLP computes, on whatever device its layers are; None for other modules. `dtype`: of what it is given."""
+    activation = module._modules.get("act_fn", module._modules.get("activation_fn"))
+    fused = "gate_up_proj" in module._modules
+    gates = ("gate_up_proj",) if fused else ("gate_proj", "up_proj")
+    layers = [module._modules.get(name) for name in (*gates, "down_proj")]
+    if activation is None or not all(isinstance(layer, nn.Linear) for layer in layers):
+        return None
+    inner = module.down_proj.in_features
+    if inner % formulas.multiple or layers[0].out_features != inner * (1 + fused):
+        return None
+    g, u = inputs(8, inner), inputs(8, inner, seed=1)
+    expected = activation(g) * u
+    for gelu in (False, True):
+        found = GatedMLP(gelu, fused)
+        if _agree(formulas.gated(g, u, gelu), expected, g * u) and _whole(module, found, formulas, dtype):
+            return found
+    return None
+
+
+def gate_and_up(module: Any, fused: bool, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What an MLP's layers give; by name, since a layer may have been wrapped since."""
+    if fused:
+        g, u = module.gate_up_proj(x).contiguous().chunk(2, dim=-1)
+        return g, u
+    return module.gate_proj(x).contiguous(), module.up_proj(x).contiguous()
+
+
+def _whole(module: Any, found: GatedMLP, formulas: Formulas, dtype: torch.dtype) -> bool:
+    """Whether the module as a whole computes this."""
+    first = module.gate_up_proj if found.fused else module.gate_proj
+    x = inputs(4, first.in_features).to(first.weight.device, dtype)
+    its = module.forward(x)
+    g, u = gate_and_up(module, found.fused, x)
+    gated = formulas.gated(g.float().cpu(), u.float().cpu(), found.gelu)
+    ours = module.down_proj(gated.to(its.device, dtype))
+    return bool((ours - its).norm() <= _NEAR_PRODUCT[dtype] * its.norm())
+
+
+@torch.no_grad()
+def recognize(model: Any) -> None:
+    """Notes on the modules of a base what they compute. They keep their own code. Inference only."""
+    formulas = TensorFormulas()
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    factor = None if embedding is None else factor_of(embedding)
+    if factor is not None:
+        embedding.__dict__["loramux_embedding"] = Widened(factor)
+    for module in model.modules():
+        if (mlp := mlp_of(module, formulas, model.dtype)) is not None:
+            module.__dict__["loramux_mlp"] = mlp
+        elif "weight" in module._parameters and not isinstance(module, (nn.Linear, nn.Embedding)):
+            norm = norm_of(copy.deepcopy(module).float().cpu(), formulas)
+            if norm is not None:
+                held = RMSNorm(norm.weight.to(module.weight.device), norm.eps)
+                module.__dict__["loramux_norm"] = held
+
+
+def inputs(rows: int, width: int, seed: int = 0) -> torch.Tensor:
+    """[rows, width] fp32 of sizes from small to large, none with a mean of zero."""
+    scales = torch.logspace(-2, 1, rows)[:, None]
+    return (torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) + 0.3) * scales
+
+
+def _agree(ours: torch.Tensor, its: torch.Tensor, size: torch.Tensor) -> bool:
+    """Whether both are the same numbers, up to some of the last bits of theirs and of `size`."""
+    if ours.shape != its.shape or ours.dtype != its.dtype:
+        return False
+    return bool(((ours - its).abs() <= _NEAR * its.abs() + 1e-6 * size.abs()).all())

@@ -1,0 +1,92 @@
+"""Adapters into slots through pinned memory, beside the steps: what the plain copy gives, never too early or late."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from loramux_adapters.device.cpu import CpuDevice
+from loramux_adapters.device.cuda import CudaDevice
+from loramux_adapters.device.device import Device
+from loramux_adapters.lora.ops import Arena
+from loramux_adapters.lora.slot_copy import StagedCopySlot, Weights, copy_slot
+from loramux_adapters.lora.slots import SMALLEST_RANK, Slot
+from support.emulated import EmulatedDevice
+from support.plain_kernel import PlainKernel
+
+ROWS, SHAPES = 64, ((24, 40), (40, 8))
+MAKERS: dict[str, Callable[[], Device]] = {
+    "cpu": CpuDevice,
+    "emulated": EmulatedDevice,
+    "emulated, some of it early": lambda: EmulatedDevice(early=0.4, seed=3),
+}
+if torch.cuda.is_available():
+    MAKERS["cuda"] = lambda: CudaDevice(torch.device("cuda"))
+
+
+def arenas_on(device: Device) -> list[Arena]:
+    return [
+        Arena(
+            device.reserve((ROWS, inputs), torch.bfloat16),
+            device.reserve((ROWS, outputs), torch.bfloat16),
+            device.reserve((ROWS // SMALLEST_RANK,), torch.uint8),
+        )
+        for inputs, outputs in SHAPES
+    ]
+
+
+def weights(rank: int, value: float) -> list[Weights]:
+    def matrix(size: int) -> torch.Tensor:
+        return (torch.arange(rank * size).view(rank, size) % 31 + value).bfloat16()
+
+    return [(matrix(inputs), matrix(outputs)) for inputs, outputs in SHAPES]
+
+
+@pytest.mark.parametrize("staging_bytes", [2, 100, 1 << 20])
+@pytest.mark.parametrize("made", MAKERS)
+def test_slots_hold_what_the_plain_copy_gives(made: str, staging_bytes: int) -> None:
+    device, host = MAKERS[made](), CpuDevice()
+    copy, ours, theirs = StagedCopySlot(device, staging_bytes), arenas_on(device), arenas_on(host)
+    choose = random.Random(0)
+    for turn in range(12):
+        slot = choose.choice([Slot(0, 8), Slot(8, 8), Slot(16, 16), Slot(32, 32), Slot(0, 16)])
+        rank = choose.randint(1, slot.rank)
+        new = [given if choose.random() < 0.7 else None for given in weights(rank, turn)]
+        copy(slot, list(zip(ours, new, strict=True)))
+        copy_slot(slot, list(zip(theirs, new, strict=True)))
+    for one, other in zip(ours, theirs, strict=True):
+        for got, expected in ((one.a, other.a), (one.bt, other.bt), (one.targeted, other.targeted)):
+            assert torch.equal(device.take(got).cpu(), expected)
+
+
+def read(to: torch.Tensor, x: torch.Tensor) -> None:
+    to.copy_(x)
+
+
+READ = PlainKernel(read)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_steps_before_it_see_the_last_adapter_and_steps_after_it_the_new_one(seed: int) -> None:
+    device = EmulatedDevice(early=0.0 if seed == 0 else 0.5, seed=seed)
+    copy, (arena, _) = StagedCopySlot(device, 64), arenas_on(device)
+    seen = [device.scratch((8, SHAPES[0][0]), torch.bfloat16) for _ in range(4)]
+    for turn, to in enumerate(seen):
+        (filling, _) = weights(8, 100.0 * turn)
+        copy(Slot(8, 8), [(arena, filling)])
+        for part in filling:
+            part.fill_(-1)  # the host's memory may be used for something else at once
+        device.launch(READ, (1,), to, arena.a[8:16])
+    for turn, to in enumerate(seen):
+        assert torch.equal(device.take(to), weights(8, 100.0 * turn)[0][0]), f"step {turn}"
+
+
+def test_the_host_waits_for_nothing_while_there_is_room_in_the_buffers() -> None:
+    device = EmulatedDevice()
+    copy, arenas = StagedCopySlot(device), arenas_on(device)
+    for slot in (Slot(0, 8), Slot(8, 8)):
+        copy(slot, list(zip(arenas, weights(8, 1.0), strict=True)))
+    assert device.current.done == 0
