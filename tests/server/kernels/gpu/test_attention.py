@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVCache, KVShape
 from loramux_server.kernels.attention.paged_attention import AttentionParams, AttentionStep
 from loramux_server.kernels.attention.paged_attention import attend_reference as attend_of_the_cpu
@@ -56,7 +57,7 @@ def test_attention_agrees_with_the_reference_of_the_cpu(device: torch.device, ac
     wanted = []
     for sequence, position, count in MIXED:
         end = position + count
-        cache = KVCache(KVShape(1, 2, 16, act), 12, torch.device("cpu"))
+        cache = KVCache(KVShape(1, 2, 16, act), 12, CpuDevice())
         tables = torch.arange(-(-end // BLOCK_SIZE), dtype=torch.int32)[None]
         at = torch.arange(end, dtype=torch.int32)
         step = AttentionStep(cache, attend_of_the_cpu, tables, torch.zeros_like(at), at, ((0, 0, end, 0),))
