@@ -13,7 +13,7 @@ from loramux_server.kernels.compiled.library import native_library
 from loramux_server.kernels.layers.operations import use_compiled_ops
 from loramux_server.kernels.layers.recognition import recognize
 
-FAMILIES = {"llama": (), "gemma": (), "gemma2": (), "qwen3": (), "phi3": (), "granite": (), "olmo2": ()}
+FAMILIES = ["llama", "gemma", "gemma2", "qwen3", "phi3", "granite", "olmo2"]
 MARKS = ("loramux_norm", "loramux_mlp", "loramux_embedding")
 
 

@@ -4,9 +4,9 @@ Semantics are those of `Layer` in decoder/description.py, with the residual stre
 device's activations (bf16, or fp16). Projections that read the same rows are one product and one LoRA call. In the last
 layer only sampled rows go on behind the attention, as nobody looks at the others.
 
-All memory is taken when the decoder is made, for the largest step. What differs from step to step lies in three tables
-that are filled on the host and copied in front of the launches, so the launches of one shape can be captured as a graph
-(graphs.py) and replayed for any step that fits.
+All memory is taken when the decoder is made, for the largest step. What differs from step to step lies in tables that
+are filled on the host and copied in front of the launches (tables.py), so the launches of one shape can be captured as
+a graph and replayed for any step that fits.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ import torch
 
 from loramux_adapters.device.device import Device
 from loramux_adapters.lora.ops import LoraRows
-from loramux_server.kernels.attention.kv_cache import KVCache
+from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVCache
 from loramux_server.kernels.attention.paged_attention import AttentionStep
 from loramux_server.kernels.decoder.description import Description, Layer
 from loramux_server.kernels.gpu import rows as elementwise
 from loramux_server.kernels.gpu.attention import AttentionScratch, attend, attention_scratch
 from loramux_server.kernels.gpu.dense import dense_product
 from loramux_server.kernels.gpu.lora import add_lora, lora_scratch
-from loramux_server.kernels.gpu.nf4 import nf4_product
+from loramux_server.kernels.gpu.lora_tables import LoraTables
+from loramux_server.kernels.gpu.nf4 import Nf4Weights, nf4_product
 from loramux_server.kernels.gpu.rotary import rotate_and_write
 from loramux_server.kernels.gpu.split_sums import scratch_numbers
 from loramux_server.kernels.gpu.step.stacks import Stack, head_stack, stack_of
@@ -80,14 +81,15 @@ class GpuDecoder:
         self._stacks = [_stacks_of(layer) for layer in description.layers]
         self._head = head_stack(description.head)
         self.tables = StepTables(device, sizes, description)
-        self._angles = [_on(device, table.cos, table.sin) for table in self._known_angles(cache)]
+        self._angles = self._known_angles()
         self._take_memory()
 
-    def _known_angles(self, cache: KVCache) -> list:  # type: ignore[type-arg]
-        positions = min(self.sizes.blocks, cache.num_blocks) * cache.k[0].shape[1]
+    def _known_angles(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """cos and sin of every position that a sequence can have, by table."""
+        positions = min(self.sizes.blocks, self._cache.num_blocks) * BLOCK_SIZE
         for table in self.description.angles:
             table.know(positions)
-        return self.description.angles
+        return [(self._device.put(table.cos), self._device.put(table.sin)) for table in self.description.angles]
 
     def _take_memory(self) -> None:
         of, rows, samples, device = self.description, self.sizes.rows, self.sizes.samples, self._device
@@ -133,20 +135,9 @@ class GpuDecoder:
             step: its block tables in host memory.
             lora, head: adapters of all rows, and of the rows in `heads`.
         """
-        self.run(self.fill(tokens, heads, step, lora, head))
-        return self.logits[: len(heads)]
-
-    def fill(
-        self,
-        tokens: Sequence[int],
-        heads: Sequence[int],
-        step: AttentionStep,
-        lora: LoraRows | None,
-        head: LoraRows | None,
-    ) -> StepShape:
-        """Puts a step into the tables on the device, as in `forward`."""
         prompts = self.tables.fill(tokens, heads, step, lora, head)
-        return StepShape(len(tokens), len(heads), lora is not None, prompts)
+        self.run(StepShape(len(tokens), len(heads), lora is not None, prompts))
+        return self.logits[: len(heads)]
 
     def run(self, shape: StepShape) -> None:
         """Launches a step of this shape on what the tables hold. Can be captured."""
@@ -221,16 +212,16 @@ class GpuDecoder:
             elementwise.gather_rows(self._launch, wanted, all_rows, self.tables.sampled[:samples])
         return to
 
-    def _product(self, y: torch.Tensor, x: torch.Tensor, stack: Stack, tables: object) -> None:
+    def _product(self, y: torch.Tensor, x: torch.Tensor, stack: Stack, tables: LoraTables | None) -> None:
         """y = x @ stack.T + bias, + the adapters' deltas; by PRODUCT_ROWS rows, which changes no bit."""
         for first in range(0, len(x), PRODUCT_ROWS):
             some = slice(first, first + PRODUCT_ROWS)
-            if stack.weights is None:
-                dense_product(self._launch, y[some], x[some], stack.dense, self._sums)
-            else:
+            if isinstance(stack.weights, Nf4Weights):
                 nf4_product(self._launch, y[some], x[some], stack.weights, self._sums, bias=stack.bias)
+            else:
+                dense_product(self._launch, y[some], x[some], stack.weights, self._sums)
         if tables is not None and stack.targets:
-            add_lora(self._launch, y, x, stack.targets, tables, self._deltas)  # type: ignore[arg-type]
+            add_lora(self._launch, y, x, stack.targets, tables, self._deltas)
 
 
 def _stacks_of(layer: Layer) -> _Stacks:
@@ -245,7 +236,3 @@ def _stacks_of(layer: Layer) -> _Stacks:
 def _dense(numbers: torch.Tensor, rows: int, width: int) -> torch.Tensor:
     """[rows, width] in the front of `numbers`."""
     return numbers[: rows * width].view(rows, width)
-
-
-def _on(device: Device, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return device.put(cos), device.put(sin)

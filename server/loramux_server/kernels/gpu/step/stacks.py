@@ -16,15 +16,14 @@ class Stack:
     """Layers side by side along their outputs.
 
     Attributes:
-        weights: in NF4; None where `dense` [out, in] holds them in 16 bits.
+        weights: in NF4, or [out, in] in 16 bits.
         bias: [out]; zeros for layers without one, None where no layer has one.
         targets: the adapters' memory of those layers that adapters can target.
     """
 
     inputs: int
     outputs: int
-    weights: Nf4Weights | None
-    dense: torch.Tensor
+    weights: Nf4Weights | torch.Tensor
     bias: torch.Tensor | None
     targets: tuple[LoraTarget, ...]
 
@@ -42,7 +41,6 @@ def stack_of(layers: list[Linear | None]) -> Stack:
         weights.inputs,
         weights.outputs,
         weights,
-        weights.codes,
         _bias(there),
         _targets(there),
     )
@@ -51,7 +49,7 @@ def stack_of(layers: list[Linear | None]) -> Stack:
 def head_stack(head: Linear) -> Stack:
     """The output head, which is kept in 16 bits."""
     weight: torch.Tensor = head.layer.weight.detach()
-    return Stack(head.inputs, head.outputs, None, weight, None, _targets([head]))
+    return Stack(head.inputs, head.outputs, weight, None, _targets([head]))
 
 
 def _bias(layers: list[Linear]) -> torch.Tensor | None:

@@ -38,7 +38,6 @@ ADAPTERS = [
     (ScaledSlot(Slot(0, 8)),),
     (),
 ]
-BITS = FAMILIES[:3]  # the interpreter is slow
 WIDTH = -(-max(LENGTHS) // BLOCK_SIZE)
 
 
@@ -63,7 +62,7 @@ class Served:
     """
 
     def __init__(self, family: str) -> None:
-        self.family, self.model = family, random_model(family)
+        self.model = random_model(family)
         twin = slow_twin(self.model)
         with torch.no_grad():
             self.expected = [twin(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in sequences()]
@@ -123,9 +122,8 @@ def test_it_is_near_transformers_own_code_in_fp32(served: Served) -> None:
     assert relative_difference(torch.cat(list(got.values())), torch.cat(served.expected)) < 0.01
 
 
+@pytest.mark.parametrize("served", FAMILIES[:3], indirect=True)  # the interpreter is slow
 def test_a_row_has_its_bits_alone_and_in_company_with_any_adapters(served: Served) -> None:
-    if served.family not in BITS:
-        pytest.skip("tried for other families")
     together = served.feed([0, 1, 2], chunk=13, adapters=ADAPTERS)
     assert relative_difference(together[1], served.feed([1], chunk=5)[1]) > 0.01, "adapters change replies"
     for index in (0, 2):
