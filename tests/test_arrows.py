@@ -29,10 +29,7 @@ TORCH_FREE = (
     "server/loramux_server/metrics",
     "server/loramux_server/engine/client.py",
     "server/loramux_server/engine/engine.py",
-    "server/loramux_server/engine/fair_share.py",
-    "server/loramux_server/engine/kv_blocks.py",
-    "server/loramux_server/engine/scheduler.py",
-    "server/loramux_server/engine/sequence.py",
+    "server/loramux_server/engine/scheduling",
 )
 DEVICE_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 BUILDER = SERVER / "engine" / "build.py"  # puts an engine together, for servers and local engines alike
@@ -99,7 +96,7 @@ def within(*packages: str) -> Callable[[str], bool]:
 
 
 def test_the_sources_are_where_these_rules_look_for_them() -> None:
-    assert SERVER / "engine" / "sequence.py" in modules(SERVER)
+    assert SERVER / "engine" / "scheduling" / "sequence.py" in modules(SERVER)
     assert ADAPTERS / "errors.py" in modules(ADAPTERS)
     assert "torch" in imports(ADAPTERS / "base_info.py", type_checking=True)
     assert "torch" not in imports(ADAPTERS / "base_info.py")
@@ -124,9 +121,9 @@ def test_policy_and_the_api_do_not_touch_the_device() -> None:
 def test_the_engine_gets_its_runner_passed_in() -> None:
     in_engine = (f"loramux_server.engine.{name}" for name in ("model_runner", "sampler", "step_graphs"))
     device_side = within("loramux_server.kernels", *in_engine)
-    policy = [SERVER / "engine" / f"{name}.py" for name in ("client", "engine", "kv_blocks", "scheduler", "sequence")]
+    policy = [SERVER / "engine" / f"{name}.py" for name in ("client", "engine")]
 
-    assert offences(modules(*policy), device_side) == []
+    assert offences(modules(*policy, SERVER / "engine" / "scheduling"), device_side) == []
 
 
 def test_the_engine_knows_nothing_of_http() -> None:
@@ -134,7 +131,8 @@ def test_the_engine_knows_nothing_of_http() -> None:
 
 
 def test_the_api_reaches_the_engine_through_its_facade_alone() -> None:
-    inside = within(*(f"loramux_server.engine.{name}" for name in ("engine", "scheduler", "kv_blocks", "model_runner")))
+    names = ("engine", "scheduling.scheduler", "scheduling.kv_blocks", "model_runner")
+    inside = within(*(f"loramux_server.engine.{name}" for name in names))
 
     assert offences(modules(SERVER / "api"), inside) == []
 

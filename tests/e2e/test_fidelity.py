@@ -11,7 +11,7 @@ from loadtests.fidelity import TARGET, TEXT
 from loramux_adapters.device.cpu import CpuDevice
 from loramux_server.base.loader import load_base_model
 from loramux_server.base.source import EMBEDDED_NAME
-from loramux_server.engine.sequence import Batch, ScheduledSequence
+from loramux_server.engine.scheduling.sequence import Batch, ScheduledSequence
 from loramux_server.kernels.choice import available_kernels, choose_kernels
 from support.stepping import Stepper
 

@@ -15,7 +15,7 @@ from loramux_adapters.lora.slots import ScaledSlot, Slot, bucket_of
 from loramux_adapters.lora.weights import load_host_adapter
 from loramux_server.base.loader import load_base_model
 from loramux_server.base.source import EMBEDDED_NAME
-from loramux_server.engine.sequence import Sequence
+from loramux_server.engine.scheduling.sequence import Sequence
 from support.real_adapters import ADAPTERS
 from support.stepping import Stepper
 

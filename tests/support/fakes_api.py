@@ -22,8 +22,8 @@ from loramux_adapters.lora.verify import Checked
 from loramux_adapters.store.store import AdapterRecord, Lease, Published, Staging, VersionRecord
 from loramux_server.api.app import create_app
 from loramux_server.api.http.dependencies import Dependencies, Keys, Limits, ServedBase
-from loramux_server.engine.sequence import FinishReason, TokenLogprob, TokenOutput
-from loramux_server.engine.sequence import Sequence as EngineSequence
+from loramux_server.engine.scheduling.sequence import FinishReason, TokenLogprob, TokenOutput
+from loramux_server.engine.scheduling.sequence import Sequence as EngineSequence
 from loramux_server.fingerprint.replay import ReplayOutcome
 from loramux_server.metrics.metrics import Metrics
 from loramux_server.publishing.lora_path import LoraPathRoot

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from loramux_adapters.lora.host_cache import LoadState
-from loramux_server.engine.kv_blocks import KVBlocks
-from loramux_server.engine.sequence import (
+from loramux_server.engine.scheduling.kv_blocks import KVBlocks
+from loramux_server.engine.scheduling.sequence import (
     AdapterUse,
     Batch,
     RowResult,

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable
 
 from loramux_adapters.lora.slots import SlotTable
-from loramux_server.engine.admission import SchedulerConfig
 from loramux_server.engine.engine import Engine
 from loramux_server.engine.inbox import Inbox
-from loramux_server.engine.kv_blocks import KVBlocks
-from loramux_server.engine.scheduler import Scheduler
-from loramux_server.engine.sequence import FinishReason, TokenOutput
+from loramux_server.engine.scheduling.admission import SchedulerConfig
+from loramux_server.engine.scheduling.kv_blocks import KVBlocks
+from loramux_server.engine.scheduling.scheduler import Scheduler
+from loramux_server.engine.scheduling.sequence import FinishReason, TokenOutput
 from support.fakes_engine import FakeClock, FakeHost, FakeMetrics, FakeRunner, sequence
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from loramux_adapters.lora.slots import SlotTable
-from loramux_server.engine.admission import SchedulerConfig
-from loramux_server.engine.kv_blocks import KVBlocks
-from loramux_server.engine.scheduler import Scheduler
-from loramux_server.engine.sequence import Batch, Sequence
+from loramux_server.engine.scheduling.admission import SchedulerConfig
+from loramux_server.engine.scheduling.kv_blocks import KVBlocks
+from loramux_server.engine.scheduling.scheduler import Scheduler
+from loramux_server.engine.scheduling.sequence import Batch, Sequence
 from support.fakes_engine import FakeClock, FakeHost, FakeRunner, Kind, kind_of
 
 

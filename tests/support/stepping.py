@@ -16,8 +16,8 @@ from loramux_adapters.lora.ops import AddLora
 from loramux_adapters.lora.slots import ScaledSlot, Slot
 from loramux_server.engine.model_runner import ModelRunner
 from loramux_server.engine.sampler import Sampler
-from loramux_server.engine.sequence import Batch, SamplingParams, ScheduledSequence, SlotLoad, TokenLogprob
-from loramux_server.engine.sequence import Sequence as EngineSequence
+from loramux_server.engine.scheduling.sequence import Batch, SamplingParams, ScheduledSequence, SlotLoad, TokenLogprob
+from loramux_server.engine.scheduling.sequence import Sequence as EngineSequence
 from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVCache
 from loramux_server.kernels.attention.paged_attention import Attend, probe_kv_shape
 from loramux_server.kernels.choice import choose_kernels

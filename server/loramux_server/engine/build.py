@@ -13,12 +13,12 @@ from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.lora_linear import AdapterSlots, head_path
 from loramux_adapters.lora.slots import SlotTable
 from loramux_server.base.loader import BaseModel
-from loramux_server.engine.admission import HostView, SchedulerConfig
 from loramux_server.engine.engine import Engine, EngineMetrics
 from loramux_server.engine.inbox import Inbox
-from loramux_server.engine.kv_blocks import KVBlocks
 from loramux_server.engine.model_runner import ModelRunner
-from loramux_server.engine.scheduler import Scheduler
+from loramux_server.engine.scheduling.admission import HostView, SchedulerConfig
+from loramux_server.engine.scheduling.kv_blocks import KVBlocks
+from loramux_server.engine.scheduling.scheduler import Scheduler
 from loramux_server.engine.start_check import NOT_CHECKED, Checker, StartCheck
 from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVCache, KVShape
 from loramux_server.kernels.choice import Kernels, choose_kernels

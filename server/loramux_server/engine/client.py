@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from loramux_server.engine.engine import Engine, EngineStats
-from loramux_server.engine.sequence import FinishReason, Sequence, TokenOutput
+from loramux_server.engine.scheduling.sequence import FinishReason, Sequence, TokenOutput
 
 __all__ = ["EngineClient", "EngineStats"]
 

@@ -15,8 +15,8 @@ from dataclasses import replace
 from typing import Protocol
 
 from loramux_server.engine.inbox import ENDED, EngineState, Inbox
-from loramux_server.engine.scheduler import Scheduler
-from loramux_server.engine.sequence import Batch, FinishReason, RowResult, Sequence, TokenOutput
+from loramux_server.engine.scheduling.scheduler import Scheduler
+from loramux_server.engine.scheduling.sequence import Batch, FinishReason, RowResult, Sequence, TokenOutput
 from loramux_server.engine.step_metrics import EngineMetrics, EngineStats, StepMetrics, WorkRate
 from loramux_server.errors import EngineDead
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
-from loramux_server.engine.sequence import Sequence
+from loramux_server.engine.scheduling.sequence import Sequence
 from loramux_server.errors import EngineDead, RequestError, ServerBusy, ServerDraining
 
 

@@ -19,12 +19,12 @@ from loramux_adapters.lora.host_cache import HostAdapter, LoadState
 from loramux_adapters.lora.slots import bucket_of
 from loramux_adapters.lora.verify import check_adapter
 from loramux_server.base.loader import BaseModel
-from loramux_server.engine.admission import SchedulerConfig
 from loramux_server.engine.build import DeviceSide
 from loramux_server.engine.engine import Engine
 from loramux_server.engine.inbox import Inbox
-from loramux_server.engine.sequence import AdapterUse, FinishReason, SamplingParams, TokenOutput
-from loramux_server.engine.sequence import Sequence as EngineSequence
+from loramux_server.engine.scheduling.admission import SchedulerConfig
+from loramux_server.engine.scheduling.sequence import AdapterUse, FinishReason, SamplingParams, TokenOutput
+from loramux_server.engine.scheduling.sequence import Sequence as EngineSequence
 from loramux_server.engine.step_metrics import NoMetrics
 from loramux_server.errors import SequenceFailed
 from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE

@@ -16,7 +16,7 @@ from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.lora_linear import AdapterSlots
 from loramux_adapters.lora.ops import LoraRows
 from loramux_server.engine.sampler import Sampler, asks_first_token
-from loramux_server.engine.sequence import Batch, RowResult, SlotLoad
+from loramux_server.engine.scheduling.sequence import Batch, RowResult, SlotLoad
 from loramux_server.engine.step_graphs import StepGraphs
 from loramux_server.errors import SequenceFailed
 from loramux_server.kernels.attention.kv_cache import KVCache

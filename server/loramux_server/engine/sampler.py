@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from loramux_server.engine.sequence import (
+from loramux_server.engine.scheduling.sequence import (
     NOT_FINITE,
     RowResult,
     ScheduledSequence,

@@ -18,7 +18,7 @@ from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.lora_linear import AdapterSlots
 from loramux_adapters.lora.slots import SMALLEST_RANK, ScaledSlot, Slot
 from loramux_server.engine.model_runner import ModelRunner
-from loramux_server.engine.sequence import Batch, SamplingParams, ScheduledSequence, Sequence
+from loramux_server.engine.scheduling.sequence import Batch, SamplingParams, ScheduledSequence, Sequence
 from loramux_server.errors import BaseModelError
 from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE
 from loramux_server.kernels.attention.paged_attention import ATTENTION_NAME

@@ -26,7 +26,7 @@ import torch
 
 from loramux_adapters.device.device import Replay
 from loramux_adapters.lora.ops import LoraRows
-from loramux_server.engine.sequence import Batch, ScheduledSequence
+from loramux_server.engine.scheduling.sequence import Batch, ScheduledSequence
 from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVCache
 from loramux_server.kernels.attention.paged_attention import AttentionStep
 from loramux_server.kernels.attention.varlen_attention import Lengths, VarlenAttend

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Protocol
 
-from loramux_server.engine.fair_share import PROMPT_WEIGHT, REPLY_WEIGHT, Line
 from loramux_server.engine.inbox import Backlog
-from loramux_server.engine.sequence import Batch, Sequence
+from loramux_server.engine.scheduling.fair_share import PROMPT_WEIGHT, REPLY_WEIGHT, Line
+from loramux_server.engine.scheduling.sequence import Batch, Sequence
 
 
 @dataclass(frozen=True, slots=True)

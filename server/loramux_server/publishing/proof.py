@@ -18,8 +18,8 @@ from loramux_adapters.artifact.own_files import open_regular
 from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.verify import Checked
-from loramux_server.engine.sequence import NOT_FINITE, AdapterUse, FinishReason, SamplingParams, TokenOutput
-from loramux_server.engine.sequence import Sequence as EngineSequence
+from loramux_server.engine.scheduling.sequence import NOT_FINITE, AdapterUse, FinishReason, SamplingParams, TokenOutput
+from loramux_server.engine.scheduling.sequence import Sequence as EngineSequence
 from loramux_server.errors import SequenceFailed, ServerBusy
 from loramux_server.fingerprint.file import MAX_BYTES, Fingerprint, Witness, parse
 from loramux_server.fingerprint.replay import ReplayOutcome, Scored, Verdict, foreign, judge

@@ -27,10 +27,10 @@ from loramux_server.base.source import BaseSource
 from loramux_server.base.tokenizer import BaseTokenizer
 from loramux_server.config.environment import cache_dir_of, kernels_of
 from loramux_server.config.serve import ServeConfig, is_loopback
-from loramux_server.engine.admission import SchedulerConfig
 from loramux_server.engine.build import DeviceSide
 from loramux_server.engine.client import EngineClient
 from loramux_server.engine.inbox import Inbox
+from loramux_server.engine.scheduling.admission import SchedulerConfig
 from loramux_server.errors import ConfigError
 from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVShape
 from loramux_server.kernels.attention.paged_attention import probe_kv_shape

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from loramux_adapters.errors import AdapterNotFound, StoreUnavailable
 from loramux_server.api.completions.schemas import parse_chat
-from loramux_server.engine.sequence import AdapterUse
+from loramux_server.engine.scheduling.sequence import AdapterUse
 from loramux_server.errors import RequestError
 from support.fakes_api import BASE_NAME, VERSION, Server, make_server, record_of
 

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from loramux_server.engine.admission import SchedulerConfig
 from loramux_server.engine.client import EngineClient
 from loramux_server.engine.engine import MAX_FAILED_STEPS
-from loramux_server.engine.sequence import FinishReason, Sequence, TokenOutput
+from loramux_server.engine.scheduling.admission import SchedulerConfig
+from loramux_server.engine.scheduling.sequence import FinishReason, Sequence, TokenOutput
 from loramux_server.errors import EngineDead, RequestError, ServerBusy, ServerDraining
 from support.fakes_engine import sequence, solo_reply
 from support.fakes_rig import Rig

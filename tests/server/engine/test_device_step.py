@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.slots import ScaledSlot, Slot
-from loramux_server.engine.sequence import Batch, ScheduledSequence
+from loramux_server.engine.scheduling.sequence import Batch, ScheduledSequence
 from loramux_server.kernels.attention.varlen_attention import VarlenAttend
 from loramux_server.kernels.grouped_lora import GroupedAddLora
 from support.meta_device import MetaDevice

@@ -9,10 +9,10 @@ import pytest
 
 from loramux_adapters.errors import AdapterCorrupt
 from loramux_adapters.lora.host_cache import HostAdapter, HostCache
-from loramux_server.engine.admission import SchedulerConfig
 from loramux_server.engine.engine import MAX_FAILED_STEPS, Engine
-from loramux_server.engine.scheduler import Scheduler
-from loramux_server.engine.sequence import Batch, FinishReason
+from loramux_server.engine.scheduling.admission import SchedulerConfig
+from loramux_server.engine.scheduling.scheduler import Scheduler
+from loramux_server.engine.scheduling.sequence import Batch, FinishReason
 from loramux_server.errors import EngineDead, RequestError, ServerBusy
 from support.fakes_engine import FakeRunner, sequence, solo_reply, solo_scores
 from support.fakes_rig import Rig, eventually

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from loramux_server.engine.admission import SchedulerConfig
 from loramux_server.engine.engine import MAX_FAILED_STEPS
 from loramux_server.engine.inbox import EngineState
-from loramux_server.engine.sequence import Batch, FinishReason, RowResult
+from loramux_server.engine.scheduling.admission import SchedulerConfig
+from loramux_server.engine.scheduling.sequence import Batch, FinishReason, RowResult
 from loramux_server.errors import EngineDead, ServerDraining
 from support.fakes_engine import sequence, solo_reply
 from support.fakes_rig import Rig, eventually

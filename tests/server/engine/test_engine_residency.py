@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from loramux_server.engine.inbox import EngineState, Inbox
-from loramux_server.engine.sequence import FinishReason
+from loramux_server.engine.scheduling.sequence import FinishReason
 from support.fakes_engine import sequence
 from support.fakes_rig import Rig, eventually
 

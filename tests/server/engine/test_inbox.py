@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loramux_server.engine.inbox import FLOW_SHARE, Backlog, EngineState, Inbox
-from loramux_server.engine.sequence import AdapterUse
+from loramux_server.engine.scheduling.sequence import AdapterUse
 from loramux_server.errors import EngineDead, RequestError, ServerBusy, ServerDraining
 from support.fakes_engine import sequence
 

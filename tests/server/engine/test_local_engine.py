@@ -14,7 +14,7 @@ from loramux_adapters.lora.slots import Slot
 from loramux_adapters.lora.weights import load_host_adapter
 from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.engine.local_engine import STEP_TOKENS, LocalEngine
-from loramux_server.engine.sequence import SamplingParams
+from loramux_server.engine.scheduling.sequence import SamplingParams
 from loramux_server.errors import SequenceFailed
 from support.adapter_files import write_adapter
 from support.stepping import Stepper, told

@@ -15,7 +15,7 @@ from loramux_adapters.lora.ops import Arena, LoraRows, add_lora_segments
 from loramux_adapters.lora.slots import ScaledSlot, Slot
 from loramux_adapters.lora.weights import load_host_adapter
 from loramux_server.base.loader import BaseModel, load_base_model
-from loramux_server.engine.sequence import Batch, SamplingParams, ScheduledSequence, SlotLoad
+from loramux_server.engine.scheduling.sequence import Batch, SamplingParams, ScheduledSequence, SlotLoad
 from loramux_server.engine.start_check import Checker, StartCheck
 from loramux_server.errors import BaseModelError, SequenceFailed
 from loramux_server.kernels.attention.kv_cache import KVShape

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from loramux_server.engine.kv_blocks import extend_keys
-from loramux_server.engine.sequence import AdapterUse, Sequence
+from loramux_server.engine.scheduling.kv_blocks import extend_keys
+from loramux_server.engine.scheduling.sequence import AdapterUse, Sequence
 from support.fakes_engine import sequence, solo_reply
 from support.fakes_rig import Rig
 from support.fakes_scheduler import Bench, rows_of

@@ -13,11 +13,11 @@ from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.lora.slots import Slot
 from loramux_adapters.lora.weights import load_host_adapter
 from loramux_server.base.loader import BaseModel, load_base_model
-from loramux_server.engine.admission import SchedulerConfig
 from loramux_server.engine.build import DeviceSide
 from loramux_server.engine.inbox import Inbox
 from loramux_server.engine.local_engine import LoadedAdapters
-from loramux_server.engine.sequence import (
+from loramux_server.engine.scheduling.admission import SchedulerConfig
+from loramux_server.engine.scheduling.sequence import (
     NOT_FINITE,
     AdapterUse,
     FinishReason,

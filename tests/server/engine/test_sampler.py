@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from loramux_server.engine.sampler import Sampler, asks_first_token, uniform
-from loramux_server.engine.sequence import NOT_FINITE, RowResult, SamplingParams, ScheduledSequence, Sequence
+from loramux_server.engine.scheduling.sequence import NOT_FINITE, RowResult, SamplingParams, ScheduledSequence, Sequence
 from loramux_server.kernels.compiled.library import Compiled, native_library
 from loramux_server.kernels.compiled.sampling import NativeSampling, Sampling, TensorSampling
 

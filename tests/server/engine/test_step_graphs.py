@@ -18,8 +18,8 @@ from loramux_adapters.device.cuda import CudaDevice
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.slots import ScaledSlot, Slot
 from loramux_server.engine import step_graphs
-from loramux_server.engine.sequence import Batch, ScheduledSequence
-from loramux_server.engine.sequence import Sequence as EngineSequence
+from loramux_server.engine.scheduling.sequence import Batch, ScheduledSequence
+from loramux_server.engine.scheduling.sequence import Sequence as EngineSequence
 from loramux_server.engine.step_graphs import Capture, Shape, StepGraphs, shape_of
 from loramux_server.kernels import choice
 from loramux_server.kernels.attention.kv_cache import KVShape

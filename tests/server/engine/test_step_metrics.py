@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from loramux_adapters.lora.slots import Slot
-from loramux_server.engine.fair_share import Line, Waiting
 from loramux_server.engine.inbox import Backlog
-from loramux_server.engine.sequence import Batch, ScheduledSequence, SlotLoad
+from loramux_server.engine.scheduling.fair_share import Line, Waiting
+from loramux_server.engine.scheduling.sequence import Batch, ScheduledSequence, SlotLoad
 from loramux_server.engine.step_metrics import StepMetrics, WorkRate
 from support.fakes_engine import FakeMetrics, sequence
 

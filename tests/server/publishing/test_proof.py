@@ -16,7 +16,7 @@ from loramux_adapters.artifact.format import digest_of, read_config
 from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.verify import Checked
-from loramux_server.engine.sequence import NOT_FINITE, FinishReason, Sequence, TokenLogprob, TokenOutput
+from loramux_server.engine.scheduling.sequence import NOT_FINITE, FinishReason, Sequence, TokenLogprob, TokenOutput
 from loramux_server.errors import SequenceFailed, ServerBusy
 from loramux_server.fingerprint.file import Fingerprint, Witness
 from loramux_server.publishing.proof import Prover

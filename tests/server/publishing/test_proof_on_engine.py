@@ -19,14 +19,14 @@ from loramux_adapters.lora.lora_linear import AdapterSlots, head_path
 from loramux_adapters.lora.slots import SlotTable
 from loramux_adapters.lora.verify import Checked, check_adapter
 from loramux_server.base.loader import BaseModel, load_base_model
-from loramux_server.engine.admission import SchedulerConfig
 from loramux_server.engine.client import EngineClient
 from loramux_server.engine.engine import Engine
 from loramux_server.engine.inbox import Inbox
-from loramux_server.engine.kv_blocks import KVBlocks
 from loramux_server.engine.model_runner import ModelRunner
-from loramux_server.engine.scheduler import Scheduler
-from loramux_server.engine.sequence import AdapterUse, SamplingParams, Sequence
+from loramux_server.engine.scheduling.admission import SchedulerConfig
+from loramux_server.engine.scheduling.kv_blocks import KVBlocks
+from loramux_server.engine.scheduling.scheduler import Scheduler
+from loramux_server.engine.scheduling.sequence import AdapterUse, SamplingParams, Sequence
 from loramux_server.fingerprint.file import Fingerprint, Witness
 from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVCache
 from loramux_server.kernels.attention.paged_attention import probe_kv_shape

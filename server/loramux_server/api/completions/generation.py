@@ -20,8 +20,8 @@ from loramux_server.api.http.model_names import RequestedAdapter
 from loramux_server.api.http.streaming import cancel
 from loramux_server.api.http.worker_threads import run_in_thread, run_in_thread_or_undo
 from loramux_server.base.detokenizer import Detokenizer
-from loramux_server.engine.sequence import AdapterUse, FinishReason, TokenLogprob, TokenOutput, composed
-from loramux_server.engine.sequence import Sequence as EngineSequence
+from loramux_server.engine.scheduling.sequence import AdapterUse, FinishReason, TokenLogprob, TokenOutput, composed
+from loramux_server.engine.scheduling.sequence import Sequence as EngineSequence
 from loramux_server.errors import LoramuxError, RequestError, SequenceFailed, ServerBusy
 from loramux_server.metrics.metrics import Metrics
 

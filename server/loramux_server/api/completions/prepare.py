@@ -25,8 +25,8 @@ from loramux_server.api.http.dependencies import Dependencies, StoreLike
 from loramux_server.api.http.model_names import RequestedAdapter, resolve_model
 from loramux_server.api.http.worker_threads import run_in_thread
 from loramux_server.base.detokenizer import Detokenizer
-from loramux_server.engine.sequence import SamplingParams
-from loramux_server.engine.sequence import Sequence as EngineSequence
+from loramux_server.engine.scheduling.sequence import SamplingParams
+from loramux_server.engine.scheduling.sequence import Sequence as EngineSequence
 from loramux_server.errors import LoramuxError, RequestError
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default

@@ -19,7 +19,7 @@ from loramux_server.api.http.errors import answer_to
 from loramux_server.api.http.json_reply import json_in_pieces
 from loramux_server.api.http.streaming import DONE, event
 from loramux_server.api.http.worker_threads import run_in_thread
-from loramux_server.engine.sequence import FinishReason
+from loramux_server.engine.scheduling.sequence import FinishReason
 from loramux_server.errors import LoramuxError
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this

@@ -19,8 +19,8 @@ from loramux_server.wire.pace import Pace
 if TYPE_CHECKING:
     from loramux_adapters.lora.verify import Checked
     from loramux_adapters.store.store import AdapterRecord, Lease, Published, Staging
-    from loramux_server.engine.sequence import Sequence as EngineSequence
-    from loramux_server.engine.sequence import TokenOutput
+    from loramux_server.engine.scheduling.sequence import Sequence as EngineSequence
+    from loramux_server.engine.scheduling.sequence import TokenOutput
     from loramux_server.fingerprint.replay import ReplayOutcome
     from loramux_server.publishing.lora_path import LoraPathRoot
     from loramux_server.publishing.pins import Pins

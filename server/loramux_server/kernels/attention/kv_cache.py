@@ -1,8 +1,8 @@
 """Keys and values of all running sequences, in blocks of a fixed number of tokens. Owner: the engine thread.
 
-Which block belongs to whom is decided in plain Python (engine/kv_blocks.py); here are only the tensors. What they hold
-follows from the dtype: floats lie dense, as library kernels read them; whole numbers (int16) lie in tiles as the
-compiled CPU kernel reads them without shuffling, with one fp32 scale for each head of a token's keys and of its values.
+Which block belongs to whom is decided in plain Python (engine/scheduling/kv_blocks.py); here are only the tensors. What
+they hold follows from the dtype: floats lie dense, as library kernels read them; whole numbers (int16) lie in tiles as
+the compiled CPU kernel reads them without shuffling, with one fp32 scale for each head of a token's keys and values.
 """
 
 from __future__ import annotations

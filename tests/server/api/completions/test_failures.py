@@ -11,7 +11,7 @@ import pytest
 
 from loramux_adapters.errors import AdapterCorrupt, IndexLost, StoreUnavailable
 from loramux_adapters.store.store import Lease
-from loramux_server.engine.sequence import FinishReason, Sequence, TokenOutput
+from loramux_server.engine.scheduling.sequence import FinishReason, Sequence, TokenOutput
 from loramux_server.errors import EngineDead, RequestError, SequenceFailed, ServerBusy, ServerDraining
 from support.fakes_api import BASE_NAME, Server, make_server
 from support.raw_call import RawCall

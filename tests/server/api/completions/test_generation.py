@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from loramux_server.engine.sequence import AdapterUse
+from loramux_server.engine.scheduling.sequence import AdapterUse
 from loramux_server.errors import ServerBusy
 from support.fakes_api import BASE_NAME, CONTEXT, VERSION, Server, make_server, usage_of
 

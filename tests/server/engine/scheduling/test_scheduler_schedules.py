@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from loramux_adapters.lora.slots import bucket_of
-from loramux_server.engine.admission import SchedulerConfig
-from loramux_server.engine.sequence import AdapterUse, Sequence, composed
+from loramux_server.engine.scheduling.admission import SchedulerConfig
+from loramux_server.engine.scheduling.sequence import AdapterUse, Sequence, composed
 from support.fakes_engine import sequence, solo_reply, solo_scores
 from support.fakes_scheduler import Bench
 

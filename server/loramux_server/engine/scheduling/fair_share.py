@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from itertools import chain, pairwise
 
 from loramux_adapters.lora.host_cache import LoadState
-from loramux_server.engine.sequence import Flow, Sequence
+from loramux_server.engine.scheduling.sequence import Flow, Sequence
 
 PROMPT_WEIGHT = 1
 REPLY_WEIGHT = 2  # as in the paper: a token of a reply is made in a step of its own. The bound needs it to be no less

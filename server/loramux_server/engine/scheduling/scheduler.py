@@ -22,10 +22,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from collections.abc import Sequence as ReadOnlyList
 
 from loramux_adapters.lora.slots import SlotTable, bucket_of
-from loramux_server.engine.admission import Admitted, HostView, SchedulerConfig, WaitingQueues
-from loramux_server.engine.fair_share import REPLY_WEIGHT, FairShare, Line
-from loramux_server.engine.kv_blocks import KVBlocks, extend_keys
-from loramux_server.engine.sequence import Batch, ScheduledSequence, Sequence, SequenceStatus
+from loramux_server.engine.scheduling.admission import Admitted, HostView, SchedulerConfig, WaitingQueues
+from loramux_server.engine.scheduling.fair_share import REPLY_WEIGHT, FairShare, Line
+from loramux_server.engine.scheduling.kv_blocks import KVBlocks, extend_keys
+from loramux_server.engine.scheduling.sequence import Batch, ScheduledSequence, Sequence, SequenceStatus
 from loramux_server.errors import RequestError
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramux_server.engine.kv_blocks import KVBlocks
+from loramux_server.engine.scheduling.kv_blocks import KVBlocks
 
 
 def test_blocks_are_counted_by_rounding_up() -> None:

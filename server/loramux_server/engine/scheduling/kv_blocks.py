@@ -24,7 +24,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence as ReadOnlyList
 
-from loramux_server.engine.sequence import Sequence
+from loramux_server.engine.scheduling.sequence import Sequence
 
 _SIZE = 32  # bytes of a key; nobody can make two texts with one key
 

@@ -32,9 +32,9 @@ from typing import Protocol
 
 from loramux_adapters.lora.host_cache import LoadState
 from loramux_adapters.lora.slots import ScaledSlot, SlotTable
-from loramux_server.engine.fair_share import FairShare, Line, Waiting, cost_of_prompt
-from loramux_server.engine.kv_blocks import KVBlocks, extend_keys
-from loramux_server.engine.sequence import Flow, Sequence, SequenceStatus, SlotLoad
+from loramux_server.engine.scheduling.fair_share import FairShare, Line, Waiting, cost_of_prompt
+from loramux_server.engine.scheduling.kv_blocks import KVBlocks, extend_keys
+from loramux_server.engine.scheduling.sequence import Flow, Sequence, SequenceStatus, SlotLoad
 from loramux_server.errors import ConfigError
 
 _AT_LEAST_ONE = ("max_num_seqs", "max_batch_tokens", "max_prefetch", "max_prefetch_bytes", "max_background_tokens")

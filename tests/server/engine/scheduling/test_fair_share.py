@@ -10,9 +10,9 @@ from typing import NamedTuple
 from hypothesis import given, settings, target
 from hypothesis import strategies as st
 
-from loramux_server.engine.admission import SchedulerConfig
-from loramux_server.engine.fair_share import PROMPT_WEIGHT, REPLY_WEIGHT, FairShare
-from loramux_server.engine.sequence import AdapterUse, Flow, Sequence
+from loramux_server.engine.scheduling.admission import SchedulerConfig
+from loramux_server.engine.scheduling.fair_share import PROMPT_WEIGHT, REPLY_WEIGHT, FairShare
+from loramux_server.engine.scheduling.sequence import AdapterUse, Flow, Sequence
 from support.fakes_engine import sequence
 from support.fakes_scheduler import Bench
 

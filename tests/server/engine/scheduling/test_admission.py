@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from loramux_adapters.lora.slots import Slot
-from loramux_server.engine.admission import SchedulerConfig
-from loramux_server.engine.sequence import AdapterUse, Sequence
+from loramux_server.engine.scheduling.admission import SchedulerConfig
+from loramux_server.engine.scheduling.sequence import AdapterUse, Sequence
 from loramux_server.errors import ConfigError
 from support.fakes_engine import sequence
 from support.fakes_scheduler import Bench

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from loramux_server.engine.admission import SchedulerConfig
-from loramux_server.engine.sequence import AdapterUse, Sequence, SequenceStatus, SlotLoad, composed
+from loramux_server.engine.scheduling.admission import SchedulerConfig
+from loramux_server.engine.scheduling.sequence import AdapterUse, Sequence, SequenceStatus, SlotLoad, composed
 from loramux_server.errors import RequestError
 from support.fakes_engine import sequence, solo_reply, solo_scores
 from support.fakes_scheduler import Bench, rows_of
