@@ -7,6 +7,10 @@
 # same small one; the host needs only the driver and its container toolkit. Without TORCH_INDEX_URL the CPU image holds that
 # larger build and works all the same.
 #
+# The CUDA image has a C compiler with its headers: Triton, which comes with that build of PyTorch, compiles the kernels on
+# the card they run on when they are first started, and a small module in C that starts them. It keeps both below
+# /var/lib/loramux/cache/triton: with the volume, a second container starts without compiling.
+#
 # run   docker run -p 8000:8000 -e LORAMUX_API_KEY -v loramux:/var/lib/loramux loramux        (CUDA: add --gpus all)
 
 ARG PYTHON_VERSION=3.11
@@ -29,7 +33,7 @@ RUN pip install -c constraints.txt .
 FROM python:${PYTHON_VERSION}-slim
 ARG DEVICE=cpu
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends libgomp1 \
+    && apt-get install -y --no-install-recommends libgomp1 $(if [ "$DEVICE" = cuda ]; then echo gcc libc6-dev; fi) \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --system --uid 10001 --home-dir /var/lib/loramux --create-home loramux
 COPY --from=build /opt/loramux /opt/loramux
@@ -41,6 +45,7 @@ ENV PATH=/opt/loramux/bin:$PATH \
     LORAMUX_DEVICE=${DEVICE} \
     LORAMUX_ADAPTER_DIR=/var/lib/loramux/adapters \
     LORAMUX_CACHE_DIR=/var/lib/loramux/cache \
+    TRITON_CACHE_DIR=/var/lib/loramux/cache/triton \
     HF_HOME=/var/lib/loramux/hub
 USER loramux
 WORKDIR /var/lib/loramux

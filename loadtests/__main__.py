@@ -29,6 +29,7 @@ from . import (
 )
 from .checkouts import run as checkouts
 from .errors import LoadTestError
+from .gpu import run as gpu
 from .peers import run as peers
 
 COMMANDS = {
@@ -51,6 +52,7 @@ COMMANDS = {
         step,
         "the whole compiled step beside the same kernels module by module, on random Qwen3 and Gemma 3 bases",
     ),
+    "gpu": (gpu, "on a machine with a GPU: tests, steps beside floors and other sides, a server, in 8 minutes"),
     "checkouts": (checkouts, "two checkouts of this project: the same bits of every reply, speed and start as ratios"),
     "peers": (peers, "ours beside vLLM on the CPU and llama.cpp's server, in interleaved rounds"),
     "independent": (independent, "ours and NVIDIA's aiperf as clients of one server: do they see the same"),

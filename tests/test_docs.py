@@ -80,7 +80,7 @@ def test_every_setting_in_toml_exists(page: Path) -> None:
         if language == "toml":
             for table, settings in tomllib.loads(block).items():
                 flags = {"--" + key.replace("_", "-") for key in settings}
-                assert flags <= flags_of((table,)), table
+                assert flags <= flags_of(("plan", "train") if table == "plan" else (table,)), table
 
 
 @by_page
@@ -157,6 +157,8 @@ def problem(line: str) -> str | None:
     command: tuple[str, ...] = ()
     while words and (*command, words[0]) in all_commands():
         command = (*command, words.pop(0))
+    if command == ("plan",):
+        command = ("plan", "train")  # what it means without a word
     if command in ((), ("adapters",)) and words and not words[0].startswith("-"):
         return f"no command {words[0]}"
     known = flags_of(command) | {"--help"}
@@ -166,7 +168,7 @@ def problem(line: str) -> str | None:
 @cache
 def all_commands() -> frozenset[tuple[str, ...]]:
     names = {(name,) for name in listed(())}
-    return frozenset(names | {("adapters", name) for name in listed(("adapters",))})
+    return frozenset(names | {(group, name) for group in ("adapters", "plan") for name in listed((group,))})
 
 
 def listed(command: tuple[str, ...]) -> list[str]:

@@ -20,7 +20,7 @@ import torch
 BLOCK = 64  # inputs that share a scale
 _SCALE_BLOCK = 256  # scales that share a scale of their own
 _STEPS_FROM_MIDDLE = 32767.5  # from 0 to 1, in steps of `rounded_scales`
-_SMALLEST = 1e-38  # a block of zeros is divided by this
+SMALLEST = 1e-38  # a block of zeros is divided by this
 
 # QLoRA, arXiv 2305.14314, appendix E.
 _LEVELS = (
@@ -83,27 +83,28 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     blocks = weight.detach().float().reshape(-1, BLOCK)
     largest = blocks.abs().amax(dim=1)
-    scaled = (blocks * (1.0 / largest.clamp_min(_SMALLEST))[:, None]).clamp_(-1, 1)
+    scaled = (blocks * (1.0 / largest.clamp_min(SMALLEST))[:, None]).clamp_(-1, 1)
     codes = torch.bucketize(scaled, bounds(), out_int32=True).to(torch.uint8)
-    return codes.view(weight.shape), _through_8_bit(largest).view(weight.shape[0], -1)
+    return codes.view(weight.shape), twice_quantized(largest.view(weight.shape[0], -1))
 
 
-def dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """codes [out, in] uint8, scales [out, in / 64] fp32 -> [out, in] fp32."""
-    return levels()[codes.int()] * scales.repeat_interleave(BLOCK, dim=1)
-
-
-def _through_8_bit(largest: torch.Tensor) -> torch.Tensor:
-    """[blocks] fp32 -> the same, rounded to the dynamic 8-bit type around their mean."""
-    mean = torch.tensor(math.fsum(largest.tolist()) / largest.numel())
-    rest = largest - mean
+def twice_quantized(largest: torch.Tensor) -> torch.Tensor:
+    """[out, in / 64] fp32 -> the same, rounded to the dynamic 8-bit type around their mean."""
+    mean = torch.tensor(math.fsum(largest.reshape(-1).tolist()) / largest.numel())
+    rest = largest.reshape(-1) - mean
     padded = torch.nn.functional.pad(rest, (0, -rest.numel() % _SCALE_BLOCK)).view(-1, _SCALE_BLOCK)
     top = padded.abs().amax(dim=1, keepdim=True)
     scaled = (padded * torch.where(top > 0, 1.0 / top, 0.0)).clamp_(-1, 1)
     step = (scaled + 1) * _STEPS_FROM_MIDDLE
     index = step.floor()
     index += step - index >= 0.5  # halfway is up
-    return (rounded_scales()[index.int()] * top).reshape(-1)[: rest.numel()] + mean
+    rounded: torch.Tensor = rounded_scales()[index.int()] * top
+    return (rounded.reshape(-1)[: rest.numel()] + mean).view(largest.shape)
+
+
+def dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """codes [out, in] uint8, scales [out, in / 64] fp32 -> [out, in] fp32."""
+    return levels()[codes.int()] * scales.repeat_interleave(BLOCK, dim=1)
 
 
 def _fp32(x: float) -> float:

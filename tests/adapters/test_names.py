@@ -10,7 +10,9 @@ from loramux_adapters.names import MAX_NAME, NAME_FORM, PATH_WORDS, check_name, 
 LONGEST = "o" * 100 + "/" + "n" * 154
 
 
-@pytest.mark.parametrize("name", ["a", "_a", "0", "A.b_c-1", "org/adapter", "org/a/b", "a..b", LONGEST, *PATH_WORDS])
+@pytest.mark.parametrize(
+    "name", ["a", "_a", "0", "A.b_c-1", "org/adapter", "org/a/b", "a..b", LONGEST, *sorted(PATH_WORDS)]
+)
 def test_names_as_people_and_hubs_write_them(name: str) -> None:
     assert check_name(name) == name and is_name(name)
 

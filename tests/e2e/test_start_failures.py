@@ -53,7 +53,7 @@ WRONG: list[tuple[list[str], dict[str, str], str]] = [
     (["--prot", "8001"], {}, "unknown argument --prot; did you mean --port?"),
     (["--port", "http"], {}, "--port"),
     (["--max-num-seqs", "0"], {}, "--max-num-seqs"),
-    (["--max-batch-tokens", "4"], {}, "--max-batch-tokens"),
+    (["--max-batch-tokens", "4", "--max-num-seqs", "8"], {}, "--max-batch-tokens"),
     (["--device", "tpu"], {}, "--device"),
     (["--served-model-name", "a:b"], {}, "--served-model-name"),
     (["--config", "no-such-file.toml"], {}, "no-such-file.toml"),

@@ -12,21 +12,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from support.shapes import llama_linears
+
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MINIMAL_CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
-TINY_LINEARS: Mapping[str, tuple[int, int]] = {
-    f"model.layers.{layer}.{module}": sizes
-    for layer in range(2)
-    for module, sizes in {
-        "self_attn.q_proj": (64, 64),
-        "self_attn.k_proj": (64, 32),
-        "self_attn.v_proj": (64, 32),
-        "self_attn.o_proj": (64, 64),
-        "mlp.gate_proj": (64, 128),
-        "mlp.up_proj": (64, 128),
-        "mlp.down_proj": (128, 64),
-    }.items()
-} | {"lm_head": (64, 96)}
+TINY_LINEARS: Mapping[str, tuple[int, int]] = llama_linears(2, 64, 32, 128, 96)
 
 
 def write_adapter(

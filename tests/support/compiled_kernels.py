@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 TABLES = Path(__file__).parent.parent / "server" / "kernels" / "gpu"
 SMS = (75, 80, 86, 89, 90, 100, 120)
 AMPERE_ON = SMS[1:]  # Triton has tensor-core products for these
-SMS_OF_TESTS = (75, 80, 90)  # of an ordinary test run; `make test-cards` compiles for all
 # What one block of threads may have, in bytes (CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability"; sm_75 with 64 KiB opted in).
 SHARED_LIMIT = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}

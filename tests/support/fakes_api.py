@@ -370,6 +370,7 @@ def make_server(
     *,
     keys: Keys | None = None,
     context: int = CONTEXT,
+    reply: int | None = None,
     lora_path_root: LoraPathRoot | None = None,
     **limits: Any,
 ) -> Server:
@@ -384,7 +385,7 @@ def make_server(
         prove=FakeProve(),
         publish=store.publish,
         metrics=Metrics(),
-        base=ServedBase(BASE_NAME, base_id="ba5e" * 16, context=context, created=1_700_000_000),
+        base=ServedBase(BASE_NAME, base_id="ba5e" * 16, context=context, reply=reply or context, created=1_700_000_000),
         keys=keys or Keys(),
         limits=replace(Limits(), **limits),
         lora_path_root=lora_path_root,

@@ -16,6 +16,8 @@ from loramux_server.engine.scheduling.sequence import (
     SamplingParams,
     ScheduledSequence,
     Sequence,
+    SequenceStatus,
+    SlotLoad,
     TokenLogprob,
 )
 
@@ -90,59 +92,155 @@ class FakeRunner:
 
     The next token depends on everything in the sequence's part of the cache, so a wrong chunk, a lost or shared block,
     or a wrong adapter shows as a wrong reply: compare with `solo_reply`.
+
+    With `ahead` it is as late as a device may be: a step is done when its results are asked for, on what was given when
+    it was started, behind all steps before it, also where its sequences have ended since.
     """
 
-    def __init__(self, rows: int, blocks: KVBlocks, host: FakeHost | None = None) -> None:
+    def __init__(self, rows: int, blocks: KVBlocks, host: FakeHost | None = None, *, ahead: bool = False) -> None:
         self.arena: list[str | None] = [None] * rows
         self.cache: list[list[Cell | None]] = [[None] * blocks.block_size for _ in range(blocks.num_blocks)]
+        self.blocks = blocks
         self.host = host
+        self.ahead = ahead
         self.batches: list[Batch] = []
         self.failures: list[Exception] = []  # raised by the next steps, one each
-        self.row_errors: dict[str, str] = {}  # sequence id -> error
+        self.start_failures: list[Exception] = []  # raised where the next steps are started, one each
+        self.row_errors: dict[str | tuple[str, int], str] = {}  # sequence id, or id and token of the reply -> error
         self.gate = threading.Event()  # a step waits for it
         self.gate.set()
         self.entered = threading.Event()  # a step has begun
+        self.scores_ahead = False  # a step may be started before scores of the one before are read, too
+        self.started_ahead = 0  # steps that were started before the results of the one before were read
+        self._last: FakeStep | None = None
 
-    def run(self, batch: Batch) -> list[RowResult]:
+    def start(self, batch: Batch) -> FakeStep:
         self.batches.append(batch)
-        self.entered.set()
-        assert self.gate.wait(10), "the test forgot to open the gate"
         for load in batch.slot_loads:
             assert self.host is None or self.host.states.get(load.version) is LoadState.READY
-            window = range(load.slot.offset, load.slot.offset + load.slot.rank)
-            for row in window:
-                self.arena[row] = load.version
-        if self.failures:
-            raise self.failures.pop(0)
-        return [token for row in batch.rows if (token := self._forward(row)) is not None]
+        if self.start_failures:
+            raise self.start_failures.pop(0)
+        before, self._last = self._last, FakeStep(self, batch, self._last)
+        if before is not None and not before.is_read:
+            assert before.ahead, "a step was started before results that the host needs were read"
+            assert before.before is None or before.before.is_read, "three steps at a time"
+            self.started_ahead += 1
+        self.entered.set()
+        if not self.ahead:
+            self._last.run()
+        return self._last
 
-    def _forward(self, row: ScheduledSequence) -> RowResult | None:
-        sequence = row.sequence
-        self._check_slots(sequence)
-        tokens = sequence.tokens_from(sequence.num_computed, row.num_tokens)
-        assert len(tokens) == row.num_tokens >= 1
-        block_size = len(self.cache[0])
-        for position, token in enumerate(tokens, sequence.num_computed):
-            self.cache[sequence.blocks[position // block_size]][position % block_size] = (kind_of(sequence), token)
+    def fill_slot(self, load: SlotLoad) -> None:
+        for row in range(load.slot.offset, load.slot.offset + load.slot.rank):
+            self.arena[row] = load.version
+
+
+class FakeStep:
+    """A step of a `FakeRunner`. It may be read before the next is started, or after."""
+
+    def __init__(self, runner: FakeRunner, batch: Batch, before: FakeStep | None) -> None:
+        self.before = before  # until it is done
+        self.ahead = runner.ahead and (runner.scores_ahead or not any(row.num_scored for row in batch.rows))
+        self.is_read = self.is_done = self.has_failed = False
+        self.chosen: dict[Sequence, int] = {}
+        self._is_on_top = before is not None and not before.is_read
+        self._runner = runner
+        self._loads = [load for load in batch.slot_loads if load.in_use]
+        for load in batch.slot_loads:
+            if not load.in_use:  # as early as a copy beside the steps may be made
+                runner.fill_slot(load)
+        self._rows = [FakeRow(row, runner) for row in batch.rows]
+        self._results: list[RowResult] = []
+        self._check_memory(before)
+
+    def results(self) -> list[RowResult]:
+        assert not self.is_read
+        self.is_read = True
+        self.run()
+        return self._results
+
+    def run(self) -> None:
+        """Does the work, once, after that of all steps before."""
+        if self.is_done:
+            return
+        self.is_done = True
+        before, self.before = self.before, None
+        assert before is None or before.is_done, "results are read out of order"
+        assert self._runner.gate.wait(10), "the test forgot to open the gate"
+        for load in self._loads:
+            self._runner.fill_slot(load)
+        if self._runner.failures:
+            self.has_failed = self.is_read = True
+            raise self._runner.failures.pop(0)
+        on_failed = self._is_on_top and before is not None and before.has_failed  # it ends with the other
+        chosen = {} if before is None else before.chosen
+        for row in self._rows:
+            result = row.run(chosen, self.chosen, believed=not on_failed)
+            self._results += [] if result is None else [result]
+
+    def _check_memory(self, before: FakeStep | None) -> None:
+        """Nobody writes to a block that another row of this step touches, or one of a step that is not done."""
+        for row in self._rows:
+            beside = [other for other in self._rows if other is not row]
+            if before is not None and not before.is_done:
+                beside += [one for one in before._rows if one.sequence is not row.sequence and not one.has_ended]
+            for other in beside:
+                assert not row.written & (other.written | other.read), "a block that others use is written to"
+
+
+class FakeRow:
+    """What a step takes of one sequence when it is started."""
+
+    def __init__(self, row: ScheduledSequence, runner: FakeRunner) -> None:
+        sequence, size = row.sequence, len(runner.cache[0])
+        self.sequence, self.follows = sequence, row.follows
+        self._runner, self._row = runner, row
+        self._blocks, self._slots = list(sequence.blocks), sequence.slots
+        self._tokens = sequence.tokens_from(row.first, row.num_tokens)
+        self._end = row.first + row.num_tokens
+        assert len(self._tokens) == (0 if row.follows else row.num_tokens)
+        assert row.num_tokens >= 1 and not (row.follows and row.num_tokens > 1)
+        places = range(row.first, self._end)
+        self.written = {self._blocks[position // size] for position in places}
+        self.read = {self._blocks[position // size] for position in range(self._end)}
+        self._scored = [
+            (position, token)
+            for position in range(self._end - row.num_scored, self._end)
+            for token in sequence.scored_at(position)
+        ]
+        known = len(sequence.prompt) + row.reply_index
+        assert not row.samples or self._end == known, "a token is chosen before all before it is in the cache"
+
+    @property
+    def has_ended(self) -> bool:
+        return self.sequence.status is SequenceStatus.FINISHED
+
+    def run(self, before: dict[Sequence, int], chosen: dict[Sequence, int], *, believed: bool) -> RowResult | None:
+        """before, chosen: what the step before chose, and what this one does."""
+        runner, row, sequence = self._runner, self._row, self.sequence
+        if believed:
+            self._check_slots()
+        tokens = [before.get(sequence, -1)] if self.follows else self._tokens
+        size, kind = len(runner.cache[0]), kind_of(sequence)
+        assert not any(runner.blocks.is_known(block) for block in self.written), "known content is written over"
+        for position, token in enumerate(tokens, row.first):
+            runner.cache[self._blocks[position // size]][position % size] = (kind, token)
         if not row.num_logits:
             return None
-        end = sequence.num_computed + row.num_tokens
-        assert not row.samples or end == sequence.num_tokens, "a token is chosen before all before it is in the cache"
-        cells = [self.cache[sequence.blocks[position // block_size]][position % block_size] for position in range(end)]
+        cells = [runner.cache[self._blocks[position // size]][position % size] for position in range(self._end)]
+        assert not believed or all(cell is not None and cell[0] == kind for cell in cells), "another's keys are read"
+        if row.samples:
+            chosen[sequence] = next_token(cells)
         return RowResult(
-            next_token(cells) if row.samples else None,
-            error=self.row_errors.get(sequence.id),
-            scores=[
-                fake_score(cells[: position + 1], token)
-                for position in range(end - row.num_scored, end)
-                for token in sequence.scored_at(position)
-            ],
+            chosen[sequence] if row.samples else None,
+            error=runner.row_errors.get(sequence.id, runner.row_errors.get((sequence.id, row.reply_index))),
+            scores=[fake_score(cells[: position + 1], token) for position, token in self._scored],
         )
 
-    def _check_slots(self, sequence: Sequence) -> None:
-        for use, scaled in zip(sequence.adapters, sequence.slots, strict=True):
-            held = set(self.arena[scaled.slot.offset : scaled.slot.offset + scaled.slot.rank])
-            assert held == {use.version}, f"{sequence.id} would compute with {held}"
+    def _check_slots(self) -> None:
+        for use, scaled in zip(self.sequence.adapters, self._slots, strict=True):
+            held = set(self._runner.arena[scaled.slot.offset : scaled.slot.offset + scaled.slot.rank])
+            assert held == {use.version}, f"{self.sequence.id} would compute with {held}"
             assert scaled.scale == use.scale
 
 

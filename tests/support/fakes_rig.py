@@ -72,14 +72,16 @@ class Rig:
         instant: bool = True,
         watchdog_timeout: float = 60.0,
         warm_up: Callable[[], None] = lambda: None,
+        ahead: bool = False,
     ) -> None:
+        """`ahead`: a step is started before the results of the one before are read."""
         self.clock = FakeClock()
         self.inbox = Inbox(max_waiting)
         self.host = FakeHost(instant=instant, on_ready=self.inbox.wake)
         self.blocks = KVBlocks(num_blocks, block_size, max_kept=max_kept)
         self.slots = SlotTable(rows)
         self.scheduler = Scheduler(config or SchedulerConfig(), self.blocks, self.slots, self.host, self.clock)
-        self.runner = FakeRunner(rows, self.blocks, self.host)
+        self.runner = FakeRunner(rows, self.blocks, self.host, ahead=ahead)
         self.metrics = FakeMetrics()
         self.deliveries = Deliveries()
         self.engine = Engine(

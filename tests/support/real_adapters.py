@@ -5,20 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from support.adapter_files import write_adapter
+from support.shapes import llama_linears
 
-LINEARS = {
-    f"model.layers.{layer}.{module}": sizes
-    for layer in range(30)
-    for module, sizes in {
-        "self_attn.q_proj": (576, 576),
-        "self_attn.k_proj": (576, 192),
-        "self_attn.v_proj": (576, 192),
-        "self_attn.o_proj": (576, 576),
-        "mlp.gate_proj": (576, 1536),
-        "mlp.up_proj": (576, 1536),
-        "mlp.down_proj": (1536, 576),
-    }.items()
-} | {"lm_head": (576, 49152)}
+LINEARS = llama_linears(30, 576, 192, 1536, 49152)
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]

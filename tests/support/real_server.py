@@ -23,10 +23,15 @@ BASE = "smollm2-135m-instruct"
 
 
 @dataclass
-class RealServer:
-    """A running server. `lines` is all it has printed, `key` is sent with every request unless it is empty."""
+class HttpServer:
+    """A running server, as its clients know it.
 
-    process: subprocess.Popen[str]
+    Attributes:
+        store: where its adapters are kept.
+        key: sent with every request unless it is empty.
+        lines: all that it has printed.
+    """
+
     store: Path
     url: str = ""
     key: str = ""
@@ -68,6 +73,13 @@ class RealServer:
         """Returns once the metric has this value; fails after so many seconds."""
         eventually(lambda: self.metric(name, **labels), value, seconds)
 
+
+@dataclass
+class RealServer(HttpServer):
+    """A server in a process of its own."""
+
+    process: subprocess.Popen[str] = field(kw_only=True)
+
     def terminate(self, timeout: float = 60.0) -> int:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout)
@@ -91,7 +103,7 @@ def running_server(store: Path, *flags: str, environ: dict[str, str] | None = No
         text=True,
         env=clean_environment() | (environ or {}),
     )
-    server = RealServer(process, store, key=(environ or {}).get("LORAMUX_API_KEY", ""))
+    server = RealServer(store, process=process, key=(environ or {}).get("LORAMUX_API_KEY", ""))
     ready = threading.Event()
     reader = threading.Thread(target=_read, args=(server, ready), daemon=True)
     reader.start()

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from support.real_server import RealServer
+from support.real_server import HttpServer
 
 VERSION = "x-loramux-adapter-version"
 
@@ -33,7 +33,7 @@ class Answer:
     reply: Reply
 
 
-def whole(server: RealServer, body: dict[str, Any]) -> Answer:
+def whole(server: HttpServer, body: dict[str, Any]) -> Answer:
     with server.client() as client:
         response = client.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text
@@ -44,7 +44,7 @@ def whole(server: RealServer, body: dict[str, Any]) -> Answer:
 
 
 def streamed(
-    server: RealServer, body: dict[str, Any], on_first: Callable[[httpx.Response], None] = lambda response: None
+    server: HttpServer, body: dict[str, Any], on_first: Callable[[httpx.Response], None] = lambda response: None
 ) -> Answer:
     """`on_first` is called when the first event is there and the others are still to come."""
     text, finish_reason, is_done = "", None, False

@@ -14,8 +14,10 @@ from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.lora_linear import AdapterSlots, head_path
 from loramux_adapters.lora.ops import AddLora
 from loramux_adapters.lora.slots import ScaledSlot, Slot
+from loramux_server.engine.build import limits_of
 from loramux_server.engine.model_runner import ModelRunner
 from loramux_server.engine.sampler import Sampler
+from loramux_server.engine.scheduling.admission import SchedulerConfig
 from loramux_server.engine.scheduling.sequence import Batch, SamplingParams, ScheduledSequence, SlotLoad, TokenLogprob
 from loramux_server.engine.scheduling.sequence import Sequence as EngineSequence
 from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVCache
@@ -23,6 +25,7 @@ from loramux_server.kernels.attention.paged_attention import Attend, probe_kv_sh
 from loramux_server.kernels.choice import choose_kernels
 
 CPU = CpuDevice()
+STEPS = SchedulerConfig(max_num_seqs=32, max_batch_tokens=512)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64, logprobs=0)
 
 
@@ -48,10 +51,13 @@ class Stepper:
         add_lora: AddLora | None = None,
         device: Device = CPU,
         kernels: str | None = None,
+        graph_bytes: int = 0,
+        config: SchedulerConfig = STEPS,
     ) -> None:
         """`kernels`: another set than the device's own; `attend`, `add_lora`: other parts than the set's.
 
-        The cache holds floats where `attend` is given.
+        The cache holds floats where `attend` is given. `graph_bytes`: that graphs of steps may take; 0 captures none.
+        `config`: the largest step follows from it.
         """
         whole_numbers = attend is None and choose_kernels(device, kernels).whole_numbers
         shape = probe_kv_shape(model, device, whole_numbers=whole_numbers)
@@ -62,7 +68,6 @@ class Stepper:
                 attend=attend or chosen.attend,
                 add_lora=add_lora or chosen.add_lora,
                 compile_step=None,
-                graphs=None,
             )
         self.kernels, self.device = chosen, device
         self.host: dict[str, HostAdapter] = {}
@@ -70,10 +75,11 @@ class Stepper:
         self.runner = ModelRunner(
             model,
             slots=self.slots,
-            cache=KVCache(shape, blocks, device),
+            cache=KVCache(shape, blocks, device, spare=graph_bytes > 0 and chosen.spare_block),
             kernels=self.kernels,
             host_adapter=self.host.get,
             device=device,
+            limits=limits_of(config, blocks, graph_bytes),
         )
         self._free = list(range(blocks))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
 COMMON: dict[str, Any] = {
@@ -79,3 +79,26 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def save_quantized_model(directory: Path, source: Path, *, double: bool = True, **options: Any) -> Path:
+    """What transformers and bitsandbytes make of a checkpoint and save, as QLoRA's users have it.
+
+    Args:
+        double: quantize the scales too.
+        options: `dtype` of what stays as it is, bf16 if not given; others of BitsAndBytesConfig, such as
+            llm_int8_skip_modules.
+    """
+    dtype = options.pop("dtype", torch.bfloat16)
+    untyped: Any = BitsAndBytesConfig
+    given = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype, "load_in_4bit": True} | options
+    recipe = untyped(bnb_4bit_use_double_quant=double, **given)
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    model: Any = AutoModelForCausalLM
+    model = model.from_pretrained(source, quantization_config=recipe, dtype=dtype, device_map={"": "cpu"})
+    model.save_pretrained(directory)
+    if shown:
+        transformers_logging.enable_progress_bar()
+    tiny_tokenizer().save_pretrained(directory)
+    return directory

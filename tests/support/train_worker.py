@@ -21,7 +21,7 @@ from loramux_adapters.training.model.model import LoraModel
 from loramux_adapters.training.recipe import Recipe
 from loramux_adapters.training.run.optimizer import make_optimizer, set_rate
 from loramux_server.base.loader import load_base_model
-from loramux_server.kernels.training import compiled_training
+from loramux_server.kernels.training import training_kernels
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     cache = Path("~/.cache/loramux").expanduser()
     device = device_named("auto")
     base = load_base_model(args.base, device=device, cache_dir=cache, report=lambda line: None, training=True)
-    model = LoraModel.build(base.model, recipe, ops=compiled_training(base.model))
+    model = LoraModel.build(base.model, recipe, ops=training_kernels(base.model, device))
     optimizer = make_optimizer(model.trainable, recipe)
     print(json.dumps({"ready": True}), file=replies, flush=True)
     for line in sys.stdin:

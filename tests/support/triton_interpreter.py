@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
+from types import FunctionType
 from typing import Any
 
 import torch
 
 INSTALLED = find_spec("triton") is not None
 WHY_NOT = "Triton is not installed: `pip install loramux[dev]` brings it on Linux on x86-64"
+
+_prepared = False
 
 
 def prepare() -> torch.device:
@@ -26,9 +32,12 @@ def prepare() -> torch.device:
     if "triton" in sys.modules and not _interprets():
         raise ImportError("Triton was imported and cannot interpret any more; set TRITON_INTERPRET=1 and start again")
     os.environ["TRITON_INTERPRET"] = "1"
-    _sum_products_in_float64()
-    _turn_scalars_into_indices()
-    _compute_with_infinities()
+    global _prepared
+    if not _prepared:
+        _prepared = True
+        _sum_products_in_float64()
+        _turn_scalars_into_indices()
+        _Launches().install()
     return torch.device("cpu")
 
 
@@ -70,20 +79,61 @@ def _turn_scalars_into_indices() -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    if patch.__name__ != patch_lang_tensor.__name__:  # not twice
-        interpreter._patch_lang_tensor = patch_lang_tensor
+    interpreter._patch_lang_tensor = patch_lang_tensor
 
 
-def _compute_with_infinities() -> None:
-    """A device does not warn of NaN, infinity and overflow, which tests send on purpose; numpy does."""
-    import numpy as np
-    from triton.runtime import interpreter
+class _Launches:
+    """Turns Triton's language into the interpreter's at the start of a launch, and back at its end.
 
-    call = interpreter.GridExecutor.__call__
+    Triton does so again for every function that a program calls, looking through the whole language each time, which
+    is half of a test's time. One launch runs at a time: what the interpreter knows of a program is the process's.
+    """
 
-    def quiet_call(self: Any, *args: Any, **constants: Any) -> None:
-        with np.errstate(all="ignore"):
-            call(self, *args, **constants)
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._changes: list[tuple[Any, str, Any, Any]] = []  # an object, a name, what it was, what it is in a launch
+        self._launches = 0
 
-    if call.__name__ != quiet_call.__name__:  # not twice
-        interpreter.GridExecutor.__call__ = quiet_call
+    def install(self) -> None:
+        import numpy as np
+        import triton.language as tl
+        from triton.runtime import interpreter
+
+        from support import interpreter_speed
+
+        def sees_all() -> None:
+            """A function as Triton's own and ours: they know the language by these names."""
+
+        scope = interpreter._patch_lang(FunctionType(sees_all.__code__, {"tl": tl, "core": tl.core}))
+        self._changes = [(at, name, was, vars(at)[name]) for at, name, was in scope._changes]
+        scope.restore()
+        self._changes += [
+            (tl.tensor, name, vars(tl.tensor)[name], now) for name, now in interpreter_speed.operators().items()
+        ]
+        missing, call = interpreter._MISSING, interpreter.GridExecutor.__call__
+
+        def call_in_launch(executor: Any, *args: Any, **constants: Any) -> None:
+            # a device does not warn of NaN, infinity and overflow, which tests send on purpose; numpy does
+            with self._lock, self._changed(missing), np.errstate(all="ignore"):
+                call(executor, *args, **constants)
+
+        interpreter.GridExecutor.__call__ = call_in_launch
+        interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()  # nothing is left to be done, nor undone
+        interpreter_speed.install()
+
+    @contextmanager
+    def _changed(self, missing: object) -> Iterator[None]:
+        self._launches += 1
+        try:
+            if self._launches == 1:
+                for at, name, _, now in self._changes:
+                    setattr(at, name, now)
+            yield
+        finally:
+            self._launches -= 1
+            if self._launches == 0:
+                for at, name, was, _ in reversed(self._changes):
+                    if was is missing:
+                        delattr(at, name)
+                    else:
+                        setattr(at, name, was)

@@ -18,7 +18,11 @@ def device_named(wanted: str) -> Device:
     """
     there = torch.cuda.is_available()
     if wanted == "cuda" and not there:
-        raise DeviceMissing("PyTorch finds no CUDA device here")
+        raise DeviceMissing(
+            f"this PyTorch ({torch.__version__}) is a build without CUDA; install the one with it"
+            if torch.version.cuda is None
+            else "PyTorch finds no CUDA device here; see what nvidia-smi shows"
+        )
     return device_at(torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and there) else "cpu"))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from loramux_adapters.device.defaults import HOST_SIZES
 from loramux_adapters.device.device import (
     ON_HOST,
     Device,
@@ -46,6 +47,7 @@ class CpuDevice(Device):
     """This machine's processor and memory."""
 
     layout = ON_HOST
+    sizes = HOST_SIZES
     is_host = True
     kernels = "native"
     captures = False
@@ -61,6 +63,10 @@ class CpuDevice(Device):
     @property
     def capability(self) -> tuple[int, int]:
         return 0, 0
+
+    @property
+    def processors(self) -> int:
+        return torch.get_num_threads()
 
     @property
     def activations(self) -> torch.dtype:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from loramux_adapters.device.defaults import CARD_SIZES
 from loramux_adapters.device.device import (
     ON_CARD,
     Device,
@@ -87,8 +88,9 @@ class CudaDevice(Device):
     """
 
     layout = ON_CARD
+    sizes = CARD_SIZES
     is_host = False
-    kernels = "cuda"
+    kernels = "triton"
     captures = True
 
     def __init__(self, place: torch.device) -> None:
@@ -103,6 +105,10 @@ class CudaDevice(Device):
     def capability(self) -> tuple[int, int]:
         return torch.cuda.get_device_capability(self.place)
 
+    @cached_property
+    def processors(self) -> int:
+        return int(torch.cuda.get_device_properties(self.place).multi_processor_count)
+
     @property
     def activations(self) -> torch.dtype:
         return torch.bfloat16 if self.capability >= _BF16_FROM else torch.float16
@@ -113,8 +119,9 @@ class CudaDevice(Device):
     def report(self) -> str:
         memory = self.memory()
         kind = str(self.activations).removeprefix("torch.")
+        built_for = "AMD's, NOT tried with loramux" if torch.version.hip else "sm_{}{}".format(*self.capability)
         return (
-            f"{self}: {self.name}, sm_{self.capability[0]}{self.capability[1]}, computes in {kind}, "
+            f"{self}: {self.name}, {built_for}, computes in {kind}, "
             f"{memory.total / MIB:,.0f} MiB, {memory.free / MIB:,.0f} of them free"
         )
 

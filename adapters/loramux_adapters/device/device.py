@@ -26,6 +26,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from loramux_adapters.device.defaults import SizeDefaults
+
 Replay = Callable[[], None]
 Result = TypeVar("Result")
 
@@ -97,6 +99,7 @@ class Device(ABC):
     Attributes:
         place: where PyTorch's own operations find its tensors.
         layout: how what is kept lies there.
+        sizes: what a server takes there where its settings say nothing.
         is_host: its memory is this process's own, and the compiled code of this project runs on it.
         kernels: the set of the server's kernels that is written for it (kernels/choice.py there).
         captures: `capture` can be called.
@@ -105,6 +108,7 @@ class Device(ABC):
 
     place: torch.device
     layout: DeviceLayout
+    sizes: SizeDefaults
     is_host: bool
     kernels: str
     captures: bool
@@ -122,6 +126,11 @@ class Device(ABC):
     @abstractmethod
     def capability(self) -> tuple[int, int]:
         """The compute capability of CUDA's architectures: (9, 0) is sm_90. (0, 0): it has none."""
+
+    @property
+    @abstractmethod
+    def processors(self) -> int:
+        """Units that run programs of a kernel side by side: multiprocessors."""
 
     @property
     @abstractmethod

@@ -101,8 +101,10 @@ class AdapterSlots:
         return layer
 
     @torch.no_grad()
-    def load(self, slot: Slot, adapter: HostAdapter) -> None:
+    def load(self, slot: Slot, adapter: HostAdapter, *, in_use: bool = True) -> None:
         """Copies an adapter into its slot; rows and layers that it does not fill become zero.
+
+        `in_use`: steps that were started may still read what the slot holds.
 
         Raises:
             AdapterRejected: it does not fit this model (the upload check lets none such through).
@@ -112,7 +114,7 @@ class AdapterSlots:
         filling = [*self._fitting(slot, adapter), *((path, None) for path in before - adapter.modules.keys())]
         for group in range(groups.start, groups.stop):
             self._targets[group] = before | adapter.modules.keys()  # until it is clear that all went well
-        self._copy(slot, [(self.layers[path].arena, weights) for path, weights in filling])
+        self._copy(slot, [(self.layers[path].arena, weights) for path, weights in filling], in_use=in_use)
         for path in adapter.modules:
             self._written[path][groups] = True
         for group in range(groups.start, groups.stop):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
+from typing import Protocol
 
 import torch
 
@@ -13,15 +14,19 @@ from loramux_adapters.lora.slots import SMALLEST_RANK, Slot
 
 Weights = tuple[torch.Tensor, torch.Tensor]  # A [rank, in], B transposed [rank, out], bf16
 Filling = Sequence[tuple[Arena, Weights | None]]
-CopySlot = Callable[[Slot, Filling], None]
 STAGING_BYTES = 16 << 20  # of a buffer; there are two
 
 
-def copy_slot(slot: Slot, filling: Filling) -> None:
-    """The slow reference, and the path of a CPU without compiled code.
+class CopySlot(Protocol):
+    def __call__(self, slot: Slot, filling: Filling, *, in_use: bool = True) -> None:
+        """For each arena, rows of `slot` that the weights do not fill become zero: all of them where there are none.
 
-    For each arena, rows of `slot` that the weights do not fill become zero: all of them where there are none.
-    """
+        `in_use`: steps that were started before may still read what the slot holds, so the copy waits for them.
+        """
+
+
+def copy_slot(slot: Slot, filling: Filling, *, in_use: bool = True) -> None:
+    """The slow reference, and the path of a CPU without compiled code, where every step is done."""
     groups = slice(slot.offset // SMALLEST_RANK, (slot.offset + slot.rank) // SMALLEST_RANK)
     for arena, weights in filling:
         filled = slot.offset
@@ -39,9 +44,9 @@ def copy_slot(slot: Slot, filling: Filling) -> None:
 class StagedCopySlot:
     """The same for a device with memory of its own: through pinned memory, on a stream beside the steps'.
 
-    It begins when all steps that were started before it are done, since they may read what the slot held, and steps
-    that are started after it begin when it is done. The host only waits for a buffer that is still being read. Owner:
-    the engine thread.
+    Where the slot is in use, it begins when all steps that were started before it are done; else at once, behind the
+    copies before it. Steps that are started after it begin when it is done. The host only waits for a buffer that is
+    still being read. Owner: the engine thread.
     """
 
     def __init__(self, device: Device, staging_bytes: int = STAGING_BYTES) -> None:
@@ -52,13 +57,14 @@ class StagedCopySlot:
         self._read: list[Event | None] = [None, None]  # when what was copied from a buffer has left it
         self._current = self._used = 0
 
-    def __call__(self, slot: Slot, filling: Filling) -> None:
+    def __call__(self, slot: Slot, filling: Filling, *, in_use: bool = True) -> None:
         """Raises DeviceFull: there is no pinned memory for the buffers."""
         while len(self._buffers) < len(self._read):
             self._buffers.append(self._device.pinned((self._size,), torch.bfloat16))
         groups = slice(slot.offset // SMALLEST_RANK, (slot.offset + slot.rank) // SMALLEST_RANK)
         end = slot.offset + slot.rank
-        self._stream.wait(self._device.main.record())
+        if in_use:
+            self._stream.wait(self._device.main.record())
         with self._device.on(self._stream):
             for arena, weights in filling:
                 filled = slot.offset

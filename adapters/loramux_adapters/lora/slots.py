@@ -27,6 +27,9 @@ class Slot:
     offset: int
     rank: int
 
+    def overlaps(self, other: Slot) -> bool:
+        return self.offset < other.offset + other.rank and other.offset < self.offset + self.rank
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class ScaledSlot:

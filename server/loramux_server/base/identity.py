@@ -13,8 +13,12 @@ from typing import Any
 
 from loramux_server.errors import BaseModelError
 
-# Recorded in checkpoints but without influence on what the model computes.
-_CONFIG_NOISE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures"}
+# Recorded in checkpoints but without influence on what the model computes. How bitsandbytes quantized one lies in its
+# tensors; its config tells what it would compute in.
+_CONFIG_NOISE = {
+    *("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures"),
+    "quantization_config",
+}
 _TOKENIZER_KEYS = {
     *("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_eos_token", "add_prefix_space"),
     *("chat_template", "added_tokens_decoder", "legacy", "clean_up_tokenization_spaces"),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
@@ -19,18 +20,20 @@ from loramux_adapters.chat.encoder import TextEncoder
 from loramux_adapters.chat.tokenizer_files import TokenizerFiles
 from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.device.device import Device, in_host_memory
-from loramux_adapters.errors import AdapterRejected
+from loramux_adapters.errors import AdapterRejected, DeviceFull
+from loramux_server.base.checkpoint import CheckpointWeights, ModelWeights, Weights
 from loramux_server.base.identity import cached_base_id
 from loramux_server.base.originals import original_tensor
-from loramux_server.base.packed import packable, packed_once
+from loramux_server.base.packed import Packing, missing_names, packable, packed_once
 from loramux_server.base.quantized import quantization_constants, quantized_once
 from loramux_server.base.source import BaseSource, Report, resolve_base
-from loramux_server.base.support import unsupported_config, unsupported_modules
+from loramux_server.base.support import is_quantized, unsupported_config, unsupported_modules
 from loramux_server.errors import BaseModelError
 from loramux_server.kernels.choice import Kernels, choose_kernels, why_not_compiled
-from loramux_server.kernels.compiled.library import Compiled, native_library
+from loramux_server.kernels.compiled.library import native_library
 from loramux_server.kernels.layers.fp32 import DequantizedNF4, dequantized, keep_unpacked
-from loramux_server.kernels.layers.nf4_linear import BLOCK, NF4Linear, four_bit_layers
+from loramux_server.kernels.layers.nf4_layout import CompiledLayout
+from loramux_server.kernels.layers.nf4_linear import BLOCK, NF4Linear
 from loramux_server.kernels.layers.packed_embedding import PackedEmbedding
 from loramux_server.kernels.layers.packed_head import PackedHead
 
@@ -108,6 +111,8 @@ def quantization_recipe(config: Any, quantize: str = "nf4") -> dict[str, Any]:
     """The recipe as it enters the base id."""
     if quantize == "none":
         return {"type": "none", "dtype": "bfloat16", "model_type": config.model_type}
+    if is_quantized(config):  # the tensors of the checkpoint say all of how
+        return {"type": "nf4", "block": BLOCK, "quantized": "before", "model_type": config.model_type}
     return {
         "type": "nf4",
         "block": BLOCK,
@@ -139,8 +144,9 @@ def load_base_model(
 ) -> BaseModel:
     """The base in NF4 with double quantization, ready to run. Quantized once, then kept in the cache.
 
-    For compiled CPU kernels it is kept as these read it (base/packed.py), to be served and to be trained alike; for
-    other kernels as bitsandbytes quantizes it (base/quantized.py).
+    For the compiled CPU kernels, and for those in Triton, it is kept as these read it (base/packed.py), to be served
+    and to be trained alike; for other kernels as bitsandbytes quantizes it (base/quantized.py). A checkpoint that
+    bitsandbytes quantized before keeps its numbers, whatever runs on them.
 
     Args:
         spec: embedded name, checkpoint directory, .gguf file or hub id; or what was found for one of them.
@@ -167,25 +173,34 @@ def load_base_model(
     config, skeleton = _timed(stages, "architecture", lambda: skeleton_of(source))
     recipe = quantization_recipe(config, quantize)
     base_id = _timed(stages, "base id", lambda: cached_base_id(source.directory, recipe, cache_dir, report))
+    if quantize == "none" and is_quantized(config):
+        raise BaseModelError(
+            f"base {source.name} was quantized to NF4 before and has no 16-bit weights: name the checkpoint that it "
+            "was made of"
+        )
     library = native_library() if exact else None
-    compiled = library.best if library else kernels.compiled
-    if quantize != "nf4" or not packable(skeleton):
-        compiled = None
-    if compiled is not None and exact:
-        model = _timed(stages, "weights", lambda: _dense(skeleton, source, base_id, compiled, cache_dir, report))
-    elif compiled is not None:
-        model = _timed(stages, "weights", lambda: _packed(skeleton, source, base_id, compiled, cache_dir, report))
+    layout = CompiledLayout(library.best) if library else kernels.layout
+    if quantize != "nf4" or layout is None or not packable(skeleton, layout):
+        layout = None
+    if layout is not None:
+        load: Any = _dense if exact else _packed
+        packing = Packing(layout, device)
+        model = _timed(stages, "weights", lambda: load(skeleton, source, base_id, packing, cache_dir, report))
     elif quantize == "none":
         report("loading the base in 16 bit")
         model = _timed(stages, "weights", lambda: _load(source.directory, device))
+    elif is_quantized(config):
+        report("loading the base, which was quantized before")
+        model = _timed(stages, "weights", lambda: _load_quantized(skeleton, source, device))
     else:
         model = _timed(stages, "weights", lambda: _load_nf4(source.directory, device, base_id, cache_dir, report))
         _check_quantized(model, source.name)
     keep_unpacked(model)
     if not training:
-        if compiled is None:
-            _timed(stages, "lay out for the kernels", lambda: kernels.lay_out(model))
-        _timed(stages, "compiled operations", lambda: kernels.use_ops(model))
+        with device.used():
+            if layout is None or layout.compiled is None:
+                _timed(stages, "lay out for the kernels", lambda: kernels.lay_out(model))
+            _timed(stages, "compiled operations", lambda: kernels.use_ops(model))
     tokenizer = _timed(stages, "tokenizer", lambda: load_tokenizer(source.directory))
     return BaseModel(
         model=model,
@@ -224,7 +239,9 @@ def skeleton_of(source: BaseSource) -> tuple[Any, nn.Module]:
     """
     try:
         config = AutoConfig.from_pretrained(source.directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except StrictDataclassError as error:  # transformers' own rules for a config; the cause says which one
+        raise BaseModelError(f"the base's config cannot be read: {_first_line(error.__cause__ or error)}") from error
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise BaseModelError(f"the base's config cannot be read: {_first_line(error)}") from error
     _refuse(source.name, unsupported_config(config))
     try:
@@ -240,31 +257,59 @@ def skeleton_of(source: BaseSource) -> tuple[Any, nn.Module]:
 
 
 def _packed(
-    skeleton: nn.Module, source: BaseSource, base_id: str, compiled: Compiled, cache_dir: Path, report: Report
+    skeleton: nn.Module, source: BaseSource, base_id: str, packing: Packing, cache_dir: Path, report: Report
 ) -> nn.Module:
-    model: Any = packed_once(
-        cache_dir,
-        base_id,
-        skeleton,
-        compiled,
-        report,
-        load=lambda: _read(source.directory, CpuDevice()),
-    )
+    try:
+        model: Any = packed_once(
+            cache_dir,
+            base_id,
+            skeleton,
+            packing,
+            report,
+            load=lambda: _weights(skeleton, source),
+        )
+        packing.device.synchronize()  # copies to it are done when the base is handed on
+    except DeviceFull as error:
+        raise BaseModelError(f"the base does not fit into memory ({error}); use a smaller base") from error
     with contextlib.suppress(OSError):  # most checkpoints have none
         model.generation_config = GenerationConfig.from_pretrained(source.directory, local_files_only=True)
     return model  # type: ignore[no-any-return]
 
 
+@contextlib.contextmanager
+def _weights(skeleton: Any, source: BaseSource) -> Iterator[Weights]:
+    """The checkpoint, tensor by tensor; all of it at once where only transformers knows what its names mean."""
+    quantized = is_quantized(skeleton.config)
+    with CheckpointWeights(source.directory, skeleton.base_model_prefix, quantized=quantized) as weights:
+        missing = missing_names(skeleton, weights)
+        if not missing:
+            yield weights
+            return
+    if quantized:
+        raise BaseModelError(f"the base's checkpoint holds no {missing[0]}")
+    yield ModelWeights(_read(source.directory, CpuDevice()))
+
+
 def _dense(
-    skeleton: nn.Module, source: BaseSource, base_id: str, compiled: Compiled, cache_dir: Path, report: Report
+    skeleton: nn.Module, source: BaseSource, base_id: str, packing: Packing, cache_dir: Path, report: Report
 ) -> nn.Module:
     """The 16-bit model with the NF4 weights that are served in it, in fp32."""
-    packed = _packed(skeleton, source, base_id, compiled, cache_dir, report)
+    packed = _packed(skeleton, source, base_id, packing, cache_dir, report)
     model: nn.Module = _read(source.directory, CpuDevice())
     for path, layer in list(packed.named_modules()):
         if isinstance(layer, NF4Linear):
             model.set_submodule(path, dequantized(layer))
     return model
+
+
+def _load_quantized(skeleton: Any, source: BaseSource, device: Device) -> Any:
+    """On bitsandbytes' layers, after all that they are made of was checked."""
+    with CheckpointWeights(source.directory, skeleton.base_model_prefix, quantized=True) as weights:
+        for name, each in skeleton.named_parameters():
+            numbers = weights.nf4(name)
+            if numbers is not None and numbers.shape != tuple(each.shape):
+                raise BaseModelError(f"the base's {name} is of shape {numbers.shape}, and not {tuple(each.shape)}")
+    return _load(source.directory, device)
 
 
 def _load_nf4(directory: Path, device: Device, base_id: str, cache_dir: Path, report: Report) -> Any:
@@ -294,19 +339,23 @@ def _load(directory: Path, device: Device, **options: Any) -> Any:
 def _read(directory: Path, device: Device, **options: Any) -> Any:
     """The model; weights on the CPU may lie in the mapped checkpoint."""
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        untyped: Any = AutoModelForCausalLM
+        model, found = untyped.from_pretrained(
             directory,
             dtype=torch.bfloat16,
             device_map={"": str(device.place)},
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
             **options,
         )
     except torch.OutOfMemoryError as error:
         raise BaseModelError(f"the base does not fit into the memory of {device}; use a smaller base") from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BaseModelError(f"the base cannot be loaded: {_first_line(error)}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise BaseModelError(f"the base's checkpoint holds no {missing[0]}")
     return model.eval()
 
 
@@ -348,10 +397,15 @@ def resident_bytes(model: nn.Module) -> int:
 
 
 def _bytes_16bit(model: nn.Module) -> int:
-    layers = [layer for _, layer in four_bit_layers(model)]
-    layers += [module for module in model.modules() if isinstance(module, (NF4Linear, PackedHead))]
-    quantized = {id(layer.weight): layer.in_features * layer.out_features for layer in layers}
-    return sum(2 * quantized.get(id(parameter), parameter.numel()) for parameter in model.parameters())
+    """A quantized layer's weight counts as so many numbers as it stands for; of the others, each parameter once."""
+    quantized = {
+        id(module.weight): module
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and module.weight.dtype == torch.uint8
+    }
+    layers = {id(each): each.in_features * each.out_features for each in quantized.values()}
+    rest = sum(each.numel() for each in model.parameters() if id(each) not in quantized)
+    return 2 * (sum(layers.values()) + rest)
 
 
 def _kept_floats(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -68,4 +68,6 @@ def _read(directory: Path, files: dict[str, str] | None, name: str) -> torch.Ten
     file = directory / (_WHOLE if files is None else files.get(name, ""))
     with safe_open(file, "pt") as opened:
         weight: torch.Tensor = opened.get_tensor(name)
+    if not weight.is_floating_point():
+        raise BaseModelError(f"the base's {name} was quantized before: there are no 16-bit weights of it")
     return weight

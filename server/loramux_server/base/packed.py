@@ -1,181 +1,196 @@
-"""The base as compiled CPU kernels read it: packed once, then one file that later starts read into one mapping.
+"""The base as its kernels read it: packed once, layer by layer, then one file that later starts read.
 
-It holds every number that a start needs: codes, scales and biases of NF4 layers, the output head's whole numbers, which
-a tied embedding is read from, and what stays as it is (other embeddings, norms, buffers). The same checkpoint gives the
-same bytes on every processor. With it the 16-bit weights are not read again, and nothing is quantized.
+It holds every number that a start needs: codes, scales and biases of NF4 layers, what stays as it is (embeddings,
+norms, buffers, layers that a checkpoint quantized before left in 16 bits), and for compiled kernels the output head's
+whole numbers, which a tied embedding is read from. The same checkpoint gives the same bytes on every processor. With
+it the checkpoint is not read again, and nothing is quantized.
 
-The file is read, not mapped: a mapped file lies in small pages, and a step of one row waits for memory. Its parts are
-read and digested side by side.
+No more than one layer is held in 16 bits at a time, in host memory or on the device: weights lie in mapped files until
+they are laid out (kernels/layers/nf4_layout.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import os
-import struct
+import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import nn
 
+from loramux_adapters.device.device import Device
 from loramux_adapters.lora.lora_linear import output_head
-from loramux_adapters.memory import mapping
 from loramux_server.base.cache_directory import partial_directory
-from loramux_server.base.nf4_quantizer import quantize_into
+from loramux_server.base.checkpoint import Weights
+from loramux_server.base.packed_file import (
+    DeviceTensors,
+    HostTensors,
+    Places,
+    Tensors,
+    Unusable,
+    places_of,
+    read,
+    size_of,
+    write,
+)
 from loramux_server.base.source import Report
-from loramux_server.kernels.compiled.library import Compiled
-from loramux_server.kernels.layers.nf4_linear import NF4Linear, codes_shape, scales_shape, shape_fits
+from loramux_server.errors import BaseModelError
+from loramux_server.kernels.layers.nf4_layout import SCALES, WEIGHT, Nf4Layout, Nf4Numbers, Shapes
 from loramux_server.kernels.layers.packed_embedding import PackedEmbedding, factor_of, put, tied_embedding
 from loramux_server.kernels.layers.packed_head import PackedHead, head_fits, head_shapes
 
-FORM = 3  # goes up whenever the same checkpoint would give other bytes
-_MAGIC = b"loramux packed base\n"
-_LENGTH = struct.Struct("<Q")  # of the header, between its digest and itself
-_ALIGNED = 64  # bytes, each tensor in the mapping
-_PART = 1 << 22  # bytes that have a digest of their own
+QUANTIZING = "loading and quantizing the base to NF4"
 _TOLD_SECONDS = 5.0  # between two lines on how far quantizing is
-_LARGEST_HEADER = 1 << 26
-_DTYPES = {
-    str(dtype): dtype
-    for dtype in (
-        *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
-        *(torch.bfloat16, torch.float16, torch.float32, torch.float64),
-    )
-}
-
-
-class Unusable(Exception):
-    """A file is not what was packed; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a tensor lies in the mapping."""
+class Packing:
+    """How the NF4 layers of a base are laid out, and on which device."""
 
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
+    layout: Nf4Layout
+    device: Device
 
-    @property
-    def nbytes(self) -> int:
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
-
-
-@dataclass(frozen=True, slots=True)
-class PackedTensors:
-    """Every tensor of a packed base, in one mapping.
-
-    Attributes:
-        memory: [bytes] uint8.
-        places: names as in the model's state, sorted by what lies first.
-    """
-
-    memory: torch.Tensor
-    places: Mapping[str, Place]
-
-    @classmethod
-    def reserved(cls, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> PackedTensors:
-        places, size = {}, 0
-        for name, (dtype, shape) in shapes.items():
-            places[name] = Place(dtype, shape, size)
-            size += -(-places[name].nbytes // _ALIGNED) * _ALIGNED
-        return cls(mapping(size, huge_pages=True), places)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.places
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        place = self.places[name]
-        return self.memory[place.offset : place.offset + place.nbytes].view(place.dtype).view(place.shape)
+    def reserve(self, places: Places) -> Tensors:
+        """Memory for tensors at these places. Raises DeviceFull."""
+        return HostTensors(places) if self.layout.compiled is not None else DeviceTensors(places, self.device)
 
 
-def packable(skeleton: nn.Module) -> bool:
-    """Whether the compiled kernels take every layer of this model, which is on the meta device."""
-    head = output_head(skeleton)[1]
-    linears = [module for module in skeleton.modules() if isinstance(module, nn.Linear) and module is not head]
+class _Group:
+    """Layers that lie in the same tensors, under the name of the first."""
+
+    def __init__(self, paths: tuple[str, ...], linears: Mapping[str, nn.Linear]) -> None:
+        self.layers = {path: linears[path] for path in paths}
+        self.names = {each: f"{paths[0]}.{each}" for each in (WEIGHT, SCALES)}
+
+    def first(self, path: str) -> int:
+        """The column of a layer's first output."""
+        column = 0
+        for each, layer in self.layers.items():
+            if each == path:
+                break
+            column += layer.out_features
+        return column
+
+    def held(self, take: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {each: take(name) for each, name in self.names.items()}
+
+
+def packable(skeleton: nn.Module, layout: Nf4Layout) -> bool:
+    """Whether every layer of this model, which is on the meta device, can be kept in this layout."""
+    linears = _linears(skeleton)
     loose = any(isinstance(each, torch.Tensor) for module in skeleton.modules() for each in vars(module).values())
-    return bool(linears) and all(shape_fits(each) for each in linears) and not loose
+    return bool(linears) and all(layout.fits(each) for each in linears.values()) and not loose
 
 
 def packed_once(
     cache_dir: Path,
     base_id: str,
     skeleton: nn.Module,
-    compiled: Compiled,
+    packing: Packing,
     report: Report,
     *,
-    load: Callable[[], nn.Module],
+    load: Callable[[], contextlib.AbstractContextManager[Weights]],
 ) -> nn.Module:
     """The skeleton with layers and weights: from the cache if they are there and right, else packed and kept there.
 
     Args:
         skeleton: the model on the meta device; it is `packable`.
-        load: reads the 16-bit model.
+        load: opens the checkpoint.
+    Raises:
+        BaseModelError: the checkpoint is not what this model is made of.
+        DeviceFull: there is no room for it.
     """
+    layout = packing.layout
     library = metadata.version("transformers")  # names of layers and numbers in buffers are its
-    file = cache_dir / "packed" / f"{base_id[:16]}-form-{FORM}-transformers-{library}"
+    file = cache_dir / layout.folder / f"{base_id[:16]}-form-{layout.form}-transformers-{library}"
     if file.is_file():
         report(f"reading the base as it was packed before ({file.stat().st_size / 2**20:,.0f} MiB)")
         try:
-            return assembled(skeleton, read(file, base_id), compiled)
+            return assembled(skeleton, read(file, layout.form, base_id, packing.reserve), layout)
         except (Unusable, OSError) as error:
             report(f"what was kept in {file} cannot be used ({error}): it is packed again")
             with contextlib.suppress(OSError):  # of a cache that can only be read
                 file.unlink()
-    report("loading and quantizing the base to NF4")
-    tensors = packed(load(), compiled, report)
-    report(f"keeping it for the next start ({len(tensors.memory) / 2**20:,.0f} MiB)")
+    with load() as weights:
+        report("loading the base, which was quantized before" if weights.quantized else QUANTIZING)
+        tensors = packed(skeleton, weights, packing, report)
+    report(f"keeping it for the next start ({size_of(tensors.places) / 2**20:,.0f} MiB)")
     try:
-        _keep(file, base_id, tensors)
+        _keep(file, layout.form, base_id, tensors)
     except Exception as error:  # the server runs without it
         report(f"the packed base could not be kept for the next start: {error}")
-    return assembled(skeleton, tensors, compiled)
+    return assembled(skeleton, tensors, layout)
 
 
 @torch.no_grad()
-def packed(model: nn.Module, compiled: Compiled, report: Report) -> PackedTensors:
-    """The tensors of a 16-bit model on the CPU as the kernels read them; the model stays as it is."""
-    head_path, head = output_head(model)
-    linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    linears.pop(head_path, None)
-    weights = {id(layer.weight) for layer in linears.values()}
-    tied = tied_embedding(model)
-    if head_fits(head) and (tied is None or factor_of(tied) is not None):
-        weights.add(id(head.weight))
-    kept = {name: each for name, each in _tensors_of(model) if id(each) not in weights}
-    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for path, layer in linears.items():
-        shapes[f"{path}.weight"] = torch.uint8, codes_shape(layer)
-        shapes[f"{path}.scales"] = torch.float32, scales_shape(layer)
-    if head_fits(head):
-        numbers, scales = head_shapes(head)
-        shapes |= {f"{head_path}.numbers": (torch.uint8, numbers), f"{head_path}.scales": (torch.float32, scales)}
-    tensors = PackedTensors.reserved(shapes | {name: (each.dtype, tuple(each.shape)) for name, each in kept.items()})
-    told = time.monotonic()
-    for done, (path, layer) in enumerate(linears.items()):
-        if time.monotonic() - told > _TOLD_SECONDS:
-            report(f"quantized {done} of {len(linears)} layers so far")
-            told = time.monotonic()
-        weight = layer.weight.detach().to(torch.bfloat16)
-        quantize_into(tensors[f"{path}.weight"], tensors[f"{path}.scales"], weight, compiled)
-    if head_fits(head):
-        PackedHead.fill(tensors[f"{head_path}.numbers"], tensors[f"{head_path}.scales"], head.weight, compiled)
-    for name, each in kept.items():
-        tensors[name].copy_(each)
+def packed(skeleton: nn.Module, weights: Weights, packing: Packing, report: Report) -> Tensors:
+    """The tensors of a model as its kernels read them.
+
+    Args:
+        skeleton: the model on the meta device. It is changed in place: its buffers have their numbers afterwards, and
+            weights that its config ties are two where the checkpoint holds two that differ, as transformers has it.
+    Raises:
+        BaseModelError, DeviceFull.
+    """
+    layout = packing.layout
+    _untie(skeleton, weights)
+    _fill_buffers(skeleton, weights)
+    names = _names(skeleton)
+    head_path, head = output_head(skeleton)
+    linears = {path: each for path, each in _linears(skeleton).items() if not _left_dense(path, names, weights)}
+    if left := len(_linears(skeleton)) - len(linears):
+        report(f"{left} of its layers were left in 16 bits, so steps run module by module and take longer")
+    of_layers = {id(layer.weight) for layer in linears.values()}
+    shapes: Shapes = {}
+    groups = [_Group(paths, linears) for paths in layout.together(linears)]
+    for group in groups:
+        for part, shape in layout.shapes(list(group.layers.values())).items():
+            shapes[group.names[part]] = shape
+    whole_head = None
+    if layout.compiled is not None and isinstance(head, nn.Linear):
+        filled = _with_weight(head, _dense(names, weights, head.weight))
+        whole_head = filled if head_fits(filled) else None
+    if whole_head is not None:
+        its = zip(("numbers", "scales"), (torch.uint8, torch.float32), head_shapes(whole_head), strict=True)
+        shapes |= {f"{head_path}.{each}": (dtype, shape) for each, dtype, shape in its}
+        if _only_head_reads(skeleton, whole_head):
+            of_layers.add(id(head.weight) if head is not None else 0)
+    parameters = {name: each for name, each in skeleton.named_parameters() if id(each) not in of_layers}
+    buffers = dict(skeleton.named_buffers(remove_duplicate=False))
+    kept: dict[str, torch.Tensor] = parameters | buffers
+    tensors = packing.reserve(
+        places_of(shapes | {name: (each.dtype, tuple(each.shape)) for name, each in kept.items()})
+    )
+    told, done = time.monotonic(), 0
+    for group in groups:
+        held = group.held(tensors.__getitem__)
+        for path, layer in group.layers.items():
+            if time.monotonic() - told > _TOLD_SECONDS:
+                report(f"laid out {done} of {len(linears)} layers so far")
+                told = time.monotonic()
+            source: torch.Tensor | Nf4Numbers | None = weights.nf4(f"{path}.weight")
+            if source is None:
+                source = _dense(names, weights, layer.weight)
+            _check_shape(f"{path}.weight", source, layer.weight)
+            layout.fill(held, group.first(path), source, tensors.upload)
+            done += 1
+    if whole_head is not None and layout.compiled is not None:
+        to = tensors[f"{head_path}.numbers"], tensors[f"{head_path}.scales"]
+        PackedHead.fill(*to, whole_head.weight, layout.compiled)
+    for name, parameter in parameters.items():
+        tensors.put(name, _dense(names, weights, parameter))
+    for name, buffer in buffers.items():
+        tensors.put(name, buffer)
     return tensors
 
 
-def assembled(skeleton: nn.Module, tensors: PackedTensors, compiled: Compiled) -> nn.Module:
-    """The skeleton, changed in place: its layers are the compiled kernels' own, and its weights these tensors.
+def assembled(skeleton: nn.Module, tensors: Tensors, layout: Nf4Layout) -> nn.Module:
+    """The skeleton, changed in place: its layers are the kernels' own, and its weights these tensors.
 
     Raises:
         Unusable: these are not the tensors of this model, which stays as it was.
@@ -198,20 +213,28 @@ def assembled(skeleton: nn.Module, tensors: PackedTensors, compiled: Compiled) -
             parameters[name] = nn.Parameter(take(name), requires_grad=False)
         return parameters[name]
 
+    def kept_dense(path: str) -> bool:
+        place = tensors.places.get(f"{path}.weight")
+        return place is not None and place.dtype.is_floating_point
+
     head_path, head = output_head(skeleton)
     tied = tied_embedding(skeleton)
     reads_head = tied is not None and f"{head_path}.numbers" in tensors and first[id(tied.weight)] not in tensors
+    linears = {path: each for path, each in _linears(skeleton).items() if not kept_dense(path)}
+    groups = {path: group for paths in layout.together(linears) for group in [_Group(paths, linears)] for path in paths}
     replaced: list[tuple[str, nn.Module]] = []
     filled: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     for path, module in skeleton.named_modules():
         under = f"{path}." if path else ""
-        if isinstance(module, nn.Linear) and (module is not head or f"{head_path}.numbers" in tensors):
-            scales = take(f"{under}scales")
-            if module is head:
-                replaced.append((path, PackedHead(take(f"{under}numbers"), scales, module.out_features, compiled)))
-            else:
-                bias = None if module.bias is None else parameter(f"{under}bias", module.bias).data
-                replaced.append((path, NF4Linear(take(f"{under}weight"), scales, bias, compiled)))
+        if path in groups:
+            layer: Any = module
+            bias = None if layer.bias is None else parameter(f"{under}bias", layer.bias).data
+            replaced.append((path, layout.layer(groups[path].held(take), groups[path].first(path), layer, bias)))
+            continue
+        if module is head and f"{head_path}.numbers" in tensors and layout.compiled is not None:
+            layer = module
+            numbers, scales = take(f"{under}numbers"), take(f"{under}scales")
+            replaced.append((path, PackedHead(numbers, scales, layer.out_features, layout.compiled)))
             continue
         for name, held in module._parameters.items():
             if held is not None and not (reads_head and module is tied):
@@ -223,89 +246,109 @@ def assembled(skeleton: nn.Module, tensors: PackedTensors, compiled: Compiled) -
         raise Unusable(f"it holds {unused[0]}, which this model does not have")
     for holder, name, tensor in filled:  # not before all is known to be there
         holder[name] = tensor
-    for path, layer in replaced:
-        skeleton.set_submodule(path, layer)
-        if path == head_path and reads_head and tied is not None and isinstance(layer, PackedHead):
-            put(skeleton, tied, PackedEmbedding(layer, float(getattr(tied, "embed_scale", 1.0))))
+    for path, module in replaced:
+        skeleton.set_submodule(path, module)
+    new_head = skeleton.get_submodule(head_path) if head_path else None
+    if reads_head and tied is not None and isinstance(new_head, PackedHead):
+        put(skeleton, tied, PackedEmbedding(new_head, float(getattr(tied, "embed_scale", 1.0))))
     return skeleton.eval()
 
 
-def write(file: BinaryIO, base_id: str, tensors: PackedTensors) -> None:
-    """Digests of the parts, then the parts."""
-    parts: list[Any] = [tensors.memory[start : start + _PART].numpy() for start in range(0, len(tensors.memory), _PART)]
-    with _workers() as pool:
-        digests = list(pool.map(lambda part: hashlib.sha256(part).hexdigest(), parts))
-    described = {name: [str(each.dtype), each.shape, each.offset] for name, each in tensors.places.items()}
-    header = {"form": FORM, "base_id": base_id, "size": len(tensors.memory), "tensors": described, "parts": digests}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    file.write(_MAGIC + hashlib.sha256(text).digest() + _LENGTH.pack(len(text)) + text)
-    for part in parts:
-        file.write(part)
+def missing_names(skeleton: nn.Module, weights: Weights) -> list[str]:
+    """Parameters of a model that the checkpoint does not hold, under any of the names that are one weight."""
+    return sorted(names[0] for names in _names(skeleton).values() if not any(weights.holds(name) for name in names))
 
 
-def read(path: Path, base_id: str) -> PackedTensors:
-    """What `write` wrote, every part of it checked.
-
-    Raises:
-        Unusable: it is not whole, not unchanged, or of another base.
-        OSError: it cannot be read.
-    """
-    with path.open("rb", buffering=0) as file:
-        header, begin = _header(file, base_id)
-        places = {
-            name: Place(_DTYPES[dtype], tuple(shape), offset)
-            for name, (dtype, shape, offset) in header["tensors"].items()
-        }
-        size, digests = int(header["size"]), header["parts"]
-        if os.fstat(file.fileno()).st_size != begin + size:
-            raise Unusable("it is cut short, or longer than it was")
-        memory = mapping(size, huge_pages=True)
-        bytes_of: Any = memory.numpy()
-
-        def part(index: int) -> bool:
-            held = bytes_of[index * _PART : (index + 1) * _PART]
-            read = os.preadv(file.fileno(), [held], begin + index * _PART)
-            return read == len(held) and hashlib.sha256(held).hexdigest() == digests[index]
-
-        with _workers() as pool:
-            right = list(pool.map(part, range(-(-size // _PART))))
-    if not all(right):
-        raise Unusable("its bytes are not those that were packed")
-    return PackedTensors(memory, places)
+def _linears(skeleton: nn.Module) -> dict[str, nn.Linear]:
+    """Path -> layer of all but the output head."""
+    head = output_head(skeleton)[1]
+    return {
+        path: module
+        for path, module in skeleton.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
 
 
-def _header(file: BinaryIO, base_id: str) -> tuple[dict[str, Any], int]:
-    """The header, and where the tensors begin."""
-    begin = len(_MAGIC) + hashlib.sha256().digest_size + _LENGTH.size
-    start = file.read(begin)
-    if len(start) < begin or not start.startswith(_MAGIC):
-        raise Unusable("it does not begin as a packed base does")
-    digest = start[len(_MAGIC) : -_LENGTH.size]
-    (length,) = _LENGTH.unpack(start[-_LENGTH.size :])
-    text = file.read(length) if length <= _LARGEST_HEADER else b""
-    if hashlib.sha256(text).digest() != digest:
-        raise Unusable("its header is not the one that was written")
-    header: dict[str, Any] = json.loads(text)
-    if header["form"] != FORM or header["base_id"] != base_id:
-        raise Unusable("it is of another base")
-    return header, begin + length
+def _names(skeleton: nn.Module) -> dict[int, list[str]]:
+    """Identity of a parameter -> all its names, the first one first."""
+    names: dict[int, list[str]] = {}
+    for name, each in skeleton.named_parameters(remove_duplicate=False):
+        names.setdefault(id(each), []).append(name)
+    return names
 
 
-def _keep(file: Path, base_id: str, tensors: PackedTensors) -> None:
+def _dense(names: Mapping[int, list[str]], weights: Weights, parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter's numbers, as the checkpoint holds them, under any of its names."""
+    its = names[id(parameter)]
+    name = next((each for each in its if weights.holds(each)), None)
+    if name is None:
+        raise BaseModelError(f"the base's checkpoint holds no {' or '.join(its)}")
+    found = weights.dense(name)
+    if not found.is_floating_point():
+        raise BaseModelError(f"the base's {name} is in {found.dtype}, and nothing beside it says how it was quantized")
+    _check_shape(name, found, parameter)
+    return found
+
+
+def _check_shape(name: str, found: torch.Tensor | Nf4Numbers, asked: torch.Tensor) -> None:
+    if tuple(found.shape) != tuple(asked.shape):
+        its, wanted = (" x ".join(map(str, each.shape)) for each in (found, asked))
+        raise BaseModelError(f"the base's {name} is {its} numbers, and its config asks for {wanted}")
+
+
+def _left_dense(path: str, names: Mapping[int, list[str]], weights: Weights) -> bool:
+    """Whether a checkpoint that was quantized before left this layer out."""
+    return weights.quantized and not weights.quantizes(f"{path}.weight")
+
+
+def _untie(skeleton: nn.Module, weights: Weights) -> None:
+    for its in _names(skeleton).values():
+        there = [name for name in its if weights.holds(name)]
+        for name in there[1:]:
+            if not torch.equal(weights.dense(there[0]), weights.dense(name)):
+                path, _, attribute = name.rpartition(".")
+                its_own = torch.empty_like(skeleton.get_parameter(name))
+                skeleton.get_submodule(path).register_parameter(attribute, nn.Parameter(its_own, requires_grad=False))
+
+
+def _fill_buffers(skeleton: Any, weights: Weights) -> None:
+    """Gives buffers their numbers, in host memory: the checkpoint's, or those that transformers begins with."""
+    for path, module in skeleton.named_modules():
+        own = {name: each for name, each in module._buffers.items() if each is not None and each.is_meta}
+        if not own:
+            continue
+        for name, each in own.items():
+            module._buffers[name] = torch.full(
+                each.shape, torch.nan if each.is_floating_point() else 0, dtype=each.dtype
+            )
+        skeleton._init_weights(module)
+        for name in own:
+            full = f"{path}.{name}" if path else name
+            if weights.holds(full):
+                module._buffers[name].copy_(weights.dense(full))
+            elif not own[name].is_floating_point() or bool(module._buffers[name].isnan().any()):
+                raise BaseModelError(f"the base's checkpoint holds no {full}, and transformers does not make it")
+
+
+def _only_head_reads(skeleton: nn.Module, head: nn.Linear) -> bool:
+    """Whether nothing else needs the weight of a head that is kept in whole numbers: an embedding reads these too."""
+    tied = tied_embedding(skeleton)
+    return tied is None or factor_of(_with_weight(tied, head.weight)) is not None
+
+
+def _with_weight(module: nn.Module, weight: torch.Tensor) -> Any:
+    copied = copy.copy(module)
+    weight = weight.to(torch.bfloat16).contiguous()
+    copied.__dict__["_parameters"] = module._parameters | {"weight": nn.Parameter(weight, requires_grad=False)}
+    return copied
+
+
+def _keep(file: Path, form: int, base_id: str, tensors: Tensors) -> None:
     """Writes it, and removes what other versions left of the same base."""
     with partial_directory(file) as partial:
         whole = partial / "base"
         with whole.open("wb") as opened:
-            write(opened, base_id, tensors)
+            write(opened, form, base_id, tensors)
         for other in file.parent.glob(f"{base_id[:16]}-*"):
             other.unlink()
         whole.rename(file)
-
-
-def _tensors_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters, tied ones once, and buffers, also those that are in no checkpoint."""
-    yield from model.named_parameters()
-    yield from model.named_buffers(remove_duplicate=False)
-
-
-_workers = partial(ThreadPoolExecutor, max_workers=min(16, os.cpu_count() or 1), thread_name_prefix="packed")

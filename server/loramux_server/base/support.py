@@ -20,9 +20,8 @@ def unsupported_config(config: Any) -> list[str]:
     """
     reasons: list[str] = []
     get: Any = lambda name: getattr(config, name, None)  # noqa: E731
-    if quantized := get("quantization_config"):
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
-        reasons.append(f"it is quantized already ({method or 'unknown method'}); give the 16-bit checkpoint")
+    if reason := _why_not_quantized_so(get("quantization_config")):
+        reasons.append(reason)
     if get("is_encoder_decoder"):
         reasons.append("it is an encoder-decoder model")
     if get("vision_config") is not None or get("audio_config") is not None:
@@ -41,6 +40,26 @@ def unsupported_config(config: Any) -> list[str]:
     if odd:
         reasons.append(f"it has layers of type {', '.join(odd)}")
     return reasons
+
+
+def is_quantized(config: Any) -> bool:
+    """Whether the checkpoint of a config that is supported was quantized before, by bitsandbytes to NF4."""
+    return bool(getattr(config, "quantization_config", None))
+
+
+def _why_not_quantized_so(given: Any) -> str:
+    """Why a checkpoint that was quantized before cannot be served; "" where it can, or was not."""
+    if not given:
+        return ""
+    its: dict[str, Any] = given if isinstance(given, dict) else given.to_dict()
+    method = its.get("quant_method") or ("bitsandbytes" if its.get("load_in_4bit") or its.get("load_in_8bit") else None)
+    todo = "give the 16-bit checkpoint, or one that bitsandbytes quantized to NF4"
+    if method != "bitsandbytes":
+        return f"it is quantized already ({method or 'unknown method'}); {todo}"
+    if its.get("load_in_8bit") or its.get("_load_in_8bit"):
+        return f"it is quantized already, by bitsandbytes to 8 bits (load_in_8bit); {todo}"
+    kind = its.get("bnb_4bit_quant_type", "fp4")
+    return "" if kind == "nf4" else f"it is quantized already, by bitsandbytes to {kind}; {todo}"
 
 
 def _rope_types(parameters: Any) -> set[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
+from loramux_server.base.device import check_device
 from loramux_server.base.source import check_base, resolve_base
 from loramux_server.cli.frame import configure_logging, show, write
 from loramux_server.cli.options import once, settings_app
@@ -64,6 +65,7 @@ def evaluate_here(config: EvalConfig, stages: Stages, *, cache_dir: Path, skip_b
     from loramux_server.evaluation.material import largest_rank, read_held, trained_on
 
     assert config.data is not None and config.adapter is not None
+    check_device(config.device)
     check_base(config.base)
     _check_out(config.out)
     directory = find_adapter(config.adapter, DEFAULT_OUT)
@@ -84,7 +86,7 @@ def evaluate_here(config: EvalConfig, stages: Stages, *, cache_dir: Path, skip_b
         from loramux_server.cli.evaluate_run import Bases, contender
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = device_of(config.device)
+    device = device_of(config.device, stages.note)
     bases = Bases(source, device=device, cache_dir=cache_dir, max_rank=max_rank, report=stages.note)
     contenders = [
         contender(bases, _shown(config.adapter), Role.ADAPTER, directory, quantize),

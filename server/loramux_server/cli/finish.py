@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loramux_server.base.device import check_device
 from loramux_server.base.source import check_base, resolve_base
 from loramux_server.cli import frame
 from loramux_server.cli.evaluate import evaluate_shown, print_report, written
@@ -61,6 +62,7 @@ def finish(
 
     directory = run_dir / "adapter"
     name = str(read_card(directory)["name"])
+    check_device(settings.device)
     check_base(settings.base)
     quantize, max_rank = trained_on(directory), largest_rank([directory])
     data = settings.eval_data

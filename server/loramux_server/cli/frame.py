@@ -208,12 +208,10 @@ class _Later(Command):
     """Stands for a command that is not imported yet; its callback gives the command itself."""
 
 
-def new_app(help: str = "", **options: Any) -> typer.Typer:
+def new_app(help: str = "", cls: type[Commands] = Commands, **options: Any) -> typer.Typer:
     """A place for commands, with this help of its own if it holds several."""
     context_settings = {"max_content_width": PLAIN_COLUMNS, "help_option_names": ["-h", "--help"]}
-    return typer.Typer(
-        cls=Commands, help=help or None, add_completion=False, context_settings=context_settings, **options
-    )
+    return typer.Typer(cls=cls, help=help or None, add_completion=False, context_settings=context_settings, **options)
 
 
 def later(app: typer.Typer, name: str, help: str, module: str, holds: str = "app") -> None:

@@ -17,11 +17,11 @@ COMMANDS = {
     "adapters": "Manage the adapters of a running server, back up its store.",
     "train": "Train an adapter on a file of examples.",
     "eval": "Say what an adapter is worth on held-out examples.",
-    "plan": "Say how much memory a training will take, before it is started.",
+    "plan": "Say what a training takes, or a server on a card, before it is started.",
     "merge": "Write base and adapter as one ordinary checkpoint.",
 }
-MODULES = {"eval": "evaluate"}  # of commands that are not called like theirs
-REPORTED = ("torch", "transformers", "bitsandbytes", "peft", "fastapi", "uvicorn")
+MODULES = {"eval": "evaluate", "plan": "plan.commands"}  # of commands that are not called like theirs
+REPORTED = ("torch", "triton", "transformers", "bitsandbytes", "peft", "fastapi", "uvicorn")
 
 app = frame.new_app(
     "Serve many LoRA adapters over one resident NF4 base model, and train them on it.",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import typer
 
+from loramux_server.base.device import check_device
 from loramux_server.base.source import BaseSource, check_base, resolve_base
 from loramux_server.cli.frame import configure_logging, show, write
 from loramux_server.cli.options import settings_app
@@ -86,6 +87,7 @@ def merge(config: MergeConfig, ctx: typer.Context) -> int:
     configure_logging("info")
     quiet_libraries()
     before_a_base(ctx.obj)
+    check_device(config.device)
     check_base(config.base)
     adapter = find_adapter(config.adapter, DEFAULT_OUT)
     largest_rank([adapter])  # a file that cannot be read is known now
@@ -105,7 +107,7 @@ def merge(config: MergeConfig, ctx: typer.Context) -> int:
             from loramux_server.base.device import device_of
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        work = _Merge(config, adapter, source, device_of(config.device), cache_dir, stages, bar, go_on)
+        work = _Merge(config, adapter, source, device_of(config.device, stages.note), cache_dir, stages, bar, go_on)
         merged, onto = work.write(partial)
         drift = work.measure(partial)
         report = {

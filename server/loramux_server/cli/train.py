@@ -14,6 +14,7 @@ import typer
 
 from loramux_adapters.errors import AdapterError, InvalidAdapterName
 from loramux_server.base.cache_directory import borrowed_cache
+from loramux_server.base.device import check_device
 from loramux_server.base.source import EMBEDDED_NAME, check_base, resolve_base
 from loramux_server.cli.frame import configure_logging, show, show_command, write
 from loramux_server.cli.options import once, settings_app
@@ -52,6 +53,7 @@ def train(
     quiet_libraries()
     before_a_base(ctx.obj)
     run = RunDirectory(config.run_dir)
+    check_device(config.device)
     check_base(config.base)
     if run.is_finished and not overwrite:
         upload = f". To upload it: {push_command(config, run)}" if config.upload is not None else ""

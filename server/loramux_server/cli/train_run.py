@@ -12,13 +12,14 @@ from typing import TextIO
 
 import torch
 
+from loramux_adapters.device.device import Device
 from loramux_adapters.errors import MemoryShort
 from loramux_adapters.training.data.batches import Row
 from loramux_adapters.training.model.lora_layers import target_names
 from loramux_adapters.training.model.model import LoraModel
 from loramux_adapters.training.run.card import make_card, write_card
 from loramux_adapters.training.run.curves import draw_curves
-from loramux_adapters.training.run.optimizer import state_bytes
+from loramux_adapters.training.run.optimizer import state_bytes, why_not_8_bit
 from loramux_adapters.training.run.run_dir import RunDirectory
 from loramux_adapters.training.run.trace import EpochRecord, StepRecord
 from loramux_adapters.training.run.trainer import Plan, Trainer, TrainingOutcome
@@ -41,7 +42,7 @@ from loramux_server.config.environment import kernels_of
 from loramux_server.config.train import TrainConfig
 from loramux_server.errors import CommandFailed
 from loramux_server.kernels.choice import choose_kernels
-from loramux_server.kernels.training import compiled_training
+from loramux_server.kernels.training import training_kernels
 from loramux_server.longrun.interrupt import interruptible
 from loramux_server.longrun.time_left import duration
 from loramux_server.plain_text import masked
@@ -59,8 +60,22 @@ def run_training(
     Raises:
         AdapterError, LoramuxError: it cannot be done; what was saved stays.
     """
+    device = device_of(config.device, stages.note)
+    with device.used():
+        return _run_on(device, config, prepared, run, stages, skip_bad=skip_bad, dry_run=dry_run)
+
+
+def _run_on(
+    device: Device,
+    config: TrainConfig,
+    prepared: Prepared,
+    run: RunDirectory,
+    stages: Stages,
+    *,
+    skip_bad: bool,
+    dry_run: bool,
+) -> TrainingOutcome | None:
     material = prepared.material
-    device = device_of(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     recipe = config.recipe()
@@ -98,6 +113,7 @@ def run_training(
         observer=progress,
         checkpoint_every=config.checkpoint_every,
         checkpoint_minutes=config.checkpoint_minutes,
+        device=device,
     )
     about = [*data_lines(config, material, train, held), *_model_lines(model, base, recipe.quantize)]
     for line in ["", *about, *_step_lines(trainer.plan(), config, run), ""]:
@@ -163,7 +179,8 @@ def _add_adapter(base: BaseModel, config: TrainConfig) -> LoraModel:
     torch.manual_seed(recipe.seed)
     originals = original_weights(base.source.directory) if recipe.init == "loftq" else None
     try:
-        return LoraModel.build(base.model, recipe, originals=originals, ops=compiled_training(base.model))
+        ops = training_kernels(base.model, base.device)
+        return LoraModel.build(base.model, recipe, originals=originals, ops=ops, device=base.device)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise MemoryShort(
             f"an adapter of rank {recipe.rank} does not fit into memory; lower --rank, or name fewer --target-modules"
@@ -176,12 +193,14 @@ def _model_lines(model: LoraModel, base: BaseModel, quantize: str) -> list[str]:
     in_16_bit = f"{counts.base_bytes_16bit / MIB:,.1f} MiB in 16 bit"
     ratio = counts.base_bytes_16bit / counts.base_bytes
     size = f"{counts.base_bytes / MIB:,.1f} MiB in NF4; {in_16_bit}, {ratio:.1f} times as much"
-    adapter, optimizer = counts.adapter_bytes / MIB, state_bytes(model.trainable) / MIB
+    adapter, optimizer = counts.adapter_bytes / MIB, state_bytes(model.trainable, base.device) / MIB
+    in_fp32 = why_not_8_bit(base.device) if base.device.layout.moments_8_bit else ""
     return [
         f"base      {base.name}: {size if quantize == 'nf4' else in_16_bit}",
         f"model     {counts.total:,} parameters, {counts.trainable:,} of them trainable: "
         f"{counts.trainable / counts.total:.2%}",
         f"adapter   {adapter:,.1f} MiB in fp32, as much for its gradients, {optimizer:,.1f} MiB for the optimizer",
+        *([f"          its moments are kept in fp32, and not in 8 bits: {in_fp32}"] if in_fp32 else []),
     ]
 
 

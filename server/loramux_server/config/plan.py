@@ -9,7 +9,7 @@ from pydantic import model_validator
 from loramux_adapters.errors import RecipeError
 from loramux_adapters.training.recipe import Recipe
 from loramux_server.config.settings import setting
-from loramux_server.config.shared import RECIPE, NamesBase, ShapesAdapter, split
+from loramux_server.config.shared import MACHINE, RECIPE, NamesBase, ShapesAdapter, split
 from loramux_server.errors import ConfigError
 
 
@@ -17,6 +17,13 @@ class PlanConfig(NamesBase, ShapesAdapter):
     """Settings of one plan."""
 
     table = "plan"
+
+    card: str | None = setting(
+        None,
+        "a card to plan for, which need not be here: the memory that it is sold with, such as 24GiB, or its name",
+        group=MACHINE,
+        unset="the device that is here",
+    )
 
     batch: int = setting(
         RECIPE.batch_size, "examples of one step", group="Steps", between=(1, 1 << 20), also=("--batch-size",)

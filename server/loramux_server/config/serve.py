@@ -15,6 +15,7 @@ from pydantic import model_validator
 
 from loramux_server.config.settings import setting
 from loramux_server.config.shared import MACHINE, RunsBase, split
+from loramux_server.config.sizes import AsksForSizes
 from loramux_server.errors import ConfigError
 from loramux_server.wire.pace import Pace
 
@@ -23,7 +24,7 @@ _HOST_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,252}[A-Za-z0-9_])?")
 SERVED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,254}")
 
 
-class ServeConfig(RunsBase):
+class ServeConfig(RunsBase, AsksForSizes):
     """Settings of one server."""
 
     table = "serve"
@@ -62,7 +63,6 @@ class ServeConfig(RunsBase):
     keep_versions: int = setting(
         2, "versions that each adapter keeps, to go back to", group="Adapters", between=(1, 1000)
     )
-    max_lora_rank: int = setting(256, "largest rank an adapter may have", group="Adapters", between=(1, 4096))
     max_upload_mib: int = setting(1024, "largest upload, in MiB", group="Adapters", between=(1, 1 << 20))
     proof_tokens: int = setting(
         6,
@@ -76,13 +76,6 @@ class ServeConfig(RunsBase):
         "takes 30 times as long in all",
         group="Adapters",
         between=(1, 86400),
-    )
-    adapter_memory_mib: int | None = setting(
-        None,
-        "of --device-memory-mib, what adapters get, in MiB; the KV cache gets the rest",
-        group="Adapters",
-        between=(1, 1 << 20),
-        unset="a quarter of it",
     )
     host_cache_mib: int = setting(
         1024, "host memory for adapters that are not on the device, in MiB", group="Adapters", between=(1, 1 << 22)
@@ -147,31 +140,15 @@ class ServeConfig(RunsBase):
         30.0, "how long running replies may go on after SIGTERM, in seconds", group="Network", between=(0, 86400)
     )
 
-    max_model_len: int = setting(
-        2048, "longest prompt and reply together, in tokens", group="Capacity", between=(16, 1 << 20)
-    )
-    max_num_seqs: int = setting(32, "most sequences in one step", group="Capacity", between=(1, 4096))
-    max_batch_tokens: int = setting(
-        128,
-        "most tokens in one step, prompts included; at least --max-num-seqs",
-        group="Capacity",
-        between=(1, 1 << 17),
-    )
     max_waiting: int = setting(
         256, "most requests that wait; the next one is told to come back (503)", group="Capacity", between=(1, 1 << 20)
     )
-    device_memory_mib: int = setting(
-        2048,
-        "device memory for adapters and the KV cache together, in MiB; the base is not part of it",
+    default_max_tokens: int | None = setting(
+        None,
+        "longest reply in a chat that names no max_tokens; what fits into --max-model-len, if that is less",
         group="Capacity",
-        between=(4, 1 << 22),
-    )
-    prefix_cache_mib: int = setting(
-        256,
-        "of the KV cache, most that is kept of requests that have ended, for prompts that begin like theirs, in MiB; "
-        "0 keeps nothing",
-        group="Capacity",
-        between=(0, 1 << 22),
+        between=(1, 1 << 20),
+        unset="what fits on a CPU; on a card what lets 16 such requests run at a time, at least 1024",
     )
 
     special_tokens_in_messages: bool = setting(
@@ -218,16 +195,6 @@ class ServeConfig(RunsBase):
             )
         if self.watch_seconds < 0.1:
             raise ConfigError(f"--watch-seconds must be at least 0.1, not {self.watch_seconds}")
-        if self.kv_cache_mib < 1:
-            raise ConfigError(
-                f"--device-memory-mib {self.device_memory_mib} leaves nothing for the KV cache: --adapter-memory-mib "
-                f"is {self.adapter_memory_mib}; raise the one or lower the other"
-            )
-        if self.max_batch_tokens < self.max_num_seqs:
-            raise ConfigError(
-                f"--max-batch-tokens ({self.max_batch_tokens}) must be at least --max-num-seqs ({self.max_num_seqs}): "
-                "every running sequence adds a token to each step"
-            )
         for origin in self.cors_origin_list:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise ConfigError(
@@ -260,16 +227,6 @@ class ServeConfig(RunsBase):
     @property
     def allowed_host_list(self) -> list[str]:
         return split(self.allowed_hosts)
-
-    @property
-    def arena_mib(self) -> int:
-        """What adapters get of the device memory."""
-        return self.device_memory_mib // 4 if self.adapter_memory_mib is None else self.adapter_memory_mib
-
-    @property
-    def kv_cache_mib(self) -> int:
-        """What adapters leave of the device memory."""
-        return self.device_memory_mib - self.arena_mib
 
 
 def is_loopback(host: str) -> bool:

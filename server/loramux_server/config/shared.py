@@ -18,19 +18,24 @@ MACHINE, LABELS, ADAPTER, MEMORY = "Base and machine", "Labels, and CSV columns"
 RECIPE = Recipe()  # the defaults
 
 
-class NamesBase(Settings):
-    """Which base, and where."""
+class FindsBase(Settings):
+    """Which base, and where what is made of it is kept."""
 
     base: str = setting(
         EMBEDDED_NAME,
         "base model: a hub id, a directory, a .gguf file, or the name of the embedded one",
         group=MACHINE,
     )
-    device: Literal["auto", "cpu", "cuda"] = setting(
-        "auto", "where to run; auto takes CUDA if there is a device", group=MACHINE
-    )
     cache_dir: Path | None = setting(
         None, "where a converted base is kept between starts", group=MACHINE, unset="the user's cache directory"
+    )
+
+
+class NamesBase(FindsBase):
+    """A base, and where it runs."""
+
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto", "where to run; auto takes CUDA if there is a device", group=MACHINE
     )
 
 

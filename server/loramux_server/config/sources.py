@@ -49,9 +49,13 @@ def from_environment(cls: type[Settings], environ: Mapping[str, str], also: Coll
     return InitSettingsSource(cls, values)
 
 
-def from_file(cls: type[Settings], path: Path, tables: Collection[str]) -> InitSettingsSource:
+def from_file(
+    cls: type[Settings], path: Path, tables: Collection[str], also: Collection[str] = ()
+) -> InitSettingsSource:
     """The settings in one table of a TOML file, which may hold these tables.
 
+    Args:
+        also: keys of the table that other commands read.
     Raises:
         ConfigError: the file cannot be read or parsed, a key is unknown, or a value has the wrong type.
     """
@@ -70,6 +74,8 @@ def from_file(cls: type[Settings], path: Path, tables: Collection[str]) -> InitS
             raise ConfigError(f"config file {path}: unknown table [{key}]; settings belong under [{table}]")
     values: dict[str, object] = {}
     for key, value in document.get(table, {}).items():
+        if key not in known and key in also:
+            continue
         if key not in known:
             raise ConfigError(f"config file {path}: unknown key {key} in [{table}]{suggest(key, known)}")
         try:

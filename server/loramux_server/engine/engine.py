@@ -1,8 +1,20 @@
 """The engine: one thread that turns queued sequences into tokens, a step at a time.
 
+Where the device works beside the host (`Running.ahead`), the next step is scheduled and started before the results of
+this one are read, so that the device never waits for the host:
+
+    host     | schedule, start 2 | read 1, deliver 1, schedule, start 3 | read 2, deliver 2, ...
+    device   | step 1                     | step 2                               | step 3
+
+A sequence that ends in step 1 (a stop token, its last token, an error, an abort) may have a row in step 2, whose result
+is dropped. At most one step is under way while another is scheduled. Steps end in order, so a client hears the same
+tokens in the same order as without.
+
 Failures have three levels. One row (`RowResult.error`) ends that sequence. A step that raises ends the sequences of
-its batch; what it held is freed and what it loaded is forgotten. Anything else, or `MAX_FAILED_STEPS` failing steps in
-a row, ends the engine, and with it every sequence it has.
+its batch, and those of the step that was started on top of it; what they held is freed and what they loaded is
+forgotten. Where a step cannot even be started, the one under way ends as it would have, before the sequences of the
+other are ended. Anything else, or `MAX_FAILED_STEPS` failures in a row, ends the engine, and with it every sequence it
+has.
 """
 
 from __future__ import annotations
@@ -12,15 +24,23 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from loramux_server.engine.inbox import ENDED, EngineState, Inbox
 from loramux_server.engine.scheduling.scheduler import Scheduler
-from loramux_server.engine.scheduling.sequence import Batch, FinishReason, RowResult, Sequence, TokenOutput
+from loramux_server.engine.scheduling.sequence import (
+    Batch,
+    FinishReason,
+    RowResult,
+    ScheduledSequence,
+    Sequence,
+    SequenceStatus,
+    TokenOutput,
+)
 from loramux_server.engine.step_metrics import EngineMetrics, EngineStats, StepMetrics, WorkRate
 from loramux_server.errors import EngineDead
 
-__all__ = ["Engine", "EngineMetrics", "EngineState", "EngineStats", "Runner"]
+__all__ = ["Engine", "EngineMetrics", "EngineState", "EngineStats", "Runner", "Running"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +50,53 @@ ABORT_GRACE = 5.0  # seconds an engine gets to notice, at the end of a drain, th
 Deliver = Callable[[list[tuple[str, TokenOutput]]], None]
 
 
+class Running(Protocol):
+    """A step that was started.
+
+    Attributes:
+        ahead: the next step may be started before this one's results are asked for.
+    """
+
+    @property
+    def ahead(self) -> bool: ...
+
+    def results(self) -> list[RowResult]:
+        """Waits for the step; one result for each row with logits, in row order. Called once.
+
+        Raising fails every sequence of the batch and of the step that was started after it, and nothing of the two is
+        believed to be on the device.
+        """
+
+
 class Runner(Protocol):
     """What happens on the device. Called by the engine thread only."""
 
-    def run(self, batch: Batch) -> list[RowResult]:
-        """Applies the slot loads, runs the rows, returns one result per row with logits, in row order.
+    def start(self, batch: Batch) -> Running:
+        """Applies the slot loads and runs the rows, behind all that was started before; it need not wait for the end.
 
-        It fills `SlotLoad.seconds`. What it keeps for a sequence may go once the sequence is FINISHED. Raising fails
-        every sequence of the batch, and nothing of the step is believed to be on the device.
+        It fills `SlotLoad.seconds`. When it returns it has taken all it needs of the sequences: one may have ended,
+        and what it held may be given to others, before the step is done. Raising fails every sequence of the batch, and
+        nothing of the step is believed to be on the device. Results are read in the order of the starts, and at most
+        one step is not read when another is started.
         """
+
+
+class _Started(NamedTuple):
+    """A step that is under way.
+
+    Attributes:
+        running: None if it could not be started.
+        since: when it was started.
+    """
+
+    batch: Batch
+    running: Running | None
+    since: float
+
+    @property
+    def ahead(self) -> bool:
+        """Whether another may be started before this one is read."""
+        return self.running is not None and self.running.ahead
 
 
 class Engine:
@@ -68,6 +126,8 @@ class Engine:
         self._thread = threading.Thread(target=self._main, name="loramux-engine", daemon=True)
         self._warm = threading.Event()  # set once: the warm-up is over, one way or the other
         self._outputs: list[tuple[str, TokenOutput]] = []  # of this step, for one delivery
+        self._under_way: _Started | None = None  # between two calls of `_step`
+        self._read_at = 0.0  # when the results of the last step were there
         self._failed_steps = 0  # in a row
         self._step_started_at: float | None = None
         self._stats = self._snapshot()
@@ -109,7 +169,7 @@ class Engine:
         self._inbox.put(*sequences)
 
     def abort(self, sequence_id: str) -> None:
-        """Ends a sequence before the next step, with reason ABORT; an id that is not live is ignored."""
+        """Ends a sequence before the next step is scheduled, with reason ABORT; an id that is not live is ignored."""
         self._inbox.abort(sequence_id)
 
     def drain(self, timeout: float) -> None:
@@ -154,7 +214,7 @@ class Engine:
             self._warm_up()
             self._inbox.started()
             self._warm.set()
-            while not self._inbox.drained:
+            while self._under_way is not None or not self._inbox.drained:
                 if not self._step():
                     self._inbox.wait()
             state = EngineState.STOPPED
@@ -164,15 +224,17 @@ class Engine:
             self._end(state)
 
     def _step(self) -> bool:
-        """False if there was nothing to run."""
+        """Starts a step, and reads one. False if there was nothing to run."""
         self._receive()
         self._prefetch()
-        batch = self._scheduler.schedule()
+        must_read = self._under_way is not None and not self._under_way.ahead
+        batch = Batch() if must_read else self._scheduler.schedule()
         self._publish()
-        if batch.rows:
+        works = bool(batch.rows) or self._under_way is not None
+        if works:
             self._run(batch)
         self._flush()
-        return bool(batch.rows)
+        return works
 
     def _receive(self) -> None:
         mail = self._inbox.take()
@@ -198,33 +260,68 @@ class Engine:
         self._stats = self._snapshot()
 
     def _run(self, batch: Batch) -> None:
-        started = self._step_started_at = self._clock()
+        """Starts the next step, if it has rows, then reads the one before; or the next, if that must be read first."""
+        now = self._step_started_at = self._clock()
         try:
-            results = self._runner.run(batch)
-            if len(results) != sum(row.num_logits > 0 for row in batch.rows):
-                raise RuntimeError(f"the runner gave {len(results)} results for another number of rows")
-        except Exception:
-            logger.exception("a step failed, with sequences %s", [row.sequence.id for row in batch.rows])
-            self._fail(batch)
-        else:
-            self._update(batch, results, self._clock() - started)
+            step, self._under_way = self._under_way, None
+            following = self._start(batch, now) if batch.rows else None
+            if step is not None and not self._read(step) and following is not None:
+                self._results(following)  # so that the device is done with it; it has failed with the other
+            elif following is not None and step is None and not following.ahead:
+                self._read(following)
+            else:
+                self._under_way = following
         finally:
             self._step_started_at = None
 
-    def _fail(self, batch: Batch) -> None:
-        for sequence in self._scheduler.roll_back(batch):
+    def _start(self, batch: Batch, now: float) -> _Started:
+        running: Running | None = None
+        try:
+            running = self._runner.start(batch)
+        except Exception:
+            _log_failure(batch)
+        return _Started(batch, running, now)
+
+    def _read(self, step: _Started) -> bool:
+        """Waits for the step and turns its results into outputs. False if it failed."""
+        results = self._results(step)
+        if results is None:
+            self._fail()
+            return False
+        now = self._clock()
+        seconds, self._read_at = now - max(step.since, self._read_at), now  # the device was busy before, with another
+        self._update(step.batch, results, seconds)
+        return True
+
+    def _results(self, step: _Started) -> list[tuple[ScheduledSequence, RowResult]] | None:
+        """Waits for the step: its rows with logits, and what came of them. None if it failed, which is then logged."""
+        if step.running is None:
+            return None
+        try:
+            results = step.running.results()
+            rows = [row for row in step.batch.rows if row.num_logits]
+            if len(results) != len(rows):
+                raise RuntimeError(f"the runner gave {len(results)} results for {len(rows)} rows")
+        except Exception:
+            _log_failure(step.batch)
+            return None
+        return list(zip(rows, results, strict=True))
+
+    def _fail(self) -> None:
+        for sequence in self._scheduler.roll_back():
             error = "the step failed; the request may be sent again"
             self._emit(sequence, TokenOutput(finish_reason=FinishReason.ERROR, error=error))
         self._failed_steps += 1
         if self._failed_steps == MAX_FAILED_STEPS:
             raise EngineDead(f"{MAX_FAILED_STEPS} steps in a row failed")
 
-    def _update(self, batch: Batch, results: list[RowResult], seconds: float) -> None:
+    def _update(self, batch: Batch, results: list[tuple[ScheduledSequence, RowResult]], seconds: float) -> None:
         self._failed_steps = 0
         self._scheduler.commit(batch)
-        now = self._clock()
-        rows = [row for row in batch.rows if row.num_logits]
-        for row, result in zip(rows, results, strict=True):
+        now, finished = self._clock(), SequenceStatus.FINISHED
+        for row, result in results:
+            if row.sequence.status is finished:
+                continue  # it has ended since the step was started
             output = self._output_of(row.sequence, result, now)
             if output is None:
                 continue
@@ -300,6 +397,11 @@ class Engine:
             resident=slots.residents,
             waiting_by_adapter=dict(self._scheduler.waiting_by_adapter),
         )
+
+
+def _log_failure(batch: Batch) -> None:
+    """Of the exception that is being handled."""
+    logger.exception("a step failed, with sequences %s", [row.sequence.id for row in batch.rows])
 
 
 def _ended(outputs: list[tuple[str, TokenOutput]]) -> set[str]:

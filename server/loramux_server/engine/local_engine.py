@@ -22,7 +22,7 @@ from loramux_server.base.loader import BaseModel
 from loramux_server.engine.build import DeviceSide
 from loramux_server.engine.engine import Engine
 from loramux_server.engine.inbox import Inbox
-from loramux_server.engine.scheduling.admission import SchedulerConfig
+from loramux_server.engine.scheduling.admission import LEAST_RANKS, SchedulerConfig
 from loramux_server.engine.scheduling.sequence import AdapterUse, FinishReason, SamplingParams, TokenOutput
 from loramux_server.engine.scheduling.sequence import Sequence as EngineSequence
 from loramux_server.engine.step_metrics import NoMetrics
@@ -121,13 +121,14 @@ class LocalEngine:
             base,
             probe_kv_shape(base.model, base.device, whole_numbers=base.kernels.whole_numbers),
             host.get,
+            config=SchedulerConfig(
+                max_num_seqs=rows, max_batch_tokens=STEP_TOKENS, max_ranks=max(LEAST_RANKS, 2 * bucket_of(max_rank))
+            ),
             arena_rows=2 * bucket_of(max_rank),
             num_blocks=-(-tokens // BLOCK_SIZE),
-            max_num_seqs=rows,
             check=check,
         )
         engine = device.engine(
-            SchedulerConfig(max_num_seqs=rows, max_batch_tokens=STEP_TOKENS),
             host,
             Inbox(max_waiting=sys.maxsize),
             NoMetrics(),

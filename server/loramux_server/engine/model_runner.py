@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +16,27 @@ from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.lora_linear import AdapterSlots
 from loramux_adapters.lora.ops import LoraRows
 from loramux_server.engine.sampler import Sampler, asks_first_token
-from loramux_server.engine.scheduling.sequence import Batch, RowResult, SlotLoad
-from loramux_server.engine.step_graphs import StepGraphs
+from loramux_server.engine.scheduling.sequence import Batch, RowResult, ScheduledSequence, SlotLoad
+from loramux_server.engine.step_questions import StepQuestions, can_be_asked
 from loramux_server.errors import SequenceFailed
 from loramux_server.kernels.attention.kv_cache import KVCache
 from loramux_server.kernels.attention.paged_attention import AttentionStep, use_our_attention
 from loramux_server.kernels.choice import Kernels
+from loramux_server.kernels.decoder.asks import AskedSampling
 from loramux_server.kernels.decoder.decoder import Decoder
+from loramux_server.kernels.decoder.whole_step import ChoosingStep, StepLimits, WholeStep
+
+
+class StartedStep(NamedTuple):
+    """A step that was started.
+
+    Attributes:
+        results: waits for it; a result for each row with logits, in row order.
+        ahead: the next step may be started before they are asked for.
+    """
+
+    results: Callable[[], list[RowResult]]
+    ahead: bool
 
 
 class ModelRunner:
@@ -30,11 +44,11 @@ class ModelRunner:
 
     transformers' own model code runs unchanged, on packed tokens [1, rows] with explicit positions; attention and the
     cache behind it are ours (kernels/attention/), and so is every linear layer's delta (LoRALinear). Where the model
-    allows it the same step runs in one call of compiled code instead (kernels/decoder/), with the same bits.
+    allows it a whole step of ours takes its place (kernels/decoder/, kernels/gpu/step/).
 
     Attributes:
-        decoder: the compiled step; None where transformers' code runs, which is also its reference.
-        graphs: steps captured as graphs; None where there are none.
+        decoder: the whole step; None where transformers' code runs.
+        why_by_modules: why it does; empty where it does not.
     """
 
     def __init__(
@@ -46,10 +60,17 @@ class ModelRunner:
         kernels: Kernels,
         host_adapter: Callable[[str], HostAdapter | None],
         device: Device,
+        limits: StepLimits,
+        progress: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """`kernels`: those that slots and cache were made for.
-
-        `host_adapter` gives a version that is held in host memory, or None if it no longer is.
+        """
+        Args:
+            kernels: those that slots and cache were made for.
+            host_adapter: gives a version that is held in host memory, or None if it no longer is.
+            limits: the largest step.
+            progress: told a line at a time, where making the whole step takes long.
+        Raises:
+            DeviceFull: there is no room for what steps work in.
         """
         use_our_attention(model)
         self._model: Any = model
@@ -58,18 +79,20 @@ class ModelRunner:
         self._attend = kernels.attend
         self._host_adapter = host_adapter
         self._device = device
-        self._sampler = Sampler(kernels.sampling)
-        self.decoder: Decoder | None = None
+        self._places: dict[str, int] = {}  # sequence id -> the ask of the step before that chose its newest token
+        self.decoder: WholeStep | None = None
         self.why_by_modules = f"the kernels {kernels.name!r} have no whole step"
         if kernels.compile_step is not None:
-            step = kernels.compile_step(model, cache)
+            with device.used():
+                step = kernels.compile_step(model, cache, limits, progress)
             self.decoder, self.why_by_modules = (None, step) if isinstance(step, str) else (step, "")
-        self.graphs: StepGraphs | None = None
-        if kernels.graphs is not None:
-            self.graphs = StepGraphs(self._call, cache, kernels.graphs, slots.rows, device.capture)
+        sampling = kernels.sampling
+        if isinstance(self.decoder, ChoosingStep) and self.decoder.chooses:
+            sampling = AskedSampling(self.decoder.answer, self.decoder.most_asks)
+        self._sampler = Sampler(sampling)
 
-    def run(self, batch: Batch) -> list[RowResult]:
-        """One step: a result for each row with logits, in row order.
+    def start(self, batch: Batch) -> StartedStep:
+        """Starts one step.
 
         Raises:
             SequenceFailed: a version that a slot load names is not in host memory any more.
@@ -80,18 +103,37 @@ class ModelRunner:
                 self._load(load)
                 load.seconds = time.perf_counter() - started
             rows = [row for row in batch.rows if row.num_logits]
-            if self.decoder is not None and rows and all(map(asks_first_token, rows)):
-                logits, first = self._first_tokens(self.decoder, batch)
-                return self._sampler.results(logits, rows, first)
-            logits = self.forward(batch)
-            return self._sampler.results(logits, rows) if rows else []
+            decoder = self.decoder
+            if isinstance(decoder, ChoosingStep) and decoder.chooses and all(map(can_be_asked, rows)):
+                questions = StepQuestions(rows, self._sampler)
+                if len(questions.asks) <= decoder.most_asks:
+                    return self._started(decoder, batch, questions)
+            results = self._finished(batch, rows)
+            self._places = {}
+            return StartedStep(lambda: results, ahead=False)
+
+    def _started(self, decoder: ChoosingStep, batch: Batch, questions: StepQuestions) -> StartedStep:
+        tokens, _, heads, step, lora, head = self._inputs(batch)
+        answers = decoder.start(tokens, heads, step, lora, head, questions.asks)
+        self._places = questions.places
+
+        def results() -> list[RowResult]:
+            with self._device.used():
+                return questions.results(answers)
+
+        return StartedStep(results, ahead=True)
+
+    def _finished(self, batch: Batch, rows: list[ScheduledSequence]) -> list[RowResult]:
+        if isinstance(self.decoder, Decoder) and rows and all(map(asks_first_token, rows)):
+            logits, first = self._first_tokens(self.decoder, batch)
+            return self._sampler.results(logits, rows, first)
+        logits = self.forward(batch)
+        return self._sampler.results(logits, rows) if rows else []
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits [sum of the rows' num_logits, vocabulary]; keys and values of all rows are in the cache afterwards."""
         with self._device.used():
-            if self.graphs is not None:
-                return self.graphs.run(batch, lambda: self._plain(batch))
             return self._plain(batch)
 
     @torch.inference_mode()
@@ -102,8 +144,7 @@ class ModelRunner:
     def _plain(self, batch: Batch) -> torch.Tensor:
         tokens, position, heads, step, lora, head = self._inputs(batch)
         if self.decoder is not None:
-            decoded: torch.Tensor = self.decoder.forward(tokens, heads, step, lora, head)
-            return decoded
+            return self.decoder.forward(tokens, heads, step, lora, head)
         return self._call(
             self._device.put(torch.tensor([tokens])),
             self._device.put(torch.tensor([position])),
@@ -127,7 +168,7 @@ class ModelRunner:
         for index, row in enumerate(batch.rows):
             first, count = row.first, row.num_tokens
             runs.append((index, len(tokens), count, first))
-            tokens += row.sequence.tokens_from(first, count)
+            tokens += [-1 - self._places[row.sequence.id]] if row.follows else row.sequence.tokens_from(first, count)
             sequence += [index] * count
             position += range(first, first + count)
             tables[index, : len(row.sequence.blocks)] = row.sequence.blocks
@@ -135,9 +176,9 @@ class ModelRunner:
         step = AttentionStep(
             cache=self._cache,
             attend=self._attend,
-            tables=self._on_device(tables),
-            sequence=self._on_device(np.array(sequence, dtype=np.int32)),
-            position=self._on_device(np.array(position, dtype=np.int32)),
+            tables=self._for_the_step(tables),
+            sequence=self._for_the_step(np.array(sequence, dtype=np.int32)),
+            position=self._for_the_step(np.array(position, dtype=np.int32)),
             runs=tuple(runs),
         )
         lora = LoraRows.build([(row.sequence.slots, row.num_tokens) for row in batch.rows])
@@ -170,12 +211,16 @@ class ModelRunner:
         logits: torch.Tensor = output.logits[0]
         return logits
 
-    def _on_device(self, array: npt.NDArray[np.int32]) -> torch.Tensor:
-        """A tensor of it; on the CPU of the same memory, without a call that gives up the interpreter lock."""
-        return self._device.put(torch.from_numpy(array))
+    def _for_the_step(self, array: npt.NDArray[np.int32]) -> torch.Tensor:
+        """A tensor of it: in host memory for a whole step, on the device for modules.
+
+        In host memory it is the same memory, without a call that gives up the interpreter lock.
+        """
+        tensor = torch.from_numpy(array)
+        return tensor if self.decoder is not None else self._device.put(tensor)
 
     def _load(self, load: SlotLoad) -> None:
         adapter = self._host_adapter(load.version)
         if adapter is None:
             raise SequenceFailed(f"adapter version {load.version[:12]} left host memory before it was copied")
-        self._slots.load(load.slot, adapter)
+        self._slots.load(load.slot, adapter, in_use=load.in_use)

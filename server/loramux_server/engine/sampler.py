@@ -17,6 +17,7 @@ from loramux_server.engine.scheduling.sequence import (
     TokenLogprob,
 )
 from loramux_server.kernels.compiled.sampling import Draw, Sampling, logprobs_of
+from loramux_server.kernels.decoder.asks import Ask
 
 _MASK = (1 << 64) - 1
 
@@ -67,6 +68,14 @@ class Sampler:
             results.append(RowResult(chosen[last], logprob, digest=digest, scores=found))
         return results
 
+    def ask(self, at: int, row: ScheduledSequence) -> Ask:
+        """How the next token of a sequence is chosen, for a step that does so itself; `at`: its row of the logits."""
+        params = row.sequence.params
+        if params.forced:
+            return Ask(at, token=params.forced[row.reply_index], top=params.logprobs)
+        draw = None if params.temperature == 0 else self._draw(at, row)
+        return Ask(at, draw, top=params.logprobs)
+
     def _search(self, logits: torch.Tensor, first: list[int] | None) -> tuple[list[int], list[bool]]:
         unknown = [row for row, token in enumerate(first or []) if token < 0]
         if first is None or len(unknown) == len(first):
@@ -88,16 +97,20 @@ class Sampler:
                 continue
             last, params = start + row.num_logits - 1, row.sequence.params
             if params.forced:
-                chosen[last] = params.forced[len(row.sequence.output)]
+                chosen[last] = params.forced[row.reply_index]
             elif params.temperature == 0:
                 chosen[last] = greedy[last]
             else:
-                number = uniform(self._seed(row.sequence), len(row.sequence.output))
-                draws.append(Draw(last, number, params.temperature, params.top_k, params.top_p, params.min_p))
+                draws.append(self._draw(last, row))
         if draws:
             drawn = self._sampling.draw(logits, draws)
             chosen.update((draw.row, token) for draw, token in zip(draws, drawn, strict=True))
         return chosen
+
+    def _draw(self, at: int, row: ScheduledSequence) -> Draw:
+        params = row.sequence.params
+        number = uniform(self._seed(row.sequence), row.reply_index)
+        return Draw(at, number, params.temperature, params.top_k, params.top_p, params.min_p)
 
     def _seed(self, sequence: Sequence) -> int:
         if sequence.params.seed is not None:

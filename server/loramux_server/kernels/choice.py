@@ -6,9 +6,12 @@
     modules-<set>   CPU: the same on a slower instruction set
     tensor          any device: PyTorch's and bitsandbytes' operations; what an installation without a compiler runs on
     reference       any device: the slow loops that the others are tested against
-    cuda            CUDA devices: the library's grouped products and attention, where they agree with the tensor path
+    triton          graphics processors: our own kernels in Triton (gpu/), a whole step launched by one program
+    cuda            graphics processors without Triton: bitsandbytes' products, the library's grouped products and
+                    attention where they agree with the tensor path
 
-On the CPU everything between layers is fp32, whatever the set; on other devices it is bf16.
+On the CPU everything between layers is fp32, whatever the set. On other devices it is bf16 (fp16 before Ampere), and in
+a whole step on `triton` the residual stream is fp32.
 
 A processor without AVX2 (or NEON) also runs `native`, on portable code. Beside `tensor`, SmolLM2-135M on one thread,
 both held to SSE2 and without fma, it decodes 2.9 times as many tokens in a second of processor time with 1 row, 2.4
@@ -23,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,28 +38,25 @@ from loramux_adapters.lora.weights import ConvertPairs, convert_by_tensors
 from loramux_server.errors import ConfigError
 from loramux_server.kernels.attention.kv_cache import KVCache, KVShape
 from loramux_server.kernels.attention.paged_attention import Attend, NativeAttend, attend_reference
-from loramux_server.kernels.attention.varlen_attention import VarlenAttend, varlen_attend
+from loramux_server.kernels.attention.varlen_attention import varlen_attend
 from loramux_server.kernels.compiled.abi import VectorIsa
 from loramux_server.kernels.compiled.adapter_kernels import NativeAddLora, NativeConvertPairs, NativeCopySlot
 from loramux_server.kernels.compiled.library import Compiled, native_library, why_unusable
 from loramux_server.kernels.compiled.sampling import NativeSampling, Sampling, TensorSampling
-from loramux_server.kernels.decoder.decoder import Decoder, compile_decoder
-from loramux_server.kernels.grouped_lora import GroupedAddLora, grouped_add_lora
+from loramux_server.kernels.decoder.decoder import compile_decoder
+from loramux_server.kernels.decoder.whole_step import StepLimits, WholeStep
+from loramux_server.kernels.gpu.check.usable import why_no_triton
+from loramux_server.kernels.grouped_lora import grouped_add_lora
 from loramux_server.kernels.layers.fp32 import keep_unpacked, run_in_fp32
+from loramux_server.kernels.layers.nf4_layout import CompiledLayout, Nf4Layout
 from loramux_server.kernels.layers.nf4_linear import pack
 from loramux_server.kernels.layers.operations import use_compiled_ops
 from loramux_server.kernels.layers.packed_embedding import pack_head
+from loramux_server.kernels.layers.recognition import recognize
 from loramux_server.kernels.layers.rotary import use_angles
 from loramux_server.kernels.set_names import check_name, set_names
 
 _SLOWER = "4 to 15"  # the set `tensor`, with SmolLM2-135M on Zen 4: the check at start, and one client
-
-
-class GraphKernels(NamedTuple):
-    """What a step must run on to be captured as a CUDA graph (engine/step_graphs.py)."""
-
-    attend: VarlenAttend
-    add_lora: GroupedAddLora
 
 
 def as_it_is(model: nn.Module) -> None:
@@ -70,7 +70,9 @@ class Kernels:
     Attributes:
         name: of the set.
         isa: the instruction set of compiled code, as reports name it; "" where there is none.
-        compiled: the code on that instruction set; a base for it is kept and read as it is laid out (base/packed.py).
+        compiled: the code on that instruction set.
+        layout: how a base for these kernels is laid out as it is loaded, and kept (base/packed.py); None: it lies on
+            bitsandbytes' layers.
         lay_out: lays NF4 layers and head of a base out for their products, in place. Inference only.
         use_ops: gives a base that is laid out what it computes between them with, in place. Inference only.
         add_lora, lora: adds the deltas of a batch; its name in the start-up report and the numerics id.
@@ -79,14 +81,15 @@ class Kernels:
         sampling: from logits to tokens and log probabilities.
         copy_slot: an adapter from host memory to a slot.
         convert: an adapter's numbers, as they lie in a file, to those that are computed with.
-        compile_step: (model, cache) -> its whole step in one call, or why it runs module by module; None where there is
-            no such kernel at all.
-        graphs: what steps are captured with; None where they are not.
+        spare_block: the cache needs one (KVCache).
+        compile_step: (model, cache, limits, progress) -> its whole step in one call, or why it runs module by module;
+            None where there is no such kernel at all.
     """
 
     name: str
     isa: str = ""
     compiled: Compiled | None = None
+    layout: Nf4Layout | None = None
     lay_out: Callable[[nn.Module], None] = as_it_is
     use_ops: Callable[[nn.Module], None] = as_it_is
     add_lora: AddLora = add_lora_segments
@@ -94,11 +97,11 @@ class Kernels:
     attend: Attend = attend_reference
     attention: str = "tensor"
     whole_numbers: bool = False
+    spare_block: bool = False
     sampling: Sampling = field(default_factory=TensorSampling)
     copy_slot: CopySlot = copy_slot
     convert: ConvertPairs = convert_by_tensors
-    compile_step: Callable[[Any, KVCache], Decoder | str] | None = None
-    graphs: GraphKernels | None = None
+    compile_step: Callable[[Any, KVCache, StepLimits, Callable[[str], None]], WholeStep | str] | None = None
 
 
 class _Unavailable(Exception):
@@ -119,6 +122,8 @@ def choose_kernels(device: Device, request: str | None = None, shape: KVShape | 
         request = device.kernels
         if request == "native" and native_library() is None:
             request = "tensor"
+        if request == "triton" and _why_no_triton(device):
+            request = "cuda"
     check_name(request)
     try:
         return _sets()[request](device, shape)
@@ -127,11 +132,20 @@ def choose_kernels(device: Device, request: str | None = None, shape: KVShape | 
 
 
 def why_not_compiled(kernels: Kernels, device: Device) -> list[str]:
-    """For people, in two lines: why no compiled code runs on this CPU, what that costs, and what to do.
+    """For people, in two lines: why none of our kernels run on this device, what that costs, and what to do.
 
-    Empty where some does, and for other devices.
+    Empty where they do.
     """
-    if kernels.isa or not device.is_host:
+    if kernels.isa or kernels.name == device.kernels:
+        return []
+    if device.kernels == "triton":
+        why = _why_no_triton(device) or f"LORAMUX_KERNELS asks for {kernels.name!r}; unset it"
+        return [
+            f"NO kernels of our own: {why}",
+            "so a step is thousands of operations of PyTorch's and bitsandbytes', one by one, and the last bits of a "
+            "reply may differ with what else is in its batch",
+        ]
+    if not device.is_host:
         return []
     if why := why_unusable():
         todo = "install g++ and then loramux again" if "not built" in why else "install loramux again"
@@ -173,6 +187,7 @@ def _native(isa: VectorIsa | None, name: str, device: Device, shape: KVShape | N
         name=name,
         isa=compiled.isa.label,
         compiled=compiled,
+        layout=CompiledLayout(compiled),
         lay_out=partial(_pack, compiled=compiled),
         use_ops=partial(_use_ops, compiled=compiled),
         add_lora=NativeAddLora(compiled),
@@ -187,7 +202,7 @@ def _native(isa: VectorIsa | None, name: str, device: Device, shape: KVShape | N
     )
 
 
-def _no_whole_step(model: Any, cache: KVCache) -> str:
+def _no_whole_step(model: Any, cache: KVCache, limits: StepLimits, progress: Callable[[str], None]) -> str:
     return (
         f"its heads have {cache.shape.head_dim} numbers, and the cache of whole numbers takes multiples of 16 up to 512"
     )
@@ -222,9 +237,44 @@ def _in_fp32_on(device: Device) -> Callable[[nn.Module], None]:
     return run_in_fp32 if device.is_host else as_it_is
 
 
+def _why_no_triton(device: Device) -> str:
+    """Empty where the kernels in Triton run."""
+    if device.kernels != "triton":
+        return f"they are for graphics processors, and the device is {device}"
+    if native_library() is None:
+        return f"they need the compiled library beside them, for angles: {why_unusable()}"
+    return why_no_triton(device)
+
+
+def _triton(device: Device, shape: KVShape | None) -> Kernels:
+    if why := _why_no_triton(device):
+        raise _Unavailable(why)
+    from loramux_server.kernels.gpu.check.compile import compile_gpu_step
+    from loramux_server.kernels.gpu.loading.nf4_layout import TritonLayout
+    from loramux_server.kernels.gpu.step.nf4_linear import pack as pack_for_triton
+
+    plain = _cuda(device, shape)
+    return replace(
+        plain,
+        name="triton",
+        layout=TritonLayout(device),
+        lay_out=partial(pack_for_triton, device=device),
+        use_ops=partial(_recognized, device=device),
+        compile_step=partial(compile_gpu_step, device, plain.attend),
+        spare_block=device.captures,
+    )
+
+
+def _recognized(model: nn.Module, device: Device) -> None:
+    library = native_library()
+    assert library is not None
+    recognize(model, device)
+    use_angles(model, library)
+
+
 def _cuda(device: Device, shape: KVShape | None) -> Kernels:
-    if device.kernels != "cuda":
-        raise _Unavailable(f"they are for CUDA devices, and the device is {device}")
+    if device.kernels not in ("triton", "cuda"):
+        raise _Unavailable(f"they are for graphics processors, and the device is {device}")
     is_bf16 = shape is not None and shape.dtype == torch.bfloat16
     grouped = grouped_add_lora(device) if is_bf16 else None
     varlen = None
@@ -240,7 +290,6 @@ def _cuda(device: Device, shape: KVShape | None) -> Kernels:
         attention=varlen.name if varlen else "tensor",
         copy_slot=StagedCopySlot(device),
         convert=_convert(),
-        graphs=GraphKernels(varlen, grouped) if grouped and varlen and varlen.paged else None,
     )
 
 
@@ -256,7 +305,7 @@ def _sets() -> dict[str, Callable[[Device, KVShape | None], Kernels]]:
     isas = {isa.label: isa for isa in library.isas} if library else {}
     compiled, others = (
         {"native": _native, "modules": _modules},
-        {"tensor": _tensor, "reference": _reference, "cuda": _cuda},
+        {"tensor": _tensor, "reference": _reference, "triton": _triton, "cuda": _cuda},
     )
     sets: dict[str, Callable[[Device, KVShape | None], Kernels]] = {}
     for name in set_names():

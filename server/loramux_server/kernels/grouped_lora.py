@@ -33,7 +33,6 @@ class Part:
         ends: [slots of this rank] int32, where each slot's rows end.
         unit: [n] int64, which SMALLEST_RANK rows of the arena each entry's slot begins with.
         scale: [n, 1] fp32.
-        used: [n, 1] bool; the rows without such an entry lie behind the others. None: all have one.
     """
 
     rank: int
@@ -41,38 +40,6 @@ class Part:
     ends: torch.Tensor
     unit: torch.Tensor
     scale: torch.Tensor
-    used: torch.Tensor | None = None
-
-    @classmethod
-    def empty(cls, rank: int, rows: int, arena_rows: int, device: Device) -> Part:
-        """One to be filled again and again, for steps of so many rows."""
-        return cls(
-            rank,
-            device.reserve((rows,), torch.int64),
-            device.reserve((arena_rows // rank,), torch.int32),
-            device.reserve((rows,), torch.int64),
-            device.reserve((rows, 1), torch.float32),
-            device.reserve((rows, 1), torch.bool),
-        )
-
-    def fill(self, rows: LoraRows) -> None:
-        """For rows with one entry each at most, all of them in this part, whatever their rank."""
-        assert self.used is not None
-        has = np.flatnonzero(np.diff(rows.first))
-        has = has[rows.rank[rows.first[has]] == self.rank]
-        order, entries, ends = _in_order(rows, rows.first[has], self.rank, len(self.ends))
-        count, total = len(has), len(self.rows)
-        without = np.setdiff1d(np.arange(total), has)
-        unit, scale = np.zeros(total, dtype=np.int64), np.zeros((total, 1), dtype=np.float32)
-        unit[:count], scale[:count, 0] = rows.offset[entries] // SMALLEST_RANK, rows.scale[entries]
-        for tensor, values in (
-            (self.rows, np.concatenate([has[order], without])),
-            (self.ends, ends),
-            (self.unit, unit),
-            (self.scale, scale),
-            (self.used, np.arange(total)[:, None] < count),
-        ):
-            tensor.copy_(torch.from_numpy(values))
 
     def delta(self, x: torch.Tensor, arena: Arena) -> torch.Tensor:
         """[n, out] bf16."""
@@ -81,8 +48,7 @@ class Part:
         h = grouped_mm(x.index_select(0, self.rows), a.transpose(1, 2), offs=self.ends)
         targeted = arena.targeted[self.unit].bool()[:, None]  # elsewhere the slot holds what another adapter left
         h = torch.where(targeted, h * self.scale, 0.0).to(x.dtype)
-        delta = grouped_mm(h, bt, offs=self.ends)
-        return delta if self.used is None else torch.where(self.used, delta, 0.0)  # rows in no group hold anything
+        return grouped_mm(h, bt, offs=self.ends)
 
 
 class GroupedAddLora:
@@ -109,10 +75,6 @@ class GroupedAddLora:
                 total.index_add_(0, part.rows, part.delta(x, arena).float())
         used = torch.cat([part.rows for part in places[0]])  # every row with an adapter has a first one
         y.index_copy_(0, used, (y[used].float() + total[used]).to(y.dtype))
-
-    def expect(self, rows: LoraRows, plan: list[list[Part]]) -> None:
-        """For rows whose plan is made elsewhere."""
-        self._plans.append((rows, plan))
 
     def _plan_of(self, rows: LoraRows, arena_rows: int, device: torch.device) -> list[list[Part]]:
         """Made once for all layers of a step."""
@@ -174,7 +136,7 @@ def grouped_add_lora(device: Device) -> GroupedAddLora | None:
     path = GroupedAddLora()
     try:
         path(ours, x, arena, rows)
-    except RuntimeError:  # what the library says of a device it has no kernel for; the start-up report names the path
+    except (RuntimeError, ValueError, TypeError):  # what the library says of a case that it does not take
         return None
     add_lora_segments(theirs, x, arena, rows)
     return path if torch.allclose(ours.float(), theirs.float(), rtol=0.05, atol=0.05) else None

@@ -36,10 +36,12 @@ _EXACT = frozenset(
 
 def products_of(model: nn.Module, device: Device) -> str:
     """How the linear layers of a base are computed."""
+    if not device.is_host:
+        found = Counter(kind for module in model.modules() if (kind := getattr(module, "products", "")))
+        found.update(["NF4 bitsandbytes CUDA"] * len(four_bit_layers(model)))
+        return ", ".join(sorted(found)) or "16 bit"
     layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
     layers += [layer for _, layer in four_bit_layers(model)]
-    if not device.is_host:
-        return "NF4 bitsandbytes CUDA" if layers else "16 bit"
     names = Counter("NF4 native" if isinstance(layer, NF4Linear) else "NF4 dequantize" for layer in layers)
     if len(names) > 1:
         return ", ".join(f"{name} ({count} layers)" for name, count in sorted(names.items()))
@@ -72,6 +74,8 @@ def numerics_id(model: nn.Module, device: Device, kernels: Kernels, *, whole_ste
         found = torch.cpu.get_capabilities()
         kind = "cpu " + "+".join([str(found.get("architecture", "")), *(f for f in _CPU_FEATURES if found.get(f))])
     paths = f"{kernel_paths(model, device)}; attention {kernels.attention}; LoRA {kernels.lora}"
+    if whole_step and not device.is_host:  # there it has other bits than the modules
+        paths = f"{products_of(model, device)}; whole step in Triton {metadata.version('triton')}"
     return f"{versions}; {paths}; {kind}"
 
 

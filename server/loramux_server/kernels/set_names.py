@@ -7,7 +7,7 @@ from loramux_server.errors import ConfigError
 from loramux_server.kernels.compiled.library import native_library, why_unusable
 
 COMPILED = ("native", "modules")  # these have a name for each instruction set too: "native-avx2"
-OTHERS = ("tensor", "reference", "cuda")
+OTHERS = ("tensor", "reference", "triton", "cuda")
 
 
 def set_names() -> list[str]:

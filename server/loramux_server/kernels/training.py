@@ -1,6 +1,7 @@
-"""What training computes besides the products with the base's weights, on the compiled CPU kernels (csrc/exact/).
+"""What training computes besides the products with the base's weights: on the compiled CPU kernels, or on Triton's.
 
-All fp32, with the same bits on every instruction set and for every number of threads.
+On the CPU (csrc/exact/) all of it is fp32, with the same bits on every instruction set and for every number of threads.
+gpu/training/ has what a graphics processor does.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import ctypes
 import torch
 from torch import nn
 
+from loramux_adapters.device.device import Device
+from loramux_adapters.training.model.ops import TrainingOps
 from loramux_server.kernels.compiled.abi import FloatMatrix, TrainingHeads, TrainingRows
 from loramux_server.kernels.compiled.library import Compiled
 from loramux_server.kernels.layers.nf4_linear import NF4Linear
@@ -17,6 +20,8 @@ from loramux_server.kernels.layers.nf4_linear import NF4Linear
 
 class CompiledTraining:
     """`loramux_adapters.training.model.ops.TrainingOps`, compiled; each method is described there."""
+
+    kept = adapters = torch.float32
 
     def __init__(self, compiled: Compiled) -> None:
         self._compiled = compiled
@@ -141,7 +146,16 @@ def _described(
     return places, TrainingHeads(q.shape[1], k.shape[1], q.shape[2], window, scaling, softcap)
 
 
-def compiled_training(model: nn.Module) -> CompiledTraining | None:
-    """For a base whose layers run on the compiled CPU kernels, those that train it; None for another."""
-    layer = next((module for module in model.modules() if isinstance(module, NF4Linear)), None)
-    return None if layer is None else CompiledTraining(layer.compiled)
+def training_kernels(model: nn.Module, device: Device) -> TrainingOps | None:
+    """For a base whose layers run on kernels of ours, those that train it; None for another, which PyTorch trains.
+
+    Layers in Triton's form are changed in place: they get gradients for their inputs.
+    """
+    for module in model.modules():
+        if isinstance(module, NF4Linear):
+            return CompiledTraining(module.compiled)
+        if hasattr(module, "nf4"):  # such a layer was made by Triton's kernels, so these can be imported
+            from loramux_server.kernels.gpu.training.operations import train_on_triton
+
+            return train_on_triton(model, device)
+    return None

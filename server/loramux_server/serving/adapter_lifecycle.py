@@ -24,7 +24,7 @@ from loramux_server.publishing.proof import Prover
 from loramux_server.publishing.publisher import Publisher
 from loramux_server.publishing.repeated import RepeatedTask
 from loramux_server.publishing.watch import DirectoryWatch
-from loramux_server.serving.memory_plan import MIB
+from loramux_server.serving.device_sizes import MIB
 
 REFRESH_SECONDS = 1.0  # how soon what another process deleted leaves the memories
 

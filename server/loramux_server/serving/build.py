@@ -30,18 +30,19 @@ from loramux_server.config.serve import ServeConfig, is_loopback
 from loramux_server.engine.build import DeviceSide
 from loramux_server.engine.client import EngineClient
 from loramux_server.engine.inbox import Inbox
-from loramux_server.engine.scheduling.admission import SchedulerConfig
 from loramux_server.errors import ConfigError
-from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVShape
+from loramux_server.kernels.attention.kv_cache import KVShape
 from loramux_server.kernels.attention.paged_attention import probe_kv_shape
 from loramux_server.kernels.choice import choose_kernels
+from loramux_server.kernels.gpu.step.form import DecoderForm
 from loramux_server.metrics.gauges import GaugeReadings
 from loramux_server.metrics.metrics import Metrics
 from loramux_server.publishing.preload import preload
 from loramux_server.publishing.proof import Prover
 from loramux_server.serving.adapter_lifecycle import AdapterLifecycle, CountedCheck, pin_bytes
+from loramux_server.serving.device_sizes import MIB, BaseSizes, Room, Sizes, sizes_of
 from loramux_server.serving.loop_pauses import LoopPauses
-from loramux_server.serving.memory_plan import MIB, arena_rows, kept_blocks, num_blocks, summary
+from loramux_server.serving.memory_plan import summary
 from loramux_server.serving.startup import Stages
 from loramux_server.wire.connections import Connections
 
@@ -103,7 +104,7 @@ def build(config: ServeConfig, source: BaseSource, stages: Stages, connections: 
         BaseModelError, ConfigError: the base, or the memory given to it, cannot serve.
         AdapterError: the store or an adapter to preload cannot be used.
     """
-    device = device_of(config.device)
+    device = device_of(config.device, stages.note)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     cache_dir = cache_dir_of(config.cache_dir, os.environ)
@@ -129,13 +130,11 @@ def build(config: ServeConfig, source: BaseSource, stages: Stages, connections: 
         )
         if (set_aside := in_short(store.quarantined())) is not None:
             stages.note(set_aside)
-    rows = arena_rows(config, base)
-    max_rank = min(config.max_lora_rank, 1 << (rows.bit_length() - 1))
     try:
+        sizes = _sizes(config, base, shape)
         with stages.stage("check the base through the engine's own path"):
-            parts = Parts.build(config, base, shape, store, metrics, rows)
-        check = CountedCheck(base.info(tokenizer.encoder), max_rank, metrics)
-        context = min(config.max_model_len, base.context_length, parts.device.cache.num_blocks * BLOCK_SIZE)
+            parts = Parts.build(config, base, shape, store, metrics, sizes, stages.progress)
+        check = CountedCheck(base.info(tokenizer.encoder), sizes.max_rank, metrics)
 
         def build_prover(forget: Callable[[str], None]) -> Prover:
             return Prover(
@@ -147,7 +146,7 @@ def build(config: ServeConfig, source: BaseSource, stages: Stages, connections: 
                 base_id=base.base_id,
                 numerics_id=parts.device.numerics_id,
                 vocabulary=base.vocabulary,
-                context=context,
+                context=sizes.context,
                 timeout=config.proof_timeout,
             )
 
@@ -167,7 +166,13 @@ def build(config: ServeConfig, source: BaseSource, stages: Stages, connections: 
             prove=lifecycle.prover.prove,
             publish=lifecycle.publisher.publish,
             metrics=metrics,
-            base=ServedBase(name=name, base_id=base.base_id, context=context, created=int(time.time())),
+            base=ServedBase(
+                name=name,
+                base_id=base.base_id,
+                context=sizes.context,
+                reply=sizes.reply,
+                created=int(time.time()),
+            ),
             keys=Keys(
                 config.api_key,
                 config.admin_key,
@@ -193,7 +198,7 @@ def build(config: ServeConfig, source: BaseSource, stages: Stages, connections: 
     return BuiltServer(
         app=app,
         name=name,
-        summary=summary(config, base, parts.device, context, overhead),
+        summary=summary(config, base, parts.device, sizes, overhead),
         stages=stages,
         preload=None
         if config.preload is None
@@ -217,7 +222,14 @@ class Parts:
 
     @classmethod
     def build(
-        cls, config: ServeConfig, base: BaseModel, shape: KVShape, store: AdapterStore, metrics: Metrics, rows: int
+        cls,
+        config: ServeConfig,
+        base: BaseModel,
+        shape: KVShape,
+        store: AdapterStore,
+        metrics: Metrics,
+        sizes: Sizes,
+        progress: Callable[[str], None],
     ) -> Parts:
         inbox = Inbox(config.max_waiting)
         host_cache = HostCache(
@@ -231,30 +243,27 @@ class Parts:
                 base,
                 shape,
                 host_cache.get,
-                arena_rows=rows,
-                num_blocks=num_blocks(config, shape),
-                max_num_seqs=config.max_num_seqs,
+                config=sizes.scheduler,
+                arena_rows=sizes.arena_rows,
+                num_blocks=sizes.num_blocks,
+                context=sizes.context,
+                graph_bytes=sizes.graphs,
+                progress=progress,
             )
         except MemoryShort as error:
             host_cache.close()
             raise ConfigError(
-                f"there is no room on {base.device} for --device-memory-mib {config.device_memory_mib}; lower it"
+                f"{error}, {sizes.workspace / MIB:,.0f} MiB for the work of a step beside them; lower "
+                f"--device-memory-mib, which is {(sizes.arena + sizes.cache) // MIB} here"
             ) from error
         except BaseException:
             host_cache.close()
             raise
-        limits = SchedulerConfig(
-            max_num_seqs=config.max_num_seqs,
-            max_batch_tokens=config.max_batch_tokens,
-            max_background_tokens=config.proof_tokens,
-            max_prefetch_bytes=config.host_cache_mib * MIB - pin_bytes(config),
-        )
         engine = device.engine(
-            limits,
             host_cache,
             inbox,
             metrics,
-            kept_blocks=kept_blocks(config, shape),
+            kept_blocks=sizes.kept_blocks,
             watchdog_timeout=config.watchdog_timeout,
         )
         return cls(device, host_cache, inbox, EngineClient(engine, in_host=host_cache.holds))
@@ -267,6 +276,20 @@ class Parts:
             "adapter_host": self.host_cache.stats().nbytes,
             "kv": self.device.cache.held_bytes(max(self.client.stats().kv_blocks_peak, self.device.checked.blocks)),
         }
+
+
+def _sizes(config: ServeConfig, base: BaseModel, shape: KVShape) -> Sizes:
+    """Raises ConfigError: they do not fit on the device."""
+    memory = base.device.memory()
+    form = DecoderForm.of_skeleton(base.model) if base.kernels.name == "triton" else None
+    return sizes_of(
+        config,
+        BaseSizes(base.linears, shape, base.context_length, form),
+        Room(memory.total, memory.free, base.device.sizes),
+        reply=config.default_max_tokens,
+        max_background_tokens=config.proof_tokens,
+        max_prefetch_bytes=config.host_cache_mib * MIB - pin_bytes(config),
+    )
 
 
 def _overhead(parts: Parts, base: BaseModel) -> int:

@@ -7,56 +7,30 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from loramux_adapters.device.device import Device
-from loramux_adapters.lora.lora_linear import row_bytes
-from loramux_adapters.lora.slots import SMALLEST_RANK
 from loramux_server.base.loader import BaseModel, resident_bytes
 from loramux_server.config.serve import ServeConfig
-from loramux_server.errors import ConfigError
-from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVShape
+from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE
 from loramux_server.kernels.choice import Kernels, why_not_compiled
 from loramux_server.kernels.layers.nf4_linear import four_bit_layers, why_no_kernel
 from loramux_server.kernels.numerics import kernel_paths
+from loramux_server.serving.device_sizes import MIB, Sizes
 
 if TYPE_CHECKING:
     from loramux_server.engine.build import DeviceSide
     from loramux_server.engine.model_runner import ModelRunner
 
-MIB = 2**20
 SHOWN_SECONDS = 0.05  # of a part of loading; less is no news
-
-
-def arena_rows(config: ServeConfig, base: BaseModel) -> int:
-    """Rank rows that fit into the memory given to adapters, a multiple of the smallest slot."""
-    row = row_bytes(dict(base.linears))
-    rows = config.arena_mib * MIB // row // SMALLEST_RANK * SMALLEST_RANK
-    if rows == 0:
-        raise ConfigError(
-            f"--adapter-memory-mib {config.arena_mib} holds no adapter: rank {SMALLEST_RANK} on every layer "
-            f"of this base takes {row * SMALLEST_RANK / MIB:.1f} MiB"
-        )
-    return rows
-
-
-def num_blocks(config: ServeConfig, shape: KVShape) -> int:
-    """KV blocks that fit into the memory given to the cache."""
-    blocks = config.kv_cache_mib * MIB // shape.block_bytes
-    if blocks == 0:
-        raise ConfigError(
-            f"the {config.kv_cache_mib} MiB that adapters leave of --device-memory-mib hold not even "
-            f"{BLOCK_SIZE} tokens of this base"
-        )
-    return blocks
-
-
-def kept_blocks(config: ServeConfig, shape: KVShape) -> int:
-    """KV blocks that may be kept for their content while no sequence uses them."""
-    return config.prefix_cache_mib * MIB // shape.block_bytes
 
 
 def how_a_step_runs(runner: ModelRunner) -> str:
     if runner.decoder is not None:
-        return "a step is one compiled call"
+        return runner.decoder.in_words
     return f"a step is run module by module, because {runner.why_by_modules}"
+
+
+def notes_on_steps(runner: ModelRunner) -> tuple[str, ...]:
+    """Lines on graphs, and on kernels that are wrong on this device: why, and what runs instead at what cost."""
+    return () if runner.decoder is None else runner.decoder.notes
 
 
 def unpacked_layers(model: nn.Module) -> list[str]:
@@ -68,32 +42,8 @@ def unpacked_layers(model: nn.Module) -> list[str]:
     return [f"{len(odd)} layers have no compiled kernel and are slow; {path}: {why}"]
 
 
-def summary(config: ServeConfig, base: BaseModel, device: DeviceSide, context: int, overhead: int) -> list[str]:
+def summary(config: ServeConfig, base: BaseModel, device: DeviceSide, sizes: Sizes, overhead: int) -> list[str]:
     """The memory table, the kernels in use and what was checked."""
-    nf4, slots = resident_bytes(base.model), device.slots
-    adapter_bytes = slots.rows * slots.row_bytes
-    rank16 = 16 * slots.row_bytes
-    full = device.cache.num_blocks // -(-context // BLOCK_SIZE)
-    table = [
-        (
-            "base in NF4",
-            nf4,
-            f"{base.bytes_16bit / MIB:,.0f} MiB in 16 bit, {base.bytes_16bit / nf4:.1f} times as much",
-        ),
-        (
-            "KV cache",
-            device.cache.nbytes,
-            f"up to; {device.cache.num_blocks * BLOCK_SIZE:,} tokens, {full} requests of the full {context:,}",
-        ),
-        (
-            "adapters",
-            adapter_bytes,
-            f"up to; {slots.rows // 16} of rank 16 on every layer, {rank16 / MIB:.1f} MiB each",
-        ),
-        ("adapters in host memory", config.host_cache_mib * MIB, "up to"),
-        ("everything else", overhead, "libraries, tokenizer, work of a full step; just measured"),
-    ]
-    table.append(("together", sum(size for _, size, _ in table), "at most"))
     invariance = (
         "checked here: a reply is the same, bit for bit, alone or in any batch"
         if device.checked.batch_invariant
@@ -102,17 +52,78 @@ def summary(config: ServeConfig, base: BaseModel, device: DeviceSide, context: i
     return [
         "",
         f"base id  {base.base_id}",
-        *(f"  {what:<24} {size / MIB:>8,.0f} MiB  ({note})" for what, size, note in table),
+        *memory_table(base, sizes, config.host_cache_mib * MIB, overhead),
+        f"steps    up to {sizes.scheduler.max_num_seqs} sequences and {sizes.scheduler.max_batch_tokens:,} tokens",
         f"device   {base.device.report()}; {how_a_step_runs(device.runner)}",
+        *(f"  {line}" for line in notes_on_steps(device.runner)),
         *(f"  {line}" for line in compiled_lines(device.kernels, base.device)),
-        *(f"  {path}" for path in kernel_paths(base.model, base.device).split("; ")),
-        *(f"  {line}" for line in unpacked_layers(base.model) if device.kernels.isa),
-        f"  attention {device.kernels.attention}",
-        f"  LoRA {device.kernels.lora} (stacks bf16, sums fp32)",
+        *(f"  {line}" for line in _by_modules(base, device)),
         f"batch    {invariance}",
         "loading  the base, part by part",
         *(f"  {what:<24} {seconds:>8.1f} s" for what, seconds in base.stages if seconds >= SHOWN_SECONDS),
     ]
+
+
+def _by_modules(base: BaseModel, device: DeviceSide) -> list[str]:
+    """The kernels behind a base's modules. On a card a whole step has all of its own, whatever modules would run on."""
+    if device.runner.decoder is not None and not base.device.is_host:
+        return []
+    return [
+        *kernel_paths(base.model, base.device).split("; "),
+        *(unpacked_layers(base.model) if device.kernels.isa else []),
+        f"attention {device.kernels.attention}",
+        f"LoRA {device.kernels.lora} (stacks bf16, sums fp32)",
+    ]
+
+
+def memory_table(base: BaseModel, sizes: Sizes, host_cache: int, overhead: int) -> list[str]:
+    """Who gets how much; where the device has memory of its own, that and the host's are added up apart.
+
+    Args:
+        host_cache: bytes for adapters in host memory, at most.
+        overhead: bytes of this process that are in none of the other lines.
+    """
+    nf4, row = resident_bytes(base.model), sizes.arena // sizes.arena_rows
+    full = sizes.num_blocks // -(-sizes.context // BLOCK_SIZE)
+    in_host = [
+        ("adapters in host memory", host_cache, "up to"),
+        ("everything else", overhead, "libraries, tokenizer, work of a full step; just measured"),
+    ]
+    table = [
+        (
+            "base in NF4",
+            nf4,
+            f"{base.bytes_16bit / MIB:,.0f} MiB in 16 bit, {base.bytes_16bit / nf4:.1f} times as much",
+        ),
+        (
+            "KV cache",
+            sizes.cache,
+            f"up to; {sizes.num_blocks * BLOCK_SIZE:,} tokens, {full} requests of the full {sizes.context:,}",
+        ),
+        (
+            "adapters",
+            sizes.arena,
+            f"up to; {sizes.arena_rows // 16} of rank 16 on every layer, {16 * row / MIB:.1f} MiB each",
+        ),
+    ]
+    if base.device.is_host:
+        table += in_host
+        table.append(("together", sum(size for _, size, _ in table), "at most"))
+    else:
+        steps = sizes.scheduler
+        memory = base.device.memory()
+        table += [
+            (
+                "work of a step",
+                sizes.workspace,
+                f"up to {steps.max_num_seqs} sequences, {steps.max_batch_tokens:,} tokens",
+            ),
+            ("graphs of steps", sizes.graphs, "up to"),
+        ]
+        together = sum(size for _, size, _ in table)
+        table.append(("together", together, f"of {memory.total / MIB:,.0f} MiB on the device"))
+        table += in_host
+    return [f"  {what:<24} {size / MIB:>8,.0f} MiB  ({note})" for what, size, note in table]
 
 
 def compiled_lines(kernels: Kernels, device: Device) -> list[str]:

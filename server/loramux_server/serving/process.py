@@ -23,6 +23,7 @@ from typing import Any, NoReturn, Protocol, cast
 import uvicorn
 
 from loramux_adapters.store.store import check_store
+from loramux_server.base.device import check_device
 from loramux_server.base.source import check_base, resolve_base
 from loramux_server.config.environment import before_a_base, cache_dir_of
 from loramux_server.config.serve import ServeConfig
@@ -90,6 +91,7 @@ def serve(config: ServeConfig) -> int:
     """
     _require_directories(config)
     before_a_base(os.environ)
+    check_device(config.device)
     check_base(config.base)
     sys.setswitchinterval(_SWITCH_SECONDS)
     check_store(config.adapter_dir)

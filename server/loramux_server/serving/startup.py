@@ -27,6 +27,7 @@ ASGIApp: TypeAlias = Callable[
     [Message, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]
 ]
 RETRY_AFTER_SECONDS = 5
+TELLING_SECONDS = 5.0  # from one line of progress to the next
 
 
 class Stages:
@@ -40,12 +41,13 @@ class Stages:
         self._write = write
         self._clock = clock
         self._line_is_open = False
+        self._told_at = 0.0
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Times one stage: its name appears when it begins, its seconds when it is done."""
-        began = self._clock()
+        began = self._told_at = self._clock()
         self._write(f"  {name} ...")
         self._line_is_open = True
         try:
@@ -82,6 +84,13 @@ class Stages:
         """Adds a line, within a stage or between two."""
         self.break_line()
         self._write(f"  {printable(text)}\n")
+
+    def progress(self, text: str) -> None:
+        """Adds a line within a stage, if the last one, or the stage's own, is some seconds old."""
+        now = self._clock()
+        if now - self._told_at >= TELLING_SECONDS:
+            self._told_at = now
+            self.note(text)
 
     @contextmanager
     def _apart_from_logs(self) -> Iterator[None]:

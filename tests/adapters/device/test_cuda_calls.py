@@ -114,6 +114,11 @@ def test_what_it_is_is_told(device: CudaDevice, cuda: Recorded) -> None:
     assert cuda.log == ["reset"]
 
 
+def test_a_card_of_another_maker_is_said_to_be_untried(device: CudaDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "AMD's, NOT tried with loramux" in device.report() and "sm_" not in device.report()
+
+
 @pytest.mark.parametrize(
     "capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((12, 0), torch.bfloat16)]
 )

@@ -219,6 +219,6 @@ def test_devices_are_found_by_name_and_by_place() -> None:
         assert str(device_named("auto")) == str(device_named("cuda")) == "cuda"
     else:
         assert str(device_named("auto")) == "cpu"
-        with pytest.raises(DeviceMissing, match="no CUDA device"):
+        with pytest.raises(DeviceMissing, match="no CUDA device|a build without CUDA"):
             device_named("cuda")
     assert in_host_memory(torch.zeros(1)) and not in_host_memory(torch.zeros(1, device="meta"))

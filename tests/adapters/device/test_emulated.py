@@ -199,9 +199,10 @@ def test_nothing_is_computed_in_a_capture() -> None:
         assert device.take(out).tolist() == [6, 6]
 
 
-def test_a_number_that_was_read_on_the_host_cannot_be_captured() -> None:
+@pytest.mark.parametrize("infers", [False, True])
+def test_a_number_that_was_read_on_the_host_cannot_be_captured(infers: bool) -> None:
     device = EmulatedDevice()
-    with device.used():
+    with device.used(), torch.inference_mode(infers):
         x = ones(device)
         for read in (lambda: x.sum().item(), lambda: x[0] > 0 or None, lambda: x.nonzero(), lambda: device.take(x)):
             with pytest.raises(CannotCapture, match="reads a result"):

@@ -130,7 +130,10 @@ def test_grouped_products_are_tried_before_they_are_used(monkeypatch: pytest.Mon
     def unable(x: torch.Tensor, w: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("not on this device")
 
-    for kernel in (wrong, unable):
+    def of_other_arguments(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return x
+
+    for kernel in (wrong, unable, of_other_arguments):
         monkeypatch.setattr("loramux_server.kernels.grouped_lora.grouped_mm", kernel)
         assert grouped_add_lora(cpu) is None
 

@@ -84,6 +84,22 @@ def test_steps_before_it_see_the_last_adapter_and_steps_after_it_the_new_one(see
         assert torch.equal(device.take(to), weights(8, 100.0 * turn)[0][0]), f"step {turn}"
 
 
+def test_a_copy_to_a_slot_that_nobody_reads_does_not_wait_for_the_steps_before() -> None:
+    """Those see the slots that they read; those after it see the new adapter."""
+    device = EmulatedDevice()
+    copy, (arena, _) = StagedCopySlot(device), arenas_on(device)
+    (first, second) = (weights(8, value)[0] for value in (1.0, 2.0))
+    copy(Slot(0, 8), [(arena, first)])
+    before, after = (device.scratch((8, SHAPES[0][0]), torch.bfloat16) for _ in range(2))
+    device.launch(READ, (1,), before, arena.a[:8])
+    copy(Slot(8, 8), [(arena, second)], in_use=False)
+    copied = copy._stream.record()
+    device.launch(READ, (1,), after, arena.a[8:16])
+    copied.synchronize()
+    assert not torch.equal(before, first[0]), "the step before is done"
+    assert torch.equal(device.take(before), first[0]) and torch.equal(device.take(after), second[0])
+
+
 def test_the_host_waits_for_nothing_while_there_is_room_in_the_buffers() -> None:
     device = EmulatedDevice()
     copy, arenas = StagedCopySlot(device), arenas_on(device)

@@ -16,11 +16,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from loramux_adapters.device.cpu import CpuDevice
-from loramux_server.base import packed
+from loramux_server.base import packed, packed_file
+from loramux_server.base.checkpoint import ModelWeights
 from loramux_server.base.loader import BaseModel, load_base_model, resident_bytes
+from loramux_server.base.packed import Packing
+from loramux_server.base.packed_file import HostTensors, Tensors, Unusable
 from loramux_server.base.quantized import state_digest
 from loramux_server.kernels.choice import choose_kernels
 from loramux_server.kernels.compiled.library import Compiled, native_library
+from loramux_server.kernels.layers.nf4_layout import CompiledLayout
 from loramux_server.kernels.layers.nf4_linear import NF4Linear
 from loramux_server.kernels.layers.packed_embedding import PackedEmbedding, tied_embedding
 from loramux_server.kernels.layers.packed_head import PackedHead
@@ -50,6 +54,15 @@ def load(checkpoint: Path, cache: Path, kernels: str = "native") -> tuple[BaseMo
         kernels=choose_kernels(CPU, kernels),
     )
     return base, said
+
+
+def layout() -> CompiledLayout:
+    assert LIBRARY is not None
+    return CompiledLayout(LIBRARY.best)
+
+
+def packed_tensors(model: nn.Module) -> Tensors:
+    return packed.packed(model, ModelWeights(model), Packing(layout(), CPU), lambda line: None)
 
 
 def kept_in(cache: Path) -> Path:
@@ -201,23 +214,20 @@ def test_what_was_damaged_is_told_and_packed_again(
 
 def test_a_file_of_another_base_is_not_used(checkpoint: Path, tmp_path: Path) -> None:
     load(checkpoint, tmp_path)
-    with pytest.raises(packed.Unusable, match="of another base"):
-        packed.read(kept_in(tmp_path), "0" * 64)
+    with pytest.raises(Unusable, match="of another base"):
+        packed_file.read(kept_in(tmp_path), layout().form, "0" * 64, HostTensors)
 
 
 def test_tensors_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
-    assert LIBRARY is not None
-    compiled = Compiled(LIBRARY, LIBRARY.isas[-1])
-    small = nn.Sequential(nn.Linear(64, 32, bias=False))
-    tensors = packed.packed(small.bfloat16(), compiled, lambda line: None)
+    tensors = packed_tensors(nn.Sequential(nn.Linear(64, 32, bias=False)).bfloat16())
     with torch.device("meta"):
         larger = nn.Sequential(nn.Linear(64, 32, bias=False), nn.Linear(64, 32, bias=False))
         other = nn.Sequential(nn.Linear(64, 32), nn.Embedding(4, 4))
         less = nn.Sequential(nn.Identity())
-    for model, says in ((larger, "holds no 1.scales"), (other, "holds no 0.bias"), (less, "does not have")):
+    for model, says in ((larger, "holds no 1.weight"), (other, "holds no 0.bias"), (less, "does not have")):
         before = list(model.parameters())
-        with pytest.raises(packed.Unusable, match=says):
-            packed.assembled(model, tensors, compiled)
+        with pytest.raises(Unusable, match=says):
+            packed.assembled(model, tensors, layout())
         assert all(held is was for held, was in zip(model.parameters(), before, strict=True))
 
 
@@ -235,7 +245,7 @@ def test_a_file_of_an_older_form_is_packed_again_and_removed(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as older:
-        older.setattr(packed, "FORM", packed.FORM - 1)
+        older.setattr(CompiledLayout, "form", layout().form - 1)
         load(checkpoint, tmp_path)
     before = kept_in(tmp_path)
     assert load(checkpoint, tmp_path)[1][0] == QUANTIZING
@@ -299,13 +309,12 @@ def test_an_embedding_that_does_something_else_keeps_its_own_weight_beside_the_p
     assert LIBRARY is not None
     model = AutoModelForCausalLM.from_config(tiny_config("llama", tie_word_embeddings=True), dtype=torch.bfloat16)
     model.model.embed_tokens.max_norm = 0.5
-    compiled = Compiled(LIBRARY, LIBRARY.isas[-1])
-    tensors = packed.packed(model, compiled, lambda line: None)
+    tensors = packed_tensors(model)
     assert "model.embed_tokens.weight" in tensors and "lm_head.numbers" in tensors
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)
     assert tied_embedding(skeleton) is not None
-    packed.assembled(skeleton, tensors, compiled)
+    packed.assembled(skeleton, tensors, layout())
     assert torch.equal(skeleton.model.embed_tokens.weight, model.model.embed_tokens.weight)
     assert isinstance(skeleton.lm_head, PackedHead)
 
@@ -314,7 +323,8 @@ def test_the_16_bit_weights_are_not_read_at_a_later_start(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load(checkpoint, tmp_path)
-    monkeypatch.setattr("loramux_server.base.loader._read", lambda *_, **__: pytest.fail("read"))
+    for name in ("_read", "_weights"):
+        monkeypatch.setattr(f"loramux_server.base.loader.{name}", lambda *_, **__: pytest.fail("read"))
     load(checkpoint, tmp_path)
 
 
@@ -322,7 +332,8 @@ def test_a_model_with_a_layer_of_another_shape_is_not_packed(checkpoint: Path, t
     with torch.device("meta"):
         odd = nn.Sequential(nn.Linear(64, 48), nn.Linear(64, 64))
         fits = nn.Sequential(nn.Linear(64, 32), nn.Linear(128, 64))
-    assert packed.packable(fits) and not packed.packable(odd) and not packed.packable(nn.Sequential())
+    assert packed.packable(fits, layout())
+    assert not packed.packable(odd, layout()) and not packed.packable(nn.Sequential(), layout())
 
 
 def test_a_later_start_imports_no_bitsandbytes_and_no_peft(checkpoint: Path, tmp_path: Path) -> None:

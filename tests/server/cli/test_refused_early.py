@@ -13,6 +13,8 @@ from support.real_server import clean_environment
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "matplotlib", "huggingface_hub", "datasets"}
 SCRIPT = """
 import json, os, sys
+from loramux_adapters.device import driver
+driver.DRIVER = "libnothing.so.1"  # as on a machine without a card
 from loramux_server.cli import finish, main
 cases, heavy, cache = map(json.loads, sys.argv[1:])
 before = set()
@@ -33,6 +35,7 @@ LINE = '{"prompt": "a", "completion": "b"}\n'
 TRAIN = ("train", "--data", "train.jsonl", "--name", "spam")
 EVAL = ("eval", "--data", "train.jsonl", "--adapter", "good")
 MERGE = ("merge", "--adapter", "good", "--out", "new")
+NO_DRIVER = "--device cuda: NVIDIA's driver is not on this machine (there is no libnothing.so.1); install it"
 CASES: dict[tuple[str, ...], str] = {  # what begins with LORAMUX_ is a variable
     (*TRAIN, "--name", "a:b"): "--name 'a:b'",
     (*TRAIN, "--name", "smollm2-135m-instruct"): "is the base's own name",
@@ -64,10 +67,12 @@ CASES: dict[tuple[str, ...], str] = {  # what begins with LORAMUX_ is a variable
     ("LORAMUX_KERNELS=fast", "serve"): "LORAMUX_KERNELS: there are no kernels named 'fast'; choose one of",
     ("LORAMUX_ISA=avx9", "serve"): "LORAMUX_ISA",
     ("LORAMUX_ISA=avx9", *TRAIN): "LORAMUX_ISA",
-    ("LORAMUX_KERNELS=tenser", *EVAL): "reference, cuda; did you mean tensor?",
+    ("LORAMUX_KERNELS=tenser", *EVAL): "reference, triton, cuda; did you mean tensor?",
     ("LORAMUX_KERNELS=tensor", "LORAMUX_ISA=avx2", *MERGE): "LORAMUX_KERNELS=tensor for others: unset one",
     ("LORAMUX_KERNELS=fast", "finish", "run"): "there are no kernels named 'fast'",
     ("finish", "nothing"): "card.json cannot be read",
+    **{(*command, "--device", "cuda"): NO_DRIVER for command in (TRAIN, EVAL, MERGE, ("plan",), ("finish", "run"))},
+    ("serve", "--device", "cuda", "--base", "Qwen/Qwen3-0.6B"): NO_DRIVER,
     ("finish", "run", "--base", "nothing"): "base 'nothing' is neither a directory",
     ("finish", "run", "--eval-data", "nothing.jsonl"): "nothing.jsonl cannot be read",
 }

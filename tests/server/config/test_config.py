@@ -33,7 +33,7 @@ def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_defau
 
     config = load(ServeConfig, {"port": "3333"}, environ, file)
 
-    assert (config.port, config.max_num_seqs, config.max_waiting, config.kv_cache_mib) == (3333, 22, 12, 1536)
+    assert (config.port, config.max_num_seqs, config.max_waiting, config.max_lora_rank) == (3333, 22, 12, 256)
 
 
 def test_the_config_file_can_be_named_by_flag_or_environment_and_the_flag_wins(tmp_path: Path) -> None:
@@ -82,11 +82,17 @@ def test_an_integer_in_the_file_is_fine_where_a_number_is_asked_for(tmp_path: Pa
         ({"log_level": "chatty"}, "--log-level must be one of debug, info, warning, error"),
         ({"base": ""}, "--base and --host must not be empty"),
         ({"served_model_name": "a:b"}, "--served-model-name must start with a letter or digit"),
-        ({"adapter_memory_mib": "2048"}, "--device-memory-mib 2048 leaves nothing for the KV cache"),
+        (
+            {"adapter_memory_mib": "64", "device_memory_mib": "64"},
+            "--device-memory-mib 64 leaves nothing for the KV cache",
+        ),
         ({"cors_origins": "https://a.example/"}, "--cors-origins lists pages as scheme://host or scheme://host:port"),
         ({"cors_origins": "a.example"}, "without a path, not 'a.example'"),
         ({"allowed_hosts": "host.docker.internal:8000"}, "--allowed-hosts lists names of this machine, without a port"),
-        ({"max_batch_tokens": "16"}, "--max-batch-tokens (16) must be at least --max-num-seqs (32)"),
+        (
+            {"max_batch_tokens": "16", "max_num_seqs": "32"},
+            "--max-batch-tokens (16) must be at least --max-num-seqs (32)",
+        ),
     ],
 )
 def test_a_wrong_value_is_refused_with_the_flag_and_what_is_allowed(flags: Mapping[str, str], message: str) -> None:

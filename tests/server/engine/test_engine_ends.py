@@ -10,9 +10,9 @@ import pytest
 from loramux_server.engine.engine import MAX_FAILED_STEPS
 from loramux_server.engine.inbox import EngineState
 from loramux_server.engine.scheduling.admission import SchedulerConfig
-from loramux_server.engine.scheduling.sequence import Batch, FinishReason, RowResult
+from loramux_server.engine.scheduling.sequence import Batch, FinishReason
 from loramux_server.errors import EngineDead, ServerDraining
-from support.fakes_engine import sequence, solo_reply
+from support.fakes_engine import FakeStep, sequence, solo_reply
 from support.fakes_rig import Rig, eventually
 
 ERROR, LENGTH, STOP, ABORT = FinishReason.ERROR, FinishReason.LENGTH, FinishReason.STOP, FinishReason.ABORT
@@ -55,15 +55,12 @@ def test_a_failed_step_ends_its_batch_frees_everything_and_the_engine_goes_on(ca
     rig.stop()
 
 
-def test_a_runner_that_gives_too_few_tokens_fails_the_step() -> None:
-    rig = Rig()
-    run = rig.runner.run
-    answers = iter([lambda batch: [], run])
-
-    def short(batch: Batch) -> list[RowResult]:
-        return next(answers, run)(batch)
-
-    rig.runner.run = short  # type: ignore[method-assign]
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_runner_that_gives_too_few_tokens_fails_the_step(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(ahead=ahead)
+    results = FakeStep.results
+    answers = iter([lambda step: results(step)[1:]])
+    monkeypatch.setattr(FakeStep, "results", lambda step: next(answers, results)(step))
     rig.start().engine.submit(sequence("one"))
     assert rig.deliveries.reason("one") is ERROR
     rig.engine.submit(sequence("two"))

@@ -15,6 +15,7 @@ from loramux_adapters.lora.ops import Arena, LoraRows, add_lora_segments
 from loramux_adapters.lora.slots import ScaledSlot, Slot
 from loramux_adapters.lora.weights import load_host_adapter
 from loramux_server.base.loader import BaseModel, load_base_model
+from loramux_server.engine.scheduling.admission import SchedulerConfig
 from loramux_server.engine.scheduling.sequence import Batch, SamplingParams, ScheduledSequence, SlotLoad
 from loramux_server.engine.start_check import Checker, StartCheck
 from loramux_server.errors import BaseModelError, SequenceFailed
@@ -156,7 +157,7 @@ def test_slot_loads_of_a_batch_are_applied_before_its_forward(base: BaseModel, t
     plain = stepper.prefill(stepper.sequence("plain", prompt), chunk=99)
     sequence = stepper.sequence("s", prompt, slot)
     load = SlotLoad(slot, "v")
-    token = stepper.runner.run(Batch([ScheduledSequence(sequence, len(prompt), samples=True)], [load]))[0]
+    token = stepper.runner.start(Batch([ScheduledSequence(sequence, len(prompt), samples=True)], [load])).results()[0]
     assert load.seconds > 0
     assert token.logprob is not None
     assert not torch.equal(stepper.prefill(stepper.sequence("again", prompt, slot), chunk=99), plain)
@@ -171,7 +172,7 @@ def test_a_greedy_token_is_the_same_whether_or_not_more_is_asked_for(base: BaseM
         made = [stepper.sequence(str(index), [5 + index, 7], slot, params) for index, slot in enumerate(SLOTS[:3])]
         for _ in range(12):
             rows = [ScheduledSequence(one, one.num_tokens - one.num_computed, samples=True) for one in made]
-            for one, found in zip(made, stepper.runner.run(Batch(rows)), strict=True):
+            for one, found in zip(made, stepper.runner.start(Batch(rows)).results(), strict=True):
                 assert found.token_id is not None
                 one.num_computed = one.num_tokens
                 one.output.append(found.token_id)
@@ -183,17 +184,25 @@ def test_a_version_that_left_host_memory_is_an_error_that_says_so(base: BaseMode
     stepper = Stepper(base.model)
     sequence = stepper.sequence("s", [1], Slot(0, 8))
     with pytest.raises(SequenceFailed, match="left host memory"):
-        stepper.runner.run(Batch([ScheduledSequence(sequence, 1, samples=True)], [SlotLoad(Slot(0, 8), "gone")]))
+        stepper.runner.start(Batch([ScheduledSequence(sequence, 1, samples=True)], [SlotLoad(Slot(0, 8), "gone")]))
 
 
 def test_a_chunk_that_ends_before_the_prompt_does_chooses_no_token(base: BaseModel) -> None:
     stepper = Stepper(base.model)
     sequence = stepper.sequence("s", prompts()[0])
-    assert stepper.runner.run(Batch([ScheduledSequence(sequence, 9, samples=False)])) == []
+    assert stepper.runner.start(Batch([ScheduledSequence(sequence, 9, samples=False)])).results() == []
 
 
 def check(stepper: Stepper, base: BaseModel, blocks: int = 256) -> StartCheck:
-    made = Checker(stepper.runner, stepper.slots, base.model, vocabulary=256, num_blocks=blocks, rows=20)
+    made = Checker(
+        stepper.runner,
+        stepper.slots,
+        base.model,
+        vocabulary=256,
+        num_blocks=blocks,
+        config=SchedulerConfig(max_num_seqs=20),
+        device=CpuDevice(),
+    )
     return made.run()
 
 
@@ -226,6 +235,16 @@ def test_a_kernel_that_looks_at_its_neighbours_loses_the_promise_not_the_server(
 
     stepper = Stepper(base.model, attend=nosy)
     assert not check(stepper, base, 256).batch_invariant
+
+
+@pytest.mark.skipif("native" not in HERE, reason="there is no compiled step here")
+def test_what_kernels_and_graphs_showed_alone_is_part_of_the_promise(tmp_path: Path) -> None:
+    base = base_of(tmp_path, kernels="native")
+    stepper = Stepper(base.model, kernels="native")
+    step = stepper.runner.decoder
+    assert step is not None and check(stepper, base).batch_invariant
+    step.equal_bits = False
+    assert not check(stepper, base).batch_invariant
 
 
 def test_adapters_are_part_of_the_check_of_the_promise(base: BaseModel) -> None:

@@ -66,10 +66,10 @@ class Engines:
             probe_kv_shape(base.model, CPU, whole_numbers=base.kernels.whole_numbers),
             host.get,
             arena_rows=32,
+            config=config,
             num_blocks=128,
-            max_num_seqs=8,
         )
-        self._engine = device.engine(config, host, Inbox(100), NoMetrics(), kept_blocks=kept)
+        self._engine = device.engine(host, Inbox(100), NoMetrics(), kept_blocks=kept)
 
     def run(self, sequences: Iterable[Sequence]) -> dict[str, list[TokenOutput]]:
         outputs: dict[str, list[TokenOutput]] = {}

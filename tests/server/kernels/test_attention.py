@@ -232,11 +232,15 @@ def test_the_librarys_kernel_is_tried_before_it_is_used_and_asked_for_what_it_ca
     def wrong(q: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         return q
 
+    def of_other_arguments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return q
+
     def chosen(kernel: Any) -> str | None:
         path = varlen_attend(kernel, CPU, KVShape(4, 3, 64))
         return path.name if path else None
 
-    assert [chosen(kernel) for kernel in (slow_varlen, no_blocks, wrong)] == ["varlen paged", "varlen gathered", None]
+    assert [chosen(kernel) for kernel in (slow_varlen, no_blocks)] == ["varlen paged", "varlen gathered"]
+    assert [chosen(kernel) for kernel in (wrong, of_other_arguments)] == [None, None]
 
 
 def test_the_compiled_kernel_refuses_what_it_would_misread() -> None:

@@ -178,7 +178,7 @@ def test_every_operation_of_a_library_is_seen(load_for: Load) -> None:
 
 
 def test_a_set_that_is_not_known_is_refused_with_those_that_are() -> None:
-    with pytest.raises(ConfigError, match=f"'fast'; choose one of {', '.join(HERE)}, cuda"):
+    with pytest.raises(ConfigError, match=f"'fast'; choose one of {', '.join(HERE)}, triton, cuda"):
         choose_kernels(CPU, "fast")
 
 

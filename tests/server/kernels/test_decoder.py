@@ -15,9 +15,10 @@ from loramux_adapters.lora.slots import ScaledSlot, Slot
 from loramux_adapters.lora.weights import load_host_adapter
 from loramux_server.base.loader import load_base_model
 from loramux_server.kernels.compiled.library import Compiled, NativeLibrary, native_library
-from loramux_server.kernels.decoder.decoder import Decoder, Trial, decoder_for
+from loramux_server.kernels.decoder.decoder import Decoder, compare, decoder_for
 from loramux_server.kernels.decoder.description import NotOfThisShape, describe
 from loramux_server.kernels.decoder.exact_model import KINDS
+from loramux_server.kernels.decoder.trial import Trial
 from support.adapter_files import write_adapter
 from support.decoders import FAMILIES, Served, changed, random_model, slow_twin
 from support.stepping import CPU, Stepper, relative_difference
@@ -185,15 +186,15 @@ def test_every_mistake_in_a_description_is_seen_at_the_start(family: tuple[str, 
     with torch.inference_mode():
         trial = Trial(served.kernels.attend, served.model, served.cache(8))
         decoder = step_of(served)
-        trial.compare(decoder)
+        compare(trial, decoder)
         seen = 0
         for what, structure, name, value in mutations(decoder):
             with changed(structure, name, value), pytest.raises(NotOfThisShape, match="compute something else"):
-                trial.compare(decoder)
+                compare(trial, decoder)
                 pytest.fail(what)
             seen += 1
         assert seen > 20
-        trial.compare(decoder)
+        compare(trial, decoder)
 
 
 def with_scale(model: Any) -> None:

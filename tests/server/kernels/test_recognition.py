@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_server.kernels.compiled.library import native_library
 from loramux_server.kernels.layers.operations import use_compiled_ops
 from loramux_server.kernels.layers.recognition import recognize
@@ -46,7 +47,7 @@ def test_a_model_in_bf16_is_recognized_as_its_twin_on_compiled_kernels_is(family
     compiled = copy.deepcopy(model)
     use_compiled_ops(compiled, library.best)
     before = {path: module.__dict__.get("forward") for path, module in model.named_modules()}
-    recognize(model)
+    recognize(model, CpuDevice())
     found = 0
     for path, twin in compiled.named_modules():
         module = model.get_submodule(path)
@@ -73,7 +74,7 @@ def test_what_computes_something_else_is_not_recognized() -> None:
     layer.post_attention_layernorm.variance_epsilon = 0.5
     own = layer.mlp.down_proj.forward
     model.model.layers[1].mlp.forward = lambda x: own(x.repeat(1, 2)[:, :96])  # type: ignore[union-attr,index]
-    recognize(model)
+    recognize(model, CpuDevice())
     other = model.model.layers[1]  # type: ignore[union-attr,index]
     assert "loramux_mlp" not in layer.mlp.__dict__ and "loramux_mlp" not in other.mlp.__dict__
     assert "loramux_norm" not in layer.input_layernorm.__dict__

@@ -25,13 +25,13 @@ from loramux_adapters.lora.ops import Arena
 from loramux_adapters.lora.slots import ScaledSlot, Slot
 from loramux_adapters.lora.weights import PlacedPair
 from loramux_adapters.training.model.row_layout import PackedRows
-from loramux_server.base.nf4_quantizer import quantize_into
 from loramux_server.kernels.compiled.abi import FUNCTIONS, VectorIsa
 from loramux_server.kernels.compiled.adapter_kernels import NativeConvertPairs, NativeCopySlot
 from loramux_server.kernels.compiled.library import LIBRARY, Compiled, native_library
 from loramux_server.kernels.compiled.sampling import Draw, NativeSampling
 from loramux_server.kernels.decoder.decoder import Decoder as CompiledDecoder
 from loramux_server.kernels.layers.nf4_linear import NF4Linear
+from loramux_server.kernels.layers.nf4_quantizer import quantize_into
 from loramux_server.kernels.layers.packed_head import PackedHead
 from loramux_server.kernels.training import CompiledTraining
 from support.decoders import Served, random_model

@@ -9,16 +9,18 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.training.model.packed_attention import attend_reference, attend_with
 from loramux_adapters.training.model.row_layout import LayerAttention, PackedRows
 from loramux_server.kernels.compiled.library import Compiled, native_library
 from loramux_server.kernels.layers.nf4_linear import BLOCK, NF4Linear, codes_of
 from loramux_server.kernels.layers.packed_head import PackedHead
-from loramux_server.kernels.training import CompiledTraining, compiled_training
+from loramux_server.kernels.training import CompiledTraining, training_kernels
 
 library = native_library()
 if library is None:
     pytest.skip("the kernels are not compiled", allow_module_level=True)
+CPU = CpuDevice()
 COMPILED = [Compiled(library, isa) for isa in library.isas]
 BEST = COMPILED[-1]
 LEVELS = torch.tensor([-2047, -1425, -1075, -808, -582, -378, -186, 0, 163, 329, 504, 692, 902, 1152, 1480, 2047])
@@ -231,6 +233,6 @@ def test_no_gradient_reaches_another_row_or_a_later_token() -> None:
 
 
 def test_a_base_without_compiled_layers_has_no_compiled_training() -> None:
-    assert compiled_training(nn.Sequential(nn.Linear(64, 64))) is None
+    assert training_kernels(nn.Sequential(nn.Linear(64, 64)), CPU) is None
     layer = NF4Linear.of(Linear4bit(64, 64, bias=False, quant_type="nf4").to("cpu"), BEST)
-    assert isinstance(compiled_training(nn.Sequential(layer)), CompiledTraining)
+    assert isinstance(training_kernels(nn.Sequential(layer), CPU), CompiledTraining)

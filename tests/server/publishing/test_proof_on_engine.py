@@ -19,6 +19,7 @@ from loramux_adapters.lora.lora_linear import AdapterSlots, head_path
 from loramux_adapters.lora.slots import SlotTable
 from loramux_adapters.lora.verify import Checked, check_adapter
 from loramux_server.base.loader import BaseModel, load_base_model
+from loramux_server.engine.build import limits_of
 from loramux_server.engine.client import EngineClient
 from loramux_server.engine.engine import Engine
 from loramux_server.engine.inbox import Inbox
@@ -59,6 +60,7 @@ class Rig:
             kernels=kernels,
             host_adapter=self.host.get,
             device=CPU,
+            limits=limits_of(SchedulerConfig(), BLOCKS),
         )
         self.scheduler = Scheduler(SchedulerConfig(), KVBlocks(BLOCKS, BLOCK_SIZE), SlotTable(ROWS), self.host)
         self.metrics = FakeMetrics()

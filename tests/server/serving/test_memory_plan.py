@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from loramux_adapters.device.cuda import CudaDevice
+from loramux_adapters.device.defaults import CARD_SIZES, HOST_SIZES
 from loramux_server.base.loader import BaseModel, load_base_model
+from loramux_server.config.sizes import AsksForSizes
 from loramux_server.kernels import choice
+from loramux_server.kernels.attention.kv_cache import KVShape
 from loramux_server.kernels.choice import Kernels, choose_kernels
 from loramux_server.kernels.compiled.library import native_library
-from loramux_server.serving.memory_plan import compiled_lines, how_a_step_runs, unpacked_layers
+from loramux_server.serving.device_sizes import MIB, BaseSizes, Room, sizes_of
+from loramux_server.serving.memory_plan import compiled_lines, how_a_step_runs, memory_table, unpacked_layers
+from support.emulated import EmulatedDevice
 from support.stepping import CPU, Stepper
 from support.tiny_models import save_tiny_model
 
+HOST = Room(1 << 34, 1 << 33, HOST_SIZES)
+
 needs_kernels = pytest.mark.skipif(native_library() is None, reason="there are no compiled kernels")
+
+
+class AskedSizes(AsksForSizes):
+    table = "asked"
 
 
 def base_of(tmp_path: Path, architecture: str = "llama", kernels: str = "native", **changes: int) -> BaseModel:
@@ -72,7 +84,17 @@ def test_a_server_without_compiled_kernels_says_why_what_it_costs_and_what_to_do
     first, second = compiled_lines(tensor, CPU)
     assert first == f"NO compiled kernels: {why}"
     assert "times as long, the start too" in second and second.endswith(f"; {todo}")
-    assert compiled_lines(tensor, CudaDevice(torch.device("cuda"))) == []
+
+
+def test_a_card_without_our_kernels_says_why_and_what_that_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "native_library", lambda: object())
+    card = CudaDevice(torch.device("cuda"))
+    assert compiled_lines(Kernels("triton"), card) == []
+    monkeypatch.setattr(choice, "why_no_triton", lambda device: "there is no C compiler: install gcc")
+    first, second = compiled_lines(Kernels("cuda"), card)
+    assert first == "NO kernels of our own: there is no C compiler: install gcc" and "one by one" in second
+    monkeypatch.setattr(choice, "why_no_triton", lambda device: "")
+    assert compiled_lines(Kernels("cuda"), card)[0].endswith("LORAMUX_KERNELS asks for 'cuda'; unset it")
 
 
 def test_a_server_names_the_instruction_set_or_who_asked_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,3 +114,24 @@ def test_whoever_loads_a_base_is_told_before_it_takes_long(tmp_path: Path) -> No
         kernels=choose_kernels(CPU, "tensor"),
     )
     assert told[0].startswith("NO compiled kernels: ")
+
+
+def test_a_card_is_told_what_steps_and_graphs_take_and_its_own_sum(tmp_path: Path) -> None:
+    base = base_of(tmp_path, kernels="tensor")
+    kv = KVShape(2, 2, 16)
+    room = Room(1 << 30, 1 << 29, CARD_SIZES)
+    sizes = sizes_of(AskedSizes(max_num_seqs=8), BaseSizes(base.linears, kv, 512, None), room)
+    device = EmulatedDevice(total=1 << 30)
+    lines = memory_table(replace(base, device=device), sizes, 64 * MIB, 100 * MIB)
+    told = {line[2:26].strip(): float(line[26:36].replace(",", "")) for line in lines}
+    of_device = ("base in NF4", "KV cache", "adapters", "work of a step", "graphs of steps")
+    assert told["together"] == pytest.approx(sum(told[name] for name in of_device), abs=3)
+    assert told["work of a step"] > 0 and told["graphs of steps"] == 32
+    assert "of 1,024 MiB on the device" in lines[5] and told["adapters in host memory"] == 64
+    assert max(map(len, lines)) <= 100
+
+    on_cpu = memory_table(
+        base, sizes_of(AskedSizes(), BaseSizes(base.linears, kv, 512, None), HOST), 64 * MIB, 100 * MIB
+    )
+    told = {line[2:26].strip(): float(line[26:36].replace(",", "")) for line in on_cpu}
+    assert "work of a step" not in told and told["together"] == pytest.approx(sum(told.values()) / 2, abs=3)

@@ -43,6 +43,18 @@ def test_a_stage_names_itself_first_and_its_seconds_last() -> None:
     assert stages.seconds == {"load": 1.0}
 
 
+def test_progress_is_told_every_few_seconds_and_no_more_often() -> None:
+    text: list[str] = []
+    seconds = iter([0.0, 1.0, 4.9, 5.0, 9.0, 10.5, 11.0])
+    stages = Stages(text.append, lambda: next(seconds))
+
+    with stages.stage("capture"):
+        for part in range(1, 6):
+            stages.progress(f"part {part}")
+
+    assert "".join(text) == "  capture ...\n  part 3\n  part 5\n  capture 11.0 s\n"
+
+
 @pytest.fixture
 def unfrozen() -> Iterator[None]:
     yield
@@ -54,6 +66,7 @@ def test_garbage_is_not_looked_for_while_libraries_are_imported(
 ) -> None:
     text: list[str] = []
     stages, before = Stages(text.append, ticking()), gc.get_freeze_count()
+    monkeypatch.setitem(sys.modules, "torch", sys)
     with stages.imports():
         assert gc.isenabled(), "what is imported already takes no time, and must stay as it is"
     assert gc.get_freeze_count() == before

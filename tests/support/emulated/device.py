@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from loramux_adapters.device.defaults import CARD_SIZES
 from loramux_adapters.device.device import ON_CARD, Device, DeviceMemory, Replay, Result, WorkStream
 from loramux_adapters.errors import CannotCapture, DeviceFull
 from support.emulated.memory import Blocks, Kind
@@ -57,6 +58,7 @@ class EmulatedDevice(Device):
     """
 
     layout = ON_CARD
+    sizes = CARD_SIZES
     is_host = False
     captures = True
 
@@ -100,6 +102,10 @@ class EmulatedDevice(Device):
     @property
     def capability(self) -> tuple[int, int]:
         return self._capability
+
+    @property
+    def processors(self) -> int:
+        return 1
 
     @property
     def activations(self) -> torch.dtype:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from support.emulated.device import EmulatedDevice
 
-_READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")  # the host waits for their result
+# The host waits for their result; in inference mode some come as they are, and not as what they are made of.
+_READS = ("_local_scalar_dense", "item", "nonzero", "argwhere", "masked_select", "equal", "is_nonzero")
 
 
 class Recording:

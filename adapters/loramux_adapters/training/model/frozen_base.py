@@ -52,11 +52,12 @@ def base_elements(model: nn.Module) -> int:
         for layer in linears
         if not layer.weight.is_floating_point()
     }
-    return sum(
-        quantized.get(id(parameter), parameter.numel())
+    others = sum(
+        parameter.numel()
         for name, parameter in model.named_parameters()
-        if "lora_" not in name
+        if "lora_" not in name and id(parameter) not in quantized
     )
+    return others + sum(quantized.values())
 
 
 def base_bytes(model: nn.Module) -> int:

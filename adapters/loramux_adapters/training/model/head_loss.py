@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from loramux_adapters.device.device import Device
 from loramux_adapters.training.model.ops import TrainingOps
 
 _MOST_BYTES = 64 * 2**20  # of logits at once
@@ -59,7 +60,7 @@ class _HeadLoss(torch.autograd.Function):
         together = max(_FEWEST, _MOST_BYTES // (4 * how.head.padded))
         parts = -(-len(labels) // together)  # of nearly equal size
         slopes = torch.empty_like(hidden) if gradient else None
-        loss, correct = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
+        loss, correct = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)  # the host's
         for part in range(parts):
             own = slice(len(labels) * part // parts, len(labels) * (part + 1) // parts)
             logits = how.head.product(hidden[own])
@@ -75,7 +76,7 @@ class _HeadLoss(torch.autograd.Function):
                 slopes[own] = how.head.product_transposed(logits)
             for value in losses.tolist():  # one after the other: a sum of PyTorch's has an order of its own
                 loss += value
-            correct += said.sum()
+            correct += int(said.sum())
         ctx.slopes = slopes
         ctx.mark_non_differentiable(loss, correct)
         return loss.float(), loss, correct
@@ -86,7 +87,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 @torch.no_grad()
-def head_loss(model: Any, ops: TrainingOps) -> HeadLoss | None:
+def head_loss(model: Any, ops: TrainingOps, device: Device) -> HeadLoss | None:
     """For a transformers model whose head multiplies both ways.
 
     None for another, and where a trial shows that the logits are not the head's, scaled and capped as the config says.
@@ -97,10 +98,11 @@ def head_loss(model: Any, ops: TrainingOps) -> HeadLoss | None:
     factor = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
     base = getattr(model, model.base_model_prefix)
-    hidden = torch.randn(2, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    hidden = device.put(torch.randn(2, config.hidden_size, generator=torch.Generator().manual_seed(0)))
+    tokens = device.put(torch.zeros(1, 2, dtype=torch.int64))
     base.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden[None])
     try:
-        theirs = model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).logits[0].float()
+        theirs = model(input_ids=tokens, use_cache=False).logits[0].float()
     finally:
         del base.__dict__["forward"]
     ours = head.product(hidden)[:, : head.out_features] * factor

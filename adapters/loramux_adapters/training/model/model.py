@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from loramux_adapters.device.choice import device_at
+from loramux_adapters.device.device import Device
 from loramux_adapters.errors import RecipeError
 from loramux_adapters.training.data.batches import TokenBatch
 from loramux_adapters.training.model.adapter_directory import write_adapter
@@ -65,16 +66,21 @@ class Counts:
 class LoraModel:
     """The base with LoRA layers, in training. Build it with `build`; owned by the thread that trains.
 
-    On a CPU everything between the layers is fp32, on a GPU it has the base's dtype.
+    Everything between the layers is fp32 on a CPU, and with ops of its own; else it has the base's dtype.
 
     Attributes:
         trainable: A and B of every adapted layer under peft's names, in the model's order; fp32.
     """
 
     def __init__(
-        self, peft_model: Any, recipe: Recipe, ops: TrainingOps | None = None, head: HeadLoss | None = None
+        self,
+        peft_model: Any,
+        recipe: Recipe,
+        device: Device,
+        ops: TrainingOps | None = None,
+        head: HeadLoss | None = None,
     ) -> None:
-        self._peft = peft_model
+        self._peft, self._device = peft_model, device
         self._ops, self._head = ops, head
         self._model: Any = peft_model.get_base_model()
         self._recipe = recipe
@@ -91,6 +97,7 @@ class LoraModel:
         *,
         originals: Callable[[str], torch.Tensor] | None = None,
         ops: TrainingOps | None = None,
+        device: Device | None = None,
     ) -> LoraModel:
         """Adds LoRA layers to a loaded base, which is changed in place and must have been loaded to be trained.
 
@@ -98,7 +105,9 @@ class LoraModel:
             base: transformers' causal language model; its weights stay as they are.
             originals: module path -> 16-bit weight [out, in]; needed for init loftq.
             ops: what computes the rest beside the layers' own products; None leaves it to PyTorch.
+            device: where the base lies; None: by its tensors.
         Raises:
+            MemoryShort: the device has no room for the adapter.
             RecipeError: the recipe asks for layers that the base does not have, or for weights that are not at hand.
         """
         # A layer that may repack itself gives silently wrong gradients after the first forward in eval mode.
@@ -107,17 +116,21 @@ class LoraModel:
             raise RecipeError("init loftq needs the base's 16-bit weights, and they are not at hand; use init default")
         peft_model = add_lora(base, recipe)
         model: Any = peft_model.get_base_model()
+        device = device or device_at(model.device)
+        for parameter in peft_model.parameters():
+            if parameter.requires_grad:
+                parameter.data = device.put(parameter.data)
         if recipe.init == "loftq" and originals is not None:
             start_at_quantization_loss(model, originals)
         fuse_lora_layers(model, ops)
         use_packed_attention(model)
-        if device_at(model.device).is_host:
+        if device.is_host or ops is not None:
             use_fp32(model)
         if ops is not None:
-            use_exact_modules(model, ops)
+            use_exact_modules(model, ops, device)
         if recipe.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        return cls(peft_model, recipe, ops, None if ops is None else head_loss(model, ops))
+        return cls(peft_model, recipe, device, ops, None if ops is None else head_loss(model, ops, device))
 
     def loss(self, batch: TokenBatch, *, grad_scale: float) -> StepLoss:
         """Forward and backward: the gradients of (sum of token losses) * grad_scale are added to `.grad`."""
@@ -165,12 +178,12 @@ class LoraModel:
 
     def _forward(self, batch: TokenBatch, *, share: bool) -> tuple[torch.Tensor, StepLoss]:
         """The summed loss with its graph, and as numbers."""
-        device = self._model.device
+        device = self._device
         compact = CompactBatch.of(batch, share=share)
-        labels, learned = compact.labels.to(device), compact.learned.to(device)
+        labels, learned = device.put(compact.labels), device.put(compact.learned)
         inputs = {
-            "input_ids": compact.ids[None].to(device),
-            "position_ids": compact.positions[None].to(device),
+            "input_ids": device.put(compact.ids[None]),
+            "position_ids": device.put(compact.positions[None]),
             "use_cache": False,
             "loramux_rows": compact.rows,
             "loramux_ops": self._ops,

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from loramux_adapters.errors import RecipeError
-from loramux_adapters.training.model.ops import TrainingOps
+from loramux_adapters.training.model.ops import Attends, AttendsRows, TrainingOps
 from loramux_adapters.training.model.padded_attention import attend_padded
 from loramux_adapters.training.model.row_layout import LayerAttention, PackedRows, hidden
 
@@ -66,7 +66,7 @@ class _Attend(torch.autograd.Function):
         v: torch.Tensor,
         rows: torch.Tensor,
         options: dict[str, Any],
-        ops: TrainingOps,
+        ops: Attends,
     ) -> torch.Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out, stats = ops.attend(q, k, v, rows, **options)
@@ -80,7 +80,7 @@ class _Attend(torch.autograd.Function):
 
 
 def attend_with(
-    ops: TrainingOps, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: PackedRows, params: LayerAttention
+    ops: Attends, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: PackedRows, params: LayerAttention
 ) -> torch.Tensor:
     """As `attend_reference`, by the ops handed in: fp32, head dimension a multiple of 16."""
     options = {"scaling": params.scaling, "softcap": params.softcap, "window": params.window}
@@ -118,7 +118,10 @@ def attention_forward(
         window=int(sliding_window or 0),
     )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if loramux_ops is not None and q.dtype == torch.float32 and q.shape[2] == v.shape[2] and q.shape[2] % _VECTOR == 0:
+    suits = q.dtype == torch.float32 and q.shape[2] == v.shape[2] and q.shape[2] % _VECTOR == 0
+    if isinstance(loramux_ops, AttendsRows):
+        out = loramux_ops.attend_rows(q, k, v, loramux_rows, params)
+    elif isinstance(loramux_ops, Attends) and suits:
         out = attend_with(loramux_ops, q, k, v, loramux_rows, params)
     else:
         out = (attend_reference if params.softcap else attend_padded)(q, k, v, loramux_rows, params)

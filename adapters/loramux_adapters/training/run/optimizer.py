@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from loramux_adapters.device.choice import device_at
+from loramux_adapters.device.device import Device
 from loramux_adapters.errors import CheckpointError
 from loramux_adapters.training.recipe import Recipe
 
@@ -17,10 +18,16 @@ BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 PREFIX = "optimizer"
 SMALLEST_8_BIT, BLOCK = 4096, 256  # of bitsandbytes: weights of a tensor, weights that share a scale
+_TRIAL_RATE, _TRIAL_NEAR = 1e-3, 0.1
 
 
-def make_optimizer(parameters: Mapping[str, nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW in fp32 on the CPU; bitsandbytes' paged 8-bit AdamW on CUDA, whose state can leave a full device."""
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter], recipe: Recipe, device: Device | None = None
+) -> torch.optim.Optimizer:
+    """AdamW in fp32, or bitsandbytes' AdamW with moments in 8 bits where the device's layout has them and it runs.
+
+    `device`: where the parameters lie; None: by their tensors.
+    """
     values = list(parameters.values())
     options: dict[str, Any] = {
         "lr": recipe.learning_rate,
@@ -28,22 +35,48 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], recipe: Recipe) -> to
         "eps": EPSILON,
         "weight_decay": recipe.weight_decay,
     }
-    if not device_at(values[0].device).layout.moments_8_bit:
+    device = device or device_at(values[0].device)
+    if not device.layout.moments_8_bit or why_not_8_bit(device):
         return torch.optim.AdamW(values, fused=True, **options)
-    from bitsandbytes.optim import PagedAdamW8bit
-
-    paged: torch.optim.Optimizer = PagedAdamW8bit(values, **options)
-    return paged
+    return _adamw_8_bit(values, options)
 
 
-def state_bytes(parameters: Mapping[str, nn.Parameter]) -> int:
-    """Bytes that the optimizer will keep: two moments of each weight, in 8 bit on CUDA unless the tensor is small."""
-    total = 0
+def state_bytes(parameters: Mapping[str, nn.Parameter], device: Device) -> int:
+    """Bytes that the optimizer will keep: two moments of each weight, in fp32, or in 8 bits in tensors not small."""
+    total, in_8_bit = 0, device.layout.moments_8_bit and not why_not_8_bit(device)
     for parameter in parameters.values():
         count = parameter.numel()
-        in_8_bit = device_at(parameter.device).layout.moments_8_bit and count >= SMALLEST_8_BIT
-        total += 2 * (count + 4 * -(-count // BLOCK) if in_8_bit else 4 * count)
+        total += 2 * (count + 4 * -(-count // BLOCK) if in_8_bit and count >= SMALLEST_8_BIT else 4 * count)
     return total
+
+
+def why_not_8_bit(device: Device) -> str:
+    """Why the moments are kept in fp32 on a device whose layout has 8 bits, found by a trial; empty where they are not.
+
+    The trial: two steps of some numbers, beside PyTorch's AdamW in fp32.
+    """
+    options: dict[str, Any] = {"lr": _TRIAL_RATE, "betas": BETAS, "eps": EPSILON, "weight_decay": 0.0}
+    random = torch.Generator().manual_seed(0)
+    ours, theirs = (nn.Parameter(device.put(torch.zeros(SMALLEST_8_BIT))) for _ in range(2))
+    gradients = [device.put(torch.randn(SMALLEST_8_BIT, generator=random)) for _ in range(2)]
+    try:
+        both = ((ours, _adamw_8_bit([ours], options)), (theirs, torch.optim.AdamW([theirs], **options)))
+        for parameter, optimizer in both:
+            for gradient in gradients:
+                parameter.grad = gradient
+                optimizer.step()
+    except (ImportError, RuntimeError, NotImplementedError, AttributeError, TypeError, ValueError) as error:
+        return f"bitsandbytes' 8-bit AdamW does not run on it: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    off = float((ours - theirs).detach().norm() / theirs.detach().norm())
+    return "" if off < _TRIAL_NEAR else f"bitsandbytes' 8-bit AdamW is off by {off:.0%} there"
+
+
+def _adamw_8_bit(values: list[nn.Parameter], options: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """In the device's own memory: the moments of an adapter are small, and paged memory is slow once it moves."""
+    from bitsandbytes.optim import AdamW8bit
+
+    made: torch.optim.Optimizer = AdamW8bit(values, **options)
+    return made
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -12,6 +12,7 @@ from loramux_adapters.device.device import ON_CARD, DeviceLayout
 from loramux_adapters.nf4 import BLOCK
 from loramux_adapters.training.model.lora_layers import target_names
 from loramux_adapters.training.recipe import Recipe
+from loramux_adapters.training.run.plan_on_card import CONTEXT, plan_step
 
 SCALE_BLOCK = 256  # scales that share one scale of their own
 _TABLES = 4 * (16 + 256)  # the values of NF4 codes and of scale codes, kept beside each layer
@@ -32,6 +33,7 @@ class MemoryPlan:
         adapter: A and B in fp32.
         gradients: of A and B.
         optimizer: AdamW's moments: fp32 on the CPU, 8 bit on CUDA.
+        context: what a graphics processor's libraries take for themselves.
         activations: what the forward pass keeps for the backward pass.
         work: the largest of what lives for a moment: logits and their gradients, or a layer's unpacked weight.
         saved: the adapter on disk.
@@ -45,6 +47,7 @@ class MemoryPlan:
     optimizer: int
     activations: int
     work: int
+    context: int
     saved: int
     parameters: int
     trainable: int
@@ -53,17 +56,24 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """Everything that is there at the same time at the worst moment."""
-        return self.base + self.adapter + self.gradients + self.optimizer + self.activations + self.work
+        step = self.adapter + self.gradients + self.optimizer + self.activations + self.work
+        return self.base + step + self.context
 
 
-def plan_memory(skeleton: Any, recipe: Recipe, *, sequence: int, learned: int, layout: DeviceLayout) -> MemoryPlan:
+def plan_memory(
+    skeleton: Any, recipe: Recipe, *, sequence: int, learned: int, layout: DeviceLayout, fp16: bool = False
+) -> MemoryPlan:
     """The plan of one recipe. `quantize` nf4 is QLoRA, none is LoRA.
+
+    QLoRA on a graphics processor is planned for the NF4 kernels (plan_on_card.py). What runs on bitsandbytes' layers
+    instead takes a tenth less for the base and more for the attention of long examples.
 
     Args:
         skeleton: transformers' causal language model, made from the config on the meta device.
         sequence: tokens of each example. What examples share at their beginning is computed once and makes it cheaper.
         learned: tokens of each example that a loss is taken on; logits are computed for these alone.
         layout: of the device it is to run on.
+        fp16: the device computes in fp16, and not in bf16.
     Raises:
         RecipeError: the recipe names layers that the base does not have.
     """
@@ -71,14 +81,30 @@ def plan_memory(skeleton: Any, recipe: Recipe, *, sequence: int, learned: int, l
     trainable = sum(rows * columns for rows, columns in shapes)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     rows = -(-recipe.batch_size // recipe.accumulation)
+    if recipe.quantize == "nf4" and not layout.packed:
+        step = plan_step(
+            skeleton,
+            recipe,
+            dict(_linears(skeleton)),
+            _adapted(skeleton, recipe),
+            rows=rows,
+            sequence=sequence,
+            learned=learned,
+            attention=4 if fp16 else 2,
+        )
+        activations, work = step.activations, step.work
+    else:
+        activations = _activations(skeleton, recipe, rows, sequence, width=layout.activation_bytes)
+        activations += rows * learned * _vocabulary(skeleton) * 4
+        work = _work(skeleton, recipe, rows, sequence, learned)
     return MemoryPlan(
         base=base_bytes(skeleton, recipe.quantize, layout),
         adapter=4 * trainable,
         gradients=4 * trainable,
         optimizer=sum(_optimizer_bytes(rows * columns, layout) for rows, columns in shapes),
-        activations=_activations(skeleton, recipe, rows, sequence, width=layout.activation_bytes)
-        + rows * learned * _vocabulary(skeleton) * 4,
-        work=_work(skeleton, recipe, rows, sequence, learned),
+        activations=activations,
+        work=work,
+        context=0 if layout.packed else CONTEXT,
         saved=trainable * (2 if recipe.save_dtype == "bfloat16" else 4),
         parameters=parameters,
         trainable=trainable,
@@ -89,19 +115,19 @@ def plan_memory(skeleton: Any, recipe: Recipe, *, sequence: int, learned: int, l
 def base_bytes(skeleton: Any, quantize: str, layout: DeviceLayout) -> int:
     """Bytes of the base as it is held; every linear layer but the head is quantized.
 
-    On the CPU that is the form of compiled kernels: scales in fp32, and the head as whole numbers of 12 bits, which an
+    Scales are fp32, as our kernels read them. On the CPU the head is kept as whole numbers of 12 bits, which an
     embedding of the same weight reads too.
     """
     total = 0
-    quantized = {id(module.weight) for _, module in _linears(skeleton)} if quantize == "nf4" else set()
-    nf4_bytes = _packed_bytes if layout.packed else _nf4_bytes
+    quantized = {id(module.weight): module for _, module in _linears(skeleton)} if quantize == "nf4" else {}
     head = skeleton.get_output_embeddings()
     packed_head = head.weight if quantized and layout.packed and _head_fits(head) else None
     for parameter in skeleton.parameters():  # tied ones come once
         if parameter is packed_head:
             total += _packed_head_bytes(head)
         else:
-            total += nf4_bytes(parameter.numel()) if id(parameter) in quantized else 2 * parameter.numel()
+            layer = quantized.get(id(parameter))
+            total += 2 * parameter.numel() if layer is None else _nf4_bytes(layer, layout)
     return int(total + sum(buffer.numel() * buffer.element_size() for buffer in skeleton.buffers()))
 
 
@@ -114,13 +140,12 @@ def kv_bytes(config: Any, layout: DeviceLayout) -> int:
     return int(2 * text.num_hidden_layers * kv_heads * (2 * dim + (4 if layout.packed else 0)))
 
 
-def _nf4_bytes(weights: int) -> int:
+def _nf4_bytes(layer: nn.Linear, layout: DeviceLayout) -> int:
+    weights = layer.weight.numel()
     scales = -(-weights // BLOCK)
-    return -(-weights // 2) + scales + 4 * -(-scales // SCALE_BLOCK) + _OFFSET + _TABLES
-
-
-def _packed_bytes(weights: int) -> int:
-    return -(-weights // 2) + 4 * -(-weights // BLOCK)
+    if layout.packed or layer.in_features % BLOCK == 0:
+        return -(-weights // 2) + 4 * scales
+    return -(-weights // 2) + scales + 4 * -(-scales // SCALE_BLOCK) + _OFFSET + _TABLES  # bitsandbytes' form
 
 
 def _head_fits(head: Any) -> bool:
@@ -148,11 +173,16 @@ def _linears(skeleton: Any) -> Iterator[tuple[str, nn.Linear]]:
             yield path, module
 
 
-def _adapter_shapes(skeleton: Any, recipe: Recipe) -> list[tuple[int, int]]:
+def _adapted(skeleton: Any, recipe: Recipe) -> set[str]:
+    """Paths of the layers that get an adapter."""
     names = set(target_names(skeleton, recipe))
-    shapes = []
+    return {path for path, _ in _linears(skeleton) if path.rpartition(".")[2] in names}
+
+
+def _adapter_shapes(skeleton: Any, recipe: Recipe) -> list[tuple[int, int]]:
+    adapted, shapes = _adapted(skeleton, recipe), []
     for path, module in _linears(skeleton):
-        if path.rpartition(".")[2] in names:
+        if path in adapted:
             shapes += [(recipe.rank, module.in_features), (module.out_features, recipe.rank)]
     return shapes
 

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from loramux_adapters.device.choice import device_at
+from loramux_adapters.device.device import Device
 from loramux_adapters.device.peak import PeakMemory
 from loramux_adapters.errors import CheckpointError, DataError, MemoryShort, TrainingError
 from loramux_adapters.training.data.batches import Row, TokenBatch, epoch_order, parts
@@ -126,6 +127,7 @@ class Trainer:
         checkpoint_every: int,
         checkpoint_minutes: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
+        device: Device | None = None,
     ) -> None:
         """Looks at the rows; nothing is written before `run`.
 
@@ -133,6 +135,7 @@ class Trainer:
             held: rows to evaluate on, may be empty.
             checkpoint_every: a checkpoint is made at each multiple of so many steps, wherever a run was resumed.
             checkpoint_minutes: and where the last one is older than this; 0 leaves it at that.
+            device: where the model lies; None: by its tensors.
 
         Raises:
             DataError: no example holds a token to learn.
@@ -151,7 +154,8 @@ class Trainer:
         self._order = lru_cache(maxsize=1)(self._order_of)
         self._per_epoch = len(self._order(0))
         self._steps = total_steps(self._per_epoch, recipe)
-        self._optimizer = make_optimizer(self._parameters, recipe)
+        self._device = device or device_at(next(iter(self._parameters.values())).device)
+        self._optimizer = make_optimizer(self._parameters, recipe, self._device)
         made_of = {"data": data_sha256, "tokens": _tokens_sha256(self._rows), "base": base_id}
         self._checkpoints = Checkpoints(run_dir / CHECKPOINTS, made_of | {"recipe": recipe.as_json()})
         self._checkpoint_every, self._checkpoint_seconds = checkpoint_every, 60 * checkpoint_minutes
@@ -159,7 +163,7 @@ class Trainer:
         self._saved_at = clock()
         self._run_dir = run_dir
         self.trace = Trace(run_dir / LOG_FILE)
-        self._memory = PeakMemory(device_at(next(iter(self._parameters.values())).device))
+        self._memory = PeakMemory(self._device)
         self._step = self._saved = 0
         self._stopping = False
 
@@ -179,7 +183,7 @@ class Trainer:
         self._saved_at = self._clock()
         plan = self.plan()
         self._observer.started(plan)
-        with self._guarded():
+        with self._device.used(), self._guarded():
             while self._evaluate_if_due():
                 finished = self._step == self._steps
                 if finished or self._stopping or self._checkpoint_is_due():

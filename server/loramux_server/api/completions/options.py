@@ -106,7 +106,11 @@ OPTIONS: tuple[Option, ...] = (
     Option("adapters", "ours: several adapters at once, with scales", served=True),
     Option("messages", "the conversation", _CHAT, served=True),
     Option("prompt", "text, token ids, or up to 64 of either", _COMPLETIONS, served=True),
-    Option("max_tokens", "of the reply; -1 is the default: 16 in completions, what fits in chat", served=True),
+    Option(
+        "max_tokens",
+        "of the reply; -1 is the default: 16 in completions, what fits in chat, up to --default-max-tokens",
+        served=True,
+    ),
     Option("max_completion_tokens", "the newer name of `max_tokens`", _CHAT, served=True),
     Option("temperature", "0 to 2", served=True),
     Option("top_p", "above 0, at most 1", served=True),

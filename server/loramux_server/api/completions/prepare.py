@@ -96,12 +96,13 @@ class Preparation:
 
     async def chat(self, body: ChatRequest, leases: AdapterLeases) -> Generation:
         """Owns the leases from now on: if it raises (RequestError), they are released."""
+        base = self._deps.base
         return await self._prepare(
             body,
             leases,
             prompts=lambda: [self.encoded_chat(body, leases)],
             param="messages",
-            max_tokens=lambda prompt: body.longest_reply or self._deps.base.context - len(prompt),
+            max_tokens=lambda prompt: body.longest_reply or min(base.reply, base.context - len(prompt)),
             continues=False,
         )
 

@@ -187,12 +187,14 @@ class ServedBase:
         name: the served model name.
         base_id: digest of the base, hex.
         context: longest prompt and reply together, in tokens.
+        reply: longest reply of a chat that names no length.
         created: unix seconds, shown in the model list.
     """
 
     name: str
     base_id: str
     context: int
+    reply: int
     created: int
 
 

@@ -37,6 +37,8 @@ from loramux_server.engine.scheduling.kv_blocks import KVBlocks, extend_keys
 from loramux_server.engine.scheduling.sequence import Flow, Sequence, SequenceStatus, SlotLoad
 from loramux_server.errors import ConfigError
 
+LEAST_RANKS = 512  # that the adapters of one sequence may have together: two of the largest common rank
+LEAST_COUNTED = 16  # of them: a step's tables are made of tiles of so many ranks
 _AT_LEAST_ONE = ("max_num_seqs", "max_batch_tokens", "max_prefetch", "max_prefetch_bytes", "max_background_tokens")
 
 
@@ -57,6 +59,8 @@ class SchedulerConfig:
             take memory: a number for each token of the vocabulary.
         max_background_tokens: most tokens of background sequences in one step, and of these sequences at a time.
         max_background_wait_seconds: how long a background sequence gives way before it counts as an ordinary one.
+        max_adapters: of one sequence.
+        max_ranks: of the adapters of one sequence together, each rounded up to a power of two of at least 16.
     """
 
     max_num_seqs: int = 32
@@ -68,6 +72,8 @@ class SchedulerConfig:
     max_scored_tokens: int = 32
     max_background_tokens: int = 6
     max_background_wait_seconds: float = 5.0
+    max_adapters: int = 8
+    max_ranks: int = LEAST_RANKS
 
     def __post_init__(self) -> None:
         for name in _AT_LEAST_ONE:

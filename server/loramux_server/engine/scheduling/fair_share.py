@@ -3,11 +3,11 @@
 After "Fairness in Serving Large Language Models" (Sheng et al., OSDI '24).
 A flow is whatever shares are counted for: today the set of adapters that a sequence runs on, below the first of them.
 Its counter tells what it got: PROMPT_WEIGHT for each token of a prompt that had to be computed (what the prefix cache
-held costs nothing), all of them when the sequence starts, and REPLY_WEIGHT for each token of a reply, as it comes. The
-flow of the least counter is next. One that becomes active, so that somebody of it waits and could be served, brings no
-credit from the time before: its counter is lifted to the least of those that are active. So of two flows that are
-active all the time, none gets more than 2 max(PROMPT_WEIGHT x longest prompt, REPLY_WEIGHT x tokens of a full batch)
-beyond the other, however long.
+held costs nothing), all of them when the sequence starts, and REPLY_WEIGHT for each token of a reply, when the step
+that chooses it is scheduled. The flow of the least counter is next. One that becomes active, so that somebody of it
+waits and could be served, brings no credit from the time before: its counter is lifted to the least of those that are
+active. So of two flows that are active all the time, none gets more than 2 max(PROMPT_WEIGHT x longest prompt,
+REPLY_WEIGHT x tokens of a full batch) beyond the other, however long.
 That is proven where the one whose turn it is starts before all others; what passes it while it lacks room comes on top,
 and a flow whose adapter has to be loaded first is not active.
 

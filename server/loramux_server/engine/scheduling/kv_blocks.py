@@ -98,6 +98,10 @@ class KVBlocks:
             self._key_of[block] = key
             self._by_key[key] = block
 
+    def is_known(self, block: int) -> bool:
+        """Whether the block was published and not forgotten since; for tests."""
+        return self._key_of[block] is not None
+
     def free(self, blocks: ReadOnlyList[int], *, soon: bool = False) -> None:
         """Takes back blocks that `allocate` gave, from each owner exactly once.
 

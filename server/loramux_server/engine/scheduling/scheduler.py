@@ -3,13 +3,20 @@
 One step of the engine is `prefetch`, `schedule`, the runner's forward, then `commit` (it worked) or `roll_back` (it
 did not), then `finish` for every sequence that ended.
 
+The next step may be scheduled, and started, before this one is committed. A token that this one chooses is then fed
+to the next before anybody knows it (`ScheduledSequence.follows`). A sequence that ends meanwhile has a row in a step
+that was started; that row's result means nothing. What the sequence held is given to others only by steps that are
+started later, and steps are done in the order in which they were started: so nobody writes what another still reads.
+Copies of adapters alone may be made beside the step under way, and are told whether they must wait for it
+(`SlotLoad.in_use`).
+
     tokens of a step:  | one per running sequence, always | more of prompts, oldest first, up to max_batch_tokens |
                        | background: of what is left at most max_background_tokens, but one for the first of them |
 
-A sequence starts only when there is a token for it, and each that runs has one in every batch. So a step that fails
-leaves no running sequence behind, and no slot half loaded. Background sequences alone may sit a step out, and take no
-more of a prompt at a time than `max_background_tokens` even when they count as ordinary ones; what they hold was loaded
-by a step that worked.
+A sequence starts only when there is a token for it, and each that runs has one in every batch, but for those that
+wait for the results of a step under way. So when the steps under way fail, no running sequence is left behind, and no
+slot half loaded. Background sequences alone may sit a step out, and take no more of a prompt at a time than
+`max_background_tokens` even when they count as ordinary ones; what they hold was loaded by a step that worked.
 
 Text that is scored (prompt logprobs, continuations) is read like a prompt, but logits are needed at each of its
 positions, so that a step takes at most `max_scored_tokens` of it, beside one for each sequence.
@@ -18,15 +25,29 @@ positions, so that a step takes at most `max_scored_tokens` of it, beside one fo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from collections.abc import Sequence as ReadOnlyList
 
-from loramux_adapters.lora.slots import SlotTable, bucket_of
-from loramux_server.engine.scheduling.admission import Admitted, HostView, SchedulerConfig, WaitingQueues
+from loramux_adapters.lora.slots import Slot, SlotTable, bucket_of
+from loramux_server.engine.scheduling.admission import (
+    LEAST_COUNTED,
+    Admitted,
+    HostView,
+    SchedulerConfig,
+    WaitingQueues,
+)
 from loramux_server.engine.scheduling.fair_share import REPLY_WEIGHT, FairShare, Line
 from loramux_server.engine.scheduling.kv_blocks import KVBlocks, extend_keys
-from loramux_server.engine.scheduling.sequence import Batch, ScheduledSequence, Sequence, SequenceStatus
+from loramux_server.engine.scheduling.sequence import (
+    Batch,
+    ScheduledSequence,
+    Sequence,
+    SequenceStatus,
+    SlotLoad,
+)
 from loramux_server.errors import RequestError
+
+_NOBODY: Set[Sequence] = frozenset()
 
 
 class Scheduler:
@@ -48,7 +69,9 @@ class Scheduler:
         self._share = FairShare()
         self._waiting = WaitingQueues(config, blocks, slots, host, self._share, clock)
         self._running: list[Sequence] = []  # in order of admission
-        self._step: Batch | None = None  # scheduled, and neither committed nor rolled back yet
+        self._steps: list[Batch] = []  # scheduled, and neither committed nor rolled back yet; the oldest first
+        self._chosen_for: Set[Sequence] = _NOBODY  # whose newest token the step under way chooses
+        self._given_up: list[tuple[Batch, Slot]] = []  # slots of those that ended under way, and the last step then
 
     @property
     def running(self) -> ReadOnlyList[Sequence]:
@@ -69,6 +92,11 @@ class Scheduler:
     def waiting_by_adapter(self) -> Mapping[str | None, int]:
         """How many have not started, by the names they were asked for under; without the server's own work."""
         return self._waiting.by_adapter
+
+    @property
+    def under_way(self) -> ReadOnlyList[Batch]:
+        """Steps that were scheduled and neither committed nor rolled back, the oldest first; for tests."""
+        return self._steps
 
     @property
     def has_work(self) -> bool:
@@ -100,14 +128,22 @@ class Scheduler:
                 param="model" if is_one else "adapters",
                 code="adapter_too_large",
             )
+        summed = sum(max(LEAST_COUNTED, bucket_of(use.rank)) for use in sequence.adapters)
+        if summed > self.config.max_ranks:
+            raise RequestError(
+                f"the adapters' ranks {', '.join(map(str, ranks.values()))} are {summed} together, each rounded up to "
+                f"a power of two of at least {LEAST_COUNTED}; this server takes {self.config.max_ranks} in one request "
+                "(--max-summed-rank)",
+                param="model" if len(ranks) == 1 else "adapters",
+                code="adapter_too_large",
+            )
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence for which `check_fits` passed."""
         self._waiting.add(sequence)
 
     def abort(self, ids: Collection[str]) -> list[Sequence]:
-        """Ends these sequences, waiting or running, between two steps and returns them; other ids are ignored."""
-        assert self._step is None, "a step is under way"
+        """Ends these sequences, waiting or running, and returns them; other ids are ignored."""
         if not ids:
             return []
         aborted = [sequence for sequence in self._running if sequence.id in ids]
@@ -120,17 +156,19 @@ class Scheduler:
         return self._waiting.prefetch()
 
     def schedule(self) -> Batch:
-        """The next step, to be followed by `commit` or `roll_back`.
+        """The next step, to be followed by `commit` or `roll_back`; one step before it may be under way.
 
-        A batch without rows needs neither: nothing can run until a load ends or something arrives.
+        A batch without rows needs neither: nothing can run until a load ends, something arrives or the step under way
+        is done.
         """
-        assert self._step is None, "the last step was neither committed nor rolled back"
+        assert len(self._steps) < 2, "the step before the last was neither committed nor rolled back"
+        self._chosen_for = {row.sequence for row in self._steps[0].rows if row.samples} if self._steps else _NOBODY
         ordinary = [sequence for sequence in self._running if not sequence.gives_way]
-        tokens = self.config.max_batch_tokens - len(ordinary)  # left beside the one of each
+        tokens = self.config.max_batch_tokens - len(ordinary)  # left beside the one of each, though it may not need it
         scored = self.config.max_scored_tokens
         assert tokens >= 0, "whoever has started runs in every step"
         rows: list[ScheduledSequence] = []
-        for sequence in ordinary:
+        for sequence in self._with_more(ordinary):
             rows.append(self._turn(sequence, tokens + 1, scored))
             tokens -= rows[-1].num_tokens - 1
             scored -= max(0, rows[-1].num_scored - 1)
@@ -142,22 +180,52 @@ class Scheduler:
             tokens -= rows[-1].num_tokens
             scored -= max(0, rows[-1].num_scored - 1)
         rows += self._background(tokens, scored, admitted)
+        if self._steps:
+            self._mark_idle(admitted.slot_loads)
         now = self._clock()
         for row in rows:
-            if row.sequence.scheduled_at is None:
-                row.sequence.scheduled_at = now
+            sequence = row.sequence
+            if sequence.scheduled_at is None:
+                sequence.scheduled_at = now
+            sequence.num_computed += row.num_tokens
+            if row.samples and not sequence.gives_way:
+                self._share.charge(sequence.flow, REPLY_WEIGHT)
         rows.sort(key=lambda row: row.sequence.slots)
         batch = Batch(rows, admitted.slot_loads)
         if rows:
-            self._step = batch
+            self._steps.append(batch)
         return batch
+
+    def _with_more(self, running: list[Sequence]) -> list[Sequence]:
+        """Those that have something for the next step, as far as that is known while another is under way.
+
+        A reply whose last token is being chosen has nothing more, and ends when it is known. Whose text is being
+        scored waits: what it reads next depends on the scores.
+        """
+        if not self._steps:
+            return running
+        scored = {row.sequence for row in self._steps[0].rows if row.num_scored}
+        return [one for one in running if one not in scored and (one.in_prefill or self._chooses_more(one))]
+
+    def _chooses_more(self, sequence: Sequence) -> bool:
+        return len(sequence.output) + (sequence in self._chosen_for) < sequence.params.max_tokens
+
+    def _mark_idle(self, loads: Iterable[SlotLoad]) -> None:
+        """Says which of these slots the step under way does not read.
+
+        A slot that is given to another was unpinned. Where that was before this step was scheduled, none of its rows
+        has it, and all steps before are done.
+        """
+        self._given_up = [one for one in self._given_up if one[0] is self._steps[-1]]
+        for load in loads:
+            load.in_use = any(load.slot.overlaps(slot) for _, slot in self._given_up)
 
     def _background(self, tokens: int, scored: int, admitted: Admitted) -> list[ScheduledSequence]:
         """Turns of sequences that give way, those among them that start now; the step has so many tokens left."""
         waiting = [sequence for sequence in self._running if sequence.gives_way]
         spare = min(tokens, self.config.max_background_tokens)
         rows: list[ScheduledSequence] = []
-        for sequence in waiting:
+        for sequence in self._with_more(waiting):
             if spare > 0 or not rows:  # the first has its turn in every step, so that whoever has started ends
                 rows.append(self._turn(sequence, max(1, spare), scored))
                 spare -= rows[-1].num_tokens
@@ -171,29 +239,41 @@ class Scheduler:
         return rows
 
     def commit(self, batch: Batch) -> None:
-        """The step worked: its tokens are in the cache, its slot loads are resident."""
-        self._close(batch)
-        for row in batch.rows:
-            row.sequence.num_computed += row.num_tokens
-            self._publish(row)
-            if row.samples and not row.sequence.gives_way:
-                self._share.charge(row.sequence.flow, REPLY_WEIGHT)
+        """The oldest step under way worked: its tokens are in the cache, its slot loads are resident.
 
-    def roll_back(self, batch: Batch) -> list[Sequence]:
-        """The step failed: finishes and returns its sequences; what it loaded is not believed to be resident."""
-        self._close(batch)
-        sequences = [row.sequence for row in batch.rows]
-        for sequence in sequences:
+        The results of steps before it are known, and written to `Sequence.output`. Rows of sequences that have ended
+        since it was scheduled are passed over.
+        """
+        assert self._steps and self._steps[0] is batch, "not the oldest step under way"
+        self._close(self._steps.pop(0))
+        finished = SequenceStatus.FINISHED
+        for row in batch.rows:
+            if row.sequence.status is not finished:
+                self._publish(row)
+
+    def roll_back(self) -> list[Sequence]:
+        """The oldest step under way failed, and with it whatever was scheduled on top of it.
+
+        Finishes and returns the sequences of all these steps; what they loaded is not believed to be resident.
+        """
+        steps, self._steps = self._steps, []
+        running = {row.sequence: None for batch in steps for row in batch.rows}  # each once, in order
+        failed = [sequence for sequence in running if sequence.status is SequenceStatus.RUNNING]
+        for sequence in failed:
             self.finish(sequence)
-        for load in batch.slot_loads:
-            self.slots.drop(load.version)
-        return sequences
+        for batch in steps:
+            self._close(batch)
+            for load in batch.slot_loads:
+                self.slots.drop(load.version)
+        return failed
 
     def finish(self, sequence: Sequence) -> None:
         """Ends a running sequence: its blocks are free, its slots are unpinned (the adapters stay resident)."""
         self._running.remove(sequence)
         self.blocks.free(sequence.blocks, soon=sequence.background)
         sequence.blocks = []
+        if self._steps:
+            self._given_up += [(self._steps[-1], one.slot) for one in sequence.slots]
         for version in {use.version for use in sequence.adapters}:
             self.slots.release(version)
         sequence.slots = ()
@@ -213,11 +293,19 @@ class Scheduler:
         assert len(set(held)) == self.blocks.used, "KV blocks are lost"
         own = [block for sequence in self._running for block in sequence.blocks[sequence.num_cached // size :]]
         assert len(own) == len(set(own)), "KV blocks that are written to are shared"
+        under_way = [row for batch in self._steps for row in batch.rows]
+        assert len(self._steps) <= 2 and all(row.sequence.status is not SequenceStatus.WAITING for row in under_way)
         for sequence in self._running:
             assert sequence.status is SequenceStatus.RUNNING
             assert len(sequence.blocks) == self.blocks.blocks_for(sequence.max_total)
-            assert sequence.num_computed < sequence.num_tokens + len(sequence.continuation)
-            assert max(sequence.num_computed, sequence.num_tokens - 1) <= sequence.max_total
+            rows = [row for row in under_way if row.sequence is sequence]
+            chosen = len(sequence.output) + sum(row.samples for row in rows)
+            assert len(rows) < 2 or not rows[0].num_scored, "what is read depends on scores that are not known"
+            assert chosen <= sequence.params.max_tokens
+            assert sequence.num_computed <= len(sequence.prompt) + chosen + len(sequence.continuation)
+            assert max(sequence.num_computed, len(sequence.prompt) + chosen - 1) <= sequence.max_total
+            end = rows[-1].first + rows[-1].num_tokens if rows else sequence.num_computed
+            assert sequence.num_computed == end, "rows of two steps do not follow each other"
             assert [(one.slot, one.scale) for one in sequence.slots] == [
                 (self.slots.lookup(use.version), use.scale) for use in sequence.adapters
             ]
@@ -230,7 +318,7 @@ class Scheduler:
         `scored`: of text that is scored, so many tokens beside one.
         """
         if not sequence.in_prefill:
-            return ScheduledSequence(sequence, 1, samples=True)
+            return ScheduledSequence(sequence, 1, samples=True, follows=sequence in self._chosen_for)
         if sequence.background:
             tokens = min(tokens, self.config.max_background_tokens)
         unscored = max(0, sequence.logits_from - sequence.num_computed)
@@ -244,23 +332,21 @@ class Scheduler:
         )
 
     def _publish(self, row: ScheduledSequence) -> None:
-        """Makes the blocks that this step completed known to those that come after.
+        """Makes the blocks that this step completed known to those that come after; all tokens up to there are known.
 
         Not what is behind a prompt with continuations: they are written over one another.
         """
-        sequence, size = row.sequence, self.blocks.block_size
-        end = sequence.num_computed
+        size, end = self.blocks.block_size, row.first + row.num_tokens
+        if row.first // size == end // size or not self.blocks.keeps_content:
+            return
+        sequence = row.sequence
         if sequence.params.continuations:
             end = min(end, len(sequence.prompt))
-        complete = range(row.first // size, end // size)
-        if complete and self.blocks.keeps_content:
-            extend_keys(sequence, size, end)
-            for index in complete:
-                self.blocks.publish(sequence.blocks[index], sequence.keys[index])
+        extend_keys(sequence, size, end)
+        for index in range(row.first // size, end // size):
+            self.blocks.publish(sequence.blocks[index], sequence.keys[index])
 
     def _close(self, batch: Batch) -> None:
         """Ends the step: the copies in `batch.slot_loads` were made, or never will be, so their host pins go."""
-        assert self._step is batch, "not the step under way"
-        self._step = None
         for load in batch.slot_loads:
             self._host.unpin(load.version)

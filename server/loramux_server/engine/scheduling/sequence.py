@@ -167,7 +167,8 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)  # of its complete blocks, as far as they were asked for
     num_cached: int = 0  # tokens of the prompt whose keys and values were there before it started
-    num_computed: int = 0  # tokens of prompt + output (or the continuation) whose keys and values are in the cache
+    num_computed: int = 0  # tokens of prompt + reply (or the continuation) whose keys and values are in the cache, or
+    # will be when the steps that were scheduled are done
     scheduled_at: float | None = None  # first time in a batch
 
     # filled by the engine's update
@@ -288,21 +289,36 @@ def composed(uses: Iterable[AdapterUse]) -> tuple[AdapterUse, ...]:
 
 @dataclass(slots=True)
 class ScheduledSequence:
-    """A sequence's part of one batch: the scheduler says which tokens run, the runner reads it."""
+    """A sequence's part of one batch: the scheduler says which tokens run, the runner reads it.
+
+    What it needs of the sequence (tokens, blocks, slots), the runner takes when it starts the step: the sequence may
+    have ended before the step is done.
+
+    Attributes:
+        num_tokens: tokens fed this step, at positions [first, first + num_tokens).
+        samples: the last of them is the newest token, so that this step chooses the next one.
+        num_scored: the logits at so many of the last positions score given text.
+        follows: its one token is the one that the step before, which is not read yet, chooses for the sequence.
+        first: the sequence's `num_computed` before this step.
+        reply_index: which token of the reply this step chooses.
+    """
 
     sequence: Sequence
-    num_tokens: int  # tokens fed this step, at positions [first, first + num_tokens)
-    samples: bool  # True if the last of them is the newest token, so that this step chooses the next one
-    num_scored: int = 0  # the logits at so many of the last positions score given text
-    first: int = field(init=False)  # the sequence's `num_computed` before this step
+    num_tokens: int
+    samples: bool
+    num_scored: int = 0
+    follows: bool = False
+    first: int = field(init=False)
+    reply_index: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.first = self.sequence.num_computed
+        self.reply_index = len(self.sequence.output) + self.follows
 
     @property
     def num_logits(self) -> int:
         """At so many of the last positions logits are needed."""
-        return max(self.num_scored, int(self.samples))
+        return self.num_scored or int(self.samples)
 
 
 @dataclass(slots=True)
@@ -311,6 +327,7 @@ class SlotLoad:
 
     slot: Slot
     version: str
+    in_use: bool = True  # a step that was started may still read what the slot holds: the copy waits for it
     seconds: float = 0.0  # filled by the runner: how long the copy took
 
 

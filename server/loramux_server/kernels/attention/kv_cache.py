@@ -47,14 +47,18 @@ class KVCache:
     Attributes:
         k, v: by layer; floats [blocks, BLOCK_SIZE, kv_heads, head_dim], or whole numbers in tiles,
             k [blocks, kv_heads, head_dim / 2, BLOCK_SIZE, 2], v [blocks, kv_heads, BLOCK_SIZE / 2, head_dim, 2].
+        num_blocks: that sequences can have.
+        spare_block: the one behind them, for what is written and never read; None where there is none.
         scales: by layer [blocks, kv_heads, 2, BLOCK_SIZE] fp32, of the keys and of the values; empty for floats.
     """
 
-    def __init__(self, shape: KVShape, num_blocks: int, device: Device) -> None:
-        """Raises DeviceFull: there is no room for it."""
+    def __init__(self, shape: KVShape, num_blocks: int, device: Device, *, spare: bool = False) -> None:
+        """`spare`: with one block more, which no sequence gets. Raises DeviceFull: there is no room for it."""
         self.device = device
         self.shape = shape
         self.num_blocks = num_blocks
+        self.spare_block = num_blocks if spare else None
+        num_blocks += spare
         heads, dim = shape.kv_heads, shape.head_dim
         if shape.whole_numbers:
             k_size: tuple[int, ...] = (num_blocks, heads, dim // 2, BLOCK_SIZE, 2)
@@ -71,7 +75,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all blocks, whether anything was ever written to them or not."""
-        return self.num_blocks * self.shape.block_bytes
+        return (self.num_blocks + (self.spare_block is not None)) * self.shape.block_bytes
 
     def held_bytes(self, peak_blocks: int) -> int:
         """Bytes that the device really holds, if at most `peak_blocks` blocks were ever used."""

@@ -211,7 +211,8 @@ def probe_kv_shape(model: Any, device: Device, *, whole_numbers: bool) -> KVShap
     empty = KVCache(KVShape(0, 1, 2), 0, device)
     step = AttentionStep(empty, record, none[None], none, none, ((0, 0, 1, 0),))
     one = device.put(torch.zeros(1, 1, dtype=torch.long))
-    model(input_ids=one, position_ids=one, use_cache=False, loramux_step=step)
+    with device.used():
+        model(input_ids=one, position_ids=one, use_cache=False, loramux_step=step)
     kinds = set(seen.values())
     if len(kinds) != 1 or sorted(seen) != list(range(len(seen))):
         raise BaseModelError(f"this model's layers need caches of different shapes ({sorted(map(str, kinds))})")

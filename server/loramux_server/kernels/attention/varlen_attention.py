@@ -62,8 +62,6 @@ class VarlenAttend:
         params: AttentionParams,
     ) -> torch.Tensor:
         if params.softcap:  # the kernel has none
-            if not step.runs:
-                raise RuntimeError("a model with a soft cap on its attention is not captured")
             return attend_reference(q, k, v, layer, step, params)
         step.store(layer, k, v)
         lengths = self._lengths_of(step)
@@ -86,10 +84,6 @@ class VarlenAttend:
             num_splits=1,
         )
         return out
-
-    def expect(self, step: AttentionStep, lengths: Lengths) -> None:
-        """For a step whose lengths are made elsewhere."""
-        self._last = step, lengths
 
     def _lengths_of(self, step: AttentionStep) -> Lengths:
         """Made once for all layers of a step."""

@@ -86,7 +86,7 @@ class NativeCopySlot:
         self._call = library.function("loramux_copy_slot")
         self._addresses = _Addresses()
 
-    def __call__(self, slot: Slot, filling: Filling) -> None:
+    def __call__(self, slot: Slot, filling: Filling, *, in_use: bool = True) -> None:
         arenas = np.array([self._addresses.arena(arena) for arena, _ in filling], dtype=np.uint64)
         parts = [
             (0, 0, 0) if part is None else (part[0].data_ptr(), part[1].data_ptr(), part[0].shape[0])

@@ -8,8 +8,7 @@ is run this way only if, tried at start, every logit has the bits that its modul
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,18 +16,17 @@ import numpy.typing as npt
 import torch
 
 from loramux_adapters.lora.ops import LoraRows
-from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVCache
-from loramux_server.kernels.attention.paged_attention import Attend, AttentionParams, AttentionStep
+from loramux_server.kernels.attention.kv_cache import KVCache
+from loramux_server.kernels.attention.paged_attention import Attend, AttentionStep
 from loramux_server.kernels.compiled.abi import POINTER, ExactStep
 from loramux_server.kernels.compiled.adapter_kernels import rows_of
 from loramux_server.kernels.compiled.library import Compiled
 from loramux_server.kernels.decoder.description import Description, NotOfThisShape, describe
 from loramux_server.kernels.decoder.exact_model import KINDS, exact_model
+from loramux_server.kernels.decoder.trial import BLOCKS, Trial
+from loramux_server.kernels.decoder.whole_step import StepLimits
 from loramux_server.kernels.layers.rotary import use_angles
 
-_TRIAL = (BLOCK_SIZE + 5, 3, 1)  # tokens of the sequences that a model is tried on
-_FARTHEST = 1 << 20  # position that is looked at
-_ROUNDED = 1e-5  # relative, of a rotation in fp32
 _LAST_BITS = 2.0**-22  # of a logit, beside its soft cap: PyTorch's tanh and ours are two
 
 
@@ -40,7 +38,12 @@ class Decoder:
     Attributes:
         description: the model.
         exact: the description as the compiled code reads it.
+        in_words, notes, equal_bits: as `WholeStep` has them; no notes: the code is the same on every processor.
     """
+
+    in_words = "a step is one compiled call"
+    notes: tuple[str, ...] = ()
+    equal_bits = True
 
     def __init__(self, compiled: Compiled, description: Description) -> None:
         self.description = description
@@ -56,15 +59,14 @@ class Decoder:
         self._caches: tuple[KVCache, Any, Any, Any] | None = None
 
     def forward(
-        self, tokens: list[int], heads: list[int], step: AttentionStep, lora: LoraRows | None, head: LoraRows | None
+        self,
+        tokens: Sequence[int],
+        heads: Sequence[int],
+        step: AttentionStep,
+        lora: LoraRows | None,
+        head: LoraRows | None,
     ) -> torch.Tensor:
-        """Logits [len(heads), vocabulary] fp32, a view; keys and values of all rows are in the cache afterwards.
-
-        Args:
-            tokens: the token of each row.
-            heads: the rows, in order, whose logits are wanted.
-            lora, head: adapters of all rows, and of the rows in `heads`.
-        """
+        """As `WholeStep.forward` says."""
         return self._run(tokens, heads, step, lora, head, None)
 
     def first_tokens(
@@ -82,8 +84,8 @@ class Decoder:
 
     def _run(
         self,
-        tokens: list[int],
-        heads: list[int],
+        tokens: Sequence[int],
+        heads: Sequence[int],
         step: AttentionStep,
         lora: LoraRows | None,
         head: LoraRows | None,
@@ -134,102 +136,17 @@ class Decoder:
             self._positions = min(len(a.cos) for a in angles)
 
 
-class Trial:
-    """A model's own modules on sequences of several lengths, with a cache of its own, to compare a step with.
-
-    Adapters are not tried: the slots hold none yet.
-
-    Attributes:
-        asked: what each layer asked of its attention.
-    """
-
-    def __init__(self, attend: Attend, model: Any, cache: KVCache) -> None:
-        """`attend`: the attention that modules run on; with its bits the step's are compared."""
-        seen: dict[int, AttentionParams] = {}
-
-        def record(q: Any, k: Any, v: Any, layer: int, step: AttentionStep, params: AttentionParams) -> torch.Tensor:
-            seen[layer] = params
-            return attend(q, k, v, layer, step, params)
-
-        blocks = [-(-length // BLOCK_SIZE) for length in _TRIAL]
-        device = cache.device
-        self._step = _step_of(KVCache(cache.shape, sum(blocks), device), record, blocks)
-        generator = torch.Generator().manual_seed(0)
-        vocabulary = model.get_input_embeddings().num_embeddings
-        self._tokens = torch.randint(vocabulary, (sum(_TRIAL),), generator=generator).tolist()
-        self._rows = list(range(len(self._tokens)))
-        self._expected: torch.Tensor = model(
-            input_ids=torch.tensor([self._tokens]),
-            position_ids=self._step.position[None].long(),
-            logits_to_keep=torch.tensor(self._rows),
-            use_cache=False,
-            loramux_step=self._step,
-        ).logits[0]
-        if sorted(seen) != list(range(cache.shape.layers)):
-            raise NotOfThisShape("some layers have no attention")
-        self.asked = [seen[layer] for layer in range(cache.shape.layers)]
-        self._far = _FarOut(model, self._step)
-
-    def compare(self, decoder: Decoder) -> None:
-        """Raises NotOfThisShape: it gives other logits than the modules."""
-        model, expected = decoder.exact.model, self._expected
-        cap, model.logit_softcap = model.logit_softcap, 0.0
-        try:
-            got = decoder.forward(self._tokens, self._rows, self._step, None, None)
-        finally:
-            model.logit_softcap = cap
-        _demand(torch.tanh(got / cap) * cap if cap else got, expected)  # PyTorch's own tanh is the modules' last word
-        first = _TRIAL[0]  # once more without the longest; of rows without logits the last layer computes less
-        step = replace(
-            self._step,
-            sequence=self._step.sequence[first:],
-            position=self._step.position[first:],
-            runs=tuple((index, row - first, count, start) for index, row, count, start in self._step.runs[1:]),
-        )
-        some = [1, 3]
-        _demand(decoder.forward(self._tokens[first:], some, step, None, None), expected[first:][some], cap * _LAST_BITS)
-        self._far.compare(decoder.description)
-
-
-class _FarOut:
-    """What a model's attention is given for one token at positions up to the last that it knows.
-
-    Some models change their queries with the position, but only far out, where no trial can go: here attention adds
-    nothing, so a layer's input does not depend on the position, and queries and keys may only turn.
-    """
-
-    def __init__(self, model: Any, step: AttentionStep) -> None:
-        longest = min(getattr(model.config, "max_position_embeddings", None) or _TRIAL[0], _FARTHEST)
-        self._positions = torch.tensor([0, longest // 3, longest // 2, longest - 1])
-        self._seen: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-
-        def record(q: Any, k: Any, v: Any, layer: int, step: AttentionStep, params: AttentionParams) -> torch.Tensor:
-            self._seen[layer] = q.clone(), k.clone(), v.clone()
-            return torch.zeros_like(q)
-
-        position = self._positions[None]
-        model(
-            input_ids=torch.ones_like(position),
-            position_ids=position,
-            logits_to_keep=torch.tensor([0]),
-            use_cache=False,
-            loramux_step=replace(step, attend=record),
-        )
-
-    def compare(self, description: Description) -> None:
-        for index, (q, k, v) in self._seen.items():
-            number = description.layers[index].rotary
-            for x, table in ((q, number), (k, number), (v, -1)):
-                expected = x[:1].expand_as(x).clone()  # at position 0 nothing turns
-                if table >= 0:
-                    angles = description.angles[table]
-                    factor, _ = angles.at(self._positions[:1])
-                    cos, sin = (part[:, None] / factor for part in angles.at(self._positions))
-                    low, high = x[:1, :, : angles.pairs], x[:1, :, angles.pairs : 2 * angles.pairs]
-                    turned = torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
-                    expected[..., : 2 * angles.pairs] = turned
-                if not (x - expected).abs().max() <= _ROUNDED * x.abs().max():
-                    raise NotOfThisShape(f"queries or keys of layer {index} do more than turn with their position")
+def compare(trial: Trial, decoder: Decoder) -> None:
+    """Raises NotOfThisShape: it gives other logits than the modules."""
+    model, expected = decoder.exact.model, trial.expected
+    cap, model.logit_softcap = model.logit_softcap, 0.0
+    try:
+        got = trial.all_rows(decoder)
+    finally:
+        model.logit_softcap = cap
+    _demand(torch.tanh(got / cap) * cap if cap else got, expected)  # PyTorch's own tanh is the modules' last word
+    _demand(*trial.some_rows(decoder), cap * _LAST_BITS)
+    trial.compare_far_out(decoder.description)
 
 
 def _demand(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 0.0) -> None:
@@ -241,10 +158,13 @@ def _demand(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 0.0) -
 
 
 @torch.inference_mode()
-def compile_decoder(compiled: Compiled, attend: Attend, model: Any, cache: KVCache) -> Decoder | str:
+def compile_decoder(
+    compiled: Compiled, attend: Attend, model: Any, cache: KVCache, limits: StepLimits, progress: Callable[[str], None]
+) -> Decoder | str:
     """The compiled step for a model that runs on our attention already; or why it has to run module by module.
 
-    `attend` and the layers' adapters are those that the step itself runs on (choice.py sees to it).
+    `attend` and the layers' adapters are those that the step itself runs on (choice.py sees to it). Memory is taken as
+    steps need it, so the limits do not matter.
     """
     try:
         return decoder_for(compiled, attend, model, cache)
@@ -256,30 +176,13 @@ def compile_decoder(compiled: Compiled, attend: Attend, model: Any, cache: KVCac
 def decoder_for(compiled: Compiled, attend: Attend, model: Any, cache: KVCache) -> Decoder:
     """Raises NotOfThisShape: the model cannot be run in one call."""
     use_angles(model, compiled.library)
-    trial = Trial(attend, model, cache)
+    own = KVCache(cache.shape, sum(BLOCKS), cache.device)  # what is never written to takes no memory
+    trial = Trial(attend, model, own)
     decoder = Decoder(compiled, describe(model, cache.shape, trial.asked, KINDS))
-    trial.compare(decoder)
+    compare(trial, decoder)
     return decoder
 
 
 def pointers_to(tensors: Iterable[torch.Tensor]) -> Any:
     places = [tensor.data_ptr() for tensor in tensors]
     return (POINTER * len(places))(*places)
-
-
-def _step_of(cache: KVCache, attend: Attend, blocks: list[int]) -> AttentionStep:
-    """A step that feeds sequences of `_TRIAL` tokens from their beginning."""
-    tables = torch.zeros(len(blocks), max(blocks), dtype=torch.int32)
-    runs, row, block = [], 0, 0
-    for index, (length, count) in enumerate(zip(_TRIAL, blocks, strict=True)):
-        tables[index, :count] = torch.arange(block, block + count)
-        runs.append((index, row, length, 0))
-        row, block = row + length, block + count
-    return AttentionStep(
-        cache=cache,
-        attend=attend,
-        tables=tables,
-        sequence=torch.repeat_interleave(torch.arange(len(_TRIAL)), torch.tensor(_TRIAL)).int(),
-        position=torch.cat([torch.arange(length) for length in _TRIAL]).int(),
-        runs=tuple(runs),
-    )

@@ -52,7 +52,9 @@ class AttentionScratch:
 
 def attention_scratch(sizes: AttentionSizes, heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of `AttentionScratch.values` and `.states`; one pair serves all layers."""
-    return (sizes.parts, heads, head_dim), (sizes.parts, heads, 2)
+    values, states = sizes.scratch(heads)
+    assert values[-1] == head_dim, "tables of other heads"
+    return values, states
 
 
 def attend(

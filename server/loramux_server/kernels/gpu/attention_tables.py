@@ -77,6 +77,10 @@ class AttentionSizes:
     def large_rows(self) -> int:
         return self.large_tile // self.group
 
+    def scratch(self, heads: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of what tiles that several programs share leave: values and states, both fp32."""
+        return (self.parts, heads, self.head_dim), (self.parts, heads, 2)
+
     def places(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         """Each part's first number in the tensor, and its shape; the blocks come last, as a step rarely fills them."""
         shapes: dict[str, tuple[int, ...]] = {

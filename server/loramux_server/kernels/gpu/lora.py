@@ -38,12 +38,11 @@ import triton.language as tl
 
 from loramux_adapters.lora.ops import Arena
 from loramux_adapters.lora.slots import SMALLEST_RANK
+from loramux_server.kernels.gpu.cuts import lora_parts_of
 from loramux_server.kernels.gpu.launch import Launch
 from loramux_server.kernels.gpu.lora_tables import BLOCK, BLOCK_ROWS, ENTRY, TILE, LoraTables
 
 MOST_TARGETS = 3  # q, k and v
-PART = 512  # inputs in one part of a sum, and more where there would be more than MOST_PARTS
-MOST_PARTS = 16
 STEP = {torch.bfloat16: 128, torch.float16: 32}  # inputs of one turn of a program's loop; fp16: without tensor cores
 WIDTH = 256  # columns of y in one turn of the second launch
 SHRINK_OPTIONS = {"num_warps": 2, "num_stages": 4}
@@ -62,15 +61,9 @@ class LoraTarget:
     column: int = 0
 
 
-def parts_of(inputs: int) -> tuple[int, int]:
-    """(inputs of a part, number of parts) of a sum over so many inputs."""
-    length = max(PART, -(-inputs // (MOST_PARTS * 128)) * 128)
-    return length, -(-inputs // length)
-
-
 def lora_scratch(tables: LoraTables, inputs: int, targets: int) -> int:
     """How many numbers of fp32 `add_lora` needs as scratch for a stack; several stacks may use the largest one's."""
-    return targets * tables.sizes.units * (parts_of(inputs)[1] if tables.is_split else 1) * BLOCK_ROWS
+    return tables.sizes.scratch(inputs, targets, is_split=tables.is_split)
 
 
 def add_lora(
@@ -92,7 +85,7 @@ def add_lora(
     """
     check_stack(y, x, targets, tables)
     inputs, stack = x.shape[1], len(targets)
-    length, parts = parts_of(inputs)
+    length, parts = lora_parts_of(inputs)
     stored = parts if tables.is_split else 1
     if scratch.dtype != torch.float32 or scratch.numel() < lora_scratch(tables, inputs, stack):
         raise ValueError(f"scratch is {scratch.numel()} of {scratch.dtype}; lora_scratch says what is needed")

@@ -19,6 +19,7 @@ import torch
 
 from loramux_adapters.lora.ops import LoraRows, Segment
 from loramux_adapters.lora.slots import SMALLEST_RANK, ScaledSlot
+from loramux_server.kernels.gpu.cuts import lora_parts_of
 
 BLOCK_ROWS = 16  # rows of a block, and ranks of a tile: the smallest product of the tensor cores
 COUNTS = 4  # numbers: of tiles, of blocks, and two that are not used
@@ -65,6 +66,10 @@ class LoraSizes:
     def units(self) -> int:
         """Of h, for each target and stored part of a sum; a multiple of 16, as Triton likes numbers."""
         return -(-self.rows * (self.ranks // BLOCK_ROWS) // 16) * 16
+
+    def scratch(self, inputs: int, targets: int, *, is_split: bool) -> int:
+        """Numbers of fp32 that lie between the two launches for `targets` layers of so many inputs."""
+        return targets * self.units * (lora_parts_of(inputs)[1] if is_split else 1) * BLOCK_ROWS
 
     def spans(self) -> list[slice]:
         """Where in the tensor counts, blocks, entries and tiles lie; the tiles last, as a step rarely fills them."""

@@ -8,8 +8,9 @@ Semantics, with x [rows, in], level [16] rounded to the activations' dtype, scal
 Products and sums are fp32. The weight is the first operand of the tensor-core instruction, the rows the second, so
 levels go from the registers in which they are looked up (nf4_levels.py) straight into the product. A program has 64
 outputs and 8 to 64 rows in two warps; with so few warps, Hopper takes the instruction that others take too (mma.sync),
-in the same order for any number of rows. Rows beyond 64 are further programs, which read the codes again: from some
-hundred rows, `nf4_dequantize` and a plain product win.
+in the same order for any number of rows. Rows beyond 64 are further programs, which read the codes again. From some
+hundred rows `nf4_dequantize` and a library's product may be faster, with other bits; no card has been asked, so steps
+take this product for any number of rows, and only training takes the other.
 """
 
 from __future__ import annotations
@@ -87,8 +88,10 @@ class Nf4Weights:
 
     @classmethod
     def stack(cls, weights: list[Nf4Weights]) -> Nf4Weights:
-        """The outputs of one after those of another; the inputs are the same."""
-        return cls(torch.cat([w.codes for w in weights], 1), torch.cat([w.scales for w in weights], 1))
+        """The outputs of one after those of another; the inputs are the same. No copy where they lie so already."""
+        return _side_by_side(weights) or cls(
+            torch.cat([w.codes for w in weights], 1), torch.cat([w.scales for w in weights], 1)
+        )
 
     def part(self, begin: int, end: int) -> Nf4Weights:
         """The outputs from `begin` to `end`, where they lie."""
@@ -99,6 +102,27 @@ class Nf4Weights:
         halves = torch.cat([self.codes & 15, self.codes >> 4], 2).permute(1, 0, 2).reshape(self.outputs, self.inputs)
         order = torch.tensor(ORDER, dtype=torch.uint8, device=self.codes.device)
         return order[halves.int()], self.scales.t().contiguous()
+
+
+def _side_by_side(weights: list[Nf4Weights]) -> Nf4Weights | None:
+    """The part of a wider weight that these are, one after another; None if they are not."""
+    first, column = weights[0], 0
+    for each in weights:
+        if (each.inputs, each.apart) != (first.inputs, first.apart):
+            return None
+        for its, begins, numbers in ((each.codes, first.codes, HALF), (each.scales, first.scales, 1)):
+            if its.untyped_storage().data_ptr() != begins.untyped_storage().data_ptr():
+                return None
+            if its.storage_offset() != begins.storage_offset() + column * numbers:
+                return None
+        column += each.outputs
+    if column > first.apart:
+        return None
+    blocks = first.codes.shape[0]
+    return Nf4Weights(
+        first.codes.as_strided((blocks, column, HALF), first.codes.stride()),
+        first.scales.as_strided((blocks, column), first.scales.stride()),
+    )
 
 
 def why_not(linear: Any) -> str:

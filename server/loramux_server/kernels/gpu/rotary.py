@@ -201,7 +201,7 @@ def rotate_and_write_reference(
     rows = int(tables.counts[3])
     position = tables.positions[:rows].long()
     q, k, v = qkv[:rows].float().split([q_out.shape[1], kv_heads * dim, kv_heads * dim], dim=1)
-    q, k = (_turned_reference(x, norm, cos, sin, position, dim) for x, norm in ((q, q_norm), (k, k_norm)))
+    q, k = (turned_reference(x, norm, cos, sin, position, dim) for x, norm in ((q, q_norm), (k, k_norm)))
     q_out[:rows] = q.to(q_out.dtype)
     k, v = (x.to(k_cache.dtype).view(rows, kv_heads, dim) for x in (k, v))
     finite = (k.isfinite() & v.isfinite()).all(-1, keepdim=True)
@@ -210,7 +210,7 @@ def rotate_and_write_reference(
     v_cache[block, position % BLOCK_SIZE] = torch.where(finite, v, 0)
 
 
-def _turned_reference(
+def turned_reference(
     x: torch.Tensor,
     norm: RMSNorm | None,
     cos: torch.Tensor | None,
@@ -218,6 +218,7 @@ def _turned_reference(
     position: torch.Tensor,
     dim: int,
 ) -> torch.Tensor:
+    """Heads of one kind, x [rows, heads * dim] fp32 at these positions [rows], normed and rotated."""
     if norm is not None:
         parts = x.view(len(x), -1, norm.weight.numel())
         parts = parts * (parts.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight

@@ -2,6 +2,7 @@
 
 Semantics, all in fp32, results rounded once to the dtype of the tensor that takes them:
 
+    resolve_tokens  to[t] = token[t] where it is not negative, else chosen[-1 - token[t]]
     embed           x[t] = embedding[token[t]] * factor
     add_norm        x[t] += factor * after(part[t]);  n[t] = norm(x[t])
                     norm(x) = weight * x / sqrt(mean(x^2) + eps), x itself where there is no norm
@@ -26,10 +27,26 @@ from loramux_server.kernels.layers.recognition import RMSNorm
 
 LARGEST_HIDDEN = 16384  # numbers of a row that a block of 1,024 threads holds in its registers
 _PIECE = 1024  # numbers of a row for one program where nothing is summed
+_TOKENS = 128  # of one program
 
 
 class RowTooWide(ValueError):
     """A norm over more numbers than a block of threads holds."""
+
+
+def resolve_tokens(launch: Launch, to: torch.Tensor, tokens: torch.Tensor, chosen: torch.Tensor) -> None:
+    """to [rows] int32 = tokens [rows] int32, where -(1 + i) stands for chosen[i].
+
+    chosen: [asks] int32 with any stride, the tokens that an earlier step chose, so that a step can be started before
+    anybody knows them; a negative one becomes 0. Who fills tokens sees to it that i is one of them.
+    """
+    grid = (triton.cdiv(len(to), _TOKENS),)
+    launch(_resolve_tokens, grid, to, tokens, chosen, len(to), chosen.stride(0), PIECE=_TOKENS)
+
+
+def resolve_tokens_reference(to: torch.Tensor, tokens: torch.Tensor, chosen: torch.Tensor) -> None:
+    for row, token in enumerate(tokens.tolist()):
+        to[row] = token if token >= 0 else chosen[-1 - token].clamp(min=0)
 
 
 def embed(launch: Launch, x: torch.Tensor, tokens: torch.Tensor, embedding: torch.Tensor, factor: float = 1.0) -> None:
@@ -43,7 +60,7 @@ def embed(launch: Launch, x: torch.Tensor, tokens: torch.Tensor, embedding: torc
 
 
 def embed_reference(x: torch.Tensor, tokens: torch.Tensor, embedding: torch.Tensor, factor: float = 1.0) -> None:
-    x.copy_(embedding[tokens.long()].float() * torch.tensor(factor, dtype=torch.float32))
+    x.copy_(embedding[tokens.long()].float() * factor)
 
 
 def add_norm(
@@ -97,7 +114,7 @@ def add_norm_reference(
     factor: float = 1.0,
 ) -> None:
     if part is not None:
-        x += (_normed(part.float(), after) if after else part.float()) * torch.tensor(factor, dtype=torch.float32)
+        x += (_normed(part.float(), after) if after else part.float()) * factor
     n.copy_(_normed(x, norm) if norm else x)
 
 
@@ -153,6 +170,16 @@ def finish_logits_reference(logits: torch.Tensor, *, divisor: float = 1.0, softc
     logits /= divisor
     if softcap:
         logits.copy_((logits / softcap).tanh() * softcap)
+
+
+@triton.jit
+def _resolve_tokens(to, tokens, chosen, rows, stride, PIECE: tl.constexpr):
+    i = tl.program_id(0) * PIECE + tl.arange(0, PIECE)
+    token = tl.load(tokens + i, mask=i < rows, other=0)
+    unknown = token < 0
+    # what was chosen where logits are not finite means nothing, but it must be a token: its row is fed, and dropped
+    token = tl.where(unknown, tl.maximum(tl.load(chosen + (-1 - token) * stride, mask=unknown, other=0), 0), token)
+    tl.store(to + i, token, mask=i < rows)
 
 
 @triton.jit

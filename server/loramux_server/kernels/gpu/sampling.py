@@ -21,116 +21,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from loramux_server.kernels.compiled.sampling import Draw
+from loramux_server.kernels.decoder.asks import ANSWER, MOST_LIKELY, Ask
 from loramux_server.kernels.gpu import sampling_kernels as kernels
+from loramux_server.kernels.gpu.cuts import ANSWER_WORDS as ANSWER_WORDS
+from loramux_server.kernels.gpu.cuts import ASK as ASK
+from loramux_server.kernels.gpu.cuts import ASK_WORDS as ASK_WORDS
+from loramux_server.kernels.gpu.cuts import KEEP
+from loramux_server.kernels.gpu.cuts import LARGEST_VOCABULARY as LARGEST_VOCABULARY
+from loramux_server.kernels.gpu.cuts import SamplingError as SamplingError
+from loramux_server.kernels.gpu.cuts import SamplingSizes as SamplingSizes
 from loramux_server.kernels.gpu.launch import Launch
 
-MOST_LIKELY = kernels.MOST
-LARGEST_VOCABULARY = 1 << 18
-_TILES = 64  # of a row, at most: they are the work of one program each
-_LEAST_TILE = 256
 _BLOCK = 1024  # numbers that settle reads at a time
-
-# one ask and one answer, as they lie in their tensors
-_ASK = np.dtype(
-    [("uniform", "f8"), ("top_p", "f8"), ("factor", "f4"), ("cut", "f4")]
-    + [(name, "i4") for name in ("row", "top_k", "token", "top")]
-)
-ANSWER = np.dtype(
-    [("greedy", "i4"), ("finite", "i4"), ("chosen", "i4"), ("logprob", "f4"), ("log_sum", "f8")]
-    + [("likeliest", "i4", MOST_LIKELY), ("logprobs", "f4", MOST_LIKELY)]
-)
-
-
-class SamplingError(ValueError):
-    """More is asked than the tables have room for, or can be asked at all."""
-
-
-class Ask(NamedTuple):
-    """What is asked of one row of logits.
-
-    Attributes:
-        row: of the logits.
-        draw: how a token is drawn (its `row` is not read); None takes the first largest.
-        token: is chosen instead, whatever the logits say; below the vocabulary.
-        top: how many of the likeliest tokens are told beside the chosen one's log probability, up to MOST_LIKELY;
-            None tells neither.
-    """
-
-    row: int
-    draw: Draw | None = None
-    token: int | None = None
-    top: int | None = None
-
-
-@dataclass(frozen=True)
-class SamplingSizes:
-    """For how many asks, of logits of how many tokens, tables are made.
-
-    Raises:
-        SamplingError: a vocabulary whose weights 64 bits cannot add up.
-    """
-
-    asks: int
-    vocabulary: int
-
-    def __post_init__(self) -> None:
-        if not 0 < self.vocabulary <= LARGEST_VOCABULARY:
-            raise SamplingError(f"{self.vocabulary} tokens; logits of 1 to {LARGEST_VOCABULARY} can be sampled here")
-
-    @property
-    def tile(self) -> int:
-        """Tokens of one program."""
-        return max(_LEAST_TILE, _power_of_two(-(-self.vocabulary // _TILES)))
-
-    @property
-    def tiles(self) -> int:
-        return -(-self.vocabulary // self.tile)
-
-    @property
-    def places(self) -> int:
-        """For the results of a row's tiles, a power of two."""
-        return _power_of_two(self.tiles)
-
-    def scratch(self) -> dict[str, tuple[int, torch.dtype]]:
-        """How many numbers of what kind the kernels hand to each other."""
-        each = {
-            "tops": (self.places, torch.int64),
-            "keys": (self.places * kernels.KEEP, torch.int64),
-            "masses": (3 * self.places, torch.int64),
-            "counts": (2 * kernels.BINS, torch.int64),
-            "sick": (self.places, torch.int32),
-            "lists": (kernels.LISTED, torch.int32),
-            "states": (1, torch.int32),
-        }
-        return {name: (self.asks * count, dtype) for name, (count, dtype) in each.items()}
-
-
-def _power_of_two(count: int) -> int:
-    """The least that is not below."""
-    return 1 << (count - 1).bit_length()
+_CHOSEN = 2  # word of 32 bits of an answer
 
 
 class SamplingTables:
     """What is asked, what is answered, and the scratch between: tensors of fixed sizes for `sample`.
 
     Attributes:
-        asks: [sizes.asks, 5] int64 on the device; a step's are copied to its first rows from what `fill` wrote.
-        answers: [sizes.asks, 23] int64 on the device; on the host, `answers_of` reads a copy.
+        asks: [sizes.asks, ASK_WORDS] int64 on the device; a step's are copied to its first rows from what `fill` wrote.
+        answers: [sizes.asks, ANSWER_WORDS] int64 on the device; on the host, `answers_of` reads a copy.
+        chosen: [sizes.asks] int32, the column of them that has the chosen tokens.
     """
 
     def __init__(
         self, sizes: SamplingSizes, asks: torch.Tensor, answers: torch.Tensor, scratch: dict[str, torch.Tensor]
     ) -> None:
         """`scratch`: a tensor for each name of `sizes.scratch()`, whose numbers need not be set."""
-        shapes = (sizes.asks, _ASK.itemsize // 8), (sizes.asks, ANSWER.itemsize // 8)
+        shapes = (sizes.asks, ASK_WORDS), (sizes.asks, ANSWER_WORDS)
         for tensor, shape in zip((asks, answers), shapes, strict=True):
             if tensor.shape != shape or tensor.dtype != torch.int64:
                 raise SamplingError(f"a table of {tuple(tensor.shape)} {tensor.dtype}, and not of {shape} int64")
@@ -138,16 +62,17 @@ class SamplingTables:
             if scratch[name].numel() < count or scratch[name].dtype != dtype:
                 raise SamplingError(f"scratch {name!r} of {scratch[name].numel()}, and not of {count} {dtype}")
         self.sizes, self.asks, self.answers, self.scratch = sizes, asks, answers, scratch
+        self.chosen = answers.view(torch.int32)[:, _CHOSEN]
 
     @classmethod
     def on(cls, sizes: SamplingSizes, device: torch.device) -> SamplingTables:
-        asks, answers = (torch.empty(sizes.asks, dtype.itemsize // 8, dtype=torch.int64) for dtype in (_ASK, ANSWER))
+        asks, answers = (torch.empty(sizes.asks, words, dtype=torch.int64) for words in (ASK_WORDS, ANSWER_WORDS))
         scratch = {name: torch.empty(count, dtype=of, device=device) for name, (count, of) in sizes.scratch().items()}
         return cls(sizes, asks.to(device), answers.to(device), scratch)
 
 
 def fill(staging: npt.NDArray[np.int64], asks: Sequence[Ask], vocabulary: int) -> None:
-    """Writes a step's asks to `staging` [at least as many, 5] on the host, to be copied to `SamplingTables.asks`.
+    """Writes a step's asks to `staging` [at least as many, ASK_WORDS] on the host, for `SamplingTables.asks`.
 
     Rows of it that are left over ask nothing, and get no answer: a step may have fewer than its graph.
 
@@ -156,10 +81,9 @@ def fill(staging: npt.NDArray[np.int64], asks: Sequence[Ask], vocabulary: int) -
     """
     if len(asks) > len(staging):
         raise SamplingError(f"{len(asks)} rows are asked for, and there is room for {len(staging)}")
-    written = staging.view(_ASK)[:, 0]
-    written["row"] = -1
-    for index, ask in enumerate(asks):
-        written[index] = _written(ask, vocabulary)
+    written = staging.view(ASK)[:, 0]
+    written[: len(asks)] = np.array([_written(ask, vocabulary) for ask in asks], dtype=ASK)
+    written["row"][len(asks) :] = -1
 
 
 def _written(ask: Ask, vocabulary: int) -> tuple[float, float, float, float, int, int, int, int]:
@@ -182,13 +106,7 @@ def _written(ask: Ask, vocabulary: int) -> tuple[float, float, float, float, int
 
 
 def answers_of(copied: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
-    """Answers [n] with the fields of ANSWER, of a copy [n, 23] on the host.
-
-    `chosen` is the token that was asked for, the drawn one, or the first largest; `logprob` is its log probability,
-    `log_sum` the log of the sum of exp of the logits; `likeliest` and `logprobs` are the first tokens, in order, -1
-    where the vocabulary has no more. Fields that were not asked for mean nothing. Where `finite` is 0 all but `greedy`
-    mean nothing, and that too where there is NaN.
-    """
+    """Answers [n] with the fields of ANSWER, of a copy [n, ANSWER_WORDS] on the host."""
     return copied.view(ANSWER)[:, 0]
 
 
@@ -229,7 +147,7 @@ def sampling_constants(sizes: SamplingSizes) -> dict[str, dict[str, int]]:
     tile, places = {"TILE": sizes.tile}, {"TILES": sizes.places}
     warps = 8 if sizes.tile > 1024 else 4
     logs = {"LOG_TILE": sizes.tile.bit_length() - 1}
-    head = {"LOG_HEAD": (sizes.places * kernels.KEEP).bit_length() - 1}
+    head = {"LOG_HEAD": (sizes.places * KEEP).bit_length() - 1}
     return {
         "search": {**tile, **logs, **places, "num_warps": warps},
         "weigh": {**tile, **places, "num_warps": warps},
@@ -241,8 +159,8 @@ def sampling_constants(sizes: SamplingSizes) -> dict[str, dict[str, int]]:
 
 def sample_reference(tables: SamplingTables, logits: torch.Tensor, asks: int) -> None:
     """The same answers, ask by ask, by sorting the whole row."""
-    answers = np.zeros((asks, ANSWER.itemsize // 8), dtype=np.int64)
-    for ask, to in zip(tables.asks[:asks].cpu().numpy().view(_ASK)[:, 0], answers.view(ANSWER)[:, 0], strict=True):
+    answers = np.zeros((asks, ANSWER_WORDS), dtype=np.int64)
+    for ask, to in zip(tables.asks[:asks].cpu().numpy().view(ASK)[:, 0], answers.view(ANSWER)[:, 0], strict=True):
         if ask["row"] >= 0:
             _answer(to, ask, logits[int(ask["row"])].cpu())
     tables.answers[:asks] = torch.from_numpy(answers)
@@ -302,46 +220,3 @@ def weights_of(distance: torch.Tensor) -> torch.Tensor:
         p = p * r + term
     p = (p * r) * r + r + 1.0
     return torch.where(near, torch.ldexp(p, n + kernels.UNIT_BITS).long(), 0)
-
-
-class TritonSampling:
-    """`Sampling` by these kernels, one call at a time: logits of any dtype and stride, and each answer waited for."""
-
-    def __init__(self, launch: Launch, asks: int = 256) -> None:
-        """`asks`: how many are answered at a time."""
-        self._launch, self._asks = launch, asks
-        self._tables: SamplingTables | None = None
-
-    def search(self, logits: torch.Tensor) -> tuple[list[int], list[bool]]:
-        answers = self._answers(logits, [Ask(row) for row in range(len(logits))])
-        return answers["greedy"].tolist(), answers["finite"].astype(bool).tolist()
-
-    def log_sums(self, logits: torch.Tensor, rows: Sequence[int]) -> list[float]:
-        sums: list[float] = self._answers(logits, [Ask(row, top=0) for row in rows])["log_sum"].tolist()
-        return sums
-
-    def first_tokens(self, logits: torch.Tensor, rows: Sequence[int], wanted: int) -> list[list[int]]:
-        """Raises SamplingError for more than MOST_LIKELY, if the vocabulary has more."""
-        wanted = min(wanted, logits.shape[1])
-        found: list[list[int]] = self._answers(logits, [Ask(row, top=wanted) for row in rows])["likeliest"].tolist()
-        return [tokens[:wanted] for tokens in found]
-
-    def draw(self, logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
-        tokens: list[int] = self._answers(logits, [Ask(draw.row, draw) for draw in draws])["chosen"].tolist()
-        return tokens
-
-    def _answers(self, logits: torch.Tensor, asks: list[Ask]) -> npt.NDArray[np.void]:
-        logits = logits.detach().float()
-        logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-        vocabulary = logits.shape[1]
-        if self._tables is None or self._tables.sizes.vocabulary != vocabulary:
-            self._tables = SamplingTables.on(SamplingSizes(self._asks, vocabulary), logits.device)
-        tables, parts = self._tables, []
-        for start in range(0, len(asks), self._asks):
-            part = asks[start : start + self._asks]
-            staging = np.empty((len(part), tables.asks.shape[1]), dtype=np.int64)
-            fill(staging, part, vocabulary)
-            tables.asks[: len(part)] = torch.from_numpy(staging)
-            sample(self._launch, tables, logits, len(part))
-            parts.append(answers_of(tables.answers[: len(part)].to("cpu", copy=True).numpy()))
-        return np.concatenate(parts) if parts else np.empty(0, ANSWER)

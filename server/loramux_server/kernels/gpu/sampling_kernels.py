@@ -22,13 +22,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from loramux_server.kernels.decoder.asks import MOST_LIKELY
+from loramux_server.kernels.gpu.cuts import BINS, KEEP, LISTED
+
 FARTHEST = -30.0  # what is less likely than exp(-30) beside the largest has no weight
 UNIT_BITS = 44  # a weight is in units of 2^-44: the largest token's; 2^18 of them fit into 63 bits
 CHUNK = 64  # tokens side by side that search gives to one tile
-KEEP = 32  # first tokens that search keeps of each tile
-BINS = 2048  # intervals
-LISTED = 4096  # tokens of an interval that settle lists; where there are more it goes through the row each time
-MOST = 20  # likeliest tokens of an answer
 ASK, ANSWER = 10, 46  # numbers of 32 bits of one
 
 _FARTHEST = tl.constexpr(FARTHEST)
@@ -40,7 +39,7 @@ _LOG_KEEP = tl.constexpr(KEEP.bit_length() - 1)
 _BINS = tl.constexpr(BINS)
 _BINS_OF_ONE = tl.constexpr(BINS / FARTHEST)
 _LISTED = tl.constexpr(LISTED)
-_MOST = tl.constexpr(MOST)
+_MOST = tl.constexpr(MOST_LIKELY)
 _ASK = tl.constexpr(ASK)
 _ANSWER = tl.constexpr(ANSWER)
 _NONE = tl.constexpr(-(1 << 63))  # a key below those of all tokens

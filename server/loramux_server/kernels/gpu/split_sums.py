@@ -11,38 +11,23 @@ import torch
 import triton
 import triton.language as tl
 
+from loramux_server.kernels.gpu.cuts import OUTPUTS_TOGETHER as OUTPUTS_TOGETHER
+from loramux_server.kernels.gpu.cuts import parts_of as parts_of
+from loramux_server.kernels.gpu.cuts import scratch_numbers as scratch_numbers
 from loramux_server.kernels.gpu.launch import Launch
 
-OUTPUTS_TOGETHER = 64  # of one program of a product
-BLOCK = 64  # inputs; a part is a number of whole blocks
 ROW_TILES = (8, 16, 32, 64)  # of one program; the start check may leave the later ones out
-_PROGRAMS = 512  # that a product should have at least: four for each of an H100's 132 processors
-_MOST_PARTS = 8
-_LEAST_BLOCKS = 4  # in one part
 _COLUMNS = 1024  # of one program that adds parts up
 
 
-def parts_of(inputs: int, outputs: int) -> int:
-    """How many parts the sum over `inputs` is cut into: a power of two."""
-    parts = 1
-    while (
-        parts < _MOST_PARTS
-        and 2 * parts * _LEAST_BLOCKS <= inputs // BLOCK
-        and parts * triton.cdiv(outputs, OUTPUTS_TOGETHER) < _PROGRAMS
-    ):
-        parts *= 2
-    return parts
-
-
-def scratch_numbers(rows: int, inputs: int, outputs: int) -> int:
-    """How many fp32 numbers of scratch a product of this shape needs; products one after another may share them."""
-    parts = parts_of(inputs, outputs)
-    return 0 if parts == 1 else parts * rows * outputs
+def has_tensor_cores(capability: tuple[int, int]) -> bool:
+    """Whether Triton's products run on tensor cores: from Ampere on. (0, 0), its interpreter, does as if."""
+    return capability == (0, 0) or capability >= (8, 0)
 
 
 def row_tiles_of(capability: tuple[int, int]) -> tuple[int, ...]:
-    """`ROW_TILES` for a card: before Ampere, Triton has no tensor-core product, and more rows find no registers."""
-    return ROW_TILES if capability >= (8, 0) else ROW_TILES[:1]
+    """`ROW_TILES` for a card: without tensor cores, more rows find no registers."""
+    return ROW_TILES if has_tensor_cores(capability) else ROW_TILES[:1]
 
 
 def row_tile(rows: int, tiles: tuple[int, ...]) -> int:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from loramux_adapters.device.device import Device
 from loramux_server.kernels.layers.packed_embedding import Widened, factor_of
 
 _NEAR = 1e-5  # relative difference of the same numbers, summed in another order
@@ -97,8 +98,10 @@ def norm_of(module: Any, formulas: Formulas) -> RMSNorm | None:
     return None
 
 
-def mlp_of(module: Any, formulas: Formulas, dtype: torch.dtype = torch.float32) -> GatedMLP | None:
-    """What an MLP computes, on whatever device its layers are; None for other modules. `dtype`: of what it is given."""
+def mlp_of(
+    module: Any, formulas: Formulas, dtype: torch.dtype = torch.float32, device: Device | None = None
+) -> GatedMLP | None:
+    """What an MLP computes; None for other modules. `dtype`: of its rows; `device`: another than the CPU."""
     activation = module._modules.get("act_fn", module._modules.get("activation_fn"))
     fused = "gate_up_proj" in module._modules
     gates = ("gate_up_proj",) if fused else ("gate_proj", "up_proj")
@@ -112,7 +115,7 @@ def mlp_of(module: Any, formulas: Formulas, dtype: torch.dtype = torch.float32) 
     expected = activation(g) * u
     for gelu in (False, True):
         found = GatedMLP(gelu, fused)
-        if _agree(formulas.gated(g, u, gelu), expected, g * u) and _whole(module, found, formulas, dtype):
+        if _agree(formulas.gated(g, u, gelu), expected, g * u) and _whole(module, found, formulas, dtype, device):
             return found
     return None
 
@@ -125,33 +128,45 @@ def gate_and_up(module: Any, fused: bool, x: torch.Tensor) -> tuple[torch.Tensor
     return module.gate_proj(x).contiguous(), module.up_proj(x).contiguous()
 
 
-def _whole(module: Any, found: GatedMLP, formulas: Formulas, dtype: torch.dtype) -> bool:
+def _whole(module: Any, found: GatedMLP, formulas: Formulas, dtype: torch.dtype, device: Device | None) -> bool:
     """Whether the module as a whole computes this."""
+    put, take = (_same, _same) if device is None else (device.put, device.take)
     first = module.gate_up_proj if found.fused else module.gate_proj
-    x = inputs(4, first.in_features).to(first.weight.device, dtype)
-    its = module.forward(x)
-    g, u = gate_and_up(module, found.fused, x)
-    gated = formulas.gated(g.float().cpu(), u.float().cpu(), found.gelu)
-    ours = module.down_proj(gated.to(its.device, dtype))
+    x = put(inputs(4, first.in_features).to(dtype))
+    its = take(module.forward(x))
+    g, u = (take(part).float() for part in gate_and_up(module, found.fused, x))
+    ours = take(module.down_proj(put(formulas.gated(g, u, found.gelu).to(dtype))))
     return bool((ours - its).norm() <= _NEAR_PRODUCT[dtype] * its.norm())
 
 
+def _same(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
 @torch.no_grad()
-def recognize(model: Any) -> None:
-    """Notes on the modules of a base what they compute. They keep their own code. Inference only."""
+def recognize(model: Any, device: Device) -> None:
+    """Notes on the modules of a base on a device what they compute. They keep their own code. Inference only."""
     formulas = TensorFormulas()
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     factor = None if embedding is None else factor_of(embedding)
     if factor is not None:
         embedding.__dict__["loramux_embedding"] = Widened(factor)
-    for module in model.modules():
-        if (mlp := mlp_of(module, formulas, model.dtype)) is not None:
-            module.__dict__["loramux_mlp"] = mlp
-        elif "weight" in module._parameters and not isinstance(module, (nn.Linear, nn.Embedding)):
-            norm = norm_of(copy.deepcopy(module).float().cpu(), formulas)
-            if norm is not None:
-                held = RMSNorm(norm.weight.to(module.weight.device), norm.eps)
-                module.__dict__["loramux_norm"] = held
+    with device.used():
+        for module in model.modules():
+            if (mlp := mlp_of(module, formulas, model.dtype, device)) is not None:
+                module.__dict__["loramux_mlp"] = mlp
+            elif "weight" in module._parameters and not isinstance(module, (nn.Linear, nn.Embedding)):
+                norm = norm_of(_in_fp32(module, device), formulas)
+                if norm is not None:
+                    module.__dict__["loramux_norm"] = RMSNorm(device.put(norm.weight), norm.eps)
+
+
+def _in_fp32(module: nn.Module, device: Device) -> nn.Module:
+    """A copy in host memory."""
+    held = copy.deepcopy(module)
+    for parameter in held.parameters():
+        parameter.data = device.take(parameter.data).float()
+    return held
 
 
 def inputs(rows: int, width: int, seed: int = 0) -> torch.Tensor:

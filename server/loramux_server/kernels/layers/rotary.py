@@ -151,7 +151,8 @@ def _forward(tables: dict[str | None, Angles]) -> Forward:
         x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [..., 2 * pairs] of x's dtype for positions [...], each angle twice, as transformers has them."""
-        cos, sin = (part.to(x.dtype) for part in tables[layer_type].at(position_ids))
+        found = tables[layer_type].at(position_ids.cpu())  # the tables lie in host memory, whatever the device
+        cos, sin = (part.to(x.device, x.dtype) for part in found)
         return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
 
     return forward

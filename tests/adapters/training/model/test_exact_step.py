@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.training.data.batches import TokenBatch
 from loramux_adapters.training.model.model import LoraModel
 from loramux_adapters.training.recipe import Recipe
@@ -18,7 +19,7 @@ from loramux_server.kernels.compiled.library import Compiled, native_library
 from loramux_server.kernels.layers.nf4_linear import BLOCK, NF4Linear, codes_of, pack
 from loramux_server.kernels.layers.packed_embedding import pack_head
 from loramux_server.kernels.layers.packed_head import PackedHead
-from loramux_server.kernels.training import compiled_training
+from loramux_server.kernels.training import training_kernels
 from support.decoders import weight_of
 from support.tiny_models import save_tiny_model
 
@@ -27,6 +28,7 @@ from .test_model import gradients, load, plain_peft, randomize, rows
 library = native_library()
 if library is None:
     pytest.skip("the kernels are not compiled", allow_module_level=True)
+CPU = CpuDevice()
 COMPILED = [Compiled(library, isa) for isa in library.isas]
 LEVELS = torch.tensor([-2047, -1425, -1075, -808, -582, -378, -186, 0, 163, 329, 504, 692, 902, 1152, 1480, 2047])
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "granite"]
@@ -49,7 +51,7 @@ def served(layer: NF4Linear) -> torch.Tensor:
 
 def build(directory: Path, compiled: Compiled, recipe: Recipe | None = None) -> LoraModel:
     base = packed(directory, compiled)
-    model = LoraModel.build(base, recipe or Recipe(), ops=compiled_training(base))
+    model = LoraModel.build(base, recipe or Recipe(), ops=training_kernels(base, CPU))
     randomize(model.trainable)
     return model
 
@@ -71,7 +73,7 @@ def test_loss_and_every_gradient_are_those_of_an_fp32_model_of_the_same_weights(
                     held = served(module) if isinstance(module, NF4Linear) else weight_of(module)
                 weights[name].data.copy_(held.float())
     total, theirs = plain_peft(exact, Recipe(), rows())
-    model = LoraModel.build(base, Recipe(), ops=compiled_training(base))
+    model = LoraModel.build(base, Recipe(), ops=training_kernels(base, CPU))
     assert model._head is not None
     randomize(model.trainable)
     ours = gradients(model, TokenBatch.of(rows()))
@@ -159,7 +161,7 @@ def test_what_was_patched_for_serving_is_trained_all_the_same(tmp_path: Path) ->
     for module in base.modules():
         if isinstance(module, nn.Module) and type(module).__name__ == "LlamaMLP":
             module.__dict__.update(loramux_mlp=True, forward=lambda x: x)
-    model = LoraModel.build(base, Recipe(), ops=compiled_training(base))
+    model = LoraModel.build(base, Recipe(), ops=training_kernels(base, CPU))
     randomize(model.trainable)
     found = gradients(model, TokenBatch.of(rows()))
     assert all(torch.equal(expected[name], found[name]) for name in expected)

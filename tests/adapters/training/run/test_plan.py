@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.device.device import ON_CARD, ON_HOST
@@ -20,6 +20,7 @@ from loramux_server.base.loader import load_base_model, resident_bytes
 from loramux_server.kernels.attention.paged_attention import probe_kv_shape
 from loramux_server.kernels.choice import available_kernels
 from support.measured_memory import different_rows, optimizer_bytes, saved_by_a_step
+from support.shapes import LLAMA_8B
 from support.tiny_models import save_tiny_model, tiny_config
 
 CPU = CpuDevice()
@@ -120,6 +121,25 @@ def test_cuda_keeps_moments_in_8_bit_where_the_tensor_is_not_small() -> None:
     assert plan(cuda=True, rank=4).optimizer == 8 * plan(rank=4).trainable  # every tensor is small
     large = plan(cuda=True, rank=256)
     assert large.optimizer == pytest.approx(large.trainable * 2 * (1 + 4 / 256), rel=0.02)
+
+
+def test_a_card_holds_nf4_with_scales_in_fp32_and_an_8b_shape_trains_on_24_gib() -> None:
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_8B))
+    weights = 32 * (4096 * (4096 + 1024 + 1024 + 4096) + 3 * 4096 * 14336)
+    held = weights // 2 + weights // 16 + 2 * 2 * 128256 * 4096
+
+    def planned(**changes: Any) -> MemoryPlan:
+        recipe = Recipe(rank=16, batch_size=2, max_length=2048, **changes)
+        return plan_memory(skeleton, recipe, sequence=2048, learned=512, layout=ON_CARD)
+
+    again, kept = planned(gradient_checkpointing=True), planned()
+    assert again.base == pytest.approx(held, rel=1e-3) and again.context > 0
+    assert again.total < 12 * 2**30 < 24 * 2**30 < kept.total
+    in_fp16 = plan_memory(
+        skeleton, Recipe(rank=16, batch_size=2), sequence=2048, learned=512, layout=ON_CARD, fp16=True
+    )
+    assert in_fp16.activations > kept.activations
 
 
 def test_layers_that_the_base_does_not_have_are_refused() -> None:

@@ -130,6 +130,15 @@ async def test_defaults_are_openais(server: Server) -> None:
 
 
 @pytest.mark.anyio
+async def test_a_chat_that_names_no_length_is_not_given_the_whole_context(tmp_path: Path) -> None:
+    server = make_server(tmp_path, reply=20)
+    for body in (chat(), chat(max_tokens=40), chat(messages=[{"role": "user", "content": "x" * (CONTEXT - 30)}])):
+        assert (await server.post(CHAT, body)).status_code == 200
+    lengths = [sequence.params.max_tokens for sequence in server.engine.sequences]
+    assert lengths[:2] == [20, 40] and 0 < lengths[2] < 20
+
+
+@pytest.mark.anyio
 async def test_a_temperature_too_small_to_divide_by_is_greedy(server: Server) -> None:
     await server.post(CHAT, chat(temperature=1e-300, top_k=-1))
     params = server.engine.sequences[0].params

@@ -167,6 +167,7 @@ class Course(NamedTuple):
     kinds: list[FlowKind]
     steps: int
     seed: int
+    ahead: bool
 
 
 @st.composite
@@ -199,7 +200,8 @@ def courses(draw: st.DrawFn, passed_over: int, *, all_fit: bool) -> Course:
         max_wait_seconds=1e9,
     )
     rows = 32 * len(kinds) if all_fit else draw(st.sampled_from([32, 40, 64]))
-    return Course(config, rows, blocks, block_size, kinds, draw(st.integers(20, 100)), draw(st.integers(0, 1 << 20)))
+    steps, seed = draw(st.integers(20, 100)), draw(st.integers(0, 1 << 20))
+    return Course(config, rows, blocks, block_size, kinds, steps, seed, draw(st.booleans()))
 
 
 def apart(course: Course) -> int:
@@ -213,6 +215,7 @@ def apart(course: Course) -> int:
         num_blocks=course.blocks,
         block_size=course.block_size,
         max_kept=course.blocks // 2,
+        ahead=course.ahead,
     )
     chance = random.Random(course.seed)
     here: dict[int, list[Sequence]] = {}  # flow -> those that have not ended

@@ -292,3 +292,18 @@ def test_nothing_to_do_and_nothing_to_read_are_refused() -> None:
         scheduler.check_fits(sequence("nothing", max_tokens=0))
     with pytest.raises(RequestError, match="a continuation has no tokens"):
         scheduler.check_fits(sequence("empty", continuations=[(1,), ()]))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "is_taken"), [((32, 32), True), ((5, 5, 5, 5), True), ((33,), True), ((32, 33), False)]
+)
+def test_a_request_has_no_more_ranks_than_a_step_has_tables_for(ranks: tuple[int, ...], is_taken: bool) -> None:
+    """Each is rounded up to a power of two of at least 16."""
+    scheduler = Bench(SchedulerConfig(max_ranks=64), rows=1024).scheduler
+    asked = sequence("one", uses=[AdapterUse(f"v{i}", rank) for i, rank in enumerate(ranks)])
+    if is_taken:
+        scheduler.check_fits(asked)
+        return
+    with pytest.raises(RequestError, match=r"ranks 32, 33 are 96 together.* takes 64 in one request") as refused:
+        scheduler.check_fits(asked)
+    assert (refused.value.code, refused.value.param) == ("adapter_too_large", "adapters")

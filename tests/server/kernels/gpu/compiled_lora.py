@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from loramux_server.kernels.gpu import lora
+from loramux_server.kernels.gpu.cuts import lora_parts_of
 from support.compiled_kernels import SMS, Compiled
 
 QKV, GATE_UP, INTO_HIDDEN, HEAD = (4096, 1024, 1024), (14336, 14336), (4096,), (128256,)  # outputs of layers
@@ -16,7 +17,7 @@ ALL, H100, T4 = tuple(sm for sm in SMS if sm >= 80), (90,), (75,)
 def _shrink(name: str, inputs: int, layers: int, sms: tuple[int, ...], *, split: bool = True) -> Compiled:
     signature = {"h": "*fp32", "x": "*act", "x_row": "i32", **dict.fromkeys(("a0", "a1", "a2"), "*bf16"), **TARGETED}
     signature |= dict.fromkeys(("counts", "blocks", "tiles"), "*i32") | {"units": "i32"}
-    length, parts = lora.parts_of(inputs)
+    length, parts = lora_parts_of(inputs)
     step = min(lora.STEP.values()) if sms == T4 else max(lora.STEP.values())
     constants = {"INPUTS": inputs, "TARGETS": layers, "PARTS": parts, "LENGTH": length, "STEP": step}
     constants["STORED"] = parts if split else 1
@@ -30,7 +31,7 @@ def _expand(
     signature |= dict.fromkeys(("counts", "blocks", "entries"), "*i32") | {"units": "i32"}
     constants: dict[str, Any] = {f"OUT{i}": out for i, out in enumerate((*outs, 0, 0)[:3])}
     constants |= {f"COLUMN{i}": sum(outs[:i]) if i < len(outs) else 0 for i in range(3)}
-    constants |= {"TARGETS": len(outs), "STORED": lora.parts_of(inputs)[1] if split else 1, "WIDTH": lora.WIDTH}
+    constants |= {"TARGETS": len(outs), "STORED": lora_parts_of(inputs)[1] if split else 1, "WIDTH": lora.WIDTH}
     constants["HALVES"] = sms != T4
     return Compiled(f"expand {name}", lora.expand_kernel, signature, constants, lora.EXPAND_OPTIONS, DIVISIBLE, sms)
 

@@ -22,6 +22,14 @@ COMPILED = [
     _norm("norm of the part, sum and norm", 5376, True, True, True),
     _norm("norm of the part, sum and norm", 16384, True, True, True),
     Compiled(
+        "tokens of the step before",
+        rows._resolve_tokens,
+        {"to": "*i32", "tokens": "*i32", "chosen": "*i32", "rows": "i32", "stride": "i32"},
+        {"PIECE": 128},
+        {},
+        (),
+    ),
+    Compiled(
         "embedding",
         rows._embed,
         {"x": "*fp32", "tokens": "*i32", "embedding": "*act", "hidden": "i32", "factor": "fp32"},

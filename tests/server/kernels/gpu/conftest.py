@@ -16,7 +16,9 @@ from support import triton_interpreter
 DEVICE = triton_interpreter.prepare() if triton_interpreter.INSTALLED else None
 FOLDER = Path(__file__).parent
 NEED_TRITON = [str(path.relative_to(FOLDER)) for path in FOLDER.rglob("test_*.py") if path.name != "test_compile.py"]
-collect_ignore = [] if DEVICE else NEED_TRITON
+# whole steps run in Triton's interpreter here; on a card tests/gpu has those
+INTERPRETED = ["step", "check"]
+collect_ignore = NEED_TRITON if DEVICE is None else INTERPRETED if DEVICE.type == "cuda" else []
 
 
 @pytest.fixture

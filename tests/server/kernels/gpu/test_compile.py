@@ -1,7 +1,4 @@
-"""Every kernel compiles, and keeps its numbers in registers; no card is needed to know that.
-
-Three generations of cards stand for all here; `make test-cards` compiles for each.
-"""
+"""Every kernel compiles for every card, and keeps its numbers in registers; no card is needed to know that."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from support import triton_interpreter
-from support.compiled_kernels import SHARED_LIMIT, SMS_OF_TESTS, TABLES, Built, built_elsewhere
+from support.compiled_kernels import SHARED_LIMIT, SMS, TABLES, Built, built_elsewhere
 
 MODULES = sorted(path.stem.removeprefix("compiled_") for path in TABLES.glob("compiled_*.py"))
 
@@ -19,7 +16,7 @@ MODULES = sorted(path.stem.removeprefix("compiled_") for path in TABLES.glob("co
 def built() -> list[Built]:
     if not triton_interpreter.INSTALLED:
         pytest.skip(triton_interpreter.WHY_NOT)
-    return built_elsewhere([], SMS_OF_TESTS)
+    return built_elsewhere([], SMS)
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -11,7 +11,7 @@ import torch
 
 from loramux_adapters.lora.ops import Arena, LoraRows, add_lora_loop
 from loramux_adapters.lora.slots import SMALLEST_RANK, ScaledSlot, Slot
-from loramux_server.kernels.gpu import lora
+from loramux_server.kernels.gpu import cuts, lora
 from loramux_server.kernels.gpu.launch import launch_now
 from loramux_server.kernels.gpu.lora_tables import LoraSizes, LoraTables, LoraTablesFull
 
@@ -45,7 +45,7 @@ def layers(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Layers:
 
     Parts are shorter than outside of tests, which the interpreter takes long for.
     """
-    monkeypatch.setattr(lora, "PART", 128)
+    monkeypatch.setattr(cuts, "LORA_PART", 128)
     monkeypatch.setattr(lora, "STEP", dict.fromkeys(lora.STEP, 128))
     targets, column = [], 3
     for index, out in enumerate((300, 24, 40)):

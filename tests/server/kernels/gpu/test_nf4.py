@@ -131,6 +131,19 @@ def test_stacked_weights_give_the_outputs_side_by_side(device: torch.device, act
     assert torch.equal(product(x, Nf4Weights.stack([one, other])), torch.cat([product(x, one), product(x, other)], 1))
 
 
+def test_weights_that_lie_side_by_side_are_stacked_where_they_are(device: torch.device) -> None:
+    whole = weights_on(device, 192, 60)
+    one, other, third = whole.part(8, 20), whole.part(20, 50), whole.part(50, 60)
+    stacked = Nf4Weights.stack([one, other, third])
+    assert stacked.codes.data_ptr() == one.codes.data_ptr() and stacked.scales.data_ptr() == one.scales.data_ptr()
+    for found, expected in zip(stacked.unpacked(), whole.part(8, 60).unpacked(), strict=True):
+        assert torch.equal(found, expected)
+    for apart in ([one, third], [other, one], [one, weights_on(device, 192, 60).part(20, 50)], [whole, whole]):
+        copied = Nf4Weights.stack(apart)
+        assert copied.codes.data_ptr() != apart[0].codes.data_ptr()
+        assert torch.equal(copied.codes, torch.cat([each.codes for each in apart], 1))
+
+
 @pytest.mark.parametrize("inputs, outputs", [(192, 40), (576, 72)])
 def test_a_row_has_the_same_bits_alone_and_among_any_others(
     inputs: int, outputs: int, device: torch.device, act: torch.dtype

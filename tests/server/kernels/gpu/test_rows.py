@@ -43,6 +43,20 @@ def near(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.allclose(found.float(), expected.float(), rtol=loose, atol=loose, equal_nan=True)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 130, 300])
+def test_tokens_that_are_not_known_yet_are_those_that_were_chosen(device: torch.device, rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    answers = torch.randint(1000, (7, 46), dtype=torch.int32, generator=generator).to(device)
+    tokens = torch.randint(-7, 400, (rows,), dtype=torch.int32, generator=generator).to(device)
+    tokens[-1] = -7
+    found, expected = (torch.full((rows + 1,), 9, dtype=torch.int32, device=device) for _ in range(2))
+    ops.resolve_tokens(launch_now, found[:rows], tokens, answers[:, 2])
+    ops.resolve_tokens_reference(expected[:rows], tokens, answers[:, 2])
+    assert torch.equal(found, expected)
+    assert int(found[rows - 1]) == int(answers[6, 2])
+    assert torch.equal(found[:rows][tokens >= 0], tokens[tokens >= 0])
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 def test_an_embedding_is_its_row_times_the_factor(

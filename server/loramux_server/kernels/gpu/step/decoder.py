@@ -6,50 +6,50 @@ layer only sampled rows go on behind the attention, as nobody looks at the other
 
 All memory is taken when the decoder is made, for the largest step. What differs from step to step lies in tables that
 are filled on the host and copied in front of the launches (tables.py), so the launches of one shape can be captured as
-a graph and replayed for any step that fits.
+a graph (graphs.py) and replayed for any step that fits.
+
+`start` also chooses tokens on the device and does not wait for them (answers.py): the host may prepare and start the
+next step, of whose tokens it knows only whose answers they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from loramux_adapters.device.device import Device
 from loramux_adapters.lora.ops import LoraRows
 from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVCache
 from loramux_server.kernels.attention.paged_attention import AttentionStep
+from loramux_server.kernels.decoder.asks import Ask
 from loramux_server.kernels.decoder.description import Description, Layer
-from loramux_server.kernels.gpu import rows as elementwise
-from loramux_server.kernels.gpu.attention import AttentionScratch, attend, attention_scratch
-from loramux_server.kernels.gpu.dense import dense_product
-from loramux_server.kernels.gpu.lora import add_lora, lora_scratch
+from loramux_server.kernels.gpu.attention import AttentionScratch, attention_scratch
+from loramux_server.kernels.gpu.lora import LoraTarget, lora_scratch
 from loramux_server.kernels.gpu.lora_tables import LoraTables
-from loramux_server.kernels.gpu.nf4 import Nf4Weights, nf4_product
-from loramux_server.kernels.gpu.rotary import rotate_and_write
-from loramux_server.kernels.gpu.split_sums import scratch_numbers
+from loramux_server.kernels.gpu.nf4 import Nf4Weights
+from loramux_server.kernels.gpu.sampling import LARGEST_VOCABULARY, SamplingError, SamplingSizes
+from loramux_server.kernels.gpu.split_sums import row_tiles_of, scratch_numbers
+from loramux_server.kernels.gpu.step.answers import StepAnswers, StepSampling
+from loramux_server.kernels.gpu.step.operations import TRITON, Operations
 from loramux_server.kernels.gpu.step.stacks import Stack, head_stack, stack_of
-from loramux_server.kernels.gpu.step.tables import StepSizes, StepTables
+from loramux_server.kernels.gpu.step.tables import StepShape, StepSizes, StepTables
+from loramux_server.kernels.gpu.step.workspace import PRODUCT_ROWS
 from loramux_server.kernels.layers.recognition import RMSNorm
 
-PRODUCT_ROWS = 256  # rows of one product's launches: its scratch grows with them
 
+class Graphs(Protocol):
+    """Steps of some shapes that were captured (graphs.py)."""
 
-@dataclass(frozen=True, slots=True)
-class StepShape:
-    """What the launches of a step follow from.
+    def shape_for(self, shape: StepShape) -> StepShape:
+        """The smallest captured shape that holds a step of this one; this one itself where there is none."""
 
-    Attributes:
-        rows, samples: token rows, and rows whose logits are wanted.
-        lora: some row has an adapter.
-        prompts: some sequence has rows enough for the attention's large tiles.
-    """
-
-    rows: int
-    samples: int
-    lora: bool
-    prompts: bool
+    def run(self, shape: StepShape) -> bool:
+        """Replays the graph of a captured shape; False: it is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,34 +68,66 @@ class GpuDecoder:
     The model's weights and the arenas of its adapters are read where they lie; they must outlive this object.
 
     Attributes:
+        device: where it runs.
         description: the model.
+        cache: of keys and values.
         sizes: the largest step.
+        spare_block: of the cache, which no sequence has while graphs are captured: they write to it. None: no graph can
+            be captured.
         tables: what differs from step to step.
         logits: [sizes.samples, vocabulary] fp32, of the step that ran last.
+        operations: what a step is made of; may be changed between steps, before any is captured.
+        row_tiles: rows of a product's programs.
+        sampling: what `start` chooses tokens with; None where the vocabulary is larger than LARGEST_VOCABULARY.
+        chooses: there is `start`; False: there is `forward` alone, as `sampling` is None.
+        most_asks: of one `start`.
+        graphs: what `start` replays where it can.
+        in_words, notes, equal_bits: as `WholeStep` has them.
     """
 
-    def __init__(self, device: Device, description: Description, cache: KVCache, sizes: StepSizes) -> None:
+    in_words = "a step is our own kernels in Triton, one launch after the other"
+
+    def __init__(
+        self,
+        device: Device,
+        description: Description,
+        cache: KVCache,
+        sizes: StepSizes,
+        *,
+        spare_block: int | None = None,
+        operations: Operations = TRITON,
+    ) -> None:
         """Raises DeviceFull: there is no room for what a step works in."""
-        self.description, self.sizes = description, sizes
-        self._device, self._launch, self._cache = device, device.launch, cache
+        self.device, self.description, self.sizes, self.spare_block = device, description, sizes, spare_block
+        self.cache, self._launch = cache, device.launch
+        self.graphs: Graphs | None = None
+        self.notes: tuple[str, ...] = ()
+        self.equal_bits = True
+        self.operations, self.row_tiles = operations, row_tiles_of(device.capability)
         self._stacks = [_stacks_of(layer) for layer in description.layers]
         self._head = head_stack(description.head)
         self.tables = StepTables(device, sizes, description)
+        self.sampling: StepSampling | None = None
+        if description.vocabulary <= LARGEST_VOCABULARY:
+            self.sampling = StepSampling(device, SamplingSizes(sizes.samples, description.vocabulary), self.tables.asks)
+        self.chooses, self.most_asks = self.sampling is not None, sizes.samples
         self._angles = self._known_angles()
         self._take_memory()
 
     def _known_angles(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """cos and sin of every position that a sequence can have, by table."""
-        positions = min(self.sizes.blocks, self._cache.num_blocks) * BLOCK_SIZE
+        positions = min(self.sizes.blocks, self.cache.num_blocks) * BLOCK_SIZE
         for table in self.description.angles:
             table.know(positions)
-        return [(self._device.put(table.cos), self._device.put(table.sin)) for table in self.description.angles]
+        put = self.device.put
+        return [(put(table.cos[:positions]), put(table.sin[:positions])) for table in self.description.angles]
 
     def _take_memory(self) -> None:
-        of, rows, samples, device = self.description, self.sizes.rows, self.sizes.samples, self._device
-        act, fp32 = self._cache.k[0].dtype, torch.float32
+        of, rows, samples, device = self.description, self.sizes.rows, self.sizes.samples, self.device
+        act, fp32 = self.cache.k[0].dtype, torch.float32
         widest = max(max(s.qkv.outputs, s.gate_up.outputs) for s in self._stacks)
         inner, queries = max(s.down.inputs for s in self._stacks), of.heads * of.head_dim
+        self._tokens = device.scratch((rows,), torch.int32)
         self._x, self._part = (device.scratch((rows, of.hidden), fp32) for _ in range(2))
         self._n = device.scratch((rows, of.hidden), act)
         self._wide, self._gated = device.scratch((rows * widest,), act), device.scratch((rows * inner,), act)
@@ -119,6 +151,62 @@ class GpuDecoder:
         shapes = attention_scratch(self.tables.attention.sizes, of.heads, of.head_dim)
         self._attention = AttentionScratch(*(device.scratch(shape, fp32) for shape in shapes))
 
+    @property
+    def activations(self) -> torch.dtype:
+        """What lies between kernels."""
+        return self.cache.k[0].dtype
+
+    @property
+    def angles(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """cos and sin [positions, pairs] fp32 of each table that layers name."""
+        return self._angles
+
+    @property
+    def products(self) -> list[tuple[str, Stack, torch.dtype]]:
+        """All of a step, each with the name of its layers and the dtype of its results; the output head is the last."""
+        found = []
+        for layer in self._stacks:
+            for name, stack in (("q, k, v", layer.qkv), ("gate, up", layer.gate_up)):
+                found.append((name, stack, self._wide.dtype))
+            for name, stack in (("o", layer.o), ("down", layer.down)):
+                found.append((name, stack, self._part.dtype))
+        return [*found, ("the output head", self._head, self.logits.dtype)]
+
+    @property
+    def targets(self) -> list[LoraTarget]:
+        """The adapters' memory of all layers that adapters can target, in the order of the layers."""
+        layers = [stack for s in self._stacks for stack in (s.qkv, s.o, s.gate_up, s.down)]
+        return [target for stack in (*layers, self._head) for target in stack.targets]
+
+    def start(
+        self,
+        tokens: Sequence[int],
+        heads: Sequence[int],
+        step: AttentionStep,
+        lora: LoraRows | None,
+        head: LoraRows | None,
+        asks: Sequence[Ask],
+    ) -> StepAnswers:
+        """Starts a step that chooses tokens; what they are is told by the answers, when they are read.
+
+        Args:
+            tokens: as for `forward`; -(1 + i) is the token that ask i of the step that was started before chooses,
+                whether or not its answers were read.
+            heads, step, lora, head: as for `forward`.
+            asks: of rows that count in `heads`, at most sizes.samples. `Ask.row` is the place in `heads`.
+        Raises:
+            ValueError: the step is larger than the tables, or a token is none that a step chooses.
+            SamplingError: something that cannot be asked; or `sampling` is None.
+        """
+        if self.sampling is None:
+            raise SamplingError(
+                f"a vocabulary of {self.description.vocabulary} tokens is sampled on the host: use `forward`"
+            )
+        if asks and not 0 <= min(ask.row for ask in asks) <= max(ask.row for ask in asks) < len(heads):
+            raise SamplingError(f"something is asked of a row that is none of the {len(heads)} with logits")
+        self._fill_and_run(tokens, heads, step, lora, head, asks)
+        return self.sampling.hand_over(len(asks))
+
     def forward(
         self,
         tokens: Sequence[int],
@@ -130,21 +218,58 @@ class GpuDecoder:
         """Logits [len(heads), vocabulary] fp32, a view; keys and values of all rows are in the cache afterwards.
 
         Args:
-            tokens: the token of each row.
+            tokens: the token of each row; -(1 + i) is the one that ask i of the last `start` chose.
             heads: the rows, in order, whose logits are wanted.
             step: its block tables in host memory.
             lora, head: adapters of all rows, and of the rows in `heads`.
         """
-        prompts = self.tables.fill(tokens, heads, step, lora, head)
-        self.run(StepShape(len(tokens), len(heads), lora is not None, prompts))
+        self._fill_and_run(tokens, heads, step, lora, head, ())
         return self.logits[: len(heads)]
+
+    @torch.inference_mode()
+    def answer(self, logits: torch.Tensor, asks: Sequence[Ask]) -> npt.NDArray[np.void]:
+        """What a step of `start` would answer to these, about logits that `forward` gave; waits for it.
+
+        Args:
+            logits: [rows, vocabulary], what `forward` returned.
+            asks: at most sizes.samples.
+        Raises:
+            SamplingError: something that cannot be asked; or `sampling` is None.
+        """
+        if self.sampling is None:
+            raise SamplingError(f"a vocabulary of {self.description.vocabulary} tokens is sampled on the host")
+        self.tables.fill_asks(asks)
+        self.operations.sample(self._launch, self.sampling.tables, logits, len(asks))
+        return self.sampling.hand_over(len(asks)).read()
+
+    def _fill_and_run(
+        self,
+        tokens: Sequence[int],
+        heads: Sequence[int],
+        step: AttentionStep,
+        lora: LoraRows | None,
+        head: LoraRows | None,
+        asks: Sequence[Ask],
+    ) -> None:
+        known = self.sampling.asked if self.sampling else 0
+        if min(tokens) < -known:
+            raise ValueError(f"token {min(tokens)} is of ask {-1 - min(tokens)}, and the step before had {known} asks")
+        shape = self.tables.shape(tokens, heads, step, lora, len(asks))
+        if self.graphs is not None:
+            shape = self.graphs.shape_for(shape)
+        self.tables.fill(tokens, heads, step, lora, head, asks, shape)
+        if self.graphs is None or not self.graphs.run(shape):
+            self.run(shape)
 
     def run(self, shape: StepShape) -> None:
         """Launches a step of this shape on what the tables hold. Can be captured."""
         of, launch, rows = self.description, self._launch, shape.rows
-        x = self._x[:rows]
+        x, tokens = self._x[:rows], self.tables.tokens[:rows]
         assert of.embedding is not None
-        elementwise.embed(launch, x, self.tables.tokens[:rows], of.embedding, of.embedding_factor)
+        if self.sampling is not None:
+            self.operations.resolve_tokens(launch, self._tokens[:rows], tokens, self.sampling.tables.chosen)
+            tokens = self._tokens[:rows]
+        self.operations.embed(launch, x, tokens, of.embedding, of.embedding_factor)
         part: torch.Tensor | None = None
         after: RMSNorm | None = None
         for index, layer in enumerate(of.layers):
@@ -164,19 +289,21 @@ class GpuDecoder:
             wide = _dense(self._wide, len(x), stacks.gate_up.outputs)
             self._product(wide, n, stacks.gate_up, tables)
             gated = _dense(self._gated, len(x), stacks.down.inputs)
-            elementwise.gate(launch, gated, wide, gelu=layer.gelu)
+            self.operations.gate(launch, gated, wide, gelu=layer.gelu)
             self._product(part, gated, stacks.down, tables)
             after = layer.after_mlp
         n = self._normed(x, part, after, of.norm)
         logits = self.logits[: shape.samples]
         self._product(logits, n, self._head, self.tables.head_lora if shape.lora else None)
-        elementwise.finish_logits(launch, logits, divisor=of.logit_divisor, softcap=of.logit_softcap)
+        self.operations.finish_logits(launch, logits, divisor=of.logit_divisor, softcap=of.logit_softcap)
+        if shape.asks and self.sampling is not None:
+            self.operations.sample(launch, self.sampling.tables, logits, shape.asks)
 
     def _normed(
         self, x: torch.Tensor, part: torch.Tensor | None, after: RMSNorm | None, norm: RMSNorm | None
     ) -> torch.Tensor:
         n = self._n[: len(x)]
-        elementwise.add_norm(
+        self.operations.add_norm(
             self._launch,
             n,
             x,
@@ -192,14 +319,14 @@ class GpuDecoder:
         qkv = _dense(self._wide, shape.rows, stack.outputs)
         self._product(qkv, n, stack, self.tables.lora if shape.lora else None)
         cos, sin = self._angles[layer.rotary] if layer.rotary >= 0 else (None, None)
-        k, v = self._cache.k[index], self._cache.v[index]
-        rotate_and_write(
+        k, v = self.cache.k[index], self.cache.v[index]
+        self.operations.rotate_and_write(
             self._launch,
             *(self._q[: shape.rows], qkv, cos, sin, k, v, self.tables.attention),
             q_norm=layer.q_norm,
             k_norm=layer.k_norm,
         )
-        attend(
+        self.operations.attend(
             self._launch,
             *(self._attended[: shape.rows], self._q[: shape.rows], k, v, self.tables.attention),
             *(layer.asked, self._attention),
@@ -209,19 +336,20 @@ class GpuDecoder:
     def _only_sampled(self, x: torch.Tensor, attended: torch.Tensor, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
         to = self._sampled_x[:samples], self._sampled[:samples]
         for wanted, all_rows in zip(to, (x, attended), strict=True):
-            elementwise.gather_rows(self._launch, wanted, all_rows, self.tables.sampled[:samples])
+            self.operations.gather_rows(self._launch, wanted, all_rows, self.tables.sampled[:samples])
         return to
 
     def _product(self, y: torch.Tensor, x: torch.Tensor, stack: Stack, tables: LoraTables | None) -> None:
         """y = x @ stack.T + bias, + the adapters' deltas; by PRODUCT_ROWS rows, which changes no bit."""
+        of, launch, sums, tiles = self.operations, self._launch, self._sums, self.row_tiles
         for first in range(0, len(x), PRODUCT_ROWS):
             some = slice(first, first + PRODUCT_ROWS)
             if isinstance(stack.weights, Nf4Weights):
-                nf4_product(self._launch, y[some], x[some], stack.weights, self._sums, bias=stack.bias)
+                of.nf4_product(launch, y[some], x[some], stack.weights, sums, bias=stack.bias, row_tiles=tiles)
             else:
-                dense_product(self._launch, y[some], x[some], stack.weights, self._sums)
+                of.dense_product(launch, y[some], x[some], stack.weights, sums, row_tiles=tiles)
         if tables is not None and stack.targets:
-            add_lora(self._launch, y, x, stack.targets, tables, self._deltas)
+            of.add_lora(launch, y, x, stack.targets, tables, self._deltas)
 
 
 def _stacks_of(layer: Layer) -> _Stacks:

@@ -22,15 +22,30 @@ class TritonNF4Linear(nn.Linear):
     """A frozen layer whose weight lies as the kernels read it.
 
     Attributes:
-        nf4: the weight; a part of several layers' where a whole step reads them as one.
+        codes, scales: of `nf4`, as buffers.
         bias: [out], no gradient; or None.
     """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    products = "NF4 Triton"  # in reports
 
     def __init__(self, nf4: Nf4Weights, bias: torch.Tensor | None, device: Device) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would make a weight
         self.in_features, self.out_features = nf4.inputs, nf4.outputs
-        self.nf4, self._device = nf4, device
+        self._device = device
+        self.register_buffer("codes", nf4.codes)
+        self.register_buffer("scales", nf4.scales)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    @property
+    def nf4(self) -> Nf4Weights:
+        """The weight; a part of several layers' where a whole step reads them as one."""
+        return Nf4Weights(self.codes, self.scales)
+
+    @nf4.setter
+    def nf4(self, weights: Nf4Weights) -> None:
+        self.codes, self.scales = weights.codes, weights.scales
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
@@ -50,13 +65,13 @@ class TritonNF4Linear(nn.Linear):
 @torch.no_grad()
 def pack(model: nn.Module, device: Device) -> None:
     """Has a base compute in the device's activations, its layers on TritonNF4Linear where the kernels read them."""
-    for parameter in model.parameters():
-        if parameter.dtype == torch.bfloat16:
-            parameter.data = parameter.data.to(device.activations)
     for _, layer in four_bit_layers(model):
         if not why_not(layer):
-            bias = None if layer.bias is None else layer.bias.detach()
-            put(model, layer, TritonNF4Linear(Nf4Weights.of(layer), bias, device))
+            weights = Nf4Weights.of(layer)
+            on_device = Nf4Weights(device.put(weights.codes), device.put(weights.scales))
+            put(model, layer, TritonNF4Linear(on_device, layer.bias, device))
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = device.put(tensor.data.to(device.activations) if tensor.dtype == torch.bfloat16 else tensor.data)
 
 
 def kinds_of(act: torch.dtype) -> Kinds:

@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from loramux_adapters.device.cpu import CpuDevice
-from loramux_adapters.device.device import ON_CARD
 from loramux_adapters.lora.lora_linear import AdapterSlots, head_path
 from loramux_adapters.lora.ops import LoraRows, add_lora_segments
 from loramux_adapters.lora.slot_copy import copy_slot
@@ -21,14 +19,15 @@ from loramux_server.kernels.attention.paged_attention import (
     probe_kv_shape,
 )
 from loramux_server.kernels.compiled.library import native_library
-from loramux_server.kernels.decoder.decoder import Trial
 from loramux_server.kernels.decoder.description import describe
+from loramux_server.kernels.decoder.trial import Trial
 from loramux_server.kernels.gpu.step.decoder import GpuDecoder
 from loramux_server.kernels.gpu.step.nf4_linear import kinds_of, pack
 from loramux_server.kernels.gpu.step.tables import StepSizes
 from loramux_server.kernels.layers.recognition import recognize
 from loramux_server.kernels.layers.rotary import use_angles
 from support.decoders import random_model, slow_twin
+from support.gpu_steps import AtOnce
 from support.stepping import relative_difference
 
 FAMILIES = ["Llama 3", "Qwen3", "Gemma 2", "Gemma 3", "Phi-4", "Granite", "OLMo 2", "SmolLM3", "one key for all"]
@@ -41,17 +40,7 @@ ADAPTERS = [
 WIDTH = -(-max(LENGTHS) // BLOCK_SIZE)
 
 
-class Interpreted(CpuDevice):
-    """Triton's interpreter as a card: fp16, and everything is done at once."""
-
-    layout, is_host, kernels = ON_CARD, False, "cuda"
-
-    @property
-    def activations(self) -> torch.dtype:
-        return torch.float16
-
-
-DEVICE = Interpreted()
+DEVICE = AtOnce()
 
 
 class Served:
@@ -69,7 +58,7 @@ class Served:
         library = native_library()
         assert library is not None
         pack(self.model, DEVICE)
-        recognize(self.model)
+        recognize(self.model, DEVICE)
         use_angles(self.model, library)
         self.shape = probe_kv_shape(self.model, DEVICE, whole_numbers=False)
         self.slots = AdapterSlots(

@@ -11,9 +11,9 @@ import pytest
 
 from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.errors import RecipeError
-from loramux_server.cli import plan as cli_plan
 from loramux_server.cli.frame import call
-from loramux_server.cli.plan import Memory
+from loramux_server.cli.plan import training as cli_plan
+from loramux_server.cli.plan.training import Memory
 from loramux_server.errors import BaseModelError, ConfigError
 from support.real_server import clean_environment
 from support.tiny_models import save_tiny_model
@@ -44,6 +44,16 @@ def test_the_table_adds_up(base: str, capsys: pytest.CaptureFixture[str]) -> Non
         assert sum(row[column] for row in rows[:-1]) == pytest.approx(rows[-1][column], abs=0.4)
     assert "8 examples of 128 tokens" in out and "288 bytes of KV cache" in out
     assert "QLoRA needs" in out and "LoRA needs" in out and out.count("and fits") == 2
+
+
+def test_a_card_that_is_not_here_can_be_planned_for(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--base", base, "--card", "24GB") == 0
+
+    out = capsys.readouterr().out
+    assert "a card (24 GiB) has 23,839 MiB free\n" in out
+    assert "CUDA itself, about" in out and out.count("and fits") == 2 and "256 bytes of KV cache" in out
+    with pytest.raises(ConfigError, match="--card knows no 'RTX 4091'"):
+        run("--base", base, "--card", "RTX 4091")
 
 
 def test_what_does_not_fit_is_said_with_what_helps(

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from loramux_adapters import nf4
-from loramux_server.base.nf4_quantizer import quantize_into
 from loramux_server.kernels.compiled.library import Compiled, native_library
 from loramux_server.kernels.layers.nf4_linear import codes_of
+from loramux_server.kernels.layers.nf4_quantizer import quantize_into
 
 LIBRARY = native_library()
 

@@ -10,12 +10,14 @@ import typer
 
 from loramux_adapters.device.process_memory import in_memory
 from loramux_adapters.training.recipe import Recipe
+from loramux_server.base.device import check_device
 from loramux_server.base.source import check_base, resolve_base
 from loramux_server.cli.frame import configure_logging, show, write
 from loramux_server.cli.options import settings_app
 from loramux_server.cli.screen import print_table
 from loramux_server.config.environment import cache_dir_of, quiet_libraries
 from loramux_server.config.plan import PlanConfig
+from loramux_server.errors import ConfigError
 from loramux_server.serving.startup import Stages
 
 if TYPE_CHECKING:
@@ -39,37 +41,47 @@ def plan(config: PlanConfig, ctx: typer.Context) -> int:
     """Say how much memory a training will take, by QLoRA and by LoRA; only the base's config is read."""
     configure_logging("info")  # before bitsandbytes, which logs what it misses when it is imported
     quiet_libraries()
+    if config.card is None:
+        check_device(config.device)
+    elif "," in config.card:
+        raise ConfigError(f"--card takes one card at a time for a training, not {config.card!r}")
     check_base(config.base, weights=False)
     cache_dir = cache_dir_of(config.cache_dir, ctx.obj)
     stages = Stages(write)
     with stages.stage("find the base"):
         source = resolve_base(config.base, cache_dir, stages.note, weights=False)
     with stages.imports():
+        from loramux_adapters.device.device import ON_CARD
         from loramux_adapters.training.run.plan import kv_bytes, plan_memory
         from loramux_server.base.device import device_of
         from loramux_server.base.loader import skeleton_of
+        from loramux_server.serving.cards import card_of
 
-    device = device_of(config.device)
+    if config.card is not None:
+        card = card_of(config.card)
+        memory = Memory(f"a card ({card.name})", card.total, 0)  # what its libraries take is in the plan
+        layout, fp16 = ON_CARD, False
+    else:
+        device = device_of(config.device)
+        memory, layout = _memory(device), device.layout
+        fp16 = str(device.activations) == "torch.float16"
+
+    def planned(recipe: Recipe) -> MemoryPlan:
+        return plan_memory(skeleton, recipe, sequence=config.seq, learned=learned, layout=layout, fp16=fp16)
+
     learned = config.learned or max(1, config.seq // 4)
     with stages.stage("count its layers"):
         _, skeleton = skeleton_of(source)
-        plans = [
-            plan_memory(skeleton, config.recipe(quantize), sequence=config.seq, learned=learned, layout=device.layout)
-            for quantize in ("nf4", "none")
-        ]
+        plans = [planned(config.recipe(quantize)) for quantize in ("nf4", "none")]
     show("")
-    memory = _memory(device)
     for line in _about(config, plans[0]):
         show(line)
     print_table(("MiB", "QLoRA (NF4)", "LoRA (16 bit)"), _rows(*plans), numbers=True)
 
-    def again(recipe: Recipe) -> MemoryPlan:
-        return plan_memory(skeleton, recipe, sequence=config.seq, learned=learned, layout=device.layout)
-
     for line in [
         *_saved(plans[0]),
-        f"serving: {kv_bytes(skeleton.config, device.layout):,} bytes of KV cache for each token of a prompt or reply",
-        *_verdict(config, plans[0], plans[1], memory, again),
+        f"serving: {kv_bytes(skeleton.config, layout):,} bytes of KV cache for each token of a prompt or reply",
+        *_verdict(config, plans[0], plans[1], memory, planned),
     ]:
         show(line)
     return 0
@@ -95,6 +107,7 @@ def _rows(qlora: MemoryPlan, lora: MemoryPlan) -> Sequence[Sequence[str]]:
         ("optimizer moments", qlora.optimizer, lora.optimizer),
         ("activations", qlora.activations, lora.activations),
         ("logits or layer in work", qlora.work, lora.work),
+        *([("CUDA itself, about", qlora.context, lora.context)] if qlora.context else []),
         ("together", qlora.total, lora.total),
     ]
     return [[name, f"{left / MIB:,.1f}", f"{right / MIB:,.1f}"] for name, left, right in parts]
@@ -113,9 +126,8 @@ def _saved(qlora: MemoryPlan) -> Sequence[str]:
 def _verdict(config: PlanConfig, qlora: MemoryPlan, lora: MemoryPlan, memory: Memory, again: Any) -> Sequence[str]:
     """Whether it fits, and if not, which change would make it fit."""
     room = memory.free - memory.libraries
-    lines = [
-        f"{memory.device} has {memory.free / MIB:,.0f} MiB free; libraries take {memory.libraries / MIB:,.0f} of them"
-    ]
+    libraries = f"; libraries take {memory.libraries / MIB:,.0f} of them" if memory.libraries else ""
+    lines = [f"{memory.device} has {memory.free / MIB:,.0f} MiB free{libraries}"]
     for name, needed in (("QLoRA", qlora.total), ("LoRA", lora.total)):
         fits = "fits" if needed <= room else "does NOT fit"
         lines.append(f"{name} needs {needed / MIB:,.0f} MiB and {fits}")

@@ -1,0 +1,1 @@
+"""What a machine with a GPU is asked in one go: `make gpu`, or `python -m loadtests gpu`."""

@@ -1,0 +1,1 @@
+"""`loramux plan`: what a training, or a server on a card, will take."""

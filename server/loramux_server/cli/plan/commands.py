@@ -1,0 +1,34 @@
+"""`loramux plan`: what a training or a server will take, before it is started. Without a word it plans a training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from loramux_server.cli import frame
+
+COMMANDS = {
+    "train": ("Say how much memory a training will take (the default).", "training"),
+    "serve": ("Say what a server takes on a card, before one is rented.", "serving"),
+}
+
+
+class _Plans(frame.Commands):
+    """`loramux plan --rank 16` is `loramux plan train --rank 16`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        is_named = bool(args) and (not args[0].startswith("-") or args[0] in ("-h", "--help"))
+        parsed: list[str] = super().parse_args(ctx, args if is_named else ["train", *args])
+        return parsed
+
+
+app = frame.new_app(
+    "Say what a training or a server will take, before it is started; only a base's config is read.",
+    cls=_Plans,
+    epilog="""\
+Examples:
+
+    loramux plan --base Qwen/Qwen2.5-7B-Instruct --rank 16 --batch 8 --seq 512
+    loramux plan serve Qwen/Qwen3-8B --card 24GiB --adapters 50 --rank 16""",
+)
+for _name, (_help, _module) in COMMANDS.items():
+    frame.later(app, _name, _help, f"loramux_server.cli.plan.{_module}")

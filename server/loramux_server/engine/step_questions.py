@@ -1,0 +1,113 @@
+"""Steps that choose their tokens on the device: what they are asked for, and what the answers mean.
+
+The same questions as the sampler's (sampler.py), put before the step runs and without looking at a logit: a reply's
+token n is drawn by number n of its sequence's stream whatever the tokens before it are. What needs the logits
+themselves, or more of the likeliest tokens than an answer tells, is the sampler's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from loramux_server.engine.sampler import Sampler
+from loramux_server.engine.scheduling.sequence import NOT_FINITE, RowResult, ScheduledSequence, TokenLogprob
+from loramux_server.kernels.decoder.asks import MOST_LIKELY, Answers, Ask
+
+
+def can_be_asked(row: ScheduledSequence) -> bool:
+    """Whether a step can answer all that is wanted of this row."""
+    params = row.sequence.params
+    wanted = max(params.logprobs or 0, params.prompt_logprobs or 0)
+    return not params.digests and wanted <= MOST_LIKELY
+
+
+@dataclass(slots=True)
+class _AskedRow:
+    """Places among the asks.
+
+    Attributes:
+        row: what was asked for.
+        chooses: of its next token; None if none is chosen.
+        scores: of the tokens whose log probabilities are told, in the order of `scored_at`, with how many beside each.
+        checks: of rows of logits that must be finite and of which nothing else is asked.
+    """
+
+    row: ScheduledSequence
+    chooses: int | None = None
+    scores: list[tuple[int, int]] = field(default_factory=list)
+    checks: list[int] = field(default_factory=list)
+
+
+class StepQuestions:
+    """What one step is asked for.
+
+    Attributes:
+        asks: in order, for the step.
+        places: sequence id -> the ask that chooses its next token.
+    """
+
+    def __init__(self, rows: list[ScheduledSequence], sampler: Sampler) -> None:
+        """`rows`: those with logits, in order; each `can_be_asked`."""
+        self.asks: list[Ask] = []
+        self.places: dict[str, int] = {}
+        self._asked: list[_AskedRow] = []
+        first = 0
+        for row in rows:
+            asked = _AskedRow(row)
+            self._asked.append(asked)
+            last = first + row.num_logits - 1
+            if row.samples:
+                asked.chooses = self.places[row.sequence.id] = self._ask(sampler.ask(last, row))
+            self._score(asked, last)
+            if row.num_scored:
+                self._check(asked, first, last)
+            first = last + 1
+
+    def _check(self, asked: _AskedRow, first: int, last: int) -> None:
+        """Rows of logits of which nothing is asked must be finite all the same."""
+        known = {self.asks[place].row for place, _ in asked.scores}
+        known |= set() if asked.chooses is None else {last}
+        asked.checks = [self._ask(Ask(at)) for at in range(first, last + 1) if at not in known]
+
+    def _score(self, asked: _AskedRow, last: int) -> None:
+        row, sequence = asked.row, asked.row.sequence
+        end = row.first + row.num_tokens
+        for position in range(end - row.num_scored, end):
+            top = sequence.params.prompt_logprobs or 0 if position < len(sequence.prompt) - 1 else 0
+            for token in sequence.scored_at(position):
+                asked.scores.append((self._ask(Ask(last - (end - 1 - position), token=token, top=top)), top))
+
+    def _ask(self, ask: Ask) -> int:
+        self.asks.append(ask)
+        return len(self.asks) - 1
+
+    def results(self, answers: Answers) -> list[RowResult]:
+        """Waits for the step; one for each row. One with logits that are not finite has an error and nothing else."""
+        found = answers.read()
+        return [_result(asked, found) for asked in self._asked]
+
+
+def _result(asked: _AskedRow, found: npt.NDArray[np.void]) -> RowResult:
+    places = [*asked.checks, *(place for place, _ in asked.scores)]
+    if asked.chooses is not None:
+        places.append(asked.chooses)
+    if not all(found[place]["finite"] for place in places):
+        return RowResult(error=NOT_FINITE)
+    scores = [_told(found[place], top) for place, top in asked.scores]
+    if asked.chooses is None:
+        return RowResult(scores=scores)
+    answer, top = found[asked.chooses], asked.row.sequence.params.logprobs
+    return RowResult(int(answer["chosen"]), None if top is None else _told(answer, top), scores=scores)
+
+
+def _told(answer: np.void, top: int) -> TokenLogprob:
+    token = int(answer["chosen"])
+    beside = tuple(
+        (int(one), float(logprob))
+        for one, logprob in zip(answer["likeliest"][:top], answer["logprobs"][:top], strict=True)
+        if one >= 0
+    )
+    return TokenLogprob(token, float(answer["logprob"]), beside, token == int(answer["greedy"]))

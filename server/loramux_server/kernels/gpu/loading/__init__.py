@@ -1,0 +1,1 @@
+"""A base's layers laid out on a graphics processor while they are loaded."""

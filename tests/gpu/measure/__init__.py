@@ -1,0 +1,1 @@
+"""What `make gpu` measures in a process of its own each: `python -m loadtests gpu` starts these programs."""

@@ -1,0 +1,129 @@
+"""What a row of a step is told, whatever is asked for beside it: by the device's kernels, or by the host."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from support import triton_interpreter
+
+if triton_interpreter.INSTALLED:
+    triton_interpreter.prepare()
+else:
+    pytest.skip(triton_interpreter.WHY_NOT, allow_module_level=True)
+
+from loramux_adapters.lora.host_cache import HostAdapter
+from loramux_adapters.lora.slot_copy import StagedCopySlot
+from loramux_adapters.lora.slots import Slot
+from loramux_server.base.loader import load_base_model
+from loramux_server.engine.model_runner import StartedStep
+from loramux_server.engine.scheduling.admission import SchedulerConfig
+from loramux_server.engine.scheduling.sequence import Batch, RowResult, SamplingParams, ScheduledSequence, SlotLoad
+from loramux_server.engine.start_check import Checker
+from support.emulated import EmulatedDevice
+from support.stepping import Stepper
+from support.tiny_models import save_tiny_model
+
+VOCABULARY = 320
+STEPS = SchedulerConfig(max_num_seqs=3, max_batch_tokens=16)
+ASKED = (
+    SamplingParams(temperature=0.0, logprobs=20),
+    SamplingParams(temperature=0.9, seed=5, top_p=0.9, logprobs=2),
+    SamplingParams(temperature=1.3, seed=6, logprobs=20, prompt_logprobs=20),
+)
+OF_THE_HOST = (
+    SamplingParams(temperature=0.0, logprobs=1, digests=True),
+    SamplingParams(temperature=0.0, logprobs=25),
+    SamplingParams(temperature=0.0, max_tokens=1, continuations=tuple((token, token + 1) for token in range(40))),
+)
+TOKENS = 5  # of a prompt
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("company")
+    save_tiny_model(directory / "base", num_hidden_layers=1, initializer_range=0.5)  # so that logits are far apart
+    return directory
+
+
+def stepper_of(files: Path, rows: int, config: SchedulerConfig) -> Stepper:
+    """On a base of its own. `rows`: of the adapters' memory."""
+    device = EmulatedDevice(kernels="triton")
+    base = load_base_model(str(files / "base"), device=device, cache_dir=files / "cache", report=lambda _: None)
+    return Stepper(base.model, rows=rows, blocks=32, device=device, config=config)
+
+
+@pytest.fixture(scope="module")
+def stepper(files: Path) -> Stepper:
+    return stepper_of(files, 0, STEPS)
+
+
+def told(stepper: Stepper, first: int, *asked: SamplingParams) -> list[RowResult]:
+    """Of prompts that are read in one step side by side; `first`: their first token."""
+    rows = []
+    for params in asked:
+        sequence = stepper.sequence(f"a-{params.temperature}", range(first, first + TOKENS), params=params)
+        scored = TOKENS if params.prompt_logprobs is not None else int(bool(params.continuations))
+        rows.append(ScheduledSequence(sequence, TOKENS, samples=True, num_scored=scored))
+    results = stepper.runner.start(Batch(rows)).results()
+    for row in rows:
+        stepper.release(row.sequence)
+    return results
+
+
+@pytest.mark.parametrize("other", OF_THE_HOST, ids=["digests", "many logprobs", "continuations"])
+def test_a_row_is_told_the_same_beside_one_that_is_the_hosts(stepper: Stepper, other: SamplingParams) -> None:
+    for first in range(0, 90, 30):
+        for params in ASKED:
+            alone = told(stepper, first, params)
+            assert alone[0].error is None
+            assert told(stepper, first, params, other)[0] == alone[0]
+
+
+@pytest.mark.parametrize(("ranks", "adapters"), [(16, 8), (32, 8), (512, 1)])
+def test_the_start_checks_no_more_adapters_together_than_a_request_may_name(
+    files: Path, ranks: int, adapters: int
+) -> None:
+    config = replace(STEPS, max_ranks=ranks, max_adapters=adapters)
+    stepper = stepper_of(files, 64, config)
+    model, device = stepper.runner._model, stepper.device
+    checker = Checker(
+        stepper.runner, stepper.slots, model, vocabulary=VOCABULARY, num_blocks=32, config=config, device=device
+    )
+    assert checker.run().batch_invariant
+
+
+@pytest.mark.parametrize("in_use", [True, False])
+def test_a_step_under_way_keeps_its_adapter_while_the_next_step_loads_one(files: Path, in_use: bool) -> None:
+    """Into the same slot, when the copies are made as early as they may be; or beside it, before the step is done."""
+    stepper = stepper_of(files, 16, STEPS)
+    sizes = {path: (layer.arena.a.shape[1], layer.arena.bt.shape[1]) for path, layer in stepper.slots.layers.items()}
+    for version, factor in (("old", 0.02), ("new", -0.02)):
+        modules = {
+            path: (torch.full((8, a), factor).bfloat16(), torch.arange(bt).expand(8, bt).bfloat16() / bt)
+            for path, (a, bt) in sizes.items()
+        }
+        stepper.host[version] = HostAdapter(
+            version, 8, 0, {path: (a, bt.contiguous()) for path, (a, bt) in modules.items()}
+        )
+    slot, free = Slot(0, 8), Slot(8, 8)
+
+    def start(version: str, slot: Slot, in_use: bool = True) -> StartedStep:
+        sequence = stepper.sequence(version, range(9, 9 + TOKENS), slot, ASKED[0])
+        row = ScheduledSequence(sequence, TOKENS, samples=True)
+        started = stepper.runner.start(Batch([row], [SlotLoad(slot, version, in_use)]))
+        stepper.release(sequence)
+        return started
+
+    expected = {version: start(version, slot).results() for version in ("new", "old")}
+    assert expected["new"] != expected["old"]
+    first, second = start("old", slot), start("new", slot if in_use else free, in_use)
+    copies = stepper.slots._copy
+    assert isinstance(copies, StagedCopySlot) and isinstance(stepper.device, EmulatedDevice)
+    done = stepper.device.current.done
+    copies._stream.synchronize()
+    assert (stepper.device.current.done > done) == in_use, "it waits for the step where it must"
+    assert [first.results(), second.results()] == [expected["old"], expected["new"]]
