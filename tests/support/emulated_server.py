@@ -96,6 +96,7 @@ def emulated_server(device: EmulatedDevice, config: ServeConfig) -> Iterator[Emu
 
     with (
         patch.object(build, "device_of", lambda wanted, note: device),
+        patch.object(build, "kernels_of", lambda environ: None),  # instruction sets are not of this device
         patch.object(build, "build", built),
         patch.object(process, "_stop_on_signals", stop_event),
         patch.object(process, "_leave", leave),
