@@ -141,13 +141,17 @@ def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
             known[w.codes.data_ptr()] = w, weight
         return known[w.codes.data_ptr()][1]
 
-    def nf4_product(launch: Launch, y: torch.Tensor, x: torch.Tensor, w: Nf4Weights, sums: torch.Tensor) -> None:
+    def nf4_product(
+        launch: Launch, y: torch.Tensor, x: torch.Tensor, w: Nf4Weights, sums: torch.Tensor, *, row_tiles: Any
+    ) -> None:
         launch(_Plain(lambda y, x: y.copy_(x.float() @ weight_of(w).t())), (1,), y, x)
 
     def nf4_dequantize(launch: Launch, to: torch.Tensor, w: Nf4Weights) -> None:
         launch(_Plain(lambda to: to.copy_(weight_of(w))), (1,), to)
 
-    def dense_product(launch: Launch, y: torch.Tensor, x: torch.Tensor, w: torch.Tensor, sums: torch.Tensor) -> None:
+    def dense_product(
+        launch: Launch, y: torch.Tensor, x: torch.Tensor, w: torch.Tensor, sums: torch.Tensor, *, row_tiles: Any
+    ) -> None:
         launch(_Plain(lambda y, x, w: y.copy_(x.float() @ w.float().t())), (1,), y, x, w)
 
     for function in (nf4_product, nf4_dequantize, dense_product):

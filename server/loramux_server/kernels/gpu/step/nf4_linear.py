@@ -11,7 +11,7 @@ from loramux_adapters.device.device import Device
 from loramux_server.kernels.attention.kv_cache import KVShape
 from loramux_server.kernels.decoder.description import Kinds
 from loramux_server.kernels.gpu.nf4 import Nf4Weights, nf4_product, why_not
-from loramux_server.kernels.gpu.split_sums import scratch_numbers
+from loramux_server.kernels.gpu.split_sums import row_tiles_of, scratch_numbers
 from loramux_server.kernels.layers.nf4_linear import four_bit_layers
 from loramux_server.kernels.layers.packed_embedding import put
 
@@ -58,7 +58,8 @@ class TritonNF4Linear(nn.Linear):
         numbers = scratch_numbers(len(rows), self.in_features, self.out_features)
         scratch = self._device.scratch((max(numbers, 1),), torch.float32)
         y = self._device.scratch((len(rows), self.out_features), x.dtype)
-        nf4_product(self._device.launch, y, rows, self.nf4, scratch, bias=self.bias)
+        tiles = row_tiles_of(self._device.capability)
+        nf4_product(self._device.launch, y, rows, self.nf4, scratch, bias=self.bias, row_tiles=tiles)
         return y.view(*x.shape[:-1], self.out_features)
 
 

@@ -12,6 +12,7 @@ thousands. Weights get no gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from loramux_adapters.device.device import Device
 from loramux_adapters.training.model.fused_linear import FrozenWeight
 from loramux_server.kernels.gpu.dense import dense_product
 from loramux_server.kernels.gpu.nf4 import nf4_dequantize, nf4_product
-from loramux_server.kernels.gpu.split_sums import scratch_numbers
+from loramux_server.kernels.gpu.split_sums import row_tiles_of, scratch_numbers
 from loramux_server.kernels.gpu.step.nf4_linear import TritonNF4Linear
 
 MOST_BYTES = 64 * 2**20  # of what a part of the rows needs beside its result
@@ -36,15 +37,7 @@ class TrainedNF4Linear(TritonNF4Linear):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows, in] of any float dtype -> [rows, out] fp32."""
-        device, rows, outputs = self._device, len(x), self.out_features
-        x = x.to(device.activations).contiguous()
-        y = device.scratch((rows, outputs), torch.float32)
-        together = rows_together(4 * scratch_numbers(_TOGETHER, self.in_features, outputs), rows)
-        sums = device.scratch((max(1, scratch_numbers(together, self.in_features, outputs)),), torch.float32)
-        for first in range(0, rows, together):
-            some = slice(first, first + together)
-            nf4_product(device.launch, y[some], x[some], self.nf4, sums)
-        return y
+        return _some_rows_at_a_time(self._device, nf4_product, x, self.nf4, self.out_features)
 
     def product_transposed(self, dy: torch.Tensor) -> torch.Tensor:
         """dy [rows, out] fp32 -> [rows, in] fp32."""
@@ -81,15 +74,7 @@ class TrainedDense(nn.Linear):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows, in] of any float dtype -> [rows, out] fp32, without the bias."""
-        device, rows, outputs = self._device, len(x), self.out_features
-        x, weight = x.to(device.activations).contiguous(), self._rounded()
-        y = device.scratch((rows, outputs), torch.float32)
-        together = rows_together(4 * scratch_numbers(_TOGETHER, self.in_features, outputs), rows)
-        sums = device.scratch((max(1, scratch_numbers(together, self.in_features, outputs)),), torch.float32)
-        for first in range(0, rows, together):
-            some = slice(first, first + together)
-            dense_product(device.launch, y[some], x[some], weight, sums)
-        return y
+        return _some_rows_at_a_time(self._device, dense_product, x, self._rounded(), self.out_features)
 
     def product_transposed(self, dy: torch.Tensor) -> torch.Tensor:
         """dy [rows, out] fp32 -> [rows, in] fp32."""
@@ -101,6 +86,21 @@ class TrainedDense(nn.Linear):
 
     def _rounded(self) -> torch.Tensor:
         return self._device.put(self._held.unpacked(self._device.activations))
+
+
+def _some_rows_at_a_time(
+    device: Device, product: Callable[..., None], x: torch.Tensor, weight: Any, outputs: int
+) -> torch.Tensor:
+    """x [rows, in] of any float dtype -> [rows, out] fp32, by `nf4_product` or `dense_product` in bounded scratch."""
+    rows, inputs = x.shape
+    x, tiles = x.to(device.activations).contiguous(), row_tiles_of(device.capability)
+    y = device.scratch((rows, outputs), torch.float32)
+    together = rows_together(4 * scratch_numbers(_TOGETHER, inputs, outputs), rows)
+    sums = device.scratch((max(1, scratch_numbers(together, inputs, outputs)),), torch.float32)
+    for first in range(0, rows, together):
+        some = slice(first, first + together)
+        product(device.launch, y[some], x[some], weight, sums, row_tiles=tiles)
+    return y
 
 
 def rounded_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
