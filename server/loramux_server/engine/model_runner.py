@@ -86,8 +86,10 @@ class ModelRunner:
             with device.used():
                 step = kernels.compile_step(model, cache, limits, progress)
             self.decoder, self.why_by_modules = (None, step) if isinstance(step, str) else (step, "")
+        self._chooser: ChoosingStep | None = None  # the whole step, where it chooses tokens
         sampling = kernels.sampling
         if isinstance(self.decoder, ChoosingStep) and self.decoder.chooses:
+            self._chooser = self.decoder
             sampling = AskedSampling(self.decoder.answer, self.decoder.most_asks)
         self._sampler = Sampler(sampling)
 
@@ -103,18 +105,18 @@ class ModelRunner:
                 self._load(load)
                 load.seconds = time.perf_counter() - started
             rows = [row for row in batch.rows if row.num_logits]
-            decoder = self.decoder
-            if isinstance(decoder, ChoosingStep) and decoder.chooses and all(map(can_be_asked, rows)):
+            chooser = self._chooser
+            if chooser is not None and all(map(can_be_asked, rows)):
                 questions = StepQuestions(rows, self._sampler)
-                if len(questions.asks) <= decoder.most_asks:
-                    return self._started(decoder, batch, questions)
+                if len(questions.asks) <= chooser.most_asks:
+                    return self._started(chooser, batch, questions)
             results = self._finished(batch, rows)
             self._places = {}
             return StartedStep(lambda: results, ahead=False)
 
-    def _started(self, decoder: ChoosingStep, batch: Batch, questions: StepQuestions) -> StartedStep:
+    def _started(self, chooser: ChoosingStep, batch: Batch, questions: StepQuestions) -> StartedStep:
         tokens, _, heads, step, lora, head = self._inputs(batch)
-        answers = decoder.start(tokens, heads, step, lora, head, questions.asks)
+        answers = chooser.start(tokens, heads, step, lora, head, questions.asks)
         self._places = questions.places
 
         def results() -> list[RowResult]:

@@ -69,7 +69,7 @@ class Sampler:
         return results
 
     def ask(self, at: int, row: ScheduledSequence) -> Ask:
-        """How the next token of a sequence is chosen, for a step that does so itself; `at`: its row of the logits."""
+        """How the next token of a sequence is chosen, by whomever; `at`: its row of the logits."""
         params = row.sequence.params
         if params.forced:
             return Ask(at, token=params.forced[row.reply_index], top=params.logprobs)
@@ -95,13 +95,13 @@ class Sampler:
         for start, row in asked:
             if not row.samples:
                 continue
-            last, params = start + row.num_logits - 1, row.sequence.params
-            if params.forced:
-                chosen[last] = params.forced[row.reply_index]
-            elif params.temperature == 0:
-                chosen[last] = greedy[last]
+            ask = self.ask(start + row.num_logits - 1, row)
+            if ask.token is not None:
+                chosen[ask.row] = ask.token
+            elif ask.draw is None:
+                chosen[ask.row] = greedy[ask.row]
             else:
-                draws.append(self._draw(last, row))
+                draws.append(ask.draw)
         if draws:
             drawn = self._sampling.draw(logits, draws)
             chosen.update((draw.row, token) for draw, token in zip(draws, drawn, strict=True))
@@ -125,7 +125,7 @@ def asks_first_token(row: ScheduledSequence) -> bool:
     return chosen and params.logprobs is None and not params.digests
 
 
-class _Question(NamedTuple):
+class Question(NamedTuple):
     """What is asked of the model's own distribution, before temperature and filters.
 
     Attributes:
@@ -138,24 +138,30 @@ class _Question(NamedTuple):
     top: int
 
 
-def _questions(start: int, row: ScheduledSequence, chosen: dict[int, int]) -> list[_Question]:
+def _questions(start: int, row: ScheduledSequence, chosen: dict[int, int]) -> list[Question]:
     """What is reported of one scheduled sequence: of the token that is chosen, then of text that it scores.
 
-    start: the first of its rows of the logits; text is scored at the last of them, in the order of `scored_at`.
+    start: the first of its rows of the logits.
     """
-    sequence, params = row.sequence, row.sequence.params
-    last, end = start + row.num_logits - 1, row.first + row.num_tokens
+    params, last = row.sequence.params, start + row.num_logits - 1
+    of_chosen = [Question(last, chosen[last], params.logprobs)] if row.samples and params.logprobs is not None else []
+    return of_chosen + scored(row, last)
+
+
+def scored(row: ScheduledSequence, last: int) -> list[Question]:
+    """What is asked of the text that a scheduled sequence scores, in the order of `scored_at`; `last`: its last row of
+    the logits.
+    """
+    sequence, end = row.sequence, row.first + row.num_tokens
     questions = []
-    if row.samples and params.logprobs is not None:
-        questions.append(_Question(last, chosen[last], params.logprobs))
     for position in range(end - row.num_scored, end):
-        top = params.prompt_logprobs or 0 if position < len(sequence.prompt) - 1 else 0
-        questions += [_Question(last - (end - 1 - position), token, top) for token in sequence.scored_at(position)]
+        top = sequence.params.prompt_logprobs or 0 if position < len(sequence.prompt) - 1 else 0
+        questions += [Question(last - (end - 1 - position), token, top) for token in sequence.scored_at(position)]
     return questions
 
 
 def _answers(
-    sampling: Sampling, logits: torch.Tensor, greedy: list[int], questions: list[_Question]
+    sampling: Sampling, logits: torch.Tensor, greedy: list[int], questions: list[Question]
 ) -> list[TokenLogprob]:
     """In the order of the questions."""
     if not questions:

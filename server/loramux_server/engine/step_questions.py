@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from loramux_server.engine.sampler import Sampler
+from loramux_server.engine.sampler import Sampler, scored
 from loramux_server.engine.scheduling.sequence import NOT_FINITE, RowResult, ScheduledSequence, TokenLogprob
 from loramux_server.kernels.decoder.asks import MOST_LIKELY, Answers, Ask
 
@@ -61,7 +61,9 @@ class StepQuestions:
             last = first + row.num_logits - 1
             if row.samples:
                 asked.chooses = self.places[row.sequence.id] = self._ask(sampler.ask(last, row))
-            self._score(asked, last)
+            asked.scores = [
+                (self._ask(Ask(one.row, token=one.token, top=one.top)), one.top) for one in scored(row, last)
+            ]
             if row.num_scored:
                 self._check(asked, first, last)
             first = last + 1
@@ -71,14 +73,6 @@ class StepQuestions:
         known = {self.asks[place].row for place, _ in asked.scores}
         known |= set() if asked.chooses is None else {last}
         asked.checks = [self._ask(Ask(at)) for at in range(first, last + 1) if at not in known]
-
-    def _score(self, asked: _AskedRow, last: int) -> None:
-        row, sequence = asked.row, asked.row.sequence
-        end = row.first + row.num_tokens
-        for position in range(end - row.num_scored, end):
-            top = sequence.params.prompt_logprobs or 0 if position < len(sequence.prompt) - 1 else 0
-            for token in sequence.scored_at(position):
-                asked.scores.append((self._ask(Ask(last - (end - 1 - position), token=token, top=top)), top))
 
     def _ask(self, ask: Ask) -> int:
         self.asks.append(ask)

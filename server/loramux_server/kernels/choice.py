@@ -122,8 +122,11 @@ def choose_kernels(device: Device, request: str | None = None, shape: KVShape | 
         request = device.kernels
         if request == "native" and native_library() is None:
             request = "tensor"
-        if request == "triton" and _why_no_triton(device):
-            request = "cuda"
+        if request == "triton":
+            try:
+                return _triton(device, shape)
+            except _Unavailable:  # `why_not_compiled` says why
+                request = "cuda"
     check_name(request)
     try:
         return _sets()[request](device, shape)

@@ -19,9 +19,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.device.device import Device
 from loramux_server.kernels.layers.packed_embedding import Widened, factor_of
 
+_CPU = CpuDevice()
 _NEAR = 1e-5  # relative difference of the same numbers, summed in another order
 _NEAR_PRODUCT = {
     torch.float32: 1e-3,
@@ -99,9 +101,9 @@ def norm_of(module: Any, formulas: Formulas) -> RMSNorm | None:
 
 
 def mlp_of(
-    module: Any, formulas: Formulas, dtype: torch.dtype = torch.float32, device: Device | None = None
+    module: Any, formulas: Formulas, dtype: torch.dtype = torch.float32, device: Device = _CPU
 ) -> GatedMLP | None:
-    """What an MLP computes; None for other modules. `dtype`: of its rows; `device`: another than the CPU."""
+    """What an MLP computes; None for other modules. `dtype`: of its rows; `device`: where its layers lie."""
     activation = module._modules.get("act_fn", module._modules.get("activation_fn"))
     fused = "gate_up_proj" in module._modules
     gates = ("gate_up_proj",) if fused else ("gate_proj", "up_proj")
@@ -128,19 +130,15 @@ def gate_and_up(module: Any, fused: bool, x: torch.Tensor) -> tuple[torch.Tensor
     return module.gate_proj(x).contiguous(), module.up_proj(x).contiguous()
 
 
-def _whole(module: Any, found: GatedMLP, formulas: Formulas, dtype: torch.dtype, device: Device | None) -> bool:
+def _whole(module: Any, found: GatedMLP, formulas: Formulas, dtype: torch.dtype, device: Device) -> bool:
     """Whether the module as a whole computes this."""
-    put, take = (_same, _same) if device is None else (device.put, device.take)
+    put, take = device.put, device.take
     first = module.gate_up_proj if found.fused else module.gate_proj
     x = put(inputs(4, first.in_features).to(dtype))
     its = take(module.forward(x))
     g, u = (take(part).float() for part in gate_and_up(module, found.fused, x))
     ours = take(module.down_proj(put(formulas.gated(g, u, found.gelu).to(dtype))))
     return bool((ours - its).norm() <= _NEAR_PRODUCT[dtype] * its.norm())
-
-
-def _same(x: torch.Tensor) -> torch.Tensor:
-    return x
 
 
 @torch.no_grad()

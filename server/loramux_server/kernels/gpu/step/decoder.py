@@ -78,6 +78,7 @@ class GpuDecoder:
         logits: [sizes.samples, vocabulary] fp32, of the step that ran last.
         operations: what a step is made of; may be changed between steps, before any is captured.
         row_tiles: rows of a product's programs.
+        angles: cos and sin [positions, pairs] fp32 of each table that layers name.
         sampling: what `start` chooses tokens with; None where the vocabulary is larger than LARGEST_VOCABULARY.
         chooses: there is `start`; False: there is `forward` alone, as `sampling` is None.
         most_asks: of one `start`.
@@ -111,7 +112,7 @@ class GpuDecoder:
         if description.vocabulary <= LARGEST_VOCABULARY:
             self.sampling = StepSampling(device, SamplingSizes(sizes.samples, description.vocabulary), self.tables.asks)
         self.chooses, self.most_asks = self.sampling is not None, sizes.samples
-        self._angles = self._known_angles()
+        self.angles = self._known_angles()
         self._take_memory()
 
     def _known_angles(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -124,7 +125,7 @@ class GpuDecoder:
 
     def _take_memory(self) -> None:
         of, rows, samples, device = self.description, self.sizes.rows, self.sizes.samples, self.device
-        act, fp32 = self.cache.k[0].dtype, torch.float32
+        act, fp32 = self.activations, torch.float32
         widest = max(max(s.qkv.outputs, s.gate_up.outputs) for s in self._stacks)
         inner, queries = max(s.down.inputs for s in self._stacks), of.heads * of.head_dim
         self._tokens = device.scratch((rows,), torch.int32)
@@ -136,7 +137,7 @@ class GpuDecoder:
         self._sampled = device.scratch((samples, queries), act)
         self.logits = device.scratch((samples, of.vocabulary), fp32)
         together = min(rows, PRODUCT_ROWS)
-        products = [stack for s in self._stacks for stack in (s.qkv, s.o, s.gate_up, s.down)] + [self._head]
+        products = self._all_stacks
         sums = max(scratch_numbers(together, stack.inputs, stack.outputs) for stack in products)
         deltas = max(
             [
@@ -157,11 +158,6 @@ class GpuDecoder:
         return self.cache.k[0].dtype
 
     @property
-    def angles(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """cos and sin [positions, pairs] fp32 of each table that layers name."""
-        return self._angles
-
-    @property
     def products(self) -> list[tuple[str, Stack, torch.dtype]]:
         """All of a step, each with the name of its layers and the dtype of its results; the output head is the last."""
         found = []
@@ -175,8 +171,12 @@ class GpuDecoder:
     @property
     def targets(self) -> list[LoraTarget]:
         """The adapters' memory of all layers that adapters can target, in the order of the layers."""
-        layers = [stack for s in self._stacks for stack in (s.qkv, s.o, s.gate_up, s.down)]
-        return [target for stack in (*layers, self._head) for target in stack.targets]
+        return [target for stack in self._all_stacks for target in stack.targets]
+
+    @property
+    def _all_stacks(self) -> list[Stack]:
+        """In the order of the layers, the output head last."""
+        return [*(stack for s in self._stacks for stack in (s.qkv, s.o, s.gate_up, s.down)), self._head]
 
     def start(
         self,
@@ -318,7 +318,7 @@ class GpuDecoder:
         stack = self._stacks[index].qkv
         qkv = _dense(self._wide, shape.rows, stack.outputs)
         self._product(qkv, n, stack, self.tables.lora if shape.lora else None)
-        cos, sin = self._angles[layer.rotary] if layer.rotary >= 0 else (None, None)
+        cos, sin = self.angles[layer.rotary] if layer.rotary >= 0 else (None, None)
         k, v = self.cache.k[index], self.cache.v[index]
         self.operations.rotate_and_write(
             self._launch,
