@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from loramux_adapters.lora.affine import BaseWeights
     from loramux_adapters.lora.weights import ConvertPairs
 
 
@@ -23,8 +24,11 @@ class BaseInfo:
         convert: the kernel that turns a file's numbers into served ones (lora/weights.py); None: tensors do.
         tensor_equals: (parameter name in the base, tensor) -> True only if the base holds exactly that tensor; used to
             accept, and then drop, copies of base weights that peft writes beside an adapter.
+        weights: its layers as they are served, which some adapters change by more than A and B; None: not here.
         own_template: directory -> the chat template that the adapter in it brings in place of the base's; raises
             `AdapterRejected` for a tokenizer that is not the base's (chat/tokenizer_files.py).
+        module_of: what an adapter calls a module -> its path here; None where it is of a part of the model that is not
+            served (the vision tower of one that takes images). Its own paths stay as they are.
     """
 
     base_id: str
@@ -32,3 +36,5 @@ class BaseInfo:
     tensor_equals: Callable[[str, torch.Tensor], bool] = field(default=lambda name, tensor: False)
     convert: ConvertPairs | None = None
     own_template: Callable[[Path], str | None] = field(default=lambda directory: None)
+    module_of: Callable[[str], str | None] = field(default=lambda path: path)
+    weights: BaseWeights | None = None

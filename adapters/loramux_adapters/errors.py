@@ -4,6 +4,7 @@ AdapterError
 ├── InvalidAdapterName        the name breaks the naming rule
 ├── AdapterNotFound           no adapter of that name, or no version with that digest prefix
 ├── AdapterRejected           the files cannot be served on this base; carries every reason
+│   └── VectorsNotServed      they can, but not on this device
 ├── AdapterTooLarge           more bytes than the operator allows
 ├── BaseMismatch              made for another base model
 ├── RollbackImpossible        there is no version to go back to, or it cannot be served
@@ -47,6 +48,18 @@ class AdapterRejected(AdapterError):
     def __init__(self, reasons: Sequence[str]) -> None:
         self.reasons = list(reasons)
         super().__init__("; ".join(self.reasons))
+
+
+class VectorsNotServed(AdapterRejected):
+    """It has magnitudes, biases or output scales, for which there are kernels on the CPU alone."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            [
+                "the adapter has magnitudes (use_dora), biases or output scales, which are served on the CPU only, and "
+                "this server runs on a card"
+            ]
+        )
 
 
 class AdapterTooLarge(AdapterError):

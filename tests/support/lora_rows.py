@@ -12,13 +12,18 @@ SCALES = [0.7, -1.5, 1.0, 0.0, 0.25]
 RANKS = [8, 16, 32, 64, 8, 16, 32, 8, 8, 16, 8, 8]
 
 
-def make_arena(inputs: int, outputs: int) -> Arena:
+def make_arena(inputs: int, outputs: int, *, affine: bool = False) -> Arena:
+    """`affine`: one slot of three has gain and shift alone, one has A and B too."""
     generator = torch.Generator().manual_seed(0)
-    targeted = torch.ones(ROWS // SMALLEST_RANK, dtype=torch.uint8)
+    groups = ROWS // SMALLEST_RANK
+    targeted = torch.ones(groups, dtype=torch.uint8)
+    if affine:
+        targeted = 1 + torch.arange(groups, dtype=torch.uint8) % 3
     return Arena(
         (torch.randn(ROWS, inputs, generator=generator) / inputs**0.5).bfloat16(),
         (torch.randn(ROWS, outputs, generator=generator) * 0.1).bfloat16(),
         targeted,
+        torch.randn(groups, 2, outputs, generator=generator) * 0.3 if affine else None,
     )
 
 

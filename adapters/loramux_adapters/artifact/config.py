@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from loramux_adapters.artifact.pattern_table import PatternTable
 from loramux_adapters.artifact.patterns import Budget, Pattern, PatternRefused
@@ -18,29 +18,32 @@ from loramux_adapters.errors import AdapterRejected
 CONFIG_FILE = "adapter_config.json"
 BASE_ID_KEY = "loramux_base_id"
 CONVERTED_KEY = "loramux_converted_from"  # what a converted adapter was, in words
+SOURCE_KEY = "loramux_source"  # where it was fetched from, in words
 MAX_CONFIG_BYTES = 2**20
 MAX_ALPHA = 1e6
 MAX_RANK = 65_536
 MAX_NAMES = 4096
 MAX_LAYER_LISTS = 16
+MAX_TRAINED_TOKENS = 65536
 MAX_NAME_LENGTH = 1024
 _SHOWN = 8  # names in a message
 
 # Read below, each with its own check.
 _READ = frozenset(
     "peft_type task_type r lora_alpha use_rslora rank_pattern alpha_pattern bias init_lora_weights target_modules "
-    "exclude_modules layers_to_transform layers_pattern modules_to_save base_model_name_or_path".split()
-) | {BASE_ID_KEY, CONVERTED_KEY}
+    "exclude_modules layers_to_transform layers_pattern modules_to_save base_model_name_or_path use_dora "
+    "lora_bias trainable_token_indices ensure_weight_tying".split()
+) | {BASE_ID_KEY, CONVERTED_KEY, SOURCE_KEY}
 # Fields that matter in training only, or say nothing about the weights. Their values are never looked at.
 _INFORMATIONAL = frozenset(
     "auto_mapping revision peft_version inference_mode lora_dropout loftq_config eva_config corda_config "
-    "lora_ga_config runtime_config ephemeral_gpu_offload megatron_core qalora_group_size ensure_weight_tying "
+    "lora_ga_config runtime_config ephemeral_gpu_offload megatron_core qalora_group_size "
     "merge_weights _name_or_path transformers_version".split()
 )
 # Options of PEFT, of whichever release, that are off while they are empty, and not served otherwise.
 _OFF_WHILE_EMPTY = frozenset(
-    "fan_in_fan_out megatron_config trainable_token_indices use_dora velora_config alora_invocation_tokens use_qalora "
-    "monteclora_config layer_replication lora_bias target_parameters use_bdlora arrow_config kasa_config "
+    "fan_in_fan_out megatron_config velora_config alora_invocation_tokens use_qalora "
+    "monteclora_config layer_replication target_parameters use_bdlora arrow_config kasa_config "
     "enable_lora".split()
 )
 # Any other key is accepted, with a note, while its value says nothing by itself: null, false, zero or empty.
@@ -50,7 +53,18 @@ _TASKS: Mapping[str, str | None] = {
     "SEQ_2_SEQ_LM": "task_type is SEQ_2_SEQ_LM, but the weights are a decoder's: they are served as CAUSAL_LM",
 }
 _HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-_PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")  # the others change the base weights, or the maths
+# The others change the base weights, or the maths.
+_PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "lora_fa")
+# They take the first A and B out of the base's weights, so the file is a difference to a base that nobody serves.
+_RESIDUAL_INITS = re.compile("pissa(_niter_[0-9]+)?|olora|corda|lora_ga|loftq")
+_HOW_TO_CONVERT = (
+    "which was trained on a base without its first A and B: have peft write it as a difference to the base itself, "
+    "model.save_pretrained(directory, path_initial_model_for_weight_conversion=...) with the adapter as it was before "
+    "training"
+)
+_LOFTQ_ONCE = {"loftq_bits": 4, "loftq_iter": 1}  # then that base is the weights in NF4, as they are served
+_CONVERTED = ("ADALORA", "VERA", "IA3")  # artifact/other_kinds.py
+_BIASES = {None: False, "none": False, "all": True, "lora_only": True}
 _BASE_ID = re.compile("[0-9a-f]{64}")
 
 
@@ -60,18 +74,27 @@ class AdapterConfig:
 
     Attributes:
         rank, alpha: where no pattern says otherwise.
+        use_dora: every module has a magnitude, by which its changed weight's columns are scaled.
+        lora_bias: every lora_B has a bias.
+        trains_biases: biases of the base were trained, and replace its own.
         rank_pattern, alpha_pattern: exceptions by module pattern.
         target_modules: as written: names, a pattern or "all-linear", or None.
         rule: `target_modules` and its companions, ready to be asked.
         base_model_name: as written; a label for people.
         base_id: of the base it was made for, hex; None if it does not say.
         modules_to_save: modules that were trained as a whole, if any; their weights would be in the file.
+        trained_tokens: name of a module -> the tokens whose rows were trained, in the order of the file; "" is the
+            input embedding.
+        ties_weights: what was trained of an embedding holds for an output head that shares its weight.
         notes: what was accepted and is worth a word.
     """
 
     rank: int
     alpha: float
     use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    trains_biases: bool = False
     rank_pattern: PatternTable[int] = field(default_factory=lambda: PatternTable({}))
     alpha_pattern: PatternTable[float] = field(default_factory=lambda: PatternTable({}))
     target_modules: tuple[str, ...] | str | None = None
@@ -79,6 +102,8 @@ class AdapterConfig:
     base_model_name: str | None = None
     base_id: str | None = None
     modules_to_save: tuple[str, ...] = ()
+    trained_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    ties_weights: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -100,6 +125,14 @@ def scale_of(config: AdapterConfig, module: str, rank: int) -> float:
     """The factor on B A for the module at this path: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
     alpha = config.alpha_pattern.match(module, config.alpha)
     return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+
+
+def trained_tokens_of(config: AdapterConfig, module: str) -> tuple[int, ...]:
+    """The tokens whose rows were trained in the module at this path, in the order of the file."""
+    for name, tokens in config.trained_tokens.items():
+        if name and (module == name or module.endswith(f".{name}")):
+            return tokens
+    return config.trained_tokens.get("", ())
 
 
 def check_base_id(value: object) -> str | None:
@@ -124,6 +157,9 @@ class _ConfigReader:
     def read(self) -> AdapterConfig:
         self._check_kind()
         self._check_unread()
+        source = self._text(SOURCE_KEY)
+        if source:
+            self._notes.append(f"fetched from {quoted(source, 160)[1:-1]}")
         converted_from = self._text(CONVERTED_KEY)
         if converted_from:
             self._notes.append(f"converted from {quoted(converted_from, 160)[1:-1]}")
@@ -131,6 +167,9 @@ class _ConfigReader:
             rank=self._rank("r", self._fields.get("r")),
             alpha=self._alpha("lora_alpha", self._fields.get("lora_alpha")),
             use_rslora=self._flag("use_rslora"),
+            use_dora=self._flag("use_dora"),
+            lora_bias=self._flag("lora_bias"),
+            trains_biases=self._trains_biases(),
             rank_pattern=self._table("rank_pattern", self._rank),
             alpha_pattern=self._table("alpha_pattern", self._alpha),
             target_modules=self._target_modules(),
@@ -138,6 +177,8 @@ class _ConfigReader:
             base_model_name=self._text("base_model_name_or_path"),
             base_id=self._base_id(),
             modules_to_save=self._modules_to_save(),
+            trained_tokens=self._trained_tokens(),
+            ties_weights=self._flag("ensure_weight_tying"),
             notes=tuple(self._notes),
         )
         if self._reasons:
@@ -151,16 +192,31 @@ class _ConfigReader:
         peft_type = self._fields.get("peft_type")
         if peft_type is None and "lora_parameters" in self._fields:
             self._refuse("peft_type", "is missing; this is a config of mlx-lm, which an upload converts")
+        elif peft_type in _CONVERTED:
+            self._refuse("peft_type", f"is {peft_type}, which a server converts when it is uploaded: push it to one")
         elif peft_type != "LORA":
             self._refuse("peft_type", "is not LORA")
         self._check_task()
-        if self._fields.get("bias") not in (None, "none"):
-            self._refuse("bias", 'is not "none": trained biases are not served')
+        if self._fields.get("use_dora") is True and self._fields.get("lora_bias") is True:
+            self._refuse("lora_bias", "is true beside use_dora, which peft does not compute either")
         init = self._fields.get("init_lora_weights")
         if isinstance(init, str):
             init = init.lower()
-        if not any(init is plain or (isinstance(init, str) and init == plain) for plain in _PLAIN_INITS):
-            self._refuse("init_lora_weights", f"is {quoted(str(init), 40)}, which changes the base or is not known")
+        if init == "loftq" and self._fields.get("loftq_config") == _LOFTQ_ONCE:
+            self._notes.append(
+                "its A and B began with what NF4 loses of the base (LoftQ), and the base is served in NF4"
+            )
+        elif not any(init is plain or (isinstance(init, str) and init == plain) for plain in _PLAIN_INITS):
+            known = isinstance(init, str) and _RESIDUAL_INITS.fullmatch(init) is not None
+            why = _HOW_TO_CONVERT if known else "which changes the base or is not known"
+            self._refuse("init_lora_weights", f"is {quoted(str(init), 40)}, {why}")
+
+    def _trains_biases(self) -> bool:
+        value = self._fields.get("bias")
+        if value is None or (isinstance(value, str) and value in _BIASES):
+            return _BIASES[value]
+        self._refuse("bias", 'is none of "none", "all" and "lora_only"')
+        return False
 
     def _check_task(self) -> None:
         task = self._fields.get("task_type")
@@ -196,6 +252,24 @@ class _ConfigReader:
         if is_empty(self._fields.get("modules_to_save")):
             return ()
         return tuple(sorted(self._names("modules_to_save")))
+
+    def _trained_tokens(self) -> dict[str, tuple[int, ...]]:
+        value = self._fields.get("trainable_token_indices")
+        if is_empty(value):
+            return {}
+        named = value if isinstance(value, dict) else {"": value}
+        found: dict[str, tuple[int, ...]] = {}
+        for name, tokens in named.items():
+            ids: list[Any] = tokens if isinstance(tokens, list) and len(named) <= MAX_NAMES else []
+            if not 0 < len(ids) <= MAX_TRAINED_TOKENS or not all(is_int(token) and token >= 0 for token in ids):
+                self._refuse(
+                    "trainable_token_indices", f"is no list of up to {MAX_TRAINED_TOKENS} token ids, or none by module"
+                )
+            elif len(set(ids)) < len(ids):
+                self._refuse("trainable_token_indices", "names a token twice")
+            else:
+                found[name] = tuple(ids)
+        return found
 
     def _flag(self, name: str) -> bool:
         value = self._fields.get(name)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BufferedReader
 from pathlib import Path
+from typing import Literal, NamedTuple, TypeAlias
 
 from loramux_adapters.artifact.config import (
     CONFIG_FILE,
@@ -19,6 +21,12 @@ from loramux_adapters.artifact.config import (
     parse_config,
     rank_of,
     scale_of,
+    trained_tokens_of,
+)
+from loramux_adapters.artifact.generation_defaults import (
+    GENERATION_FILE,
+    GenerationDefaults,
+    read_generation_defaults,
 )
 from loramux_adapters.artifact.own_files import open_regular
 from loramux_adapters.artifact.safetensors_header import TensorSpec, read_header
@@ -31,6 +39,7 @@ __all__ = [
     "CHAT_TEMPLATE_FILE",
     "CONFIG_FILE",
     "FINGERPRINT_FILE",
+    "GENERATION_FILE",
     "KNOWN_FILES",
     "MLX_WEIGHTS_FILE",
     "PICKLES",
@@ -63,6 +72,7 @@ UPLOAD_PARTS: Mapping[str, str] = {  # of a form that carries an adapter, and th
     "weights": WEIGHTS_FILE,
     "card": CARD_FILE,
     "fingerprint": FINGERPRINT_FILE,
+    "generation_config": GENERATION_FILE,
     "chat_template": CHAT_TEMPLATE_FILE,
     "chat_template_json": "chat_template.json",
     "tokenizer": "tokenizer.json",
@@ -74,7 +84,7 @@ UPLOAD_PARTS: Mapping[str, str] = {  # of a form that carries an adapter, and th
     "merges": "merges.txt",
     "tokenizer_model": "tokenizer.model",
 }
-KNOWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, FINGERPRINT_FILE, CHAT_TEMPLATE_FILE)
+KNOWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, FINGERPRINT_FILE, CHAT_TEMPLATE_FILE, GENERATION_FILE)
 TOKENIZER_FILES = (  # looked at when an adapter comes in, and not kept
     "tokenizer.json",
     "tokenizer_config.json",
@@ -97,6 +107,8 @@ SOURCE_FILES = (  # what is taken of a directory that somebody else wrote
 _DIGEST_DOMAIN = b"loramux adapter 1\n"
 _CHUNK_BYTES = 2**20
 _SHOWN_NAMES = 8
+_OF_TOKENS: tuple[Literal["embedding_A", "embedding_B", "tokens"], ...] = ("embedding_A", "embedding_B", "tokens")
+_BESIDE: tuple[Literal["magnitude", "lora_bias", "scale"], ...] = ("magnitude", "lora_bias", "scale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +125,19 @@ class Pair:
         return self.a.shape[0]
 
 
+class Vector(NamedTuple):
+    """A tensor beside the pairs, under its name in the file; most have one number for each output of a linear layer."""
+
+    name: str
+    spec: TensorSpec
+
+
+VocabularyKind: TypeAlias = Literal["embedding_A", "embedding_B", "tokens", "whole"]
+Vocabulary: TypeAlias = Mapping[str, Mapping[VocabularyKind, Vector]]  # by the module's path; its tensors are matrices
+VectorKind: TypeAlias = Literal["magnitude", "lora_bias", "scale", "bias"]
+Vectors: TypeAlias = Mapping[str, Mapping[VectorKind, Vector]]  # by the module's path
+
+
 @dataclass
 class Layout:
     """What the tensors of a file are.
@@ -120,12 +145,45 @@ class Layout:
     Attributes:
         pairs: module path in the base -> its pair; complete and with equal rank on both sides.
         base_tensors: parameter name in the base -> tensor name in the file, for copies of base weights.
+        beside: module path -> what it has beside its pair, by its tensors' names.
+        biases: module path -> those of `base_tensors` that are its bias.
+        matrices: module path -> those of `base_tensors` that are its weight.
+        of_tokens: module path -> what there is of the vocabulary's.
         reasons: what does not fit together, one sentence each.
     """
 
     pairs: dict[str, Pair] = field(default_factory=dict)
     base_tensors: dict[str, str] = field(default_factory=dict)
+    beside: dict[str, dict[VectorKind, Vector]] = field(default_factory=dict)
+    biases: dict[str, Vector] = field(default_factory=dict)
+    matrices: dict[str, Vector] = field(default_factory=dict)
+    of_tokens: dict[str, dict[VocabularyKind, Vector]] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
+
+    def vocabulary(self, config: AdapterConfig) -> dict[str, dict[VocabularyKind, Vector]]:
+        """What was trained of embeddings and output heads, as far as names and config tell: matrices that the config
+        names in modules_to_save, and beside trained tokens or LoRA on an embedding all that peft saved whole.
+        """
+        found = {module: dict(kinds) for module, kinds in self.of_tokens.items()}
+        saved = {name.rpartition(".")[2] for name in config.modules_to_save}
+        for module, matrix in self.matrices.items():
+            if self.of_tokens or module.rpartition(".")[2] in saved:
+                found.setdefault(module, {})["whole"] = matrix
+        return found
+
+    @property
+    def scales(self) -> set[str]:
+        """Modules whose output is scaled."""
+        return {module for module, kinds in self.beside.items() if "scale" in kinds}
+
+    def vectors(self, config: AdapterConfig) -> dict[str, dict[VectorKind, Vector]]:
+        """What there is beside the pairs: DoRA's magnitudes, biases of lora_B, output scales, and biases of the base
+        where the config says that it trained them. The same module may have several, and no pair."""
+        found = {module: dict(kinds) for module, kinds in self.beside.items()}
+        if config.trains_biases:
+            for module, bias in self.biases.items():
+                found.setdefault(module, {})["bias"] = bias
+        return found
 
 
 def read_config(directory: Path) -> AdapterConfig:
@@ -163,7 +221,22 @@ def pair_up(specs: Mapping[str, TensorSpec]) -> Layout:
     layout = Layout()
     for path, names in _halves(specs, layout.reasons).items():
         if "base" in names:
-            layout.base_tensors[path] = names["base"]
+            layout.base_tensors[path] = name = names["base"]
+            module, _, last = path.rpartition(".")
+            if last == "bias":
+                layout.biases[module] = Vector(name, specs[name])
+            if last == "weight" and len(specs[name].shape) == 2:
+                layout.matrices[module] = Vector(name, specs[name])
+        of_tokens: dict[VocabularyKind, Vector] = {
+            kind: Vector(names[kind], specs[names[kind]]) for kind in _OF_TOKENS if kind in names
+        }
+        if of_tokens:
+            layout.of_tokens[path] = of_tokens
+        beside: dict[VectorKind, Vector] = {
+            kind: Vector(names[kind], specs[names[kind]]) for kind in _BESIDE if kind in names
+        }
+        if beside:
+            layout.beside[path] = beside
         if "A" not in names and "B" not in names:
             continue
         if "A" not in names or "B" not in names:
@@ -213,9 +286,10 @@ def _halves(specs: Iterable[str], reasons: list[str]) -> dict[str, dict[Kind, st
 class VersionDigest:
     """The version id, as an adapter's weights are read: sha256 over what it computes and over nothing else.
 
-    That is, in the order of module paths, the scale and both tensors (dtype, shape, bytes). The order of tensors in the
-    file, spelling of the config, training-only fields, card and fingerprint do not count. A chat template of its own
-    does: it changes what the adapter is asked.
+    That is, in the order of module paths, the scale and both tensors (dtype, shape, bytes), then the vectors beside
+    them, then what is of the vocabulary. The order of tensors in the file, spelling of the config, training-only
+    fields, card and fingerprint do not count. A chat template of its own does: it changes what the adapter is asked.
+    So do generation defaults: they change how it answers.
     """
 
     def __init__(self) -> None:
@@ -229,8 +303,30 @@ class VersionDigest:
     def update(self, data: bytes | memoryview) -> None:
         self._hash.update(data)
 
+    def vector(self, module: str, kind: VectorKind, spec: TensorSpec, data: bytes) -> None:
+        """After the pairs, in the order of paths and kinds."""
+        line = [module, kind, spec.dtype, spec.shape]
+        self._hash.update(b"vector " + json.dumps(line).encode() + b"\n" + data)
+
+    def of_tokens(self, config: AdapterConfig, module: str, kind: VocabularyKind, spec: TensorSpec) -> None:
+        """After the vectors, in the order of paths and kinds; `update` with all bytes of the tensor has to follow."""
+        line: list[object] = [module, kind, spec.dtype, spec.shape]
+        if kind == "tokens":
+            line += [trained_tokens_of(config, module), config.ties_weights]
+        elif kind == "whole":
+            line.append(config.ties_weights)
+        elif kind == "embedding_A" and spec.shape and spec.shape[0]:
+            line.append(scale_of(config, module, spec.shape[0]).hex())
+        self._hash.update(b"tokens " + json.dumps(line).encode() + b"\n")
+
+    def generation_defaults(self, defaults: GenerationDefaults) -> None:
+        """After the modules: what comes with them; says how long it is, so that no template could be taken for it."""
+        said = defaults.dump()
+        if said is not None:
+            self._hash.update(b"generation defaults %d\n" % len(said) + said)
+
     def chat_template(self, source: str | None) -> None:
-        """After the modules: a template that comes with them."""
+        """At the end: a template that comes with them."""
         if source is not None:
             self._hash.update(b"chat template\n" + source.encode())
 
@@ -253,8 +349,30 @@ def digest_of(config: AdapterConfig, directory: Path) -> str:
             digest.begin(module, pair, scale_of(config, module, pair.rank))
             for spec in (pair.a, pair.b):
                 _digest_bytes(digest, file, spec)
+        for module, kind, vector in in_order(layout.vectors(config)):
+            digest.vector(module, kind, vector.spec, read_vector(file.fileno(), vector.spec))
+        for module, of_tokens, matrix in tokens_in_order(layout.vocabulary(config)):
+            digest.of_tokens(config, module, of_tokens, matrix.spec)
+            _digest_bytes(digest, file, matrix.spec)
+    digest.generation_defaults(read_generation_defaults(directory))
     digest.chat_template(read_chat_template(directory))
     return digest.hexdigest()
+
+
+def has_digest(directory: Path, digest: str) -> bool:
+    """Whether a stored version's files have this digest, or had it when modules that were saved whole did not count.
+
+    Then these are copies of the base's: no other were taken. Raises `AdapterRejected`, OSError.
+    """
+    config = read_config(directory)
+    if digest_of(config, directory) == digest:
+        return True
+    return bool(config.modules_to_save) and digest_of(without_saved(config), directory) == digest
+
+
+def without_saved(config: AdapterConfig) -> AdapterConfig:
+    """The config as it was read when modules that were saved whole did not count."""
+    return replace(config, modules_to_save=())
 
 
 def _digest_bytes(digest: VersionDigest, file: BufferedReader, spec: TensorSpec) -> None:
@@ -266,3 +384,21 @@ def _digest_bytes(digest: VersionDigest, file: BufferedReader, spec: TensorSpec)
             raise AdapterRejected([f"{WEIGHTS_FILE} ended while it was read"])
         remaining -= len(chunk)
         digest.update(chunk)
+
+
+def in_order(vectors: Vectors) -> list[tuple[str, VectorKind, Vector]]:
+    """As a digest takes them."""
+    return [(module, kind, kinds[kind]) for module, kinds in sorted(vectors.items()) for kind in sorted(kinds)]
+
+
+def tokens_in_order(vocabulary: Vocabulary) -> list[tuple[str, VocabularyKind, Vector]]:
+    """As a digest takes them."""
+    return [(module, kind, kinds[kind]) for module, kinds in sorted(vocabulary.items()) for kind in sorted(kinds)]
+
+
+def read_vector(file: int, spec: TensorSpec) -> bytes:
+    """Its bytes, from an open file; raises `AdapterRejected`."""
+    data = os.pread(file, spec.nbytes, spec.offset)
+    if len(data) < spec.nbytes:
+        raise AdapterRejected([f"{WEIGHTS_FILE} ended while it was read"])
+    return data

@@ -1,8 +1,8 @@
 """An adapter as mlx-lm writes it -> the PEFT directory that computes the same.
 
 mlx-lm's adapter_config.json holds the settings of its training run, of which few matter here, and adapters.safetensors
-holds, for each linear layer, `<path>.lora_a` [in, r] and `<path>.lora_b` [r, out], whose product counts `scale` times.
-PEFT has both transposed, and divides its alpha by r.
+holds, for each linear layer, `<path>.lora_a` [in, r] and `<path>.lora_b` [r, out], whose product counts `scale` times,
+and for DoRA a magnitude `<path>.m` [out]. PEFT has both matrices transposed, and divides its alpha by r.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,6 +31,7 @@ from loramux_adapters.artifact.strict_json import StrictJSONError, is_int, is_nu
 from loramux_adapters.errors import AdapterRejected
 
 _HALVES = {".lora_a": "lora_A", ".lora_b": "lora_B"}
+_MAGNITUDE = ".m"
 _PIECE_BYTES = 32 * 2**20
 _MAX_TENSOR_BYTES = 512 * 2**20  # far more than any layer's: a larger one would be read many times
 _MAX_DIGITS = 6  # of a layer's number
@@ -46,27 +48,30 @@ def convert_mlx(directory: Path) -> None:
     if settings is None:
         return
     kind = settings.get("fine_tune_type") or ("dora" if settings.get("use_dora") else "lora")
-    if kind != "lora":
-        raise AdapterRejected([f"fine_tune_type of mlx-lm is {quoted(str(kind), 24)}: only its LoRA is served"])
+    if kind not in ("lora", "dora"):
+        what = quoted(str(kind), 24)
+        raise AdapterRejected([f"fine_tune_type of mlx-lm is {what}: only its LoRA and DoRA are served"])
     rank, scale = _rank_and_scale(settings)
     source = directory / MLX_WEIGHTS_FILE
     if not source.exists():
         source = directory / WEIGHTS_FILE
     tensors = read_header(source)
-    modules = _modules(tensors)
+    modules = _modules(tensors, kind)
     layers = _layers(modules, settings)
     alpha = _alpha(scale, rank)
     where = f", weights in {in_words(layers)}" if layers else ""
+    layout = "mlx-lm's DoRA" if kind == "dora" else "mlx-lm's layout"
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": rank,
         "lora_alpha": alpha,
+        "use_dora": kind == "dora",
         "target_modules": sorted({_name_in_layer(module) for module in modules}),
         "layers_to_transform": sorted(layers) or None,
         "base_model_name_or_path": settings.get("model") if isinstance(settings.get("model"), str) else None,
         BASE_ID_KEY: settings.get(BASE_ID_KEY),
-        CONVERTED_KEY: f"mlx-lm's layout: rank {rank}, scale {scale:g} as alpha {alpha:g}{where}",
+        CONVERTED_KEY: f"{layout}: rank {rank}, scale {scale:g} as alpha {alpha:g}{where}",
     }
     _write_transposed(source, tensors, directory / _PART)
     os.replace(directory / _PART, directory / WEIGHTS_FILE)
@@ -122,15 +127,18 @@ def _alpha(scale: float, rank: int) -> float:
     return next((value for value in near if value / rank == scale), alpha)
 
 
-def _modules(tensors: Mapping[str, TensorSpec]) -> set[str]:
-    """Raises `AdapterRejected` for a tensor that mlx-lm's LoRA does not have."""
+def _modules(tensors: Mapping[str, TensorSpec], kind: str) -> set[str]:
+    """Raises `AdapterRejected` for a tensor that mlx-lm's adapters of this kind do not have."""
     reasons = []
     modules = set()
     for name, spec in tensors.items():
         module, half = _split(name)
         if half is None:
-            what = "a DoRA magnitude" if name.endswith(".m") else "no LoRA weight of mlx-lm"
-            reasons.append(f"tensor {quoted(name)} is {what}, which is not served")
+            module = name.removesuffix(_MAGNITUDE)
+            if not name.endswith(_MAGNITUDE):
+                reasons.append(f"tensor {quoted(name)} is no LoRA weight of mlx-lm, which is not served")
+            elif kind != "dora" or len(spec.shape) != 1:
+                reasons.append(f"tensor {quoted(name)} is a DoRA magnitude, which does not fit fine_tune_type {kind}")
         elif len(spec.shape) != 2:
             reasons.append(f"tensor {quoted(name)} is of {len(spec.shape)} dimensions: LoRA of experts is not served")
         elif spec.nbytes > _MAX_TENSOR_BYTES:
@@ -188,7 +196,8 @@ def _write_transposed(source: Path, tensors: Mapping[str, TensorSpec], target: P
     position = 0
     for name, spec in tensors.items():
         module, half = _split(name)
-        header[f"base_model.model.{module}.{half}.weight"] = {
+        end = "lora_magnitude_vector" if half is None else f"{half}.weight"
+        header[f"base_model.model.{module.removesuffix(_MAGNITUDE) if half is None else module}.{end}"] = {
             "dtype": spec.dtype,
             "shape": [*spec.shape[::-1]],
             "data_offsets": [position, position + spec.nbytes],
@@ -199,7 +208,7 @@ def _write_transposed(source: Path, tensors: Mapping[str, TensorSpec], target: P
     with open_regular(source) as file, target.open("xb") as out:
         out.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
         for spec in tensors.values():
-            for piece in _transposed(file, spec):
+            for piece in _transposed(file, spec if len(spec.shape) == 2 else replace(spec, shape=(1, *spec.shape))):
                 out.write(piece)
 
 

@@ -23,7 +23,7 @@ from loramux_adapters.errors import AdapterRejected
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 # What a file of this name is found to be instead, by how it begins.
 _OTHERS = {
-    b"GGUF": "is a GGUF file: send the PEFT directory that it was converted from",
+    b"GGUF": "is a GGUF file: send the PEFT directory it was converted from, or use `loramux adapters convert`",
     b"PK\x03\x04": "is a pickle, as torch.save writes it, which is never read: save it with safetensors",
     b"\x80\x02": "is a pickle, which is never read: save it with safetensors",
     b"\x80\x04": "is a pickle, which is never read: save it with safetensors",

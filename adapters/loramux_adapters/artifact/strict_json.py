@@ -24,12 +24,12 @@ def quoted(text: str, limit: int = 120) -> str:
     return shown if len(shown) <= limit else f"{shown[: limit - 4]}...'"
 
 
-def parse_object(raw: bytes, *, limit: int) -> dict[str, object]:
+def parse_object(raw: bytes, *, limit: int, depth: int = MAX_DEPTH) -> dict[str, object]:
     """Parse UTF-8 JSON whose top level is an object.
 
     Refused with `StrictJSONError`: more than `limit` bytes, bytes that are not UTF-8, a name that stands twice in one
     object, NaN and infinities (1e999 too), integers of thousands of digits, half surrogate pairs, nesting deeper than
-    `MAX_DEPTH`.
+    `depth`.
     """
     if len(raw) > limit:
         raise StrictJSONError(f"has more than {limit} bytes")
@@ -49,7 +49,7 @@ def parse_object(raw: bytes, *, limit: int) -> dict[str, object]:
         raise StrictJSONError("is not valid JSON") from error
     if not isinstance(value, dict):
         raise StrictJSONError("is not a JSON object")
-    _check_depth(value)
+    _check_depth(value, depth)
     if "\\u" in text:
         _check_encodable(value)
     return value
@@ -99,9 +99,9 @@ def _check_encodable(value: object) -> None:
         raise StrictJSONError("holds half a surrogate pair") from error
 
 
-def _check_depth(value: object) -> None:
+def _check_depth(value: object, depth: int) -> None:
     level: list[object] = [value]
-    for _ in range(MAX_DEPTH):
+    for _ in range(depth):
         level = [child for node in level for child in _children(node) if isinstance(child, dict | list)]
         if not level:
             return

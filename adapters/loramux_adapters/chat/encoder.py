@@ -44,12 +44,14 @@ class TextEncoder:
         self.base_template = normal(template.get("default") if isinstance(template, Mapping) else template)
         self._compiled = lru_cache(_KEPT)(self._compile)
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """A prompt's ids, with the special tokens that the base expects around it.
+    def encode(self, text: str, *, special: bool = True, around: bool = True) -> list[int]:
+        """A prompt's ids.
 
         `special`: text that reads like a special token becomes one; otherwise no text does.
+        `around`: with the special tokens that the base expects around a prompt.
         """
-        return self.tokens.encode(text, around=True) if special else self.tokens.encode_marked(text, around=True)
+        tokens = self.tokens
+        return tokens.encode(text, around=around) if special else tokens.encode_marked(text, around=around)
 
     def template(self, source: str | None = None) -> ChatTemplate | None:
         """This chat template, or the base's; None if neither is there. Raises TemplateFailed."""
@@ -61,12 +63,17 @@ class TextEncoder:
 
 
 class ChatTemplate:
-    """A chat template with a tokenizer behind it. Its text holds marks where the template says a special token."""
+    """A chat template with a tokenizer behind it. Its text holds marks where the template says a special token.
+
+    Attributes:
+        source: of the template.
+    """
 
     def __init__(
         self, source: str, tokens: SpecialTokens, variables: Mapping[str, Any], *, special_in_messages: bool
     ) -> None:
         """Raises TemplateFailed."""
+        self.source = source
         self._tokens = tokens
         self._variables = variables
         self._allowed = special_in_messages
@@ -77,9 +84,18 @@ class ChatTemplate:
         if not self._marks:
             self._compiled = CompiledTemplate(source)
 
-    def text(self, messages: Conversation, arguments: Mapping[str, Any] | None = None, *, generate: bool = True) -> str:
+    def text(
+        self,
+        messages: Conversation,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        generate: bool = True,
+        open_last: bool = False,
+    ) -> str:
         """The conversation as the model reads it; for `ids`, `offsets` and `plain` alone.
 
+        `open_last`: up to the end of the last message's content, as transformers has it: without white space at that
+        end if the template takes it off.
         Raises TemplateFailed: the template refuses it, or would not end.
         """
         arguments = arguments or {}
@@ -93,7 +109,16 @@ class ChatTemplate:
                 "it puts its special tokens together from pieces, so they cannot be told from those that these "
                 "messages seem to hold; take them out"
             )
-        return self._compiled.render(messages, self._variables, arguments, generate=generate)
+        if not open_last:
+            return self._compiled.render(messages, self._variables, arguments, generate=generate)
+        *before, last = messages
+        end = _unguessable()
+        marked = {**last, "content": f"{last['content']}{end} "}  # the space tells whether the template takes it off
+        text = self._compiled.render([*before, marked], self._variables, arguments, generate=False)
+        said, found, behind = text.rpartition(end)
+        if not found:
+            raise TemplateFailed("it does not write the last message as it is, so that cannot be continued")
+        return said if behind.startswith(" ") else said.rstrip()
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a text, or of a piece of one."""
@@ -119,12 +144,13 @@ class ChatTemplate:
         Raises TemplateFailed if all these conversations together take longer than one may.
         """
         deadline = time.thread_time() + MAX_SECONDS
-        for messages in trial_conversations():
+        trials: list[tuple[Conversation, Mapping[str, Any]]] = [(messages, {}) for messages in trial_conversations()]
+        for messages, arguments in [*trials, *_trials_with_tools()]:
             for generate in (True, False):
                 if time.thread_time() > deadline:
                     raise TemplateFailed(f"a few short conversations take longer than {MAX_SECONDS:g} seconds")
                 try:
-                    text = self._compiled.render(messages, self._variables, {}, generate=generate)
+                    text = self._compiled.render(messages, self._variables, arguments, generate=generate)
                 except TemplateFailed:
                     continue
                 there = self._tokens.encode(self._tokens.plain(text), around=False)
@@ -133,12 +159,31 @@ class ChatTemplate:
         return True
 
 
+def _unguessable() -> str:
+    """A text that nobody says, of private characters: no template takes one for white space or a letter."""
+    return "".join(chr(0x100000 + secrets.randbelow(0xFFFE)) for _ in range(8))
+
+
 def trial_conversations() -> list[list[dict[str, str]]]:
     """What a template should be able to write, the most basic first. Nobody can know what is said."""
     asked, answered, told, used = (f"said {secrets.token_hex(4)} here" for _ in range(4))
     user, assistant = {"role": "user", "content": asked}, {"role": "assistant", "content": answered}
     system, tool = {"role": "system", "content": told}, {"role": "tool", "content": used}
     return [[user], [user, assistant, user], [system, user], [user, assistant], [user, assistant, tool]]
+
+
+def _trials_with_tools() -> Iterator[tuple[Conversation, Mapping[str, Any]]]:
+    """Conversations with a call of a tool, in the two forms that templates take its arguments in."""
+    name, asked, answered = (f"x{secrets.token_hex(4)}" for _ in range(3))
+    described = {"name": name, "description": asked, "parameters": {"type": "object", "properties": {}}}
+    tools = [{"type": "function", "function": described}]
+    user, number = {"role": "user", "content": asked}, "a1B2c3D4e"  # some templates want 9 letters and digits
+    forms: tuple[dict[str, Any] | str, ...] = ({}, "{}")
+    for given in forms:
+        call = {"id": number, "type": "function", "function": {"name": name, "arguments": given}}
+        assistant = {"role": "assistant", "content": "", "tool_calls": [call]}
+        tool = {"role": "tool", "tool_call_id": number, "name": name, "content": answered}
+        yield [user, assistant, tool], {"tools": tools, "xml_tools": tools}
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -8,7 +8,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Protocol
@@ -17,6 +17,8 @@ from loramux_adapters.errors import AdapterError
 
 if TYPE_CHECKING:
     import torch
+
+    from loramux_adapters.lora.token_rows import TokenRows
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +32,17 @@ class HostAdapter:
         rank: the largest of its modules.
         nbytes: of all tensors.
         modules: module path in the base -> (A [r, in] bf16, Bt [r, out] bf16); Bt is B transposed with the scale in it.
+        affine: module path -> [2, out] fp32, gain and shift of the layer's own output (lora/affine.py). Most adapters
+            have none.
+        tokens: what it has of its own for tokens, in embedding and output head; most adapters have nothing.
     """
 
     version: str
     rank: int
     nbytes: int
     modules: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    affine: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    tokens: TokenRows | None = None
 
 
 class LoadState(Enum):

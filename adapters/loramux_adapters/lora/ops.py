@@ -3,9 +3,14 @@
 Semantics of every `add_lora_*` here, for each token row t of x, over its entries e in [first[t], first[t + 1]) whose
 adapter targets this layer, with o = offset[e], r = rank[e]:
 
-    y[t] += sum_e scale[e] * (x[t] @ a[o : o + r].T) @ bt[o : o + r]
+    y[t] += sum_e scale[e] * ((x[t] @ a[o : o + r].T) @ bt[o : o + r] + gain[o / 8] * y[t] + shift[o / 8])
 
-Stacks are bf16 with alpha/r folded into `bt`; sums are fp32, in the order of the entries. x and y are fp32 on the CPU.
+where y on the right is what the layer itself gives, bias included, and an adapter has either part or both for a layer.
+Gain and shift are what DoRA's magnitudes, trained biases and output scales come to (lora/affine.py); most adapters have
+none.
+
+Stacks are bf16 with alpha/r folded into `bt`, gain and shift fp32; sums are fp32, of gain and shift first, each in the
+order of the entries. x and y are fp32 on the CPU.
 Elsewhere they may be bf16: then the tensor path rounds each intermediate and delta to bf16 as well. With the compiled
 kernel each row's bits depend on that row alone: on its adapters and its input, never on the batch around it. A scale of
 1.0 changes no bit.
@@ -26,6 +31,8 @@ from torch.nn import functional
 
 from loramux_adapters.lora.slots import SMALLEST_RANK, ScaledSlot, Slot
 
+HAS_DELTA, HAS_AFFINE = 1, 2  # of `Arena.targeted`: A and B; gain and shift
+
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Arena:
@@ -34,12 +41,26 @@ class Arena:
     Attributes:
         a: [arena_rows, in] bf16.
         bt: [arena_rows, out] bf16, B transposed and scaled.
-        targeted: [arena_rows / 8] uint8; 0 where the slot's adapter has no weights for this layer.
+        targeted: [arena_rows / 8] uint8; what the slot's adapter has for this layer: HAS_DELTA, HAS_AFFINE, both or 0.
+        affine: [arena_rows / 8, 2, out] fp32, gain and shift of a slot at the first of its groups of 8 rows; None: no
+            adapter here has any.
     """
 
     a: torch.Tensor
     bt: torch.Tensor
     targeted: torch.Tensor
+    affine: torch.Tensor | None = None
+
+    def has(self, slot: Slot) -> int:
+        """What the adapter in this slot has for the layer. Waits for the device."""
+        return int(self.targeted[slot.offset // SMALLEST_RANK])
+
+    def changed(self, y: torch.Tensor, slot: Slot) -> torch.Tensor:
+        """gain * y + shift in fp32, of an adapter that has them; y [rows, out], what the layer itself gives."""
+        assert self.affine is not None
+        gain, shift = self.affine[slot.offset // SMALLEST_RANK]
+        changed: torch.Tensor = y.float() * gain + shift
+        return changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +121,21 @@ class LoraRows:
         )
         return cls(tuple(segments), *arrays, len(first) - 1)
 
+    def picked(self, rows: Sequence[int]) -> LoraRows | None:
+        """Of these token rows alone, in ascending order; None if none of them has an adapter."""
+        runs: list[tuple[tuple[ScaledSlot, ...], int]] = []
+        segments = iter(self.segments)
+        segment = next(segments, None)
+        for row in rows:
+            while segment is not None and segment.stop <= row:
+                segment = next(segments, None)
+            slots = segment.slots if segment is not None and segment.start <= row else ()
+            if runs and runs[-1][0] is slots:
+                runs[-1] = slots, runs[-1][1] + 1
+            else:
+                runs.append((slots, 1))
+        return LoraRows.build(runs)
+
 
 AddLora = Callable[[torch.Tensor, torch.Tensor, Arena, LoraRows], None]
 
@@ -108,9 +144,12 @@ def add_lora_loop(y: torch.Tensor, x: torch.Tensor, arena: Arena, rows: LoraRows
     """The slow reference: one row at a time, all in fp32, one rounding at the end. y [rows, out] changed in place."""
     for segment in rows.segments:
         for t in range(segment.start, segment.stop):
-            total = y[t].float()
+            total = y[t].float().clone()  # y itself stays what the layer gives
             for entry in segment.slots:
-                if arena.targeted[entry.slot.offset // SMALLEST_RANK]:
+                if arena.has(entry.slot) & HAS_AFFINE:
+                    total += entry.scale * arena.changed(y[t : t + 1], entry.slot)[0]
+            for entry in segment.slots:
+                if arena.has(entry.slot) & HAS_DELTA:
                     a, bt = _weights(arena, entry.slot)
                     total += entry.scale * (x[t].float() @ a.float().T) @ bt.float()
             y[t] = total.to(y.dtype)
@@ -125,8 +164,13 @@ def add_lora_segments(y: torch.Tensor, x: torch.Tensor, arena: Arena, rows: Lora
         if x.dtype == torch.float32:  # the library takes other code, with other last bits, for fewer than four rows
             inputs = functional.pad(inputs, (0, 0, 0, (segment.start - segment.stop) % 4))
         delta: torch.Tensor | None = None  # of the first adapter in x's dtype, of several in fp32
+        if arena.affine is not None:
+            for entry in segment.slots:
+                if arena.has(entry.slot) & HAS_AFFINE:
+                    part = entry.scale * arena.changed(y[run], entry.slot)
+                    delta = part if delta is None else delta + part
         for entry in segment.slots:
-            if arena.targeted[entry.slot.offset // SMALLEST_RANK]:
+            if arena.has(entry.slot) & HAS_DELTA:
                 a, bt = (weights.to(x.dtype) for weights in _weights(arena, entry.slot))
                 part = (((inputs @ a.T) * entry.scale) @ bt)[: segment.stop - segment.start]
                 delta = part if delta is None else delta.float() + part.float()

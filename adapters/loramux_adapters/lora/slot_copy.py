@@ -4,16 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from loramux_adapters.device.device import Device, Event, WorkStream
-from loramux_adapters.lora.ops import Arena
+from loramux_adapters.lora.ops import HAS_AFFINE, HAS_DELTA, Arena
 from loramux_adapters.lora.slots import SMALLEST_RANK, Slot
 
-Weights = tuple[torch.Tensor, torch.Tensor]  # A [rank, in], B transposed [rank, out], bf16
-Filling = Sequence[tuple[Arena, Weights | None]]
+
+class LayerWeights(NamedTuple):
+    """What an adapter has for one layer.
+
+    Attributes:
+        a, bt: A [rank, in] and B transposed [rank, out], bf16; rank 0 where it has gain and shift alone.
+        affine: [2, out] fp32, gain and shift of the layer's own output; None: none.
+    """
+
+    a: torch.Tensor
+    bt: torch.Tensor
+    affine: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def has(self) -> int:
+        """As `Arena.targeted` says it."""
+        return (HAS_DELTA if self.rank else 0) + (0 if self.affine is None else HAS_AFFINE)
+
+
+Filling = Sequence[tuple[Arena, LayerWeights | None]]
 STAGING_BYTES = 16 << 20  # of a buffer; there are two
 
 
@@ -31,14 +53,20 @@ def copy_slot(slot: Slot, filling: Filling, *, in_use: bool = True) -> None:
     for arena, weights in filling:
         filled = slot.offset
         if weights is not None:
-            a, bt = weights
-            filled += a.shape[0]
-            arena.a[slot.offset : filled] = a
-            arena.bt[slot.offset : filled] = bt
+            filled += weights.rank
+            arena.a[slot.offset : filled] = weights.a
+            arena.bt[slot.offset : filled] = weights.bt
+            if weights.affine is not None:
+                _room(arena)[groups.start] = weights.affine
         if filled < slot.offset + slot.rank:
             arena.a[filled : slot.offset + slot.rank] = 0
             arena.bt[filled : slot.offset + slot.rank] = 0
-        arena.targeted[groups] = weights is not None
+        arena.targeted[groups] = 0 if weights is None else weights.has
+
+
+def _room(arena: Arena) -> torch.Tensor:
+    assert arena.affine is not None, "the upload check lets none through that there is no room for"
+    return arena.affine
 
 
 class StagedCopySlot:
@@ -69,13 +97,16 @@ class StagedCopySlot:
             for arena, weights in filling:
                 filled = slot.offset
                 if weights is not None:
-                    filled += weights[0].shape[0]
-                    for rows, source in zip((arena.a, arena.bt), weights, strict=True):
+                    filled += weights.rank
+                    for rows, source in ((arena.a, weights.a), (arena.bt, weights.bt)):
                         self._copy(rows[slot.offset : filled].view(-1), source.view(-1))
+                    if weights.affine is not None:  # as pairs of 16 bits
+                        numbers = _room(arena)[groups.start].view(torch.bfloat16)
+                        self._copy(numbers.view(-1), weights.affine.view(torch.bfloat16).view(-1))
                 if filled < end:
                     self._device.fill(arena.a[filled:end], 0.0)
                     self._device.fill(arena.bt[filled:end], 0.0)
-                self._device.fill(arena.targeted[groups], float(weights is not None))
+                self._device.fill(arena.targeted[groups], 0.0 if weights is None else float(weights.has))
         self._read[self._current] = done = self._stream.record()
         self._device.main.wait(done)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,16 +19,24 @@ from loramux_adapters.artifact.format import (
     AdapterConfig,
     Layout,
     Pair,
+    Vectors,
+    Vocabulary,
     pair_up,
     pickle_reason,
     read_config,
     read_header,
 )
+from loramux_adapters.artifact.generation_defaults import (
+    NOTHING_SAID,
+    GenerationDefaults,
+    read_generation_defaults,
+)
 from loramux_adapters.artifact.own_files import open_regular
 from loramux_adapters.artifact.strict_json import StrictJSONError, parse_object, quoted
 from loramux_adapters.base_info import BaseInfo
-from loramux_adapters.errors import AdapterRejected, BaseMismatch
+from loramux_adapters.errors import AdapterRejected, BaseMismatch, VectorsNotServed
 from loramux_adapters.lora.host_cache import HostAdapter
+from loramux_adapters.lora.token_reading import side_of, token_reasons
 from loramux_adapters.lora.weights import read_adapter, read_tensor
 
 MAX_REASONS = 20  # and notes
@@ -51,6 +59,7 @@ class Checked:
         layers: how many of the base's layers carry weights; None for a base without numbered layers.
         notes: what was accepted and is worth a word to whoever sent it, one sentence each.
         chat_template: that it brings in place of the base's; None if it brings none.
+        generation: what requests that say nothing of it get, and how long its context may be.
     """
 
     config: AdapterConfig
@@ -61,6 +70,7 @@ class Checked:
     layers: LayerCount | None = None
     notes: list[str] = field(default_factory=list)
     chat_template: str | None = None
+    generation: GenerationDefaults = NOTHING_SAID
 
     @property
     def version(self) -> str:
@@ -74,7 +84,8 @@ class Checked:
 
 
 def check_adapter(directory: Path, base: BaseInfo, max_rank: int, *, force: bool = False) -> Checked:
-    """Check a PEFT directory (adapter_config.json, adapter_model.safetensors, card.json?, fingerprint.json?).
+    """Check a PEFT directory (adapter_config.json, adapter_model.safetensors, card.json?, fingerprint.json?,
+    generation_config.json?).
 
     Tokenizer files beside them have to mean what the base's mean; another chat template is part of what is returned.
 
@@ -93,33 +104,62 @@ def check_adapter(directory: Path, base: BaseInfo, max_rank: int, *, force: bool
     card = _collect(reasons, lambda: _read_metadata(directory / CARD_FILE))
     _collect(reasons, lambda: _read_metadata(directory / FINGERPRINT_FILE))
     chat_template = _collect(reasons, lambda: base.own_template(directory))
+    generation = _collect(reasons, lambda: read_generation_defaults(directory)) or NOTHING_SAID
     base_id = _collect(reasons, lambda: _base_id_of(config, card))
     if base_id is not None and base_id != base.base_id and not force:
         raise BaseMismatch(base_id, base.base_id)
     specs = None if instead else _collect(reasons, lambda: read_header(directory / WEIGHTS_FILE))
     layout = pair_up(specs or {})
     reasons += layout.reasons
-    if specs is not None and not layout.pairs and not layout.reasons:
+    vocabulary = {} if config is None else layout.vocabulary(config)
+    holds = layout.pairs or layout.scales or any(side_of(base, module) for module in vocabulary)
+    if specs is not None and not holds and not layout.reasons:
         reasons.append(f"{WEIGHTS_FILE} holds no LoRA weights")
     reasons += _layout_reasons(layout, config, base, max_rank)
+    vectors = {} if config is None else layout.vectors(config)
+    if config is not None:
+        reasons += _vector_reasons(vectors, layout, config, base)
+        reasons += token_reasons(vocabulary, config, base, max_rank)
     if config is None or reasons:
         raise AdapterRejected(_at_most(reasons))
-    adapter, not_finite = read_adapter(directory, config, layout.pairs, base.convert, chat_template=chat_template)
-    reasons += _foreign_tensors(directory, layout, config, base)
+    adapter, not_finite = read_adapter(
+        directory,
+        config,
+        layout.pairs,
+        base.convert,
+        vectors=vectors,
+        weights=base.weights,
+        vocabulary=vocabulary,
+        chat_template=chat_template,
+        generation=generation,
+    )
+    reasons += _foreign_tensors(directory, layout, vocabulary, config, base)
     reasons += [f"module {quoted(module)} has values that are not finite in bf16" for module in not_finite]
+    elsewhere = [module for module in layout.pairs if base.module_of(module) is None]
+    reasons += _elsewhere_reasons(elsewhere, adapter)
     if reasons:
         raise AdapterRejected(_at_most(reasons))
-    coverage = coverage_of(layout.pairs, config, base.linears)
-    notes = [*_file_notes(directory), *config.notes, *_weights_notes(layout, config, adapter), *coverage.notes]
+    adapter = _in_the_base(adapter, base)
+    trained = adapter.modules.keys() | _places(layout.scales, base)
+    coverage = coverage_of(trained, config, base.linears)
+    notes = [
+        *_file_notes(directory),
+        *config.notes,
+        *generation.notes,
+        *_elsewhere_notes(elsewhere),
+        *_weights_notes(layout, config, adapter),
+        *coverage.notes,
+    ]
     return Checked(
         config=config,
         adapter=adapter,
-        target_modules=sorted({module.rpartition(".")[2] for module in layout.pairs}),
+        target_modules=sorted({module.rpartition(".")[2] for module in trained}),
         base_id=base_id,
         base_verified=base_id == base.base_id,
         layers=coverage.layers,
         notes=_at_most(notes),
         chat_template=chat_template,
+        generation=generation,
     )
 
 
@@ -144,7 +184,8 @@ def _instead_of_weights(directory: Path) -> list[str]:
     return [
         *(pickle_reason(name) for name in PICKLES if (directory / name).exists()),
         *(
-            f"{quoted(path.name)} is a GGUF file: send the PEFT directory that it was converted from"
+            f"{quoted(path.name)} is a GGUF file: send the PEFT directory that it was converted from, or "
+            "bring it into that form with `loramux adapters convert`"
             for path in sorted(directory.glob("*.gguf"))
         ),
     ]
@@ -167,14 +208,75 @@ def _weights_notes(layout: Layout, config: AdapterConfig, adapter: HostAdapter) 
         notes.append(f"modules_to_save names {names}, but the file holds no weights for it: it is served without them")
     if any("F64" in (pair.a.dtype, pair.b.dtype) for pair in layout.pairs.values()):
         notes.append("the weights are F64; they are rounded to bf16 as those of any other type")
-    idle = [module for module, parts in adapter.modules.items() if any(map(_is_zero, parts))]
-    if len(idle) == len(adapter.modules):
+    if config.use_dora:
+        notes.append("DoRA: the norms that its magnitudes replace are those of the weights as they are served here")
+    notes += _token_notes(adapter)
+    if config.trains_biases and layout.biases:
+        notes.append(f"{len(layout.biases)} biases of the base are replaced by its own")
+    idle = [
+        module
+        for module, parts in adapter.modules.items()
+        if module not in adapter.affine and any(map(_is_zero, parts))
+    ]
+    if len(idle) == len(adapter.modules) and not adapter.affine and not adapter.tokens:
         notes.append("every product of lora_B and lora_A is zero: the adapter changes nothing")
     elif idle:
         notes.append(
             f"{len(idle)} of {len(adapter.modules)} modules change nothing: their lora_A or lora_B is all zeros"
         )
     return notes
+
+
+def _token_notes(adapter: HostAdapter) -> list[str]:
+    """What is changed of embedding and output head."""
+    own = adapter.tokens
+    if own is None:
+        return []
+    counts = [
+        f"{len(rows.tokens)} rows of the {what}"
+        for rows, what in ((own.embedding, "embedding"), (own.head, "output head"))
+        if rows is not None
+    ]
+    if own.a is not None:
+        counts.append("the embedding by LoRA")
+    notes = [f"it changes {' and '.join(counts)}, {own.nbytes / 2**20:.1f} MiB beside its layers"] if counts else []
+    added = {side: size - own.base_sizes[side] for side, size in own.sizes.items() if size > own.base_sizes[side]}
+    return notes + [f"it adds {max(added.values())} tokens to the base's"] if added else notes
+
+
+def _in_the_base(adapter: HostAdapter, base: BaseInfo) -> HostAdapter:
+    """The adapter with its weights by the paths that the base has."""
+    modules = {base.module_of(module): parts for module, parts in adapter.modules.items()}
+    affine = {base.module_of(module): part for module, part in adapter.affine.items()}
+    return replace(
+        adapter,
+        modules={place: parts for place, parts in modules.items() if place is not None},
+        affine={place: part for place, part in affine.items() if place is not None},
+    )
+
+
+def _places(modules: Iterable[str], base: BaseInfo) -> set[str]:
+    """Where these modules of an adapter are in the base, as far as they are served."""
+    return {place for place in map(base.module_of, modules) if place is not None}
+
+
+def _elsewhere_reasons(modules: list[str], adapter: HostAdapter) -> list[str]:
+    """Of modules of a part of the model that is not served: those whose absence would be felt."""
+    return [
+        f"module {quoted(module)} is of the part that takes images or sound, which is not served: train the adapter "
+        "on the language part alone"
+        for module in modules
+        if not any(map(_is_zero, adapter.modules[module]))
+    ]
+
+
+def _elsewhere_notes(modules: list[str]) -> list[str]:
+    if not modules:
+        return []
+    return [
+        f"{len(modules)} modules, {quoted(modules[0])} the first, are of the part that takes images or sound, which is "
+        "not served; their weights are zero and change nothing"
+    ]
 
 
 def _is_zero(part: torch.Tensor) -> bool:
@@ -207,7 +309,11 @@ def _base_id_of(config: AdapterConfig | None, card: dict[str, object] | None) ->
 def _layout_reasons(layout: Layout, config: AdapterConfig | None, base: BaseInfo, max_rank: int) -> list[str]:
     """What can be said of names and shapes without reading data."""
     reasons = []
+    places: dict[str, str] = {}  # in the base -> what the file calls it
     for module, pair in layout.pairs.items():
+        place = base.module_of(module)
+        if place is not None and places.setdefault(place, module) != module:
+            reasons.append(f"modules {quoted(places[place])} and {quoted(module)} are the same")
         why = _pair_reason(module, pair, config, base, max_rank)
         if why is not None:
             reasons.append(f"module {quoted(module)} {why}")
@@ -215,9 +321,12 @@ def _layout_reasons(layout: Layout, config: AdapterConfig | None, base: BaseInfo
 
 
 def _pair_reason(module: str, pair: Pair, config: AdapterConfig | None, base: BaseInfo, max_rank: int) -> str | None:
-    if module not in base.linears:
+    place = base.module_of(module)
+    if place is None:
+        return None  # judged by its numbers
+    if place not in base.linears:
         return "is no linear layer of the base"
-    in_features, out_features = base.linears[module]
+    in_features, out_features = base.linears[place]
     if pair.a.shape[1] != in_features or pair.b.shape[0] != out_features:
         found = f"{pair.a.shape[1]} -> {pair.b.shape[0]}"
         return f"has weights for {found} features, the base has {in_features} -> {out_features} there"
@@ -232,14 +341,62 @@ def _pair_reason(module: str, pair: Pair, config: AdapterConfig | None, base: Ba
     return None
 
 
-def _foreign_tensors(directory: Path, layout: Layout, config: AdapterConfig, base: BaseInfo) -> list[str]:
+def _vector_reasons(vectors: Vectors, layout: Layout, config: AdapterConfig, base: BaseInfo) -> list[str]:
+    """What can be said of magnitudes and biases without reading them, and of those that are missing."""
+    reasons = []
+    for wanted, kind, option in (
+        (config.use_dora, "magnitude", "use_dora"),
+        (config.lora_bias, "lora_bias", "lora_bias"),
+    ):
+        having = {module for module, kinds in vectors.items() if kind in kinds}
+        what = "a DoRA magnitude (use_dora)" if kind == "magnitude" else "a bias of lora_B (lora_bias)"
+        if wanted:
+            reasons += [f"module {quoted(module)} lacks {what}" for module in sorted(layout.pairs.keys() - having)]
+        elif having:
+            reasons.append(f"module {quoted(min(having))} has {what}, and {option} is not true in the config")
+        reasons += [
+            f"module {quoted(module)} has {what} but no lora_A and lora_B"
+            for module in sorted(having - layout.pairs.keys())
+        ]
+    for module, kinds in vectors.items():
+        if module not in base.linears:
+            if "scale" in kinds:
+                reasons.append(f"module {quoted(module)} is no linear layer of the base")
+            continue  # a bias: it may be a copy of the base's; anything else has no pair either
+        for kind, vector in kinds.items():
+            if vector.spec.shape != (base.linears[module][1],):
+                reasons.append(
+                    f"tensor {quoted(vector.name)} is of shape {[*vector.spec.shape]}, the base has "
+                    f"{base.linears[module][1]} outputs there"
+                )
+            elif kind == "bias" and base.weights is not None and base.weights.bias(module) is None:
+                reasons.append(f"tensor {quoted(vector.name)} is a bias, and the base has none there")
+    if vectors and base.weights is None:
+        reasons += VectorsNotServed().reasons
+    return reasons
+
+
+def _foreign_tensors(
+    directory: Path, layout: Layout, vocabulary: Vocabulary, config: AdapterConfig, base: BaseInfo
+) -> list[str]:
     """Why tensors that are no LoRA weights are no copies of the base's either."""
     saved = {name.rpartition(".")[2] for name in config.modules_to_save}
     reasons = []
+    read = {f"{module}.weight" for module, parts in vocabulary.items() if "whole" in parts and side_of(base, module)}
     for parameter, tensor_name in layout.base_tensors.items():
+        if parameter in read:
+            continue
+        if config.trains_biases and parameter.removesuffix(".bias") in base.linears and parameter.endswith(".bias"):
+            continue
         if not base.tensor_equals(parameter, read_tensor(directory, tensor_name)):
             what = "neither a LoRA weight nor a copy of the base's"
+            if config.trains_biases and parameter.endswith(".bias"):
+                what = "a trained bias of what is no linear layer, which is not served"
             if saved & {*parameter.split(".")}:
-                what = "a fully trained module (modules_to_save), which is not served"
+                what = "a fully trained module (modules_to_save) that is no embedding and no output head: not served"
+                if base.weights is None:
+                    what = "a fully trained module (modules_to_save), which is not served here"
+            elif side_of(base, parameter.removesuffix(".weight")):
+                what = "another embedding or output head than the base's, and modules_to_save does not name it"
             reasons.append(f"tensor {quoted(tensor_name)} is {what}")
     return reasons

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -17,15 +19,25 @@ from loramux_adapters.artifact.config import AdapterConfig, scale_of
 from loramux_adapters.artifact.format import (
     WEIGHTS_FILE,
     Pair,
+    VectorKind,
+    Vectors,
     VersionDigest,
+    Vocabulary,
+    in_order,
     pair_up,
     read_chat_template,
     read_config,
     read_header,
+    read_vector,
+    without_saved,
 )
+from loramux_adapters.artifact.generation_defaults import NOTHING_SAID, GenerationDefaults, read_generation_defaults
 from loramux_adapters.artifact.own_files import open_regular
-from loramux_adapters.errors import AdapterRejected
+from loramux_adapters.errors import AdapterRejected, VectorsNotServed
+from loramux_adapters.lora.affine import BaseWeights, affine_of, magnitude_scale
 from loramux_adapters.lora.host_cache import HostAdapter
+from loramux_adapters.lora.token_reading import read_tokens
+from loramux_adapters.lora.token_rows import SIDES, Side
 from loramux_adapters.memory import mapping
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -52,17 +64,33 @@ class PlacedPair(NamedTuple):
 ConvertPairs = Callable[[torch.Tensor, npt.NDArray[np.uint8], Sequence[PlacedPair], Sequence[float]], list[bool]]
 
 
-def load_host_adapter(directory: Path, convert: ConvertPairs | None = None) -> HostAdapter:
+def load_host_adapter(
+    directory: Path,
+    convert: ConvertPairs | None = None,
+    weights: BaseWeights | None = None,
+    *,
+    saved: bool = True,
+) -> HostAdapter:
     """Read a PEFT directory into host memory; raises `AdapterRejected` if it is not one that can be read.
 
-    The files are checked against themselves, not against a base: that is `verify`, at upload. `convert` as in
-    `read_adapter`.
+    The files are checked against themselves, not against a base: that is `verify`, at upload. `convert` and `weights`
+    as in `read_adapter`. `saved`: with the modules that were saved whole, which did not always count.
     """
-    config = read_config(directory)
+    config = read_config(directory) if saved else without_saved(read_config(directory))
     layout = pair_up(read_header(directory / WEIGHTS_FILE))
     if layout.reasons:
         raise AdapterRejected(layout.reasons)
-    adapter, _ = read_adapter(directory, config, layout.pairs, convert, chat_template=read_chat_template(directory))
+    adapter, _ = read_adapter(
+        directory,
+        config,
+        layout.pairs,
+        convert,
+        vectors=layout.vectors(config),
+        weights=weights,
+        vocabulary=layout.vocabulary(config),
+        chat_template=read_chat_template(directory),
+        generation=read_generation_defaults(directory),
+    )
     return adapter
 
 
@@ -72,16 +100,24 @@ def read_adapter(
     pairs: Mapping[str, Pair],
     convert: ConvertPairs | None = None,
     *,
+    vectors: Vectors = MappingProxyType({}),
+    weights: BaseWeights | None = None,
+    vocabulary: Vocabulary = MappingProxyType({}),
     chat_template: str | None = None,
+    generation: GenerationDefaults = NOTHING_SAID,
 ) -> tuple[HostAdapter, Sequence[str]]:
     """What is computed with, and the modules of which some number is not finite.
 
     The weights are read once, a piece of the file at a time, which is digested and converted. So beside the adapter
     itself this takes the memory of `_PIECE_BYTES`, or of the largest pair if that is more.
     All modules lie in one block of memory, so that an eviction leaves no holes behind.
-    `convert`: a kernel for it; None does it by tensors, with the same bits. `chat_template`: of its own.
-    Raises `AdapterRejected` if the file cannot be read.
+    `convert`: a kernel for it; None does it by tensors, with the same bits. `vectors`: what modules have beside their
+    pairs. `weights`: of the base, which these need. `vocabulary`: of the file, which needs them too.
+    `chat_template`, `generation`: of its own.
+    Raises `AdapterRejected` if the file cannot be read, `VectorsNotServed` if there are vectors and no `weights`.
     """
+    if vectors and weights is None:
+        raise VectorsNotServed
     values = sum(pair.rank * (pair.a.shape[1] + pair.b.shape[0]) for pair in pairs.values())
     block = mapping(values * torch.bfloat16.itemsize).view(torch.bfloat16)
     pieces = list(_pieces(sorted(pairs.items())))  # in the order that the digest takes
@@ -92,7 +128,9 @@ def read_adapter(
     modules: Modules = {}
     is_finite: dict[str, bool] = {}
     free = 0
+    base_tokens = None if weights is None else weights.tokens
     with open_regular(directory / WEIGHTS_FILE) as file:
+        beside = _Beside(file.fileno(), vectors, weights)
         for piece in pieces:
             start = free
             scales = [scale_of(config, place.module, place.pair.rank) for place in piece]
@@ -110,14 +148,93 @@ def read_adapter(
                     digest.update(part)
             finite = convert(block[start:free], content, [place.placed for place in piece], scales)
             is_finite.update(zip((place.module for place in piece), finite, strict=True))
+            for place, scale in zip(piece, scales, strict=True):
+                if place.module in vectors:
+                    b = _numbers(content, place.b, place.pair.b.dtype, place.pair.b.shape)
+                    beside.fold(place.module, *modules[place.module], b, scale)
+        beside.finish(digest)
+        tokens = read_tokens(file.fileno(), vocabulary, config, base_tokens, _sides(vocabulary, weights), digest)
+    digest.generation_defaults(generation)
     digest.chat_template(chat_template)
     adapter = HostAdapter(
         version=digest.hexdigest(),
-        rank=max((pair.rank for pair in pairs.values()), default=0),
-        nbytes=block.nbytes,
+        rank=max((pair.rank for pair in pairs.values()), default=1 if vectors or vocabulary else 0),
+        nbytes=block.nbytes
+        + sum(part.nbytes for part in beside.affine.values())
+        + (0 if tokens.rows is None else tokens.rows.nbytes),
         modules={module: modules[module] for module in pairs},
+        affine=beside.affine,
+        tokens=tokens.rows,
     )
-    return adapter, [module for module in pairs if not is_finite[module]]
+    finite_beside = {module: module not in beside.not_finite for module in vectors}
+    whole = is_finite | {module: found and is_finite.get(module, True) for module, found in finite_beside.items()}
+    return adapter, [*(module for module, found in whole.items() if not found), *sorted(tokens.not_finite)]
+
+
+def _sides(vocabulary: Vocabulary, weights: BaseWeights | None) -> dict[str, Side]:
+    """Which modules of a file are embedding and output head of the base."""
+    if weights is None or weights.tokens is None:
+        return {}
+    tokens = weights.tokens
+    return {
+        module: side for module in vocabulary for side in SIDES if tokens.path_of(module) == tokens.paths.get(side, "")
+    }
+
+
+class _Beside:
+    """What the modules of a file have beside their pairs, read and put together one after the other.
+
+    Attributes:
+        affine: by module, where it is not zero.
+        not_finite: modules that have a number that is not finite.
+    """
+
+    def __init__(self, file: int, vectors: Vectors, weights: BaseWeights | None) -> None:
+        self._vectors = vectors
+        self._weights = weights
+        self._data = {(module, kind): read_vector(file, vector.spec) for module, kind, vector in in_order(vectors)}
+        self._done: set[str] = set()
+        self.affine: dict[str, torch.Tensor] = {}
+        self.not_finite: set[str] = set()
+
+    def fold(self, module: str, a: torch.Tensor, bt: torch.Tensor, b: torch.Tensor, scale: float) -> None:
+        """A module that has a pair: `a` and `bt`, which DoRA changes, as they are served; `b` and its scale as read."""
+        assert self._weights is not None
+        vectors, s = self._numbers_of(module), None
+        if (magnitude := vectors.get("magnitude")) is not None:
+            scaled = (b.float() * scale).t()
+            s = magnitude_scale(self._weights, module, magnitude, a.float(), scaled.contiguous())
+            bt.copy_(scaled * s)
+        self._keep(module, affine_of(vectors, self._weights.bias(module), scale=scale, s=s), bt)
+
+    def finish(self, digest: VersionDigest) -> None:
+        """The modules without a pair, which may be some that are no linear layer; and the digest of all."""
+        for module in sorted(self._vectors.keys() - self._done):
+            assert self._weights is not None
+            if module in self._weights:
+                own = self._weights.bias(module)
+                self._keep(module, affine_of(self._numbers_of(module), own, scale=0.0, s=None))
+        for module, kind, vector in in_order(self._vectors):
+            digest.vector(module, kind, vector.spec, self._data[module, kind])
+
+    def _keep(self, module: str, affine: torch.Tensor | None, *others: torch.Tensor) -> None:
+        self._done.add(module)
+        if affine is not None:
+            self.affine[module] = affine
+        if not all(bool(part.isfinite().all()) for part in (*others, *(() if affine is None else (affine,)))):
+            self.not_finite.add(module)
+
+    def _numbers_of(self, module: str) -> dict[VectorKind, torch.Tensor]:
+        return {
+            kind: _numbers(np.frombuffer(self._data[module, kind], np.uint8), 0, vector.spec.dtype, (-1,)).float()
+            for kind, vector in self._vectors[module].items()
+        }
+
+
+def _numbers(content: npt.NDArray[np.uint8], at: int, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A copy of numbers that lie among some bytes; a shape of (-1,): all that follow."""
+    end = len(content) if shape == (-1,) else at + _DTYPES[dtype].itemsize * math.prod(shape)
+    return torch.from_numpy(content[at:end].copy()).view(_DTYPES[dtype]).view(shape)
 
 
 @dataclass(frozen=True, slots=True)

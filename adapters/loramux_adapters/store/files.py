@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from loramux_adapters.artifact.format import KNOWN_FILES, digest_of, read_config
+from loramux_adapters.artifact.format import KNOWN_FILES, has_digest
 from loramux_adapters.artifact.own_files import open_regular
 from loramux_adapters.durable_files import sync
 from loramux_adapters.errors import AdapterRejected, StoreUnavailable
@@ -138,7 +138,7 @@ class VersionFiles:
         if not directory.exists():
             return False
         try:
-            return digest_of(read_config(directory), directory) != digest
+            return not has_digest(directory, digest)
         except (AdapterRejected, OSError) as error:
             cause = error.__cause__ if isinstance(error, AdapterRejected) else error
             if isinstance(cause, OSError) and cause.errno not in _LOST:

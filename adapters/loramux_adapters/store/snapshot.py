@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from loramux_adapters.artifact.format import digest_of, read_config
+from loramux_adapters.artifact.format import has_digest
 from loramux_adapters.errors import AdapterCorrupt
 from loramux_adapters.store.files import Staging, VersionFiles
 from loramux_adapters.store.index import StoreIndex
@@ -52,7 +52,7 @@ def install_copy(index: StoreIndex, files: VersionFiles, copy: AdapterCopy, *, r
     Raises `AdapterCorrupt`, `AdapterRejected`, OSError, sqlite3.Error; then nothing changed.
     """
     for digest, directory in copy.files.items():
-        if digest_of(read_config(directory), directory) != digest:
+        if not has_digest(directory, digest):
             raise AdapterCorrupt(f"version {digest[:12]} of {copy.name} is not what it is said to be")
         files.settle(Staging(directory))
     broken = {digest for digest in copy.files if files.is_broken(digest)}

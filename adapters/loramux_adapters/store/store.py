@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from loramux_adapters.artifact.coverage import LayerCount
 from loramux_adapters.artifact.format import digest_of, read_config
-from loramux_adapters.errors import AdapterCorrupt, AdapterRejected, PinRefused, StoreUnavailable
+from loramux_adapters.errors import AdapterCorrupt, AdapterRejected, PinRefused, StoreUnavailable, VectorsNotServed
 from loramux_adapters.names import check_name
 from loramux_adapters.store.choice import check_servable, chosen, previous, unknown
 from loramux_adapters.store.files import Staging, VersionFiles
@@ -36,6 +36,7 @@ from loramux_adapters.store.snapshot import AdapterCopy, install_copy, link_all
 from loramux_adapters.store.upkeep import StoreUpkeep
 
 if TYPE_CHECKING:
+    from loramux_adapters.lora.affine import BaseWeights
     from loramux_adapters.lora.host_cache import HostAdapter
     from loramux_adapters.lora.weights import ConvertPairs
 
@@ -263,19 +264,26 @@ class AdapterStore:
         """Where a version's files are: for reading, and while it is kept or leased."""
         return self._files.directory(version)
 
-    def load(self, version: str, convert: ConvertPairs | None = None) -> HostAdapter:
-        """Read a version into host memory, in a loader thread; `convert` as in `load_host_adapter`.
+    def load(
+        self, version: str, convert: ConvertPairs | None = None, weights: BaseWeights | None = None
+    ) -> HostAdapter:
+        """Read a version into host memory, in a loader thread; `convert` and `weights` as in `load_host_adapter`.
 
-        Raises `AdapterCorrupt` if it is not as published; damaged for good, it is set aside until it is uploaded again.
+        Raises `VectorsNotServed`, and `AdapterCorrupt` if it is not as published; damaged for good, it is set aside
+        until it is uploaded again.
         """
         from loramux_adapters.lora.weights import load_host_adapter  # torch: who only lists and publishes is spared it
 
         directory = self._files.directory(version)
         try:
-            adapter = load_host_adapter(directory, convert)
+            adapter = load_host_adapter(directory, convert, weights)
+            if adapter.version != version:  # it may be one of before modules that were saved whole counted
+                adapter = load_host_adapter(directory, convert, weights, saved=False)
             if adapter.version != version:
                 raise AdapterRejected(["they have another digest"])
             return adapter
+        except VectorsNotServed:  # nothing is wrong with it
+            raise
         except (AdapterRejected, OSError) as error:
             self._upkeep.set_aside(version)
             raise AdapterCorrupt(f"the stored files of version {version[:12]} cannot be read as published") from error

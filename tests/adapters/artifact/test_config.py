@@ -62,12 +62,18 @@ def test_every_field_of_peft_is_read_ignored_or_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("use_dora", True),
+        ("use_dora", "yes"),
         ("modules_to_save", "embed_tokens"),
         ("modules_to_save", [1]),
-        ("bias", "lora_only"),
-        ("lora_bias", True),
-        ("trainable_token_indices", [1]),
+        ("bias", "some"),
+        ("bias", ["all"]),
+        ("lora_bias", 1),
+        ("trainable_token_indices", [1, 1]),
+        ("trainable_token_indices", [-1]),
+        ("trainable_token_indices", [True]),
+        ("trainable_token_indices", 7),
+        ("trainable_token_indices", {"embed_tokens": []} | {"lm_head": [1.5]}),
+        ("ensure_weight_tying", "yes"),
         ("target_parameters", ["x.weight"]),
         ("layer_replication", [[0, 2]]),
         ("fan_in_fan_out", True),
@@ -145,7 +151,7 @@ def test_an_unknown_key_is_refused_with_its_value() -> None:
     assert reasons_for(config_bytes(new_trick={"beta": 0.5})) == [
         'new_trick is {"beta": 0.5}, and is not known here: it could change the result'
     ]
-    assert reasons_for(config_bytes(use_dora=True)) == ["use_dora is true, which is not served"]
+    assert reasons_for(config_bytes(use_qalora=True)) == ["use_qalora is true, which is not served"]
 
 
 def test_the_defaults_of_peft_are_accepted_without_a_note() -> None:
@@ -186,8 +192,8 @@ def test_an_initialisation_that_leaves_the_base_alone_is_accepted(init: object) 
 
 
 def test_all_reasons_are_given_at_once() -> None:
-    found = reasons_for(config_bytes(use_dora=True, bias="all", r=0, modules_to_save=[""]))
-    assert [reason.split()[0] for reason in found] == ["bias", "use_dora", "r", "modules_to_save"]
+    found = reasons_for(config_bytes(use_qalora=True, bias="some", r=0, modules_to_save=[""]))
+    assert [reason.split()[0] for reason in found] == ["use_qalora", "r", "bias", "modules_to_save"]
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,24 @@ def test_what_is_converted_computes_what_mlx_lm_computes(tmp_path: Path, file: s
     assert config.base_model_name == "Qwen/Qwen3-0.6b"
 
 
+@pytest.mark.parametrize("run", [{"fine_tune_type": "dora"}, {"fine_tune_type": None, "use_dora": True}])
+def test_dora_of_mlx_lm_becomes_dora_of_peft(tmp_path: Path, run: dict[str, Any]) -> None:
+    tensors = mlx_weights()
+    magnitudes = {
+        name.replace(".lora_a", ".m"): torch.linspace(1, 2, TINY_LINEARS[name.removesuffix(".lora_a")][1])
+        for name in tensors
+        if name.endswith(".lora_a")
+    }
+    convert_mlx(write_mlx(tmp_path, tensors | magnitudes, **run))
+    config, converted = read_config(tmp_path), load_file(tmp_path / WEIGHTS_FILE)
+    assert config.use_dora and len(converted) == len(tensors) + len(magnitudes)
+    for name, magnitude in magnitudes.items():
+        module = name.removesuffix(".m")
+        assert torch.equal(converted[f"base_model.model.{module}.lora_magnitude_vector"], magnitude)
+        assert torch.equal(converted[f"base_model.model.{module}.lora_A.weight"].T, tensors[f"{module}.lora_a"])
+    assert config.notes[0].startswith("converted from mlx-lm's DoRA")
+
+
 def test_large_weights_are_converted_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlx_layout, "_PIECE_BYTES", 100)
     test_what_is_converted_computes_what_mlx_lm_computes(tmp_path, WEIGHTS_FILE, torch.float32)
@@ -157,9 +175,7 @@ def drop(name: str) -> Callable[[dict[str, torch.Tensor]], object]:
 @pytest.mark.parametrize(
     ("run", "reason"),
     [
-        ({"fine_tune_type": "dora"}, "fine_tune_type of mlx-lm is 'dora'"),
         ({"fine_tune_type": "full"}, "fine_tune_type of mlx-lm is 'full'"),
-        ({"fine_tune_type": None, "use_dora": True}, "'dora'"),
         ({"lora_parameters": None}, "lora_parameters of mlx-lm's config is missing"),
         ({"lora_parameters": {"rank": 4, "alpha": 16}}, "scale in lora_parameters"),
         ({"lora_parameters": {"rank": 4, "scale": 10**400}}, "scale in lora_parameters"),

@@ -34,18 +34,28 @@ def test_a_tensor_name_says_which_module_it_belongs_to(name: str, expected: tupl
 @pytest.mark.parametrize(
     ("name", "field"),
     [
-        ("base_model.model.lm_head.lora_magnitude_vector", "use_dora"),
-        ("base_model.model.model.embed_tokens.lora_embedding_A", "embedding"),
-        ("base_model.model.lm_head.lora_B.bias", "lora_bias"),
-        ("base_model.model.lm_head.lora_B.pirate.bias", "lora_bias"),
         ("base_model.model.lm_head.base_layer.lora_B.weight", "inside another one"),
-        ("base_model.model.score.modules_to_save.weight", "modules_to_save"),
-        ("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", "trainable_token_indices"),
     ],
 )
 def test_weights_of_other_kinds_are_refused_by_the_name_of_their_option(name: str, field: str) -> None:
     with pytest.raises(AdapterRejected, match=field):
         role_of(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("lora_embedding_A", ("embed_tokens", "embedding_A", DEFAULT)),
+        ("lora_embedding_B.pirate", ("embed_tokens", "embedding_B", "pirate")),
+        ("token_adapter.trainable_tokens_delta", ("embed_tokens", "tokens", DEFAULT)),
+        ("token_adapter.trainable_tokens_delta.pirate", ("embed_tokens", "tokens", "pirate")),
+        ("token_adapter.base_layer.weight", ("embed_tokens.weight", "base", "")),
+        ("modules_to_save.weight", ("embed_tokens.weight", "base", "")),
+        ("modules_to_save.pirate.weight", ("embed_tokens.weight", "base", "")),
+    ],
+)
+def test_what_is_of_the_vocabulary_is_told_by_its_names(name: str, expected: tuple[str, str, str]) -> None:
+    assert role_of(f"base_model.model.embed_tokens.{name}") == expected
 
 
 @pytest.mark.parametrize("name", ["pirate", "0", "lora_A", "weight"])

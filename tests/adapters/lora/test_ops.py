@@ -7,6 +7,8 @@ import torch
 
 from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.lora.ops import (
+    HAS_AFFINE,
+    HAS_DELTA,
     AddLora,
     LoraRows,
     add_lora_loop,
@@ -266,3 +268,80 @@ def test_an_adapter_that_does_not_target_the_layer_leaves_no_trace_wherever_it_s
         results.append(got)
     assert all(torch.equal(results[0], other) for other in results[1:4])
     assert not torch.equal(results[0], y) and torch.equal(results[4], y)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("popularity", ["distinct", "zipf", "skewed"])
+@pytest.mark.parametrize(("inputs", "outputs"), [(576, 192), (50, 33)])
+def test_gain_and_shift_are_of_what_the_layer_itself_gives(
+    path: str, popularity: str, inputs: int, outputs: int
+) -> None:
+    arena, rows = make_arena(inputs, outputs, affine=True), make_sums(POPULARITY[popularity], RANKS)
+    assert arena.affine is not None
+    arena.targeted[rows.segments[-1].slots[-1].slot.offset // SMALLEST_RANK] = 0
+    x, y = rows_for(path, rows.num_rows, inputs), rows_for(path, rows.num_rows, outputs)
+    expected, got, reference = y.clone(), y.clone(), y.clone()
+    kinds = set()
+    for segment in rows.segments:  # in double precision, and not by way of the loop
+        run = slice(segment.start, segment.stop)
+        own = y[run].double()
+        total = own.clone()
+        for entry in segment.slots:
+            window = slice(entry.slot.offset, entry.slot.offset + entry.slot.rank)
+            has = int(arena.targeted[window.start // SMALLEST_RANK])
+            kinds.add(has)
+            if has & HAS_DELTA:
+                total += entry.scale * (x[run].double() @ arena.a[window].double().T @ arena.bt[window].double())
+            if has & HAS_AFFINE:
+                gain, shift = arena.affine[window.start // SMALLEST_RANK].double()
+                total += entry.scale * (own * gain + shift)
+        expected[run] = total.to(y.dtype)
+    assert len(kinds) > 1
+    add_lora_loop(reference, x, arena, rows)
+    paths()[path](got, x, arena, rows)
+    exact = path.startswith("native")
+    assert (reference.float() - expected.float()).abs().max() <= (3e-5 if exact else 0.07), "the loop itself"
+    assert (got.float() - expected.float()).abs().max() <= (3e-5 if exact else 0.3)
+    assert torch.equal(got[:2], y[:2])
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(576, 192), (64, 320), (50, 33)])
+def test_with_gain_and_shift_a_row_has_the_same_bits_alone_on_every_instruction_set(inputs: int, outputs: int) -> None:
+    arena, rows = make_arena(inputs, outputs, affine=True), make_sums(POPULARITY["zipf"], RANKS)
+    x, y = torch.randn(rows.num_rows, inputs), torch.randn(rows.num_rows, outputs)
+    results = []
+    for path in NATIVE:
+        together = y.clone()
+        paths()[path](together, x, arena, rows)
+        results.append(together)
+        for segment in rows.segments:
+            alone, row = y[segment.start : segment.start + 1].clone(), LoraRows.build([(segment.slots, 1)])
+            assert row is not None
+            paths()[path](alone, x[segment.start : segment.start + 1].contiguous(), arena, row)
+            assert torch.equal(alone[0], together[segment.start])
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("path", NATIVE)
+def test_room_for_gain_and_shift_changes_no_bit_of_adapters_without(path: str) -> None:
+    plain, roomy = make_arena(576, 192), make_arena(576, 192, affine=True)
+    roomy.targeted.fill_(HAS_DELTA)
+    rows = make_sums(POPULARITY["zipf"], RANKS)
+    x, y = torch.randn(rows.num_rows, 576), torch.randn(rows.num_rows, 192)
+    first, second = y.clone(), y.clone()
+    paths()[path](first, x, plain, rows)
+    paths()[path](second, x, roomy, rows)
+    assert torch.equal(first, second)
+
+
+def test_picked_rows_keep_the_adapters_that_they_had() -> None:
+    a, b = (ScaledSlot(Slot(8, 8)),), (ScaledSlot(Slot(0, 8)), ScaledSlot(Slot(16, 16), 0.5))
+    rows = LoraRows.build([((), 2), (a, 3), (b, 1), ((), 1), (a, 2)])
+    assert rows is not None
+    picked = rows.picked([1, 3, 4, 5, 8])
+    expected = LoraRows.build([((), 1), (a, 2), (b, 1), (a, 1)])
+    assert picked is not None and expected is not None
+    assert picked.segments == expected.segments and picked.num_rows == 5
+    for name in ("first", "offset", "rank", "scale"):
+        assert getattr(picked, name).tolist() == getattr(expected, name).tolist()
+    assert rows.picked([0, 6]) is None

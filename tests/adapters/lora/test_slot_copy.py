@@ -12,8 +12,10 @@ from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.device.cuda import CudaDevice
 from loramux_adapters.device.device import Device
 from loramux_adapters.lora.ops import Arena
-from loramux_adapters.lora.slot_copy import StagedCopySlot, Weights, copy_slot
+from loramux_adapters.lora.slot_copy import LayerWeights, StagedCopySlot, copy_slot
 from loramux_adapters.lora.slots import SMALLEST_RANK, Slot
+from loramux_server.kernels.compiled.adapter_kernels import NativeCopySlot
+from loramux_server.kernels.compiled.library import native_library
 from support.emulated import EmulatedDevice
 from support.plain_kernel import PlainKernel
 
@@ -33,16 +35,38 @@ def arenas_on(device: Device) -> list[Arena]:
             device.reserve((ROWS, inputs), torch.bfloat16),
             device.reserve((ROWS, outputs), torch.bfloat16),
             device.reserve((ROWS // SMALLEST_RANK,), torch.uint8),
+            device.reserve((ROWS // SMALLEST_RANK, 2, outputs), torch.float32),
         )
         for inputs, outputs in SHAPES
     ]
 
 
-def weights(rank: int, value: float) -> list[Weights]:
+def weights(rank: int, value: float) -> list[LayerWeights]:
     def matrix(size: int) -> torch.Tensor:
         return (torch.arange(rank * size).view(rank, size) % 31 + value).bfloat16()
 
-    return [(matrix(inputs), matrix(outputs)) for inputs, outputs in SHAPES]
+    return [LayerWeights(matrix(inputs), matrix(outputs)) for inputs, outputs in SHAPES]
+
+
+def with_affine(given: LayerWeights, value: float) -> LayerWeights:
+    return given._replace(affine=torch.arange(2.0 * given.bt.shape[1]).view(2, -1) / 7 + value)
+
+
+@pytest.mark.skipif(native_library() is None, reason="there are no compiled kernels")
+def test_the_compiled_copy_gives_what_the_plain_one_gives() -> None:
+    library = native_library()
+    assert library is not None
+    copy, ours, theirs = NativeCopySlot(library), arenas_on(CpuDevice()), arenas_on(CpuDevice())
+    for turn, (slot, rank) in enumerate([(Slot(0, 16), 9), (Slot(8, 8), 8), (Slot(16, 16), 0), (Slot(0, 8), 3)]):
+        new: list[LayerWeights | None] = [with_affine(given, turn) for given in weights(rank, turn)]
+        if turn % 2:
+            new[0] = None
+        copy(slot, list(zip(ours, new, strict=True)))
+        copy_slot(slot, list(zip(theirs, new, strict=True)))
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.affine is not None and other.affine is not None
+            assert torch.equal(one.a, other.a) and torch.equal(one.bt, other.bt)
+            assert torch.equal(one.targeted, other.targeted) and torch.equal(one.affine, other.affine)
 
 
 @pytest.mark.parametrize("staging_bytes", [2, 100, 1 << 20])
@@ -54,11 +78,21 @@ def test_slots_hold_what_the_plain_copy_gives(made: str, staging_bytes: int) -> 
     for turn in range(12):
         slot = choose.choice([Slot(0, 8), Slot(8, 8), Slot(16, 16), Slot(32, 32), Slot(0, 16)])
         rank = choose.randint(1, slot.rank)
-        new = [given if choose.random() < 0.7 else None for given in weights(rank, turn)]
+        new: list[LayerWeights | None] = [given if choose.random() < 0.7 else None for given in weights(rank, turn)]
+        if choose.random() < 0.5:
+            new = [given and with_affine(given, turn) for given in new]
+        if turn == 7:  # gain and shift alone
+            new = [with_affine(given, turn) for given in weights(0, turn)]
         copy(slot, list(zip(ours, new, strict=True)))
         copy_slot(slot, list(zip(theirs, new, strict=True)))
     for one, other in zip(ours, theirs, strict=True):
-        for got, expected in ((one.a, other.a), (one.bt, other.bt), (one.targeted, other.targeted)):
+        assert one.affine is not None and other.affine is not None
+        for got, expected in (
+            (one.a, other.a),
+            (one.bt, other.bt),
+            (one.targeted, other.targeted),
+            (one.affine, other.affine),
+        ):
             assert torch.equal(device.take(got).cpu(), expected)
 
 
@@ -78,7 +112,8 @@ def test_steps_before_it_see_the_last_adapter_and_steps_after_it_the_new_one(see
         (filling, _) = weights(8, 100.0 * turn)
         copy(Slot(8, 8), [(arena, filling)])
         for part in filling:
-            part.fill_(-1)  # the host's memory may be used for something else at once
+            if part is not None:
+                part.fill_(-1)  # the host's memory may be used for something else at once
         device.launch(READ, (1,), to, arena.a[8:16])
     for turn, to in enumerate(seen):
         assert torch.equal(device.take(to), weights(8, 100.0 * turn)[0][0]), f"step {turn}"

@@ -227,9 +227,9 @@ def test_links_are_not_followed(tmp_path: Path, name: str) -> None:
 
 
 def test_reasons_come_from_both_files_and_are_bounded(tmp_path: Path) -> None:
-    write_adapter(tmp_path, {f"no.such.{i}": (4, 4) for i in range(60)}, extra_config={"use_dora": True})
+    write_adapter(tmp_path, {f"no.such.{i}": (4, 4) for i in range(60)}, extra_config={"fan_in_fan_out": True})
     found = reasons_for(tmp_path)
-    assert "use_dora" in found[0] and "no.such" in found[1]
+    assert "fan_in_fan_out" in found[0] and "no.such" in found[1]
     assert len(found) == MAX_REASONS + 1 and found[-1] == "and 41 more"
 
 
@@ -332,7 +332,8 @@ def test_a_pickle_or_a_gguf_alone_is_refused_with_what_to_do(tmp_path: Path) -> 
     assert "weights_only=True" in reason and "'adapter_model.safetensors'" in reason
     (tmp_path / "adapter_model.bin").rename(tmp_path / "pirate-f16.gguf")
     assert reasons_for(tmp_path) == [
-        "'pirate-f16.gguf' is a GGUF file: send the PEFT directory that it was converted from"
+        "'pirate-f16.gguf' is a GGUF file: send the PEFT directory that it was converted from, or bring it into "
+        "that form with `loramux adapters convert`"
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,26 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from loramux_adapters.artifact.generation_defaults import GenerationDefaults
 from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.errors import CheckpointError, TrainingError
+from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.weights import load_host_adapter
-from loramux_adapters.training.model.merge import merge_into, write_checkpoint
+from loramux_adapters.training.model.merge import (
+    add_generation_defaults,
+    merge_into,
+    through_nf4,
+    weight_merged_onto,
+    write_checkpoint,
+)
 from loramux_adapters.training.model.whole_directory import whole_directory
 from loramux_server.base.loader import load_base_model
 from loramux_server.kernels.layers.nf4_linear import NF4Linear
+from loramux_server.kernels.layers.served_weights import ServedWeights
 from support.adapter_files import write_adapter
 from support.tiny_models import save_tiny_model, tiny_tokenizer
 
@@ -106,6 +116,20 @@ def test_an_unchanged_head_stays_tied(tmp_path: Path) -> None:
     assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
 
 
+@pytest.mark.parametrize(("temperature", "samples"), [(0.5, True), (0.0, False)])
+def test_a_checkpoint_says_of_generation_what_its_adapter_said(
+    tmp_path: Path, temperature: float, samples: bool
+) -> None:
+    model = load(save_tiny_model(tmp_path / "base"))
+    write_checkpoint(model, tiny_tokenizer(), tmp_path / "out")
+    said = GenerationDefaults(temperature=temperature, top_k=7, stop=("END",), max_tokens=9)
+    add_generation_defaults(said, tmp_path / "out")
+    config = load(tmp_path / "out").generation_config
+    assert (config.do_sample, config.top_k, config.stop_strings, config.max_new_tokens) == (samples, 7, ["END"], 9)
+    assert config.temperature == (temperature or None)
+    assert config.eos_token_id == model.generation_config.eos_token_id
+
+
 def test_what_was_written_is_what_transformers_and_the_server_load(tmp_path: Path) -> None:
     model = load(save_tiny_model(tmp_path / "base"))
     adapter = write_adapter(tmp_path / "adapter", linears_of(model), std_b=0.2)
@@ -164,3 +188,44 @@ def test_what_is_there_is_never_written_over(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be written"), whole_directory(tmp_path / "precious" / "below"):
         pass
     assert (tmp_path / "precious").read_text() == "mine"
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks by an old name
+@pytest.mark.parametrize("onto", ["16bit", "nf4"])
+def test_dora_and_trained_biases_are_merged_as_peft_does(tmp_path: Path, onto: str) -> None:
+    directory = save_tiny_model(tmp_path / "base", "qwen2", tie_word_embeddings=False)
+    model, other = load(directory), load(directory).float()
+    if onto == "nf4":
+        for path, module in other.named_modules():
+            if isinstance(module, nn.Linear) and path != "lm_head":
+                module.weight.data = through_nf4(module.weight.data.bfloat16()).float()
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=8, use_dora=True, bias="all", target_modules=["q_proj", "down_proj"], lora_alpha=16
+    )
+    oracle: Any = get_peft_model(other, config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in oracle.named_parameters():
+            if "lora_B" in name or name.endswith("bias"):
+                parameter += 0.1 * torch.randn_like(parameter)
+            if "magnitude" in name:
+                parameter *= 1.3
+    oracle.save_pretrained(tmp_path / "adapter")
+    expected = weights_of(oracle.merge_and_unload())
+    weights = ServedWeights(model, partial(weight_merged_onto, model=model, onto=onto))
+    adapter = load_host_adapter(tmp_path / "adapter", None, weights)
+
+    merge_into(model, adapter, onto=onto)
+
+    for name, weight in weights_of(model).items():
+        if name.endswith(("proj.weight", "proj.bias")):
+            assert torch.allclose(weight.float(), expected[name], rtol=2**-6, atol=2**-8), name
+
+
+def test_a_bias_where_the_base_has_none_cannot_be_merged(tmp_path: Path) -> None:
+    model = load(save_tiny_model(tmp_path / "base"))
+    path = "model.layers.0.self_attn.q_proj"
+    outputs = model.get_submodule(path).out_features
+    adapter = HostAdapter("", 8, 0, {}, {path: torch.ones(2, outputs)})
+    with pytest.raises(TrainingError, match="adds a bias to layer model.layers.0.self_attn.q_proj"):
+        merge_into(model, adapter, onto="16bit")
