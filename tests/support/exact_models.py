@@ -83,7 +83,7 @@ class Linear:
         return ExactLinear(at(self.codes), at(self.scales), at(self.bias), self.arena(), inputs, outputs)
 
     def arena(self) -> LoraArena:
-        return LoraArena(at(self.a), at(self.bt), at(self.targeted), self.a.shape[1], self.bt.shape[1])
+        return LoraArena(at(self.a), at(self.bt), at(self.targeted), None, self.a.shape[1], self.bt.shape[1])
 
     def reference(self, x: Array, adapters: list[tuple[int, int, float]]) -> Array:
         """x [in] -> [out]; adapters: (first rank, ranks, factor)."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import shutil
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
+import numpy.typing as npt
 from fastapi import FastAPI
 
 from loramux_adapters.artifact.config import AdapterConfig
@@ -21,13 +24,18 @@ from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.verify import Checked
 from loramux_adapters.store.store import AdapterRecord, Lease, Published, Staging, VersionRecord
 from loramux_server.api.app import create_app
-from loramux_server.api.http.dependencies import Dependencies, Keys, Limits, ServedBase
+from loramux_server.api.http.dependencies import Dependencies, GrammarsLike, Keys, Limits, ServedBase
+from loramux_server.base.infill import Infill
 from loramux_server.engine.scheduling.sequence import FinishReason, TokenLogprob, TokenOutput
 from loramux_server.engine.scheduling.sequence import Sequence as EngineSequence
+from loramux_server.errors import RequestError
 from loramux_server.fingerprint.replay import ReplayOutcome
+from loramux_server.grammar.shape import Shape
 from loramux_server.metrics.metrics import Metrics
 from loramux_server.publishing.lora_path import LoraPathRoot
 from loramux_server.publishing.pins import Pins
+from loramux_server.tools.conventions import Conventions
+from loramux_server.tools.formats import CallFormat
 
 BASE_NAME = "tiny-base"
 CONTEXT = 128
@@ -41,23 +49,38 @@ class FakeTokenizer:
     Attributes:
         encoded: the texts it was given.
         special: whether special tokens were allowed in the last of them.
+        around: whether the tokens that a base expects around a text were.
         templates: the chat template of each conversation, None for the base's.
+        conversations, variables: the messages of each, and what else its template was told.
+        special_texts: of special tokens.
+        opening: stands where the assistant's turn begins.
+        spoken: how calls and thoughts are written.
     """
 
     vocab_size = 258
     special_ids = frozenset({256, 257})
     stop_ids = frozenset({257})
     longest_token = 1
+    infill: Infill | None = None
 
     def __init__(self) -> None:
         self.encoded: list[str] = []
         self.special = True
+        self.around = True
         self.templates: list[str | None] = []
+        self.conversations: list[list[dict[str, Any]]] = []
+        self.variables: list[dict[str, Any]] = []
+        self.special_texts = {256: b"<begin>", 257: b"<end>"}
+        self.opening = ""
+        self.spoken = Conventions(CallFormat("hermes"), "tools", writes_calls=True, takes_results=True)
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
+    def encode(self, text: str, *, special: bool = True, around: bool = True) -> list[int]:
         self.encoded.append(text)
-        self.special = special
+        self.special, self.around = special, around
         return list(text.encode())
+
+    def encode_piece(self, text: str, *, special: bool = True) -> list[int]:
+        return self.encode(text, special=special, around=False)
 
     def encode_chat(
         self,
@@ -66,15 +89,23 @@ class FakeTokenizer:
         template_kwargs: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> list[int]:
         self.templates.append(chat_template)
-        return self.encode("".join(f"{m['role']}:{m['content']}\n" for m in messages) + "assistant:")
+        self.conversations.append([dict(message) for message in messages])
+        self.variables.append(dict(template_kwargs or {}))
+        text = "".join(f"{m['role']}:{m['content']}\n" for m in messages)
+        return self.encode(text.removesuffix("\n") if continue_final_message else text + "assistant:" + self.opening)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return bytes(token for token in token_ids if token < 256).decode("utf-8", "replace")
+    def conventions(self, chat_template: str | None = None) -> Conventions:
+        return self.spoken
+
+    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        shown = [self.token_bytes(token) for token in token_ids if special or token < 256]
+        return b"".join(shown).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        return bytes([token_id]) if token_id < 256 else b""
+        return bytes([token_id]) if token_id < 256 else self.special_texts[token_id]
 
 
 class FakeEngine:
@@ -85,10 +116,11 @@ class FakeEngine:
         hold_after: give out so many tokens, then nothing more until the iterator is closed.
         error_after: give out so many tokens, then fail the sequence.
         crash_after: give out so many tokens, then raise what is no error of ours.
+        logprob_of: the log probability of each token of a reply.
     """
 
     def __init__(self) -> None:
-        self.replies: dict[str | None, bytes] = {None: b"Hello world", "pirate": b"Arr, matey"}
+        self.replies: dict[str | None, Sequence[int]] = {None: b"Hello world", "pirate": b"Arr, matey"}
         self.refusal: Exception | None = None
         self.hold_after: int | None = None
         self.error_after: int | None = None
@@ -99,6 +131,7 @@ class FakeEngine:
         self.running: set[str] = set()
         self.aborted: list[str] = []
         self.holding = asyncio.Event()
+        self.logprob_of: Callable[[EngineSequence], float] = lambda sequence: -0.5
 
     def submit(self, *sequences: EngineSequence) -> list[AsyncGenerator[TokenOutput, None]]:
         if self.refusal is not None:
@@ -115,7 +148,15 @@ class FakeEngine:
             self.running.discard(sequence.id)
 
     async def _outputs(self, sequence: EngineSequence) -> AsyncGenerator[TokenOutput, None]:
+        if sequence.params.pooling:
+            first = -1.0 if sequence.adapter else 1.0
+            pooled = np.array([first * sequence.prompt[-1], len(sequence.prompt), sequence.params.pooling == "mean"])
+            yield TokenOutput(finish_reason=FinishReason.LENGTH, pooled=pooled)
+            return
         tokens = [*self.replies[sequence.adapter], END]
+        if not sequence.params.max_tokens:
+            yield self._first(sequence, TokenOutput(finish_reason=FinishReason.LENGTH))
+            return
         for count, token in enumerate(tokens):
             if count == self.hold_after:
                 self.holding.set()
@@ -139,15 +180,60 @@ class FakeEngine:
         logprob = None
         if sequence.params.logprobs is not None:
             top = tuple((65 + rank, -1.0 - rank) for rank in range(sequence.params.logprobs))
-            logprob = TokenLogprob(token, -0.5, top)
+            logprob = TokenLogprob(token, self.logprob_of(sequence), top)
         output = TokenOutput(token, logprob, finish)
-        return replace(output, queue_seconds=0.002, first_token_seconds=0.01) if count == 0 else output
+        if finish is FinishReason.STOP:
+            output = TokenOutput(finish_reason=finish, stopped_by=token, stopped_logprob=logprob)
+        return self._first(sequence, output) if count == 0 else output
+
+    def _first(self, sequence: EngineSequence, output: TokenOutput) -> TokenOutput:
+        """Each token of a prompt is half as likely as the one before."""
+        found: list[TokenLogprob] = []
+        if sequence.params.prompt_logprobs is not None:
+            for place, token in enumerate(sequence.prompt[sequence.params.prompt_logprobs_from :], start=1):
+                top = tuple((65 + rank, -1.0 - rank) for rank in range(sequence.params.prompt_logprobs))
+                found.append(TokenLogprob(token, -float(place), top))
+        return replace(output, queue_seconds=0.002, first_token_seconds=0.01, prompt_logprobs=tuple(found))
 
     def abort(self, sequence_id: str) -> None:
         self.aborted.append(sequence_id)
 
     def residency(self, version: str) -> str:
         return "device" if version == VERSION else "disk"
+
+
+@dataclass(frozen=True)
+class FreeGrammar:
+    """Of one sequence; everything may come."""
+
+    shape: Shape
+    ended = False
+
+    def advance(self, token: int) -> None: ...
+
+    def mask(self) -> npt.NDArray[np.uint32]:
+        return np.full(9, 2**32 - 1, np.uint32)
+
+
+class FakeGrammars:
+    """Refuses the regex "(", and everything where `failure` is set.
+
+    `asked` are the shapes, each with its parameter, `threads` where they were asked for.
+    """
+
+    def __init__(self) -> None:
+        self.failure: Exception | None = None
+        self.asked: list[tuple[Shape, str]] = []
+        self.threads: set[int] = set()
+
+    def of(self, shape: Shape, param: str) -> FreeGrammar:
+        self.asked.append((shape, param))
+        self.threads.add(threading.get_ident())
+        if self.failure is not None:
+            raise self.failure
+        if shape == Shape("regex", "("):
+            raise RequestError(f"'{param}': a group is not closed", param=param, code="invalid_value")
+        return FreeGrammar(shape)
 
 
 def record_of(
@@ -372,6 +458,7 @@ def make_server(
     context: int = CONTEXT,
     reply: int | None = None,
     lora_path_root: LoraPathRoot | None = None,
+    grammars: GrammarsLike | None = None,
     **limits: Any,
 ) -> Server:
     engine, store, check, tokenizer = FakeEngine(), FakeStore(root), FakeCheck(), FakeTokenizer()
@@ -388,6 +475,7 @@ def make_server(
         base=ServedBase(BASE_NAME, base_id="ba5e" * 16, context=context, reply=reply or context, created=1_700_000_000),
         keys=keys or Keys(),
         limits=replace(Limits(), **limits),
+        grammars=grammars,
         lora_path_root=lora_path_root,
     )
     return Server(engine, store, check, tokenizer, deps.metrics, deps, create_app(deps))

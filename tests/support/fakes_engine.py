@@ -336,13 +336,15 @@ def sequence(
     arrived: float = 0.0,
     scored_from: int | None = None,
     continuations: Iterable[tuple[int, ...]] = (),
+    shares_prompt_with: str | None = None,
 ) -> Sequence:
     """A sequence whose prompt is `prompt` tokens that only it has; with one adapter, `version`, or with `uses`.
 
-    With `text`, its prompt is what all prompts of this text begin with. `scored_from`: the first prompt token whose log
-    probability is asked for.
+    With `text`, its prompt is what all prompts of this text begin with; with `shares_prompt_with`, that
+    one's. `scored_from`: the first prompt token whose log probability is asked for.
     """
-    tokens = [zlib.crc32(f"{text or id} {position}".encode()) % VOCABULARY for position in range(prompt)]
+    text = text or shares_prompt_with or id
+    tokens = [zlib.crc32(f"{text} {position}".encode()) % VOCABULARY for position in range(prompt)]
     params = SamplingParams(
         max_tokens=max_tokens,
         stop_token_ids=frozenset(stop),
@@ -352,4 +354,13 @@ def sequence(
     )
     adapters = tuple(uses) if version is None else (AdapterUse(version, rank, nbytes),)
     name = "+".join(use.version for use in adapters) or None
-    return Sequence(id, tokens, params, adapters, adapter=name, background=background, arrived=arrived)
+    return Sequence(
+        id,
+        tokens,
+        params,
+        adapters,
+        adapter=name,
+        background=background,
+        shares_prompt_with=shares_prompt_with,
+        arrived=arrived,
+    )

@@ -42,11 +42,13 @@ class Bench:
         self._under_way: tuple[Batch, FakeStep] | None = None
         self.ended: dict[str, str] = {}  # sequence id -> done, aborted, failed (its load), broken (its step)
         self.reasons: dict[str, str] = {}  # of failed loads
+        self._added: dict[str, Sequence] = {}
 
     def add(self, *sequences: Sequence) -> None:
         for sequence in sequences:
             self.scheduler.check_fits(sequence)
             self.scheduler.add(sequence)
+            self._added[sequence.id] = sequence
 
     def abort(self, ids: Collection[str]) -> None:
         for sequence in self.scheduler.abort(ids):
@@ -140,6 +142,8 @@ class Bench:
         assert sum(max(0, row.num_scored - 1) for row in batch.rows) <= config.max_scored_tokens
         late = {one.id for one in self.scheduler.running if one.gives_way} - waits
         assert bool(late) == bool(background), "who has started goes on"
+        for row in batch.rows:
+            self._check_shared(row)
         runs: list[Kind] = []
         for row in batch.rows:
             if not runs or runs[-1] != kind_of(row.sequence):
@@ -147,6 +151,19 @@ class Bench:
         assert len(runs) == len(set(runs)), "the rows of the same adapters are not contiguous"
         assert () not in runs[1:], "base rows come first"
         assert {load.version for load in batch.slot_loads} <= {version for run in runs for version, _ in run}
+
+    def _check_shared(self, row: ScheduledSequence) -> None:
+        """Who shares another's prompt starts when that is read, and finds all complete blocks but what it needs."""
+        one, size = row.sequence, self.blocks.block_size
+        first = self._added.get(one.shares_prompt_with or "")
+        in_blocks = one.logits_from // size * size
+        if row.first > one.num_cached or first is None or not in_blocks or not self.blocks.keeps_content:
+            return
+        if first.status is SequenceStatus.RUNNING:
+            assert one.num_cached == in_blocks
+            under_way = [each for batch in self.scheduler.under_way for each in batch.rows if each.sequence is first]
+            assert all(each.first >= len(first.prompt) for each in under_way), "its prompt is not read yet"
+        assert first.status is not SequenceStatus.WAITING
 
     @staticmethod
     def _waits(row: ScheduledSequence) -> bool:

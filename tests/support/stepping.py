@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -53,11 +53,12 @@ class Stepper:
         kernels: str | None = None,
         graph_bytes: int = 0,
         config: SchedulerConfig = STEPS,
+        module_of: Callable[[str], str | None] = lambda path: path,
     ) -> None:
         """`kernels`: another set than the device's own; `attend`, `add_lora`: other parts than the set's.
 
         The cache holds floats where `attend` is given. `graph_bytes`: that graphs of steps may take; 0 captures none.
-        `config`: the largest step follows from it.
+        `config`: the largest step follows from it. `module_of`: as a base has it.
         """
         whole_numbers = attend is None and choose_kernels(device, kernels).whole_numbers
         shape = probe_kv_shape(model, device, whole_numbers=whole_numbers)
@@ -71,7 +72,16 @@ class Stepper:
             )
         self.kernels, self.device = chosen, device
         self.host: dict[str, HostAdapter] = {}
-        self.slots = AdapterSlots(model, rows, chosen.add_lora, chosen.copy_slot, head=head_path(model), device=device)
+        self.slots = AdapterSlots(
+            model,
+            rows,
+            chosen.add_lora,
+            chosen.copy_slot,
+            head=head_path(model),
+            device=device,
+            module_of=module_of,
+            affine=device.is_host,
+        )
         self.runner = ModelRunner(
             model,
             slots=self.slots,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
@@ -47,6 +48,21 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
 }
 
+# mixtures of experts: as above
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {**_EXPERTS, "norm_topk_prob": True},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {**_EXPERTS, "norm_topk_prob": False, "clip_qkv": 4.0},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] + '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
@@ -54,13 +70,17 @@ CHAT_TEMPLATE = (
 
 
 def tiny_config(architecture: str, **changes: Any) -> Any:
-    return AutoConfig.for_model(architecture, **(COMMON | ARCHITECTURES.get(architecture, {}) | changes))
+    own = (ARCHITECTURES | MIXTURES).get(architecture, {})
+    return AutoConfig.for_model(architecture, **(COMMON | own | changes))
 
 
 def save_tiny_model(directory: Path, architecture: str = "llama", *, seed: int = 0, **changes: Any) -> Path:
     """Writes a random model with a byte-level tokenizer; `changes` go into its config."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(architecture, **changes), dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if name.endswith((".gate.weight", ".router.weight", ".router.bias", ".sinks", "_bias")):
+            nn.init.normal_(parameter, std=0.5)  # where all is zero nobody sees that it counts
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     model.save_pretrained(directory)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from loramux_server.base.architecture.experts import TensorPiece
 from loramux_server.base.identity import read_json
 from loramux_server.base.prequantized import is_quantized, numbers_of
 from loramux_server.errors import BaseModelError
@@ -69,16 +70,26 @@ class ModelWeights:
 class CheckpointWeights:
     """`Weights` of safetensors files, which stay mapped until `close`."""
 
-    def __init__(self, directory: Path, prefix: str = "", *, quantized: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        prefix: str = "",
+        *,
+        quantized: bool = False,
+        names: Callable[[str], Iterable[str | TensorPiece]] | None = None,
+    ) -> None:
         """
         Args:
             quantized: its config says that bitsandbytes quantized it to NF4.
             prefix: under which a model with a head has the model without one ("model"): some checkpoints leave it out,
                 and some have it where the model does not.
+            names: of a parameter of the model, what the checkpoint may call it, or of what it may be a piece; None: it
+                is called as the model does.
         Raises:
             BaseModelError: there are no such files, or they cannot be read.
         """
         self._prefix = f"{prefix}." if prefix else ""
+        self._names = names or (lambda name: (name,))
         self.quantized = quantized
         self._opened = ExitStack()
         self._files: dict[str, Any] = {}
@@ -113,27 +124,38 @@ class CheckpointWeights:
 
     def quantizes(self, name: str) -> bool:
         found = self._name(name)
-        return found is not None and is_quantized(found, self._files.__contains__)
+        return isinstance(found, str) and is_quantized(found, self._files.__contains__)
 
     def nf4(self, name: str) -> Nf4Numbers | None:
         found = self._name(name)
-        if found is None or not self.quantizes(name):
+        if not isinstance(found, str) or not self.quantizes(name):
             return None
         return numbers_of(found, self._files.__contains__, self._read)
 
-    def _name(self, name: str) -> str | None:
+    def _name(self, name: str) -> str | TensorPiece | None:
         """What the checkpoint calls it."""
-        there = (each for each in self._candidates(name) if each in self._files)
+        there = (
+            each
+            for each in self._candidates(name)
+            if (each.stored if isinstance(each, TensorPiece) else each) in self._files
+        )
         return next(there, None)
 
-    def _candidates(self, name: str) -> Iterator[str]:
-        yield name
+    def _candidates(self, name: str) -> Iterator[str | TensorPiece]:
+        yield from self._names(name)
         if self._prefix:
             yield name.removeprefix(self._prefix)
             yield self._prefix + name
 
-    def _read(self, name: str) -> torch.Tensor:
+    def _slice(self, name: str) -> Any:
+        if name not in self._files:
+            raise BaseModelError(f"the base's checkpoint holds no {name}")
+        return self._files[name].get_slice(name)
+
+    def _read(self, name: str | TensorPiece) -> torch.Tensor:
         try:
+            if isinstance(name, TensorPiece):
+                return name.read(self._slice)
             tensor: torch.Tensor = self._files[name].get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise BaseModelError(f"the base's tensor {name} cannot be read: {error}") from error

@@ -24,6 +24,8 @@ class Detokenizer:
         stop: Sequence[str] = (),
         skip: frozenset[int] = frozenset(),
         context: Sequence[int] = (),
+        min_tokens: int = 0,
+        include_stop: bool = False,
     ) -> None:
         """
         Args:
@@ -32,19 +34,27 @@ class Detokenizer:
             skip: ids that never show (special tokens).
             context: last tokens of the text that the reply continues. With a SentencePiece-like tokenizer the first
                 word then keeps its leading space. Empty for a reply that stands alone.
+            min_tokens: a string that is complete in the text of so many first tokens does not end the reply.
+            include_stop: the text ends with the string that ended it, not before it.
         """
         self._skip = skip
+        self._may_not_stop = min_tokens  # for so many tokens more
         self._text = _TextWindow(decode, [token for token in context if token not in skip][-_KEPT_WINDOW:])
-        self._stop = _StopMatcher(stop)
+        self._stop = _StopMatcher(stop, include_stop)
 
     @property
     def stopped(self) -> bool:
         """Whether a stop string was found."""
+        return self._stop.found is not None
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that was found."""
         return self._stop.found
 
     @property
     def position(self) -> int:
-        """Characters decoded so far, held back or not; once stopped, those before the stop string."""
+        """Characters decoded so far, held back or not; once stopped, those of the text that is given out."""
         return self._stop.position
 
     @property
@@ -54,15 +64,16 @@ class Detokenizer:
 
     def add(self, token: int) -> str:
         """The text that this token makes certain; often one token's, sometimes none or several tokens'."""
-        if token in self._skip or self.stopped:
+        if self.stopped:
             return ""
-        return self._stop.add(self._text.add(token))
+        may_stop, self._may_not_stop = not self._may_not_stop, max(0, self._may_not_stop - 1)
+        return "" if token in self._skip else self._stop.add(self._text.add(token), may_stop)
 
     def flush(self) -> str:
         """The rest, at the end of the reply: incomplete bytes as U+FFFD, and text that only looked like a stop."""
         if self.stopped:
             return ""
-        return self._stop.add(self._text.flush()) + self._stop.flush()
+        return self._stop.add(self._text.flush(), not self._may_not_stop) + self._stop.flush()
 
 
 class _TextWindow:
@@ -113,27 +124,31 @@ class _StopMatcher:
     long as the longest beginning of a stop string that the text so far ends with.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], include: bool) -> None:
+        """`include`: the string that is found is part of the text."""
+        self._include = include
         self._stops = [(stop, _failure_table(stop)) for stop in stops]
         self._matched = [0] * len(self._stops)  # characters of each stop that the text ends with
         self._held = ""
         self.position = 0
-        self.found = False
+        self.found: str | None = None
 
     @property
     def held(self) -> int:
         return len(self._held)
 
-    def add(self, text: str) -> str:
+    def add(self, text: str, may_stop: bool = True) -> str:
+        """The text that can be given out. What is complete within `text` counts only where it `may_stop`."""
         if not self._stops or not text:
             self.position += len(text)
             return text
         buffer = self._held + text
         for index in range(len(self._held), len(buffer)):
             longest = self._advance(buffer[index])
-            if longest:
-                self.found = True
-                released = buffer[: index + 1 - longest]
+            if longest and may_stop:
+                end = index + 1 - longest
+                self.found = buffer[end : index + 1]
+                released = buffer[: index + 1 if self._include else end]
                 self.position += len(released) - len(self._held)
                 self._held = ""
                 return released
@@ -157,6 +172,7 @@ class _StopMatcher:
                 matched += 1
             if matched == len(stop):
                 longest = max(longest, matched)
+                matched = failure[-1]  # goes on, where it may not stop
             self._matched[index] = matched
         return longest
 

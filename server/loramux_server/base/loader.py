@@ -21,6 +21,11 @@ from loramux_adapters.chat.tokenizer_files import TokenizerFiles
 from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.device.device import Device, in_host_memory
 from loramux_adapters.errors import AdapterRejected, DeviceFull
+from loramux_adapters.lora.affine import BaseWeights
+from loramux_server.base.architecture.checkpoint_names import CheckpointNames
+from loramux_server.base.architecture.experts import has_experts, put_expert, split_experts
+from loramux_server.base.architecture.language_part import LanguagePart, language_part_of
+from loramux_server.base.architecture.transformers_model import first_line, read_model
 from loramux_server.base.checkpoint import CheckpointWeights, ModelWeights, Weights
 from loramux_server.base.identity import cached_base_id
 from loramux_server.base.originals import original_tensor
@@ -36,6 +41,7 @@ from loramux_server.kernels.layers.nf4_layout import CompiledLayout
 from loramux_server.kernels.layers.nf4_linear import BLOCK, NF4Linear
 from loramux_server.kernels.layers.packed_embedding import PackedEmbedding
 from loramux_server.kernels.layers.packed_head import PackedHead
+from loramux_server.kernels.layers.served_weights import ServedWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,9 @@ class BaseModel:
         floats: name -> tensor of the weights that lie as they were loaded (norms, embeddings, a head in 16 bit).
         packed: name -> shape of the head's weight where it lies in whole numbers, and of an embedding that reads it.
         bytes_16bit: what all weights take in 16 bit.
+        names: where the checkpoint has its parameters.
+        weights: its linear layers as adapters that need them are given them; None on a card, which has no kernels for
+            such.
         stages: (what, seconds) of each part of loading.
     """
 
@@ -64,19 +73,34 @@ class BaseModel:
     floats: Mapping[str, torch.Tensor]
     packed: Mapping[str, tuple[int, int]]
     bytes_16bit: int
+    names: CheckpointNames
+    weights: BaseWeights | None = None
     stages: list[tuple[str, float]] = field(default_factory=list)
 
     def info(self, encoder: TextEncoder | None = None) -> BaseInfo:
         """The base as the adapter package sees it. `encoder`: of its tokenizer, where there is one already."""
 
-        def tensor_equals(name: str, tensor: torch.Tensor) -> bool:
+        def tensor_equals(theirs: str, tensor: torch.Tensor) -> bool:
+            name = self.module_of(theirs) or theirs
             held = self._original(name, tensor.shape) if name in self.packed else self.floats.get(name)
             if held is None or held.shape != tensor.shape:
                 return False
             return bool(torch.equal(held.float().cpu(), tensor.float()))
 
         files = TokenizerFiles(self.tokenizer, self.source.directory, encoder)
-        return BaseInfo(self.base_id, dict(self.linears), tensor_equals, self.kernels.convert, files.own_template)
+        return BaseInfo(
+            base_id=self.base_id,
+            linears=dict(self.linears),
+            tensor_equals=tensor_equals,
+            convert=self.kernels.convert,
+            own_template=files.own_template,
+            module_of=self.module_of,
+            weights=self.weights,
+        )
+
+    def module_of(self, path: str) -> str | None:
+        """The module of the model that an adapter calls `path`; None where that is of a part which is not loaded."""
+        return self.names.module_of(path)
 
     def _original(self, name: str, shape: torch.Size) -> torch.Tensor | None:
         """A packed weight as the checkpoint holds it, in bf16; None if its shape cannot be this one.
@@ -86,7 +110,8 @@ class BaseModel:
         """
         if tuple(shape) != self.packed[name]:
             return None
-        names = [name, *(other for other in self.packed if other != name)]  # tied: one weight under two names
+        tied = [name, *(other for other in self.packed if other != name)]  # one weight under two names
+        names = [each for other in tied for each in self.names.whole_tensors(other)]
         body = f"{getattr(self.model, 'base_model_prefix', '')}."
         try:
             held = original_tensor(self.source.directory, [*names, *(each.removeprefix(body) for each in names)])
@@ -179,21 +204,32 @@ def load_base_model(
             "was made of"
         )
     library = native_library() if exact else None
+    part = language_part_of(config)
     layout = CompiledLayout(library.best) if library else kernels.layout
     if quantize != "nf4" or layout is None or not packable(skeleton, layout):
         layout = None
+    if training and quantize == "nf4" and has_experts(skeleton):
+        raise BaseModelError(
+            f"base {source.name} is a mixture of experts: adapters for it are served, and not trained here; train with "
+            "peft, on its attention or its experts' layers one by one, and push the adapter"
+        )
+    if layout is None and quantize == "nf4" and has_experts(skeleton):
+        raise BaseModelError(
+            f"base {source.name} is a mixture of experts, and these need kernels of our own, and layers of a multiple "
+            f"of 64 numbers to a multiple of 32: {'; '.join(why_not_compiled(kernels, device)) or kernels.name}"
+        )
     if layout is not None:
         load: Any = _dense if exact else _packed
         packing = Packing(layout, device)
-        model = _timed(stages, "weights", lambda: load(skeleton, source, base_id, packing, cache_dir, report))
+        model = _timed(stages, "weights", lambda: load(config, skeleton, source, base_id, packing, cache_dir, report))
     elif quantize == "none":
         report("loading the base in 16 bit")
-        model = _timed(stages, "weights", lambda: _load(source.directory, device))
+        model = _timed(stages, "weights", lambda: _load(source.directory, device, part))
     elif is_quantized(config):
         report("loading the base, which was quantized before")
-        model = _timed(stages, "weights", lambda: _load_quantized(skeleton, source, device))
+        model = _timed(stages, "weights", lambda: _load_quantized(config, skeleton, source, device))
     else:
-        model = _timed(stages, "weights", lambda: _load_nf4(source.directory, device, base_id, cache_dir, report))
+        model = _timed(stages, "weights", lambda: _load_nf4(source.directory, device, part, base_id, cache_dir, report))
         _check_quantized(model, source.name)
     keep_unpacked(model)
     if not training:
@@ -202,6 +238,7 @@ def load_base_model(
                 _timed(stages, "lay out for the kernels", lambda: kernels.lay_out(model))
             _timed(stages, "compiled operations", lambda: kernels.use_ops(model))
     tokenizer = _timed(stages, "tokenizer", lambda: load_tokenizer(source.directory))
+    names = CheckpointNames.of(part, model)
     return BaseModel(
         model=model,
         tokenizer=tokenizer,
@@ -219,6 +256,8 @@ def load_base_model(
         floats=_kept_floats(model),
         packed=_packed_shapes(model),
         bytes_16bit=_bytes_16bit(model),
+        names=names,
+        weights=ServedWeights(model, module_of=names.module_of) if device.is_host else None,
         stages=stages,
     )
 
@@ -228,11 +267,13 @@ def load_tokenizer(directory: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise BaseModelError(f"the base's tokenizer cannot be read: {_first_line(error)}") from error
+        raise BaseModelError(f"the base's tokenizer cannot be read: {first_line(error)}") from error
 
 
 def skeleton_of(source: BaseSource) -> tuple[Any, nn.Module]:
     """A base's config, and its model without weights, on the meta device: within a second, whatever its size.
+
+    Of a checkpoint that takes more than text the model is its language part.
 
     Raises:
         BaseModelError: the config cannot be read, or the base not be served correctly.
@@ -240,24 +281,31 @@ def skeleton_of(source: BaseSource) -> tuple[Any, nn.Module]:
     try:
         config = AutoConfig.from_pretrained(source.directory, local_files_only=True, trust_remote_code=False)
     except StrictDataclassError as error:  # transformers' own rules for a config; the cause says which one
-        raise BaseModelError(f"the base's config cannot be read: {_first_line(error.__cause__ or error)}") from error
+        raise BaseModelError(f"the base's config cannot be read: {first_line(error.__cause__ or error)}") from error
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
-        raise BaseModelError(f"the base's config cannot be read: {_first_line(error)}") from error
+        raise BaseModelError(f"the base's config cannot be read: {first_line(error)}") from error
     _refuse(source.name, unsupported_config(config))
     try:
         with torch.device("meta"):
             factory: Any = AutoModelForCausalLM
-            model: nn.Module = factory.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
+            part = language_part_of(config)
+            own = config if part is None else part.config
+            model: nn.Module = factory.from_config(own, dtype=torch.bfloat16, trust_remote_code=False)
+        split_experts(model)
     except (ValueError, KeyError) as error:
-        raise BaseModelError(
-            f"the base is no causal language model that is known here: {_first_line(error)}"
-        ) from error
+        raise BaseModelError(f"the base is no causal language model that is known here: {first_line(error)}") from error
     _refuse(source.name, unsupported_modules(model))
     return config, model
 
 
 def _packed(
-    skeleton: nn.Module, source: BaseSource, base_id: str, packing: Packing, cache_dir: Path, report: Report
+    config: Any,
+    skeleton: nn.Module,
+    source: BaseSource,
+    base_id: str,
+    packing: Packing,
+    cache_dir: Path,
+    report: Report,
 ) -> nn.Module:
     try:
         model: Any = packed_once(
@@ -266,7 +314,7 @@ def _packed(
             skeleton,
             packing,
             report,
-            load=lambda: _weights(skeleton, source),
+            load=lambda: _weights(config, skeleton, source),
         )
         packing.device.synchronize()  # copies to it are done when the base is handed on
     except DeviceFull as error:
@@ -277,42 +325,56 @@ def _packed(
 
 
 @contextlib.contextmanager
-def _weights(skeleton: Any, source: BaseSource) -> Iterator[Weights]:
+def _weights(config: Any, skeleton: Any, source: BaseSource) -> Iterator[Weights]:
     """The checkpoint, tensor by tensor; all of it at once where only transformers knows what its names mean."""
-    quantized = is_quantized(skeleton.config)
-    with CheckpointWeights(source.directory, skeleton.base_model_prefix, quantized=quantized) as weights:
+    quantized, part = is_quantized(config), language_part_of(config)
+    with _opened(source, skeleton, part, quantized=quantized) as weights:
         missing = missing_names(skeleton, weights)
         if not missing:
             yield weights
             return
     if quantized:
         raise BaseModelError(f"the base's checkpoint holds no {missing[0]}")
-    yield ModelWeights(_read(source.directory, CpuDevice()))
+    yield ModelWeights(read_model(source.directory, CpuDevice(), part))
+
+
+def _opened(source: BaseSource, skeleton: Any, part: LanguagePart | None, *, quantized: bool) -> CheckpointWeights:
+    names = CheckpointNames.of(part, skeleton).names
+    return CheckpointWeights(source.directory, skeleton.base_model_prefix, quantized=quantized, names=names)
 
 
 def _dense(
-    skeleton: nn.Module, source: BaseSource, base_id: str, packing: Packing, cache_dir: Path, report: Report
+    config: Any,
+    skeleton: nn.Module,
+    source: BaseSource,
+    base_id: str,
+    packing: Packing,
+    cache_dir: Path,
+    report: Report,
 ) -> nn.Module:
     """The 16-bit model with the NF4 weights that are served in it, in fp32."""
-    packed = _packed(skeleton, source, base_id, packing, cache_dir, report)
-    model: nn.Module = _read(source.directory, CpuDevice())
+    packed = _packed(config, skeleton, source, base_id, packing, cache_dir, report)
+    model: nn.Module = read_model(source.directory, CpuDevice(), language_part_of(config))
     for path, layer in list(packed.named_modules()):
-        if isinstance(layer, NF4Linear):
+        if isinstance(layer, NF4Linear) and not put_expert(model, path, layer.dequantized()):
             model.set_submodule(path, dequantized(layer))
     return model
 
 
-def _load_quantized(skeleton: Any, source: BaseSource, device: Device) -> Any:
+def _load_quantized(config: Any, skeleton: Any, source: BaseSource, device: Device) -> Any:
     """On bitsandbytes' layers, after all that they are made of was checked."""
-    with CheckpointWeights(source.directory, skeleton.base_model_prefix, quantized=True) as weights:
+    part = language_part_of(config)
+    with _opened(source, skeleton, part, quantized=True) as weights:
         for name, each in skeleton.named_parameters():
             numbers = weights.nf4(name)
             if numbers is not None and numbers.shape != tuple(each.shape):
                 raise BaseModelError(f"the base's {name} is of shape {numbers.shape}, and not {tuple(each.shape)}")
-    return _load(source.directory, device)
+    return _load(source.directory, device, part)
 
 
-def _load_nf4(directory: Path, device: Device, base_id: str, cache_dir: Path, report: Report) -> Any:
+def _load_nf4(
+    directory: Path, device: Device, part: LanguagePart | None, base_id: str, cache_dir: Path, report: Report
+) -> Any:
     from transformers import BitsAndBytesConfig
 
     untyped: Any = BitsAndBytesConfig
@@ -327,36 +389,13 @@ def _load_nf4(directory: Path, device: Device, base_id: str, cache_dir: Path, re
         base_id,
         device,
         report,
-        read=lambda kept: _load(kept, device),
-        quantize=lambda: _load(directory, device, quantization_config=nf4),
+        read=lambda kept: _load(kept, device, None),  # what is kept holds the language part alone
+        quantize=lambda: _load(directory, device, part, quantization_config=nf4),
     )
 
 
-def _load(directory: Path, device: Device, **options: Any) -> Any:
-    return _settle(_read(directory, device, **options))
-
-
-def _read(directory: Path, device: Device, **options: Any) -> Any:
-    """The model; weights on the CPU may lie in the mapped checkpoint."""
-    try:
-        untyped: Any = AutoModelForCausalLM
-        model, found = untyped.from_pretrained(
-            directory,
-            dtype=torch.bfloat16,
-            device_map={"": str(device.place)},
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
-    except torch.OutOfMemoryError as error:
-        raise BaseModelError(f"the base does not fit into the memory of {device}; use a smaller base") from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise BaseModelError(f"the base cannot be loaded: {_first_line(error)}") from error
-    if missing := sorted(found["missing_keys"]):
-        raise BaseModelError(f"the base's checkpoint holds no {missing[0]}")
-    return model.eval()
+def _load(directory: Path, device: Device, part: LanguagePart | None, **options: Any) -> Any:
+    return _settle(read_model(directory, device, part, **options))
 
 
 def _settle(model: Any) -> Any:
@@ -433,10 +472,6 @@ def _packed_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 def _refuse(name: str, reasons: list[str]) -> None:
     if reasons:
         raise BaseModelError(f"base {name} cannot be served correctly: {'; '.join(reasons)}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _timed(stages: list[tuple[str, float]], what: str, work: Any) -> Any:

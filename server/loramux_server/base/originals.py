@@ -15,9 +15,11 @@ _INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
 
 
-def original_weights(directory: Path) -> Callable[[str], torch.Tensor]:
+def original_weights(directory: Path, names: Callable[[str], Iterable[str]]) -> Callable[[str], torch.Tensor]:
     """A function: path of a linear layer -> its weight [out, in] as the checkpoint holds it.
 
+    Args:
+        names: of a parameter of the model, what the checkpoint may call it.
     Raises:
         BaseModelError: the checkpoint's list of files cannot be read. The function raises it too, for a layer that is
             not in the files under its own name.
@@ -26,12 +28,12 @@ def original_weights(directory: Path) -> Callable[[str], torch.Tensor]:
 
     def read(path: str) -> torch.Tensor:
         name = f"{path}.weight"
-        try:
-            return _read(directory, files, name)
-        except (OSError, SafetensorError) as error:
-            raise BaseModelError(
-                f"the base's checkpoint holds no {name}, which init loftq starts from; use init default"
-            ) from error
+        for each in names(name):
+            try:
+                return _read(directory, files, each)
+            except (OSError, SafetensorError):
+                continue
+        raise BaseModelError(f"the base's checkpoint holds no {name}, which init loftq starts from; use init default")
 
     return read
 

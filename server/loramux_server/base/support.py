@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+
+from loramux_server.base.architecture.language_part import has_language_part, takes_more_than_text
+from loramux_server.base.architecture.published_form import is_mxfp4
 
 if TYPE_CHECKING:
     from torch import nn
 
-# Position encodings whose cos and sin of a short row change when a long row shares the forward.
-_ROPE_UNSUPPORTED = {"longrope", "su", "dynamic"}
+# Position encodings that have other angles in long texts: known where all layers have the same.
+_ROPE_BY_LENGTH = {"longrope", "su"}
+# Mixtures of experts whose routers and experts are known here.
+_RECURRENT = {"rwkv", "xlstm"}  # those whose config names no kinds of layers
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_EXPERTS_SUPPORTED = {"gpt_oss", "mixtral", "olmoe", "qwen3_moe"}
 _LAYERS_SUPPORTED = {"full_attention", "sliding_attention"}
 
 
@@ -19,37 +27,66 @@ def unsupported_config(config: Any) -> list[str]:
         config: transformers' own, or whatever has the attributes that a config.json has.
     """
     reasons: list[str] = []
-    get: Any = lambda name: getattr(config, name, None)  # noqa: E731
-    if reason := _why_not_quantized_so(get("quantization_config")):
+    if reason := _why_not_quantized_so(getattr(config, "quantization_config", None)):
         reasons.append(reason)
+    if takes_more_than_text(config):
+        if not has_language_part(config):
+            kind = getattr(config, "model_type", "unknown")
+            reasons.append(
+                f"it takes images or sound, and of a {kind} the language part alone is not served; "
+                "name a checkpoint of the language model"
+            )
+        text = getattr(config, "text_config", None)  # None: all lies in one, as transformers 4 wrote Qwen2-VL's
+        config = SimpleNamespace(**text) if isinstance(text, dict) else text or config
+    get: Any = lambda name: getattr(config, name, None)  # noqa: E731
     if get("is_encoder_decoder"):
         reasons.append("it is an encoder-decoder model")
-    if get("vision_config") is not None or get("audio_config") is not None:
-        reasons.append("it takes images or sound; only text models are served")
-    for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
-        if get(name):
-            reasons.append(f"it is a mixture of experts ({name})")
+    experts = [name for name in _EXPERT_COUNTS if get(name)]
+    if experts and get("model_type") not in _EXPERTS_SUPPORTED:
+        known = ", ".join(sorted(_EXPERTS_SUPPORTED))
+        reasons.append(f"it is a mixture of experts ({experts[0]}) of another kind than those that are served: {known}")
     if get("kv_lora_rank"):
         reasons.append("it uses multi-head latent attention (kv_lora_rank)")
     if get("alibi") or get("position_embedding_type") == "alibi" or get("model_type") in {"bloom", "mpt"}:
         reasons.append("it uses ALiBi position biases")
-    for kind in _rope_types(get("rope_parameters") or get("rope_scaling")):
-        if kind in _ROPE_UNSUPPORTED:
-            reasons.append(f"its position encoding is of type {kind}, which depends on the longest row of a batch")
+    if get("model_type") in _RECURRENT:
+        reasons.append("it keeps a state of its own for each sequence in place of keys and values")
+    rope = get("rope_parameters") or get("rope_scaling")
+    for kind in _ROPE_BY_LENGTH & _rope_types(rope) - _rope_types(_without_parts(rope)):
+        reasons.append(f"some of its layers have the position encoding {kind} and others do not")
     odd = sorted(set(get("layer_types") or []) - _LAYERS_SUPPORTED)
     if odd:
-        reasons.append(f"it has layers of type {', '.join(odd)}")
+        reasons.append(
+            f"it has layers of type {', '.join(odd)}, and only such are served whose attention sees all tokens before "
+            f"it or a window of them ({', '.join(sorted(_LAYERS_SUPPORTED))})"
+        )
     return reasons
+
+
+def trained_context(config: Any) -> int:
+    """Most tokens of a text that an adapter can be trained on, of transformers' own config; 0: it names none.
+
+    Rows of a training step share their angles, so none may be as long as to need others than the rest.
+    """
+    text = config.get_text_config()
+    context = int(getattr(text, "max_position_embeddings", 0) or 0)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if not _ROPE_BY_LENGTH & _rope_types(rope):
+        return context
+    return min(context, int(rope.get("original_max_position_embeddings") or context))
 
 
 def is_quantized(config: Any) -> bool:
     """Whether the checkpoint of a config that is supported was quantized before, by bitsandbytes to NF4."""
-    return bool(getattr(config, "quantization_config", None))
+    given = getattr(config, "quantization_config", None)
+    return bool(given) and not is_mxfp4(given)
 
 
 def _why_not_quantized_so(given: Any) -> str:
     """Why a checkpoint that was quantized before cannot be served; "" where it can, or was not."""
     if not given:
+        return ""
+    if is_mxfp4(given):  # read as the numbers that they are
         return ""
     its: dict[str, Any] = given if isinstance(given, dict) else given.to_dict()
     method = its.get("quant_method") or ("bitsandbytes" if its.get("load_in_4bit") or its.get("load_in_8bit") else None)
@@ -72,6 +109,11 @@ def _rope_types(parameters: Any) -> set[str]:
     return found
 
 
+def _without_parts(parameters: Any) -> Any:
+    """Of a config's RoPE parameters, what stands for all layers."""
+    return {key: value for key, value in parameters.items() if not isinstance(value, dict)} if parameters else None
+
+
 def unsupported_modules(model: nn.Module) -> list[str]:
     """Reasons that show only in the built model."""
     from transformers.pytorch_utils import Conv1D
@@ -80,8 +122,4 @@ def unsupported_modules(model: nn.Module) -> list[str]:
     modules = dict(model.named_modules())
     if any(isinstance(module, Conv1D) for module in modules.values()):
         reasons.append("its projections are Conv1D layers (as in GPT-2), not nn.Linear")
-    if any(hasattr(module, "sinks") for module in modules.values()):
-        reasons.append("its attention has sinks")
-    if any(path.rpartition(".")[2] in {"experts", "router"} for path in modules):
-        reasons.append("it is a mixture of experts")
     return reasons

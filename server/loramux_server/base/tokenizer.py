@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
-from loramux_adapters.chat.encoder import TextEncoder
+from loramux_adapters.chat.encoder import ChatTemplate, TextEncoder
 from loramux_adapters.errors import TemplateFailed, TokenizerMissing
+from loramux_server.base.infill import Infill, infill_of
 from loramux_server.errors import BaseModelError, RequestError
+from loramux_server.tools.calls import AddedTokens
+from loramux_server.tools.conventions import Conventions, conventions_of
+
+_KEPT = 64  # conventions of templates
+
+_MARK = "\u263a"  # no word begins with it
 
 
 class BaseTokenizer:
@@ -15,6 +23,7 @@ class BaseTokenizer:
 
     Attributes:
         encoder: what turns text into ids.
+        infill: how the base fills in what stands between two texts; None if it has no tokens for that.
     """
 
     def __init__(
@@ -41,15 +50,45 @@ class BaseTokenizer:
         self._byte_of = _byte_alphabet() if b"ByteLevel" in described else None
         self.longest_token = max((len(token) for token in self._backend.get_vocab()), default=1)
         self._added = {token_id: str(token) for token_id, token in tokenizer.added_tokens_decoder.items()}
+        hidden = frozenset(text for token_id, text in self._added.items() if token_id in self.special_ids)
+        added = AddedTokens({text: token_id for token_id, text in self._added.items()}, hidden)
+        variables = dict(tokenizer.special_tokens_map)
+        self._conventions = lru_cache(_KEPT)(lambda source: conventions_of(source, variables, added))
+        self.infill: Infill | None = infill_of(self._embedded_id)
+        self._mark = self._ids(_MARK)
+        self._pads = self._behind_mark("a") != self._ids("a")
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """A prompt's ids, with the special tokens that the base expects around it.
+    def encode(self, text: str, *, special: bool = True, around: bool = True) -> list[int]:
+        """A prompt's ids.
 
         `special`: text that reads like a special token becomes one; otherwise no text does.
+        `around`: with the special tokens that the base expects around a prompt.
         Raises:
             RequestError: the text holds a token that the base has no embedding for.
         """
-        return self._embedded(self.encoder.encode(text, special=special), "prompt")
+        return self._embedded(self.encoder.encode(text, special=special, around=around), "prompt")
+
+    def encode_piece(self, text: str, *, special: bool = True) -> list[int]:
+        """The ids of a text that follows another: no special tokens around it, no space put in front of it.
+
+        Raises:
+            RequestError: the text holds a token that the base has no embedding for.
+        """
+        ids = self._behind_mark(text, special) if self._pads else self._ids(text, special)
+        return self._embedded(ids, "suffix")
+
+    def _behind_mark(self, text: str, special: bool = True) -> list[int]:
+        """What a tokenizer puts in front of a text stands in front of the mark then; unless it joined the two."""
+        ids = self._ids(_MARK + text, special)
+        count = len(self._mark)
+        return ids[count:] if ids[:count] == self._mark else self._ids(text, special)
+
+    def _ids(self, text: str, special: bool = True) -> list[int]:
+        return self.encoder.encode(text, special=special, around=False)
+
+    def _embedded_id(self, text: str) -> int | None:
+        token: int | None = self._backend.token_to_id(text)
+        return token if token is not None and token < self.vocab_size else None
 
     def encode_chat(
         self,
@@ -58,27 +97,51 @@ class BaseTokenizer:
         template_kwargs: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """The base's own chat template over the messages, or `chat_template` in its place.
 
         What messages and arguments say never becomes a special token, unless the server was told to let it.
+
+        Args:
+            template_kwargs: further variables; `tools` are told to the template by that name.
+            continue_final_message: the prompt ends where the text of the last message does.
         Raises:
             RequestError: there is no template, or it refuses these messages, or they hold a token that the base has no
                 embedding for.
         """
         try:
-            template = self.encoder.template(chat_template)
-            if template is None:
-                raise RequestError(
-                    "this base has no chat template, so it cannot chat; use /v1/completions", param="messages"
-                )
-            ids = template.ids(template.text(messages, template_kwargs, generate=add_generation_prompt))
+            template = self._template(chat_template)
+            text = template.text(
+                messages, template_kwargs, generate=add_generation_prompt, open_last=continue_final_message
+            )
+            ids = template.ids(text)
         except TemplateFailed as error:
             whose = "base" if chat_template is None else "adapter"
             raise RequestError(
                 f"the {whose}'s chat template refuses these messages: {error}", param="messages"
             ) from error
         return self._embedded(ids, "messages")
+
+    def conventions(self, chat_template: str | None = None) -> Conventions:
+        """How the base's chat template has calls and thoughts written, or `chat_template`. Found once for each.
+
+        Raises:
+            RequestError: there is no template, or it cannot be used.
+        """
+        try:
+            return self._conventions(self._template(chat_template).source)
+        except TemplateFailed as error:
+            raise RequestError(f"the chat template cannot be used: {error}", param="messages") from error
+
+    def _template(self, source: str | None) -> ChatTemplate:
+        """Raises RequestError, TemplateFailed."""
+        template = self.encoder.template(source)
+        if template is None:
+            raise RequestError(
+                "this base has no chat template, so it cannot chat; use /v1/completions", param="messages"
+            )
+        return template
 
     def _embedded(self, ids: list[int], param: str) -> list[int]:
         """These ids. Some tokenizers know tokens that the checkpoint has no row of numbers for."""
@@ -92,15 +155,16 @@ class BaseTokenizer:
             )
         return ids
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of these ids, special tokens left out, without clean-up of spaces."""
-        text: str = self._backend.decode(list(token_ids), skip_special_tokens=True)
+    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of these ids, without clean-up of spaces; special tokens are left out unless `special` is true."""
+        text: str = self._backend.decode(list(token_ids), skip_special_tokens=not special)
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that this id stands for; part of a character for some."""
         if token_id in self._added:
-            return self._added[token_id].encode()
+            added = self._added[token_id]
+            return (added if self._byte_of is not None else added.replace("\u2581", " ")).encode()
         token: str | None = self._backend.id_to_token(token_id)
         if token is None:
             return b""

@@ -6,7 +6,7 @@ Servers and local engines are built here alike, so they run the same steps.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loramux_adapters.errors import MemoryShort
 from loramux_adapters.lora.host_cache import HostAdapter
@@ -85,6 +85,8 @@ class DeviceSide:
                 kernels.copy_slot,
                 head=head_path(base.model),
                 device=base.device,
+                module_of=base.module_of,
+                affine=base.weights is not None,
             )
             cache = KVCache(shape, num_blocks, base.device, spare=kernels.spare_block)
             longest = -(-(context or base.context_length) // BLOCK_SIZE)
@@ -116,6 +118,7 @@ class DeviceSide:
                 config=config,
                 device=base.device,
             ).run()
+        config = replace(config, long_from=runner.long_from)
         return cls(slots, cache, runner, config, checked, kernels, numerics)
 
     def engine(

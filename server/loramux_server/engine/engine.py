@@ -38,7 +38,7 @@ from loramux_server.engine.scheduling.sequence import (
     TokenOutput,
 )
 from loramux_server.engine.step_metrics import EngineMetrics, EngineStats, StepMetrics, WorkRate
-from loramux_server.errors import EngineDead
+from loramux_server.errors import EngineDead, GrammarFailed
 
 __all__ = ["Engine", "EngineMetrics", "EngineState", "EngineStats", "Runner", "Running"]
 
@@ -61,7 +61,7 @@ class Running(Protocol):
     def ahead(self) -> bool: ...
 
     def results(self) -> list[RowResult]:
-        """Waits for the step; one result for each row with logits, in row order. Called once.
+        """Waits for the step; one result for each row with `num_heads`, in row order. Called once.
 
         Raising fails every sequence of the batch and of the step that was started after it, and nothing of the two is
         believed to be on the device.
@@ -294,12 +294,12 @@ class Engine:
         return True
 
     def _results(self, step: _Started) -> list[tuple[ScheduledSequence, RowResult]] | None:
-        """Waits for the step: its rows with logits, and what came of them. None if it failed, which is then logged."""
+        """Waits for the step: its rows with `num_heads`, and what came of them. None if it failed: that is logged."""
         if step.running is None:
             return None
         try:
             results = step.running.results()
-            rows = [row for row in step.batch.rows if row.num_logits]
+            rows = [row for row in step.batch.rows if row.num_heads]
             if len(results) != len(rows):
                 raise RuntimeError(f"the runner gave {len(results)} results for {len(rows)} rows")
         except Exception:
@@ -335,14 +335,20 @@ class Engine:
     def _output_of(self, sequence: Sequence, result: RowResult, now: float) -> TokenOutput | None:
         """What the client gets; None if it is nothing yet, since there is more to read."""
         if result.error is not None:
-            return TokenOutput(finish_reason=FinishReason.ERROR, error=result.error)
+            return TokenOutput(finish_reason=FinishReason.ERROR, error=result.error, is_impossible=result.is_impossible)
         if result.scores:
             sequence.add_scores(result.scores)
+        if result.states is not None:
+            sequence.add_states(result.states)
         output: TokenOutput | None = None
         if result.token_id is not None:
-            output = self._token_output(sequence, result, result.token_id, now)
+            try:
+                output = self._token_output(sequence, result, result.token_id, now)
+            except GrammarFailed as failure:
+                return TokenOutput(finish_reason=FinishReason.ERROR, error=str(failure), is_impossible=True)
         elif sequence.ends_with_prompt and sequence.last_output is None:
-            output = _first_output(sequence, TokenOutput(finish_reason=FinishReason.LENGTH), now)
+            ended = TokenOutput(finish_reason=FinishReason.LENGTH, pooled=sequence.pooled)
+            output = _first_output(sequence, ended, now)
         if output is not None and output.finish_reason is not None:
             output, sequence.last_output = None, output
         if sequence.last_output is not None and not sequence.continuation:
@@ -350,15 +356,22 @@ class Engine:
         return output
 
     def _token_output(self, sequence: Sequence, result: RowResult, token: int, now: float) -> TokenOutput:
-        """A stop token ends the reply and is no part of it: neither text nor usage counts it."""
-        is_first = sequence.first_token_at is None
-        stops = token in sequence.params.stop_token_ids
+        """A stop token ends the reply and is no part of it: neither text nor usage counts it.
+
+        A grammar that has come to its end ends the reply behind this token. Raises GrammarFailed.
+        """
+        params, is_first = sequence.params, sequence.first_token_at is None
+        stops = token in params.stop_token_ids
+        grammar = None if stops or params.forced else params.grammar
+        if grammar is not None:
+            grammar.advance(token)
         self._metrics.token_chosen(sequence, not stops, now)
-        output = TokenOutput(finish_reason=FinishReason.STOP)
+        output = TokenOutput(finish_reason=FinishReason.STOP, stopped_by=token, stopped_logprob=result.logprob)
         if not stops:
             sequence.output.append(token)
-            is_last = len(sequence.output) == sequence.params.max_tokens
-            reason = FinishReason.LENGTH if is_last else None
+            reason = FinishReason.LENGTH if len(sequence.output) == params.max_tokens else None
+            if grammar is not None and grammar.ended:
+                reason = FinishReason.STOP
             output = TokenOutput(token, result.logprob, reason, digest=result.digest)
         return _first_output(sequence, output, now) if is_first else output
 

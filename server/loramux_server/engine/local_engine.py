@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from loramux_adapters.errors import DataError
 from loramux_adapters.evaluation.scores import TokenScore
 from loramux_adapters.lora.host_cache import HostAdapter, LoadState
@@ -23,7 +26,7 @@ from loramux_server.engine.build import DeviceSide
 from loramux_server.engine.engine import Engine
 from loramux_server.engine.inbox import Inbox
 from loramux_server.engine.scheduling.admission import LEAST_RANKS, SchedulerConfig
-from loramux_server.engine.scheduling.sequence import AdapterUse, FinishReason, SamplingParams, TokenOutput
+from loramux_server.engine.scheduling.sequence import AdapterUse, FinishReason, Pooling, SamplingParams, TokenOutput
 from loramux_server.engine.scheduling.sequence import Sequence as EngineSequence
 from loramux_server.engine.step_metrics import NoMetrics
 from loramux_server.errors import SequenceFailed
@@ -224,6 +227,22 @@ class LocalEngine:
         replies = {prompt: _reply(outputs[one.id]) for prompt, one in asked.items()} if max_tokens else {}
         return Asked(scores, replies)
 
+    def embed(
+        self, prompts: Sequence[Sequence[int]], adapter: LocalAdapter | None, pooling: Pooling
+    ) -> list[npt.NDArray[np.float64]]:
+        """What the output head reads, [hidden], of each prompt's last token or the mean over its tokens.
+
+        Raises:
+            DataError: a prompt does not fit into the context.
+            SequenceFailed: the model's output is not finite.
+        """
+        self._check({tuple(prompt): 0 for prompt in prompts})
+        params = SamplingParams(max_tokens=0, pooling=pooling)
+        uses = self._uses(adapter)
+        asked = [EngineSequence(str(at), list(prompt), params, uses) for at, prompt in enumerate(prompts)]
+        told = (outputs[-1].pooled for outputs in self._run(asked).values())
+        return [pooled for pooled in told if pooled is not None]
+
     def _sequence(
         self,
         name: str,
@@ -240,8 +259,10 @@ class LocalEngine:
             stop_token_ids=stop_ids,
             continuations=tuple(continuations),
         )
-        adapters = () if adapter is None else (AdapterUse(adapter.version, adapter.rank),)
-        return EngineSequence(name, list(prompt), params, adapters)
+        return EngineSequence(name, list(prompt), params, self._uses(adapter))
+
+    def _uses(self, adapter: LocalAdapter | None) -> tuple[AdapterUse, ...]:
+        return () if adapter is None else (AdapterUse(adapter.version, adapter.rank),)
 
     def _run(self, sequences: Iterable[EngineSequence]) -> dict[str, list[TokenOutput]]:
         """All outputs of each."""

@@ -6,16 +6,21 @@ import hashlib
 import os
 from itertools import accumulate
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 
+from loramux_server.engine.logit_rules import LogitRules
 from loramux_server.engine.scheduling.sequence import (
     NOT_FINITE,
+    NOTHING_ALLOWED,
     RowResult,
     ScheduledSequence,
     Sequence,
     TokenLogprob,
 )
+from loramux_server.errors import GrammarFailed
+from loramux_server.kernels.compiled.logit_changes import MOST_CHANGES, RowChange
 from loramux_server.kernels.compiled.sampling import Draw, Sampling, logprobs_of
 from loramux_server.kernels.decoder.asks import Ask
 
@@ -23,7 +28,8 @@ _MASK = (1 << 64) - 1
 
 
 class Sampler:
-    """Stateless but for a secret of this process, which gives sequences without a seed one that nobody can guess.
+    """Owner: the engine thread. It knows what was counted of replies whose params say `changes_logits`, and a secret of
+    this process, which gives sequences without a seed one that nobody can guess.
 
     The n-th token of a sequence uses the n-th number of the stream that its seed gives, so the same seed gives the same
     reply whatever else is in the batch.
@@ -32,11 +38,13 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self._secret = os.urandom(32)
         self._sampling = sampling
+        self._rules: WeakKeyDictionary[Sequence, LogitRules] = WeakKeyDictionary()
 
     def results(
         self, logits: torch.Tensor, rows: list[ScheduledSequence], first: list[int] | None = None
     ) -> list[RowResult]:
-        """One for each row. A row with logits that are not finite carries an error and nothing else.
+        """One for each row. A row with logits that are not finite, or for which nothing may be chosen, carries an error
+        and nothing else.
 
         Args:
             logits: [sum of `num_logits`, vocabulary], in order of the rows.
@@ -50,14 +58,15 @@ class Sampler:
             for start, row in zip(starts, rows, strict=False)
             if all(finite[start : start + row.num_logits])
         ]
-        chosen = self._choose(logits, greedy, asked)
+        chosen, failed = self._choose(logits, greedy, asked)
+        asked = [(start, row) for start, row in asked if start not in failed]
         questions = [_questions(start, row, chosen) for start, row in asked]
         answers = iter(_answers(self._sampling, logits, greedy, [one for each in questions for one in each]))
         answered = {start: [next(answers) for _ in each] for (start, _), each in zip(asked, questions, strict=True)}
         results = []
         for start, row in zip(starts, rows, strict=False):
             if start not in answered:
-                results.append(RowResult(error=NOT_FINITE))
+                results.append(RowResult(error=failed.get(start, NOT_FINITE), is_impossible=start in failed))
                 continue
             found, params, last = answered[start], row.sequence.params, start + row.num_logits - 1
             if not row.samples:
@@ -88,14 +97,25 @@ class Sampler:
 
     def _choose(
         self, logits: torch.Tensor, greedy: list[int], asked: list[tuple[int, ScheduledSequence]]
-    ) -> dict[int, int]:
-        """Row of the logits -> the token that is chosen from it."""
+    ) -> tuple[dict[int, int], dict[int, str]]:
+        """(row of the logits -> the token that is chosen from it; first row of a sequence -> why none is)."""
         chosen: dict[int, int] = {}
+        failed: dict[int, str] = {}
         draws: list[Draw] = []
+        changes: list[tuple[int, Ask, RowChange]] = []
         for start, row in asked:
             if not row.samples:
                 continue
             ask = self.ask(start + row.num_logits - 1, row)
+            if row.sequence.params.changes_logits:
+                try:
+                    change = self._rules_of(row.sequence, logits.shape[1]).change(ask.row)
+                except GrammarFailed as failure:
+                    failed[start] = str(failure)
+                    continue
+                if change is not None:
+                    changes.append((start, ask, change))
+                    continue
             if ask.token is not None:
                 chosen[ask.row] = ask.token
             elif ask.draw is None:
@@ -105,7 +125,38 @@ class Sampler:
         if draws:
             drawn = self._sampling.draw(logits, draws)
             chosen.update((draw.row, token) for draw, token in zip(draws, drawn, strict=True))
-        return chosen
+        for first in range(0, len(changes), MOST_CHANGES):
+            self._choose_changed(logits, changes[first : first + MOST_CHANGES], chosen, failed)
+        return chosen, failed
+
+    def _choose_changed(
+        self,
+        logits: torch.Tensor,
+        changes: list[tuple[int, Ask, RowChange]],
+        chosen: dict[int, int],
+        failed: dict[int, str],
+    ) -> None:
+        """The same for rows that are changed before: (first row of the sequence, what is asked, how it is changed)."""
+        changed = self._sampling.changed(logits, [change for _, _, change in changes])
+        draws: list[Draw] = []
+        for at, (start, ask, _), first, possible in zip(
+            range(len(changes)), changes, *self._sampling.search(changed), strict=True
+        ):
+            if not possible:
+                failed[start] = NOTHING_ALLOWED
+            elif ask.draw is None:
+                chosen[ask.row] = first
+            else:
+                draws.append(ask.draw._replace(row=at))
+        if draws:
+            for draw, token in zip(draws, self._sampling.draw(changed, draws), strict=True):
+                chosen[changes[draw.row][1].row] = token
+
+    def _rules_of(self, sequence: Sequence, vocabulary: int) -> LogitRules:
+        rules = self._rules.get(sequence)
+        if rules is None:
+            rules = self._rules[sequence] = LogitRules(sequence, vocabulary)
+        return rules
 
     def _draw(self, at: int, row: ScheduledSequence) -> Draw:
         params = row.sequence.params
@@ -122,7 +173,7 @@ def asks_first_token(row: ScheduledSequence) -> bool:
     """Whether nothing but the first largest of its logits is asked for."""
     params = row.sequence.params
     chosen = row.samples and row.num_scored == 0 and params.temperature == 0 and not params.forced
-    return chosen and params.logprobs is None and not params.digests
+    return chosen and params.logprobs is None and not params.digests and not params.changes_logits
 
 
 class Question(NamedTuple):

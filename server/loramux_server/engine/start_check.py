@@ -192,7 +192,8 @@ class Checker:
         return self._device.take(self._runner.forward(Batch(rows))).clone()
 
     def _load_adapters(self) -> list[Slot]:
-        """Random adapters of the smallest rank and of a large one, on every layer, as far as there is room.
+        """Random adapters of the smallest rank and of a large one, on every layer, as far as there is room; the last
+        has gain and shift too, where the slots have room for them.
 
         One row may have both, where it may have two.
         """
@@ -208,7 +209,12 @@ class Checker:
                 path: (self._matrix(slot.rank, arena.a.shape[1]), self._matrix(slot.rank, arena.bt.shape[1]))
                 for path, arena in arenas.items()
             }
-            self._slots.load(slot, HostAdapter("", slot.rank, 0, modules))
+            affine = {
+                path: self._matrix(2, arena.bt.shape[1]).float()
+                for path, arena in arenas.items()
+                if arena.affine is not None and slot is places[-1]
+            }
+            self._slots.load(slot, HostAdapter("", slot.rank, 0, modules, affine))
         return places
 
     def _matrix(self, rank: int, size: int) -> torch.Tensor:

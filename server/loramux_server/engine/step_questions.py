@@ -21,6 +21,8 @@ def can_be_asked(row: ScheduledSequence) -> bool:
     """Whether a step can answer all that is wanted of this row."""
     params = row.sequence.params
     wanted = max(params.logprobs or 0, params.prompt_logprobs or 0)
+    if row.samples and params.changes_logits:
+        return False
     return not params.digests and wanted <= MOST_LIKELY
 
 

@@ -52,7 +52,7 @@ class Part:
 
 
 class GroupedAddLora:
-    """`AddLora` by grouped products. Widths that are no multiple of 8 take the tensor path."""
+    """`AddLora` by grouped products. Widths that are no multiple of 8, and gain and shift, take the tensor path."""
 
     name = "grouped"
 
@@ -60,7 +60,7 @@ class GroupedAddLora:
         self._plans: deque[tuple[LoraRows, list[list[Part]]]] = deque(maxlen=_KEPT)
 
     def __call__(self, y: torch.Tensor, x: torch.Tensor, arena: Arena, rows: LoraRows) -> None:
-        if arena.a.shape[1] % _ALIGNED or arena.bt.shape[1] % _ALIGNED:
+        if arena.affine is not None or arena.a.shape[1] % _ALIGNED or arena.bt.shape[1] % _ALIGNED:
             add_lora_segments(y, x, arena, rows)
             return
         check_rows(y, x, rows)

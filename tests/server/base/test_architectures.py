@@ -59,24 +59,11 @@ def test_the_sliding_window_is_felt_so_the_test_above_would_notice_its_absence(
 @pytest.mark.parametrize(
     ("architecture", "changes", "reason"),
     [
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
-        (
-            "phi3",
-            {
-                "rope_parameters": {
-                    "rope_type": "longrope",
-                    "rope_theta": 1e4,
-                    "short_factor": [1.0] * 8,
-                    "long_factor": [2.0] * 8,
-                    "original_max_position_embeddings": 64,
-                }
-            },
-            "longrope",
-        ),
-        ("mixtral", {"num_local_experts": 2}, "mixture of experts"),
-        ("qwen3_moe", {"num_experts": 4}, "mixture of experts"),
-        ("gpt_oss", {"num_local_experts": 2}, "mixture of experts"),
+        ("qwen2_moe", {"num_experts": 4}, "mixture of experts"),
         ("bloom", {}, "ALiBi"),
+        ("rwkv", {}, "keeps a state of its own"),
+        ("falcon_mamba", {}, "linear_attention"),
+        ("llama4_text", {"num_local_experts": 0}, "chunked_attention"),
         ("t5", {}, "encoder-decoder"),
         ("deepseek_v3", {}, "latent attention"),
     ],
@@ -91,7 +78,7 @@ def test_what_cannot_be_served_correctly_is_named_from_its_config(
     ("architecture", "changes", "reason"),
     [
         ("gpt2", {"n_embd": 64, "n_head": 4, "n_layer": 1, "n_inner": 128}, "Conv1D"),
-        ("mixtral", {"num_local_experts": 2, "num_experts_per_tok": 1}, "mixture of experts"),
+        ("qwen2_moe", {"num_experts": 2, "num_experts_per_tok": 1}, "mixture of experts"),
     ],
 )
 def test_such_a_base_is_refused_at_start_with_the_reason(

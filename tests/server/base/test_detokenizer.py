@@ -188,3 +188,37 @@ def test_stop_strings_do_not_depend_on_where_tokens_end(text: str, stops: list[s
     for part in parts:
         shown += part
         assert whole.startswith(shown)
+
+
+def late_reference(text: str, stops: Sequence[str], first: int) -> str:
+    """The text up to and with the stop string that is complete first, of those that end behind `first` characters."""
+    for end in range(first + 1, len(text) + 1):
+        if any(text[:end].endswith(stop) for stop in stops):
+            return text[:end]
+    return text
+
+
+@given(
+    st.text("ab", max_size=24),
+    st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+    st.integers(0, 12),
+    st.booleans(),
+)
+def test_a_stop_string_may_have_to_come_late_and_may_be_shown(
+    text: str, stops: list[str], first: int, include: bool
+) -> None:
+    detokenizer = Detokenizer(decode_bytes, stop=stops, min_tokens=first, include_stop=include)
+    whole, parts = run(detokenizer, text.encode())
+    with_stop = late_reference(text, stops, first)
+    stopped = any(with_stop.endswith(stop) for stop in stops) and len(with_stop) > first
+    by = max((stop for stop in stops if with_stop.endswith(stop)), key=len) if stopped else None
+    assert detokenizer.stopped_by == by and detokenizer.stopped == stopped
+    assert whole == (with_stop if include or by is None else with_stop.removesuffix(by))
+    assert detokenizer.position == len(whole)
+
+
+def test_tokens_that_do_not_show_count_among_the_first_ones() -> None:
+    detokenizer = Detokenizer(
+        lambda ids: decode_bytes([i for i in ids if i < 256]), stop=["a"], skip=frozenset({300}), min_tokens=2
+    )
+    assert run(detokenizer, [300, 97, 97])[0] == "a" and detokenizer.stopped_by == "a"

@@ -323,7 +323,7 @@ def test_the_16_bit_weights_are_not_read_at_a_later_start(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load(checkpoint, tmp_path)
-    for name in ("_read", "_weights"):
+    for name in ("read_model", "_weights"):
         monkeypatch.setattr(f"loramux_server.base.loader.{name}", lambda *_, **__: pytest.fail("read"))
     load(checkpoint, tmp_path)
 

@@ -17,13 +17,29 @@ else:
 
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.slot_copy import StagedCopySlot
-from loramux_adapters.lora.slots import Slot
+from loramux_adapters.lora.slots import Slot, SlotTable
 from loramux_server.base.loader import load_base_model
+from loramux_server.engine.engine import Engine
+from loramux_server.engine.inbox import Inbox
 from loramux_server.engine.model_runner import StartedStep
 from loramux_server.engine.scheduling.admission import SchedulerConfig
-from loramux_server.engine.scheduling.sequence import Batch, RowResult, SamplingParams, ScheduledSequence, SlotLoad
+from loramux_server.engine.scheduling.kv_blocks import KVBlocks
+from loramux_server.engine.scheduling.scheduler import Scheduler
+from loramux_server.engine.scheduling.sequence import (
+    Batch,
+    FinishReason,
+    RowResult,
+    SamplingParams,
+    ScheduledSequence,
+    Sequence,
+    SlotLoad,
+    TokenOutput,
+)
 from loramux_server.engine.start_check import Checker
+from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE
 from support.emulated import EmulatedDevice
+from support.fakes_engine import FakeHost, FakeMetrics
+from support.grammars import FakeGrammar
 from support.stepping import Stepper
 from support.tiny_models import save_tiny_model
 
@@ -38,6 +54,13 @@ OF_THE_HOST = (
     SamplingParams(temperature=0.0, logprobs=1, digests=True),
     SamplingParams(temperature=0.0, logprobs=25),
     SamplingParams(temperature=0.0, max_tokens=1, continuations=tuple((token, token + 1) for token in range(40))),
+)
+ALLOWED = tuple(range(5, 300, 7))
+CHANGED = (
+    SamplingParams(temperature=0.0, logprobs=2, allowed_token_ids=ALLOWED),
+    SamplingParams(temperature=0.9, seed=5, logprobs=0, repetition_penalty=1.4, allowed_token_ids=ALLOWED),
+    SamplingParams(temperature=1.3, seed=6, top_k=9, allowed_token_ids=ALLOWED, bad_words=((5,), (12,))),
+    SamplingParams(temperature=0.7, seed=7, top_p=0.9, logit_bias=((40, 60.0),), bad_words=((40,),)),
 )
 TOKENS = 5  # of a prompt
 
@@ -81,6 +104,61 @@ def test_a_row_is_told_the_same_beside_one_that_is_the_hosts(stepper: Stepper, o
             alone = told(stepper, first, params)
             assert alone[0].error is None
             assert told(stepper, first, params, other)[0] == alone[0]
+
+
+def test_a_row_whose_logits_are_changed_is_told_the_same_alone_and_in_company(stepper: Stepper) -> None:
+    for first in range(0, 90, 30):
+        alone = [told(stepper, first, params)[0] for params in (*CHANGED, *ASKED)]
+        assert told(stepper, first, *CHANGED) == alone[: len(CHANGED)]
+        assert [told(stepper, first, params, CHANGED[0])[0] for params in ASKED] == alone[len(CHANGED) :]
+        assert told(stepper, first, ASKED[2], CHANGED[1])[1] == alone[1]
+        assert all(result.token_id in ALLOWED for result in alone[:3])
+        assert alone[3].token_id != 40
+        assert [result.logprob is None for result in alone[:4]] == [False, False, True, True]
+        assert alone[0].logprob is not None and alone[0].logprob.top == (alone[4].logprob or alone[0].logprob).top[:2]
+
+
+def replies(stepper: Stepper, asked: dict[str, SamplingParams]) -> dict[str, list[TokenOutput]]:
+    """Of prompts that an engine works off together, with what each token was told."""
+    blocks, slots = KVBlocks(32, BLOCK_SIZE), SlotTable(8)
+    scheduler = Scheduler(STEPS, blocks, slots, FakeHost())
+    engine = Engine(scheduler, stepper.runner, Inbox(8), FakeMetrics())
+    outputs: dict[str, list[TokenOutput]] = {name: [] for name in asked}
+    for name, params in asked.items():
+        grammar = None if params.grammar is None else FakeGrammar(VOCABULARY, GRAMMAR, ends_with=[300])
+        engine.submit(Sequence(name, [7, len(name), 9], replace(params, grammar=grammar)))
+
+    def deliver(delivered: list[tuple[str, TokenOutput]]) -> None:
+        for name, output in delivered:
+            outputs[name].append(output)
+
+    engine.work_off(deliver)
+    return {
+        name: [replace(one, first_token_seconds=None, queue_seconds=None) for one in found]
+        for name, found in outputs.items()
+    }
+
+
+GRAMMAR = {None: range(0, 300, 2), **{token: (*range(1, 300, 5), 300) for token in range(VOCABULARY)}}
+
+
+def test_whole_replies_are_the_same_beside_those_whose_logits_are_changed(stepper: Stepper) -> None:
+    """The first two go on after the others have ended, so that steps are started ahead, and one by one, and ahead."""
+    asked = {
+        "plain": SamplingParams(temperature=0.0, logprobs=1, max_tokens=9),
+        "drawn": SamplingParams(temperature=0.9, seed=3, max_tokens=8),
+        "repeated": SamplingParams(temperature=0.0, max_tokens=4, repetition_penalty=9.0, presence_penalty=2.0),
+        "in grammar": SamplingParams(
+            temperature=0.8, seed=4, max_tokens=3, top_k=50, logprobs=2, grammar=FakeGrammar(1, {})
+        ),
+    }
+    together = replies(stepper, asked)
+    assert {name: replies(stepper, {name: params})[name] for name, params in asked.items()} == together
+    tokens = {name: [one.token_id for one in found] for name, found in together.items()}
+    assert len(set(tokens["repeated"])) == 4 and not {7, 8, 9} & set(tokens["repeated"])
+    first, *others = tokens["in grammar"]
+    assert first in GRAMMAR[None] and all(token in GRAMMAR[0] for token in others)
+    assert all(found[-1].finish_reason in (FinishReason.LENGTH, FinishReason.STOP) for found in together.values())
 
 
 @pytest.mark.parametrize(("ranks", "adapters"), [(16, 8), (32, 8), (512, 1)])

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from loramux_server.engine.engine import MAX_FAILED_STEPS
 from loramux_server.engine.inbox import EngineState
 from loramux_server.engine.scheduling.admission import SchedulerConfig
-from loramux_server.engine.scheduling.sequence import Batch, FinishReason
+from loramux_server.engine.scheduling.sequence import Batch, FinishReason, Sequence
 from loramux_server.errors import EngineDead, ServerDraining
-from support.fakes_engine import FakeStep, sequence, solo_reply
+from support.fakes_engine import VOCABULARY, FakeStep, sequence, solo_reply
 from support.fakes_rig import Rig, eventually
+from support.grammars import FakeGrammar
 
 ERROR, LENGTH, STOP, ABORT = FinishReason.ERROR, FinishReason.LENGTH, FinishReason.STOP, FinishReason.ABORT
 
@@ -170,3 +173,52 @@ def test_an_idle_or_unstarted_engine_drains_at_once() -> None:
     for rig in (idle, unstarted):
         rig.engine.drain(10)
         assert rig.engine.state is EngineState.STOPPED
+
+
+def free_tokens(max_tokens: int) -> list[int]:
+    return solo_reply(sequence("one", max_tokens=max_tokens))
+
+
+def grammatical(grammar: FakeGrammar, max_tokens: int, stop: list[int] | None = None, **params: Any) -> Sequence:
+    one = sequence("one", max_tokens=max_tokens, stop=stop or ())
+    one.params = replace(one.params, grammar=grammar, **params)
+    return one
+
+
+def test_a_reply_ends_with_the_token_behind_which_its_grammar_ends(rig: Rig) -> None:
+    free = free_tokens(5)
+    grammar = FakeGrammar(VOCABULARY, {}, ends_with=[free[2]])
+    rig.engine.submit(grammatical(grammar, 5))
+    final = rig.deliveries.final("one")
+    assert (final.token_id, final.finish_reason) == (free[2], STOP)
+    assert rig.deliveries.tokens("one") == grammar.heard == free[:3]
+
+
+def test_a_grammar_that_ends_with_the_last_token_is_a_stop_and_one_that_does_not_a_length(rig: Rig) -> None:
+    free = free_tokens(3)
+    rig.engine.submit(grammatical(FakeGrammar(VOCABULARY, {}, ends_with=[free[2]]), 3))
+    assert rig.deliveries.reason("one") is STOP
+    rig.deliveries.calls.clear()
+    rig.engine.submit(grammatical(FakeGrammar(VOCABULARY, {}), 3))
+    assert rig.deliveries.reason("one") is LENGTH
+
+
+def test_a_grammar_that_fails_ends_its_sequence_alone_and_hides_the_token(rig: Rig) -> None:
+    free = free_tokens(5)
+    other = sequence("other", max_tokens=9)
+    rig.engine.submit(other)
+    rig.engine.submit(grammatical(FakeGrammar(VOCABULARY, {}, refuses=[free[2]]), 5))
+    final = rig.deliveries.final("one")
+    assert (final.finish_reason, final.error) == (ERROR, f"the grammar refuses {free[2]}")
+    assert final.token_id is None and rig.deliveries.tokens("one") == free[:2]
+    assert rig.deliveries.reason("other") is LENGTH
+
+
+def test_a_grammar_does_not_hear_of_a_stop_token_nor_of_a_forced_reply(rig: Rig) -> None:
+    free = free_tokens(5)
+    grammar = FakeGrammar(VOCABULARY, {}, ends_with=[free[0]])
+    rig.engine.submit(grammatical(grammar, 5, stop=[free[0]]))
+    assert rig.deliveries.final("one").token_id is None and grammar.heard == []
+    rig.deliveries.calls.clear()
+    rig.engine.submit(grammatical(grammar, 2, forced=tuple(free[:2])))
+    assert rig.deliveries.reason("one") is LENGTH and grammar.heard == []

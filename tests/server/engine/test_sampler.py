@@ -62,6 +62,8 @@ def test_a_first_token_that_is_known_is_taken_and_others_are_looked_for() -> Non
         {"logprobs": 0},
         {"digests": True},
         {"forced": (1,)},
+        {"presence_penalty": 0.1},
+        {"bad_words": ((3,),)},
     ],
 )
 def test_only_who_asks_for_no_more_asks_for_the_first_token(asks_more: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from loramux_server.kernels.attention.paged_attention import (
     NativeAttend,
     attend_reference,
     attention_forward,
+    probe_kv_shape,
 )
 from loramux_server.kernels.attention.varlen_attention import VarlenAttend, varlen_attend
 from loramux_server.kernels.choice import choose_kernels
@@ -61,7 +62,10 @@ def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: AttentionPa
         scores = params.softcap * torch.tanh(scores / params.softcap)
     distance = torch.arange(len(q))[:, None] - torch.arange(len(q))[None]
     hidden = (distance < 0) | ((distance >= params.window) if params.window else torch.zeros_like(distance).bool())
-    return torch.einsum("hts,shd->thd", scores.masked_fill(hidden, float("-inf")).softmax(-1), values)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if params.sinks is not None:
+        scores = torch.cat([scores, params.sinks.double()[:, None, None].expand(-1, len(q), 1)], dim=-1)
+    return torch.einsum("hts,shd->thd", scores.softmax(-1)[..., : len(q)], values)
 
 
 class Case:
@@ -128,6 +132,36 @@ def test_every_path_gives_softmax_attention(
         rows = slice(start, start + length)
         expected = exact(case.q[rows], case.k[rows], case.v[rows], params)
         assert (out[rows].double() - expected).abs().max() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), [(8, 2, 64, 0), (9, 3, 64, 20), (8, 8, 16, 7)])
+@pytest.mark.parametrize("size", [0.5, 20.0])
+def test_sinks_take_their_share_of_every_path(
+    path: str, heads: int, kv_heads: int, dim: int, window: int, size: float
+) -> None:
+    """Both sinks that hardly count, and such that are the largest score."""
+    attend, dtype = paths()[path]
+    sinks = size * torch.randn(heads, generator=torch.Generator().manual_seed(3))
+    case, params = Case(heads, kv_heads, dim, dtype), AttentionParams(dim**-0.5, 0.0, window, sinks)
+    out = case.run(attend, case.cache(), ALL, params)
+    without = case.run(attend, case.cache(), ALL, AttentionParams(dim**-0.5, 0.0, window))
+    assert (out - without).abs().max() > 0.1
+    for start, length in zip(case.starts, LENGTHS, strict=True):
+        rows = slice(start, start + length)
+        expected = exact(case.q[rows], case.k[rows], case.v[rows], params)
+        assert (out[rows].double() - expected).abs().max() < TOLERANCE[dtype]
+
+
+def test_sinks_have_the_same_bits_on_every_instruction_set_and_in_chunks() -> None:
+    case, params = Case(9, 3, 64, WHOLE), AttentionParams(0.125, sinks=torch.linspace(-2, 2, 9))
+    whole = [case.run(paths()[path][0], case.cache(), ALL, params) for path in NATIVE]
+    assert all(torch.equal(out, whole[0]) for out in whole)
+    cache, which = case.cache(), len(LENGTHS) - 1
+    for first in range(0, LENGTHS[which], 7):
+        count = min(7, LENGTHS[which] - first)
+        part = case.run(paths()[NATIVE[0]][0], cache, [(which, first, count)], params)
+        assert torch.equal(part, whole[0][case.starts[which] + first :][:count])
 
 
 @pytest.mark.parametrize("path", NATIVE)
@@ -259,7 +293,17 @@ def test_a_kind_of_attention_that_is_unknown_is_refused_not_ignored() -> None:
     step = case.step(case.cache(), attend_reference, [(0, 0, 1)])
     module = torch.nn.Module()
     tensors = [x[:1].transpose(0, 1)[None] for x in (case.q, case.k, case.v)]
-    with pytest.raises(BaseModelError, match="s_aux"):
-        attention_forward(module, *tensors, None, loramux_step=step, s_aux=torch.zeros(4))
+    with pytest.raises(BaseModelError, match="position_bias"):
+        attention_forward(module, *tensors, None, loramux_step=step, position_bias=torch.zeros(4))
     with pytest.raises(BaseModelError, match="mask"):
         attention_forward(module, *tensors, torch.zeros(1), loramux_step=step)
+
+
+def test_a_model_without_attention_is_refused() -> None:
+    class Stateful(torch.nn.Module):
+        def set_attn_implementation(self, name: str) -> None: ...
+
+        def forward(self, **inputs: Any) -> None: ...
+
+    with pytest.raises(BaseModelError, match="no attention"):
+        probe_kv_shape(Stateful(), CpuDevice(), whole_numbers=True)

@@ -226,8 +226,8 @@ def with_more_after_the_body(model: Any) -> None:
     model.second_head = nn.Linear(128, 4)
 
 
-def with_frequencies_of_the_length(model: Any) -> None:
-    model.model.rotary_emb.rope_type = "dynamic"
+def with_another_kind_of_rotation(model: Any) -> None:
+    model.model.rotary_emb.rope_type = ["default"]
 
 
 REFUSED: list[tuple[Callable[[Any], None], str]] = [
@@ -238,7 +238,7 @@ REFUSED: list[tuple[Callable[[Any], None], str]] = [
     (with_another_activation, r"the MLP of layer 0 \(LlamaMLP\) has no compiled forward"),
     (with_a_bias_of_the_head, r"its head \(Linear\) has no compiled kernel"),
     (with_more_after_the_body, "it is not made of a body and an output head"),
-    (with_frequencies_of_the_length, r"the rotation of its positions is another one \(LlamaRotaryEmbedding\)"),
+    (with_another_kind_of_rotation, r"the rotation of its positions is another one \(LlamaRotaryEmbedding\)"),
 ]
 
 

@@ -84,7 +84,7 @@ class Modules:
                 *(at(out), at(q), s.heads * s.head_dim, at(k), s.kv_heads * s.head_dim, at(v), s.kv_heads * s.head_dim),
                 *(at(cache.k[index]), at(cache.v[index]), at(cache.scales[index]), at(tables), tables.shape[1]),
                 *(at(sequence), at(position), len(rows), s.heads, s.kv_heads, s.head_dim),
-                *(d.scaling, s.softcap, s.window),
+                *(d.scaling, s.softcap, s.window, None),
             )
             part = self.norm(self.linear(out.reshape(len(rows), -1), layer["o"], entries), layer["after_attention"])
             x = x + part * np.float32(s.residual_factor)

@@ -21,18 +21,23 @@ import numpy as np
 import pytest
 import torch
 
-from loramux_adapters.lora.ops import Arena
+from loramux_adapters.lora.ops import Arena, LoraRows
+from loramux_adapters.lora.slot_copy import LayerWeights
 from loramux_adapters.lora.slots import ScaledSlot, Slot
+from loramux_adapters.lora.token_rows import OwnLogits, OwnRows, add_token_logits_reference
 from loramux_adapters.lora.weights import PlacedPair
 from loramux_adapters.training.model.row_layout import PackedRows
 from loramux_server.kernels.compiled.abi import FUNCTIONS, VectorIsa
-from loramux_server.kernels.compiled.adapter_kernels import NativeConvertPairs, NativeCopySlot
+from loramux_server.kernels.compiled.adapter_kernels import NativeAddLora, NativeConvertPairs, NativeCopySlot
 from loramux_server.kernels.compiled.library import LIBRARY, Compiled, native_library
+from loramux_server.kernels.compiled.logit_changes import EDIT, RowChange, bits_of
 from loramux_server.kernels.compiled.sampling import Draw, NativeSampling
+from loramux_server.kernels.compiled.token_logits import NativeTokenLogits, never
 from loramux_server.kernels.decoder.decoder import Decoder as CompiledDecoder
 from loramux_server.kernels.layers.nf4_linear import NF4Linear
 from loramux_server.kernels.layers.nf4_quantizer import quantize_into
 from loramux_server.kernels.layers.packed_head import PackedHead
+from loramux_server.kernels.layers.routing import CompiledRouting
 from loramux_server.kernels.training import CompiledTraining
 from support.decoders import Served, random_model
 from support.exact_models import Decoder, Linear, at
@@ -80,9 +85,35 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     record_adapters(recorder)
     record_quantizer(recorder)
     record_sampling(recorder, vocabulary=3000)
+    record_token_logits(recorder, vocabulary=300)
+    record_routing(recorder)
     record_models(recorder, ["Qwen3"])
     assert {call.name for call in recorder.calls} == FUNCTIONS.keys() - NOT_RECORDED, "record the function that is new"
     return Recording.of(recorder, tmp_path_factory.mktemp("recording") / "calls")
+
+
+def record_token_logits(recorder: RecordingLibrary, vocabulary: int) -> None:
+    """Of rows that adapters have of the output head, some of them of tokens beyond the vocabulary."""
+    add = NativeTokenLogits(Compiled(recorder, VectorIsa.PORTABLE))
+    torch.manual_seed(3)
+    x, y, wide = torch.randn(7, 128), torch.randn(7, vocabulary), never(7, 5)
+    for tokens in ([1, 7, vocabulary - 1], list(range(vocabulary + 5))):
+        own = OwnRows(np.array(tokens, dtype=np.int32), torch.randn(len(tokens), 128).bfloat16())
+        at, scales = np.array([0, 1, 3, 4, 6], dtype=np.int32), np.array([1, 0.5, 2, 1, -1], dtype=np.float32)
+        expected_y, expected_wide = y.clone(), wide.clone()
+        add_token_logits_reference(expected_y, expected_wide, x, OwnLogits(own, at, scales))
+        add(y, wide, x, OwnLogits(own, at, scales))
+        torch.testing.assert_close(y, expected_y, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(wide, expected_wide, atol=1e-4, rtol=1e-5)
+    assert bool((wide[[2, 5]] == -torch.inf).all()) and bool(wide[0, :5].isfinite().all())
+
+
+def record_routing(recorder: RecordingLibrary) -> None:
+    """The weights of experts: of 5 that do not fill a vector, and of 64."""
+    routing = CompiledRouting(Compiled(recorder, VectorIsa.PORTABLE))
+    for experts in (5, 64):
+        scores = torch.randn(7, experts, generator=torch.Generator().manual_seed(4)) * 5
+        torch.testing.assert_close(routing.softmax(scores), scores.softmax(-1))
 
 
 def record_steps(recorder: RecordingLibrary, names: list[str], lengths: list[int]) -> None:
@@ -106,6 +137,8 @@ def record_products(recorder: RecordingLibrary, counts: list[int]) -> None:
         linear = Linear.random(random, inputs, outputs, 8, bias=False)
         y = np.zeros((rows, outputs), dtype=np.float32)
         product(at(y), at(x), at(linear.codes), at(linear.scales), rows, inputs, outputs, isa, 2)
+        codes, scales = torch.from_numpy(linear.codes), torch.from_numpy(linear.scales)
+        NF4Linear(codes, scales, None, Compiled(recorder, isa)).squares()
         weight = torch.from_numpy(linear.weight[: outputs - 5].copy()).bfloat16()
         head = torch.nn.Linear(inputs, outputs - 5, bias=False, dtype=torch.bfloat16)
         head.weight = torch.nn.Parameter(weight, requires_grad=False)
@@ -188,6 +221,16 @@ def record_sampling(recorder: RecordingLibrary, vocabulary: int) -> None:
     sampling.search(logits)
     sampling.log_sums(logits, [2, 0, 1])
     sampling.first_tokens(logits, [1, 0], 20)
+    random = np.random.default_rng(9)
+    edits = np.zeros(60, dtype=EDIT)
+    edits["token"] = random.choice(vocabulary, len(edits), replace=False)
+    edits["repeated"] = random.integers(0, 2, len(edits))
+    edits["add"], edits["less"] = random.normal(0, 9, (2, len(edits)))
+    edits["add"][:3] = 3.4e38, -3.4e38, float("nan")
+    forbidden = random.choice(vocabulary, 5).astype(np.int32)
+    allowed = bits_of(random.choice(vocabulary, vocabulary // 2).tolist(), vocabulary)
+    changes = [RowChange(2, edits, forbidden), RowChange(0, edits[:7], forbidden[:0], allowed, 1.3)]
+    sampling.changed(logits, [*changes, RowChange(1, edits, forbidden, np.flip(allowed).copy(), 0.7)])
     kinds: list[dict[str, Any]] = [{}, {"top_k": 40}, {"top_p": 0.9}, {"min_p": 0.02}, {"temperature": 0.3}]
     kinds.append({"temperature": 2.5, "top_k": 200, "top_p": 0.7, "min_p": 0.01})
     sampling.draw(
@@ -214,11 +257,20 @@ def record_adapters(recorder: RecordingLibrary) -> None:
             torch.full((32, inputs), 7, dtype=torch.bfloat16),
             torch.full((32, outputs), 7, dtype=torch.bfloat16),
             torch.full((4,), 7, dtype=torch.uint8),
+            torch.full((4, 2, outputs), 7.0),
         )
         for _ in range(2)
     ]
     a, bt = to[: rank * inputs].view(rank, inputs), to[rank * inputs : rank * (inputs + outputs)].view(rank, outputs)
-    NativeCopySlot(recorder)(Slot(8, 8), [(arenas[0], (a, bt)), (arenas[1], None)])
+    NativeCopySlot(recorder)(Slot(8, 8), [(arenas[0], LayerWeights(a, bt)), (arenas[1], None)])
+    affine = torch.from_numpy(random.normal(0, 1, (2, outputs)).astype(np.float32))
+    NativeCopySlot(recorder)(Slot(16, 8), [(arenas[0], LayerWeights(a, bt, affine)), (arenas[1], None)])
+    rows = LoraRows.build(
+        [((), 1), ((ScaledSlot(Slot(16, 8), 0.5), ScaledSlot(Slot(8, 8))), 5), ((ScaledSlot(Slot(16, 8)),), 2)]
+    )
+    assert rows is not None
+    x, y = torch.randn(8, inputs), torch.randn(8, outputs)
+    NativeAddLora(Compiled(recorder, VectorIsa.PORTABLE))(y, x, arenas[0], rows)
 
 
 def replay_of(directory: Path, library: Path, compiler: str) -> Path:

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from loramux_server.errors import BaseModelError
 from loramux_server.kernels.compiled.library import NativeLibrary, native_library
-from loramux_server.kernels.layers.rotary import Angles, tables_of, use_angles
+from loramux_server.kernels.layers.rotary import LONG, Angles, settle_angles, tables_of, use_angles
 
 LONGEST = 1 << 20
 SCALED: list[dict[str, Any]] = [
@@ -157,12 +157,44 @@ def test_positions_whose_angles_would_not_be_exact_are_refused(library: NativeLi
         table.know(100)
 
 
-def test_frequencies_of_a_sequences_length_and_other_modules_are_left_alone(library: NativeLibrary) -> None:
+def test_dynamic_frequencies_are_those_of_the_longest_text_and_other_modules_are_left_alone(
+    library: NativeLibrary,
+) -> None:
     dynamic = module_of({"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
-    other = nn.Linear(2, 2)
-    for module in (dynamic, other):
+    plain = module_of({"rope_type": "default", "rope_theta": 10000.0})
+    positions = torch.arange(50)[None]
+    for module in (dynamic, plain):
         use_angles(module, library)
-        assert tables_of(module) is None and "forward" not in module.__dict__
+    x = torch.zeros(1)
+    assert all(torch.equal(*parts) for parts in zip(dynamic(x, positions), plain(x, positions), strict=True))
+    other = nn.Linear(2, 2)
+    use_angles(other, library)
+    assert tables_of(other) is None and "forward" not in other.__dict__
+
+
+def test_frequencies_of_long_texts_are_taken_row_by_row(library: NativeLibrary) -> None:
+    module = module_of(
+        {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0 + i / 10 for i in range(48)],
+            "long_factor": [3.0 + i for i in range(48)],
+            "original_max_position_embeddings": 64,
+        }
+    )
+    x, places = torch.zeros(1), torch.arange(100)[None]
+    theirs_long, theirs_short = module(x, places), module(x, places[:, :40])
+    use_angles(module, library)
+    assert tables_of(module) is None
+    mixed = torch.cat([places + LONG, places[:, :40]], dim=1)
+    for ours, long, short in zip(module(x, mixed), theirs_long, theirs_short, strict=True):
+        assert torch.allclose(ours, torch.cat([long, short], dim=1), atol=2e-5)
+        assert not torch.allclose(long[:, :40], short, atol=0.1)
+    alone = module(x, places[:, :40])
+    assert all(torch.equal(part[:, 100:], own) for part, own in zip(module(x, mixed), alone, strict=True))
+    assert settle_angles(module, 65) == 64 and tables_of(module) is None
+    assert settle_angles(module, 64) == 0 and tables_of(module) is not None
+    assert all(torch.equal(*parts) for parts in zip(module(x, places[:, :40]), alone, strict=True))
 
 
 def test_a_second_time_changes_nothing(library: NativeLibrary) -> None:

@@ -16,6 +16,11 @@ what runs ends, and then it fits. A sequence of several adapters takes its slots
 device, it holds all of them in host memory until then: so those that lie there in each other's way can be placed anew
 (`SlotTable.acquire_all`).
 
+Who shares a prompt with another that came before (`Sequence.shares_prompt_with`) is held in its line until the other's
+prompt is in the cache, or the other has ended. Meanwhile it has no turn, so that nobody waits for it and it holds
+nothing; then it takes the place that it came for, and finds all blocks of the prompt but the last, which is computed
+again.
+
 Background sequences have lines of their own. They start when no ordinary one could, beside its seats, in order of
 arrival; and whoever has waited there for long joins the ordinary ones.
 """
@@ -61,6 +66,7 @@ class SchedulerConfig:
         max_background_wait_seconds: how long a background sequence gives way before it counts as an ordinary one.
         max_adapters: of one sequence.
         max_ranks: of the adapters of one sequence together, each rounded up to a power of two of at least 16.
+        long_from: sequences of more tokens, prompt and longest reply together, are long (Sequence.is_long); 0: none is.
     """
 
     max_num_seqs: int = 32
@@ -74,6 +80,7 @@ class SchedulerConfig:
     max_background_wait_seconds: float = 5.0
     max_adapters: int = 8
     max_ranks: int = LEAST_RANKS
+    long_from: int = 0
 
     def __post_init__(self) -> None:
         for name in _AT_LEAST_ONE:
@@ -136,6 +143,7 @@ class WaitingQueues:
         self._clock = clock
         self._lines: dict[Flow, Line] = {}
         self._background: dict[Flow, Line] = {}
+        self._unread: dict[str, Flow] = {}  # of sequences here and running whose prompt is not in the cache yet, by id
         self._numbers = count()
         self.by_adapter: Counter[str | None] = Counter()  # how many wait, of the names they were asked for under
 
@@ -151,13 +159,21 @@ class WaitingQueues:
         return chain(self._lines.values(), self._background.values())
 
     def add(self, sequence: Sequence) -> None:
-        """Puts a new sequence at the end of its line."""
+        """Puts a new sequence at the end of its line, or has it held there."""
         assert sequence.status is SequenceStatus.WAITING, f"{sequence.id} has been scheduled before"
         if not sequence.background:
             self.by_adapter[sequence.adapter] += 1
         if not sequence.gives_way:
             self._share.enter(sequence.flow)
         self._enqueue(self._background if sequence.gives_way else self._lines, sequence)
+        self._unread[sequence.id] = sequence.flow
+
+    def release_held(self, sequence: Sequence) -> None:
+        """Its prompt is in the cache, or never will be: it has ended. Nobody is held for it any more."""
+        if self._unread.pop(sequence.id, None) is not None:
+            for lines in (self._lines, self._background):
+                if sequence.flow in lines:
+                    lines[sequence.flow].release(sequence.id)
 
     def remove(self, ids: Collection[str]) -> list[Sequence]:
         """Takes these out of their lines, with their host pins; ids that are not waiting are ignored."""
@@ -187,7 +203,7 @@ class WaitingQueues:
         failed.sort(key=lambda one: one[0].number)
         sequences = self._leave([entry for entry, _ in failed])
         for line in self._lines.values():
-            self._set_active(line, self._has_adapters(line))
+            self._set_active(line, line.has_turn and self._has_adapters(line))
         return list(zip(sequences, (reason for _, reason in failed), strict=True))
 
     def admit(self, seats: int, tokens: int) -> Admitted:
@@ -202,7 +218,8 @@ class WaitingQueues:
         for line in self._lines.values():
             line.tried = 0
         blocked: list[Waiting] = []  # in this step
-        turns = [(self._turn(line), line) for line in self._lines.values() if self._has_adapters(line)]
+        lines = [line for line in self._lines.values() if line.has_turn and self._has_adapters(line)]
+        turns = [(self._turn(line), line) for line in lines]
         heapify(turns)  # no two lines have the same turn: a turn ends with a number of arrival
         without_blocks = 0
         while turns and len(admitted.sequences) < seats and tokens > 0:
@@ -239,10 +256,11 @@ class WaitingQueues:
     def admit_background(self, seats: int, tokens: int) -> Admitted:
         """The same for those that give way: none of them while an ordinary sequence lacks something but its adapter."""
         admitted = Admitted()
-        if not self._background or any(self._has_adapters(line) for line in self._lines.values()):
+        if not self._background or any(line.has_turn and self._has_adapters(line) for line in self._lines.values()):
             return admitted
         in_order = sorted(
-            ((entry, line) for line in self._background.values() for entry in line), key=lambda one: one[0].number
+            ((entry, line) for line in self._background.values() for entry in line.in_turn),
+            key=lambda one: one[0].number,
         )
         for entry, line in in_order:
             if len(admitted.sequences) == seats or tokens <= 0:
@@ -266,6 +284,10 @@ class WaitingQueues:
                     assert not sequence.blocks and not sequence.slots and sequence.num_computed == 0
                     assert line.needs.keys() == {use.version for use in sequence.adapters}
                     assert entry.passed_over <= self._config.max_passed_over
+                    assert sequence.id in self._unread
+                assert all(self._unread[str(entry.sequence.shares_prompt_with)] == flow for entry in line.held)
+                numbers = [entry.number for entry in line.fresh]
+                assert numbers == sorted(numbers)
                 assert all(entry.blocked_since is not None for entry in line.blocked)
             held = _held(lines)
             assert self._is_within_limits(held) or any(held.keys() == line.loads.keys() for line in lines.values())
@@ -276,7 +298,13 @@ class WaitingQueues:
         line = lines.get(sequence.flow)
         if line is None:
             line = lines[sequence.flow] = Line(sequence.flow, {use.version: use.nbytes for use in sequence.adapters})
-        line.add(Waiting(sequence, next(self._numbers)))
+        line.add(Waiting(sequence, next(self._numbers)), held=self._must_wait(sequence))
+
+    def _must_wait(self, sequence: Sequence) -> bool:
+        """For the prompt of another, of which it will then find a block or more."""
+        first = sequence.shares_prompt_with
+        shares = self._blocks.keeps_content and sequence.logits_from >= self._blocks.block_size
+        return shares and first is not None and self._unread.get(first) == sequence.flow
 
     def _promote(self) -> None:
         """Background sequences that have waited long enough join the ordinary ones, as if they came now."""
@@ -411,6 +439,8 @@ class WaitingQueues:
             self._count_out(entry)
             if not sequence.gives_way:
                 self._share.leave(sequence.flow)
+        for entry in leaving:
+            self.release_held(entry.sequence)
         self._discard_empty()
         return [entry.sequence for entry in leaving]
 

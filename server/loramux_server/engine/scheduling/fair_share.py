@@ -73,6 +73,7 @@ class Line:
     Attributes:
         needs: bytes in host memory of each of these versions.
         blocked: those that were found blocked in their turn, in order; before all others of the line.
+        held: those that wait for another's prompt, and have no turn before it is read.
         tried: so many of them have had their turn in this step.
         loads: the versions that it pins in the host cache; none until all of them could be.
         is_active: it counts for the fair share.
@@ -81,17 +82,26 @@ class Line:
     flow: Flow
     needs: dict[str, int]
     blocked: list[Waiting] = field(default_factory=list)
-    fresh: deque[Waiting] = field(default_factory=deque)
+    fresh: deque[Waiting] = field(default_factory=deque)  # by number
+    held: list[Waiting] = field(default_factory=list)
     tried: int = 0
     loads: dict[str, LoadState] = field(default_factory=dict)
     is_active: bool = False
     prompt_tokens: int = 0  # of all in the line
     reply_tokens: int = 0  # that they may get at most
 
-    def add(self, entry: Waiting) -> None:
-        """At the end."""
-        self.fresh.append(entry)
+    def add(self, entry: Waiting, *, held: bool = False) -> None:
+        """At the end, or among the held."""
+        (self.held if held else self.fresh).append(entry)
         self._count(entry.sequence, 1)
+
+    def release(self, sequence_id: str) -> None:
+        """Those that were held for this one's prompt take the places that they came for."""
+        released = [entry for entry in self.held if entry.sequence.shares_prompt_with == sequence_id]
+        for entry in released:
+            self.held.remove(entry)
+        if released:
+            self.fresh = deque(sorted([*self.fresh, *released], key=lambda entry: entry.number))
 
     def block(self) -> None:
         """The next has had its turn and could not start."""
@@ -105,15 +115,27 @@ class Line:
             self.fresh.popleft()
         elif entry in self.blocked:
             self.blocked.remove(entry)
+        elif entry in self.held:
+            self.held.remove(entry)
         else:
             self.fresh.remove(entry)
         self._count(entry.sequence, -1)
 
     def __len__(self) -> int:
-        return len(self.blocked) + len(self.fresh)
+        return len(self.blocked) + len(self.fresh) + len(self.held)
 
     def __iter__(self) -> Iterator[Waiting]:
+        return chain(self.in_turn, self.held)
+
+    @property
+    def in_turn(self) -> Iterator[Waiting]:
+        """All but the held."""
         return chain(self.blocked, self.fresh)
+
+    @property
+    def has_turn(self) -> bool:
+        """Whether there is anyone but the held."""
+        return bool(self.blocked or self.fresh)
 
     @property
     def next(self) -> Waiting | None:

@@ -8,11 +8,11 @@ Numbers only; the tensors are in kernels/attention/kv_cache.py. A block is in on
 
 A key digests everything that keys and values depend on, so what is found by it is what would have been computed.
 A token's keys and values depend on all tokens up to it and on the weights: on this base, the versions and scales of the
-adapters, in their order. Nothing else: which sequences share a step, how a prompt is cut into chunks, and whether a
-token came by prefill or by decoding change no bit (ARCHITECTURE.md). A group is digested with them, so that a proof
-finds only what it computed itself. So
+adapters, in their order. On some bases also on whether the sequence is a long one. Nothing else: which sequences share
+a step, how a prompt is cut into chunks, and whether a token came by prefill or by decoding change no bit
+(ARCHITECTURE.md). A group is digested with them, so that a proof finds only what it computed itself. So
 
-    key[0] = H(group, adapters, tokens of block 0),    key[i] = H(key[i - 1], tokens of block i)
+    key[0] = H(group, long or not, adapters, tokens of block 0),    key[i] = H(key[i - 1], tokens of block i)
 
 and equal keys mean equal content, whoever computed it. A name of an adapter is in no key: a version is.
 """
@@ -160,4 +160,5 @@ def extend_keys(sequence: Sequence, block_size: int, tokens: int) -> None:
 def _weights(sequence: Sequence) -> bytes:
     """What stands for the weights that the sequence runs on, and for who may find what it computes."""
     uses = "".join(f"{use.version}:{use.scale.hex()};" for use in sequence.adapters)
-    return hashlib.blake2b(f"{sequence.cache_group}/{uses}".encode(), digest_size=_SIZE).digest()
+    length = "long/" if sequence.is_long else ""
+    return hashlib.blake2b(f"{sequence.cache_group}/{length}{uses}".encode(), digest_size=_SIZE).digest()

@@ -19,7 +19,8 @@ slot half loaded. Background sequences alone may sit a step out, and take no mor
 `max_background_tokens` even when they count as ordinary ones; what they hold was loaded by a step that worked.
 
 Text that is scored (prompt logprobs, continuations) is read like a prompt, but logits are needed at each of its
-positions, so that a step takes at most `max_scored_tokens` of it, beside one for each sequence.
+positions, so that a step takes at most `max_scored_tokens` of it, beside one for each sequence. Text whose mean state
+is asked for counts as such.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class Scheduler:
         """Raises RequestError if the sequence could not start even on an idle server. Reads constants only."""
         if not sequence.prompt:
             raise RequestError("the prompt has no tokens", param="prompt", code="empty_prompt")
-        if sequence.params.max_tokens < (0 if sequence.params.scores_text else 1):
+        if sequence.params.max_tokens < sequence.params.least_tokens:
             raise RequestError("max_tokens must be at least 1", param="max_tokens")
         if self.blocks.blocks_for(sequence.max_total) > self.blocks.num_blocks:
             raise RequestError(
@@ -140,6 +141,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence for which `check_fits` passed."""
+        sequence.is_long = 0 < self.config.long_from < sequence.max_total
         self._waiting.add(sequence)
 
     def abort(self, ids: Collection[str]) -> list[Sequence]:
@@ -171,14 +173,14 @@ class Scheduler:
         for sequence in self._with_more(ordinary):
             rows.append(self._turn(sequence, tokens + 1, scored))
             tokens -= rows[-1].num_tokens - 1
-            scored -= max(0, rows[-1].num_scored - 1)
+            scored -= max(0, rows[-1].num_heads - 1)
         admitted = self._waiting.admit(self.config.max_num_seqs - len(ordinary), tokens)
         self._running += admitted.sequences
         for sequence in admitted.sequences:
             assert tokens > 0, "whoever starts runs at once"
             rows.append(self._turn(sequence, tokens, scored))
             tokens -= rows[-1].num_tokens
-            scored -= max(0, rows[-1].num_scored - 1)
+            scored -= max(0, rows[-1].num_heads - 1)
         rows += self._background(tokens, scored, admitted)
         if self._steps:
             self._mark_idle(admitted.slot_loads)
@@ -190,7 +192,7 @@ class Scheduler:
             sequence.num_computed += row.num_tokens
             if row.samples and not sequence.gives_way:
                 self._share.charge(sequence.flow, REPLY_WEIGHT)
-        rows.sort(key=lambda row: row.sequence.slots)
+        rows.sort(key=lambda row: (row.num_states > 0, row.sequence.slots))
         batch = Batch(rows, admitted.slot_loads)
         if rows:
             self._steps.append(batch)
@@ -248,8 +250,11 @@ class Scheduler:
         self._close(self._steps.pop(0))
         finished = SequenceStatus.FINISHED
         for row in batch.rows:
-            if row.sequence.status is not finished:
-                self._publish(row)
+            if row.sequence.status is finished:
+                continue
+            self._publish(row)
+            if row.first < len(row.sequence.prompt) <= row.first + row.num_tokens:
+                self._waiting.release_held(row.sequence)
 
     def roll_back(self) -> list[Sequence]:
         """The oldest step under way failed, and with it whatever was scheduled on top of it.
@@ -278,6 +283,7 @@ class Scheduler:
             self.slots.release(version)
         sequence.slots = ()
         sequence.status = SequenceStatus.FINISHED
+        self._waiting.release_held(sequence)
         if not sequence.gives_way:
             self._share.leave(sequence.flow)
 
@@ -329,6 +335,7 @@ class Scheduler:
             count,
             samples=ends_prompt and sequence.params.max_tokens > 0,
             num_scored=max(0, count - unscored) if sequence.params.scores_text else 0,
+            num_states=max(0, count - unscored) if sequence.params.pooling else 0,
         )
 
     def _publish(self, row: ScheduledSequence) -> None:

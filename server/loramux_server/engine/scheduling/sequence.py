@@ -6,7 +6,10 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 if TYPE_CHECKING:
     from loramux_adapters.lora.slots import ScaledSlot, Slot
@@ -15,6 +18,10 @@ if TYPE_CHECKING:
 Flow = tuple[str, ...]  # among whom the engine shares fairly: a path, from the outside in
 BACKGROUND = "background"  # the outer level of the server's own work: together it is one among the others
 
+NOTHING_ALLOWED = (
+    "no token may be chosen: what the request allows and what it forbids (grammar, allowed_token_ids, bad_words, "
+    "min_tokens) leave none"
+)
 NOT_FINITE = "the model's output is not finite; the adapter may be broken"  # the error of a row, and of that row alone
 
 
@@ -27,9 +34,39 @@ class FinishReason(Enum):
     ERROR = "error"  # the engine gave it up; `TokenOutput.error` says why
 
 
+Pooling = Literal["last", "mean"]
+
+
+class Grammar(Protocol):
+    """What one sequence's reply may be, followed token by token."""
+
+    @property
+    def ended(self) -> bool:
+        """Nothing but the reply's end could follow what was chosen so far."""
+
+    def advance(self, token: int) -> None:
+        """Engine thread: this token was chosen. The mask of the next is made on another thread from now on.
+
+        Raises GrammarFailed.
+        """
+
+    def mask(self) -> npt.NDArray[np.uint32]:
+        """Waits for it: [ceil(vocabulary / 32)], bit i of word w is token 32 w + i, 1 where that may come next.
+
+        Tokens that end a reply may come where what was chosen so far is complete.
+        Raises GrammarFailed: nothing may come, or it takes too long to say what.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen, and what is reported. `temperature` 0 is greedy; the others then have no effect.
+    """How the next token is chosen, and what is reported.
+
+    Log probabilities are of the model's own distribution. A token is chosen from another: of a row of logits x, in fp32
+    and in this order, x + bias; where the token was there before, divided by `repetition_penalty` if it is positive,
+    else multiplied by it; where the reply has it n times, less `frequency_penalty` * n + `presence_penalty`. What is
+    forbidden is never chosen; where nothing is left, the sequence ends with an error. `temperature` 0 takes the
+    largest; it and the filters below mean nothing then.
 
     Attributes:
         top_k: keep the k most likely tokens; 0 keeps all.
@@ -39,13 +76,22 @@ class SamplingParams:
         max_tokens: most tokens in the reply, at least 1; or 0 where log probabilities of given text are all that is
             asked for.
         logprobs: how many alternatives to report beside each chosen token; None reports nothing.
+        presence_penalty, frequency_penalty: over the reply so far.
+        repetition_penalty: over prompt and reply so far; above 0.
+        logit_bias: (token, what is added to its logit), each token once.
+        allowed_token_ids: no other may be chosen, but for `stop_token_ids`; None allows all.
+        bad_words: the reply never ends in one of these sequences of tokens.
+        min_tokens: no stop token before the reply has so many.
+        grammar: what the reply may be. Of this sequence alone.
         stop_token_ids: the reply ends, with reason "stop", when one of these is chosen; that one is not delivered.
         forced: these tokens are the reply, whatever the model would choose, to hear how likely they are; as many as
-            `max_tokens`. Empty: the model's own choice.
+            `max_tokens`. Empty: the model's own choice. All that is said above of how one is chosen means nothing then.
         digests: report a digest of all logits beside each token.
         prompt_logprobs: how many alternatives to report beside the log probability of each prompt token; None reports
             nothing. The first token follows nothing, so it has none.
         prompt_logprobs_from: index of the first prompt token that is reported.
+        pooling: in place of a reply (`max_tokens` is 0) report what the output head reads: of the prompt's last token,
+            or the mean over all of its tokens. The mean needs every token computed, so nothing is found in the cache.
         continuations: texts of at least one token that might follow the prompt, to hear how likely each of their tokens
             is. The reply follows the prompt, not them.
     """
@@ -54,6 +100,14 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    min_tokens: int = 0
+    grammar: Grammar | None = None
     seed: int | None = None
     max_tokens: int = 16
     logprobs: int | None = None
@@ -62,12 +116,25 @@ class SamplingParams:
     digests: bool = False
     prompt_logprobs: int | None = None
     prompt_logprobs_from: int = 1
+    pooling: Pooling | None = None
     continuations: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether a token may be chosen from others than the model's own logits. A reply that is `forced` is not."""
+        penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+        limits = self.allowed_token_ids is not None or self.bad_words or self.min_tokens or self.grammar is not None
+        return bool(penalties or self.logit_bias or limits) and not self.forced
 
     @property
     def scores_text(self) -> bool:
         """Whether log probabilities of given text are asked for."""
         return self.prompt_logprobs is not None or bool(self.continuations)
+
+    @property
+    def least_tokens(self) -> int:
+        """What `max_tokens` must be at least."""
+        return 0 if self.scores_text or self.pooling else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,25 +159,33 @@ class TokenOutput:
         token_id: the new token; None when the sequence ended without one (abort, error).
         finish_reason: set on the last output of a sequence, and only there.
         error: for the client, with reason ERROR: one sentence, no path, no traceback.
+        is_impossible: the error is that the request's own shape and options leave nothing that may come.
         queue_seconds: submit to first scheduled, set on the first token's output.
         first_token_seconds: submit to first token, set on the first token's output.
         cached_tokens: of the prompt, those that did not have to be computed, set on the first token's output.
+        stopped_by: the stop token that ended the reply; with reason STOP, where one did.
+        stopped_logprob: its log probability, where log probabilities were asked for.
         digest: of the logits that the token was chosen from, where that was asked for.
         prompt_logprobs: of the prompt's tokens, where that was asked for; set on the first token's output, or on the
             last one of a sequence without a reply.
         continuations: the log probabilities of each of `SamplingParams.continuations`, set on the last output.
+        pooled: what `SamplingParams.pooling` asks for, [hidden] fp64, on the last output.
     """
 
     token_id: int | None = None
     logprob: TokenLogprob | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
+    is_impossible: bool = False
     queue_seconds: float | None = None
     first_token_seconds: float | None = None
     cached_tokens: int = 0
+    stopped_by: int | None = None
+    stopped_logprob: TokenLogprob | None = None
     digest: bytes | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     continuations: tuple[tuple[TokenLogprob, ...], ...] = ()
+    pooled: npt.NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -136,7 +211,7 @@ class SequenceStatus(Enum):
     FINISHED = "finished"
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Sequence:
     """One prompt and its reply. Built by the API, then owned by the engine thread until it is FINISHED.
 
@@ -147,6 +222,9 @@ class Sequence:
             who composes them must fix it: `composed` does.
         adapter: the name it was asked for under, for logs and metrics, several joined by "+"; None for the base.
         background: the server's own work. It runs on what ordinary sequences leave over, and metrics do not count it.
+        shares_prompt_with: id of a sequence with the same prompt and adapters, handed over with this one and before it:
+            its prompt is waited for, so that the complete blocks of it are found. If it ends before, this one reads the
+            prompt itself.
         cache_group: keys and values of its tokens are shared with sequences of the same group alone.
     """
 
@@ -156,12 +234,14 @@ class Sequence:
     adapters: tuple[AdapterUse, ...] = ()
     adapter: str | None = None
     background: bool = False
+    shares_prompt_with: str | None = None
     cache_group: str = ""
     arrived: float = field(default_factory=time.monotonic)
     flow: Flow = field(init=False)  # ends with the set of its versions: those of one flow need the same on the device
 
     # filled by the scheduler
     status: SequenceStatus = SequenceStatus.WAITING
+    is_long: bool = False  # the base turns its positions as it does in long texts (kernels/layers/rotary.py)
     promoted: bool = False  # a background sequence that has waited so long that it counts as an ordinary one
     slots: tuple[ScaledSlot, ...] = ()  # while it runs: one for each of `adapters`, in their order
     blocks: list[int] = field(default_factory=list)
@@ -176,6 +256,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     continuation_logprobs: list[list[TokenLogprob]] = field(default_factory=list)  # none before the prompt is read
     num_read: int = 0  # continuations that have been read
+    pooled: npt.NDArray[np.float64] | None = None  # the sum over what was read, or the last
     last_output: TokenOutput | None = None  # held back until all continuations are read
     first_token_at: float | None = None
     last_token_at: float | None = None
@@ -224,8 +305,11 @@ class Sequence:
 
     @property
     def logits_from(self) -> int:
-        """The first position whose logits are needed: the prompt's last, or the first that scores a prompt token."""
+        """The first position that is followed to the output head: the prompt's last, the first that scores a prompt
+        token, or the first of a mean."""
         last = len(self.prompt) - 1
+        if self.params.pooling == "mean":
+            return 0
         if self.params.prompt_logprobs is None:
             return last
         return min(last, max(0, self.params.prompt_logprobs_from - 1))
@@ -251,6 +335,20 @@ class Sequence:
         if position > last:
             return self.continuation[position - last : position - last + 1]
         return () if self.continuation_logprobs else (tokens[0] for tokens in self.params.continuations)
+
+    def add_states(self, states: npt.NDArray[np.float32]) -> None:
+        """Keeps what a step that was committed tells, [tokens, hidden], for `pooled`.
+
+        Added one token after the other, so that the sum does not depend on where a prompt was cut.
+        """
+        if self.params.pooling == "last":
+            self.pooled = states[-1].astype(np.float64)
+            return
+        self.pooled = np.zeros(states.shape[1]) if self.pooled is None else self.pooled
+        for state in states:
+            self.pooled += state
+        if self.num_computed >= len(self.prompt):
+            self.pooled /= len(self.prompt)
 
     def add_scores(self, found: list[TokenLogprob]) -> None:
         """Keeps what a step that was committed has found, in the order of `scored_at`, and turns to what is next."""
@@ -298,6 +396,7 @@ class ScheduledSequence:
         num_tokens: tokens fed this step, at positions [first, first + num_tokens).
         samples: the last of them is the newest token, so that this step chooses the next one.
         num_scored: the logits at so many of the last positions score given text.
+        num_states: at so many of the last positions is asked what the output head reads, and nothing else.
         follows: its one token is the one that the step before, which is not read yet, chooses for the sequence.
         first: the sequence's `num_computed` before this step.
         reply_index: which token of the reply this step chooses.
@@ -307,6 +406,7 @@ class ScheduledSequence:
     num_tokens: int
     samples: bool
     num_scored: int = 0
+    num_states: int = 0
     follows: bool = False
     first: int = field(init=False)
     reply_index: int = field(init=False)
@@ -319,6 +419,11 @@ class ScheduledSequence:
     def num_logits(self) -> int:
         """At so many of the last positions logits are needed."""
         return self.num_scored or int(self.samples)
+
+    @property
+    def num_heads(self) -> int:
+        """So many of the last positions are followed to the output head."""
+        return self.num_logits + self.num_states
 
 
 @dataclass(slots=True)
@@ -336,7 +441,8 @@ class Batch:
     """One engine step. Filled by the scheduler, read by the runner.
 
     Attributes:
-        rows: base rows first, then by slots, so that the tokens of the same adapters are one contiguous run.
+        rows: base rows first, then by slots, so that the tokens of the same adapters are one contiguous run; those
+            with `num_states` behind all others, in the same order.
         slot_loads: applied before the forward, in this order.
     """
 
@@ -350,16 +456,20 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class RowResult:
-    """Runner -> engine: what came of one row with logits.
+    """Runner -> engine: what came of one row with `num_heads`.
 
     Attributes:
         token_id: the token chosen for a row with `samples`.
         error: instead of all else, if that row alone failed.
+        is_impossible: see `TokenOutput`.
         scores: in order of positions, those that `Sequence.scored_at` asks for.
+        states: [num_states, hidden] of a row with `num_states`.
     """
 
     token_id: int | None = None
     logprob: TokenLogprob | None = None
     error: str | None = None
+    is_impossible: bool = False
     digest: bytes | None = None
     scores: list[TokenLogprob] = field(default_factory=list)
+    states: npt.NDArray[np.float32] | None = None

@@ -4,7 +4,8 @@ Semantics, for token row t of a sequence at position p:
 
     out[t] = softmax(softcap(scaling * q[t] @ K[lo : p + 1].T)) @ V[lo : p + 1],  lo = max(0, p - window + 1)
 
-where K and V are all keys and values of that sequence so far, this step's included. Each row is computed alone, so its
+where K and V are all keys and values of that sequence so far, this step's included. A head with a sink has one more
+score in its softmax, without a value. Each row is computed alone, so its
 bits do not depend on how a prompt was cut into chunks or on what else is in the batch.
 """
 
@@ -32,7 +33,10 @@ _VECTOR, _LARGEST_HEAD = (
 
 # keyword arguments that models pass along and that change nothing here
 _HARMLESS = frozenset(
-    {"dropout", "is_causal", "position_ids", "use_cache", "output_attentions", "cache_position", "output_hidden_states"}
+    {
+        *("dropout", "is_causal", "position_ids", "use_cache", "cache_position"),
+        *("output_attentions", "output_hidden_states", "output_router_logits"),
+    }
 )
 
 
@@ -65,11 +69,12 @@ class AttentionStep:
 
 @dataclass(frozen=True, slots=True)
 class AttentionParams:
-    """What a layer asks for: `softcap` 0 and `window` 0 mean none."""
+    """What a layer asks for: `softcap` 0 and `window` 0 mean none. `sinks`: [heads] of any float dtype, or None."""
 
     scaling: float
     softcap: float = 0.0
     window: int = 0
+    sinks: torch.Tensor | None = None
 
 
 # (q [rows, heads, dim], k and v [rows, kv_heads, dim], layer, step, params) -> [rows, heads, dim]
@@ -103,7 +108,12 @@ def attend_reference(
         hidden = distance < 0
         if params.window:
             hidden |= distance >= params.window
-        weights = scores.masked_fill(hidden[:, None, None], float("-inf")).softmax(-1)
+        scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
+        if params.sinks is None:
+            weights = scores.softmax(-1)
+        else:
+            sinks = params.sinks.float().view(1, kv_heads, -1, 1).expand(*scores.shape[:-1], 1)
+            weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
         found, parts = torch.zeros_like(grouped), len(keys) // _SPAN
         for part, span in zip(weights.tensor_split(parts, -1), values.tensor_split(parts), strict=True):
             found += torch.einsum("tkgs,skd->tkgd", part, span)
@@ -134,6 +144,7 @@ class NativeAttend:
         if k.shape[1:] != (cache.shape.kv_heads, cache.shape.head_dim) or v.shape != k.shape:
             raise ValueError(f"keys {tuple(k.shape)} and values {tuple(v.shape)} do not fit the cache")
         q, k, v = (x if x.stride()[1:] == (dim, 1) else x.contiguous() for x in (q, k, v))
+        sinks = None if params.sinks is None else params.sinks.detach().float().contiguous()
         out = torch.empty(rows, heads, dim)
         self._call(
             out.data_ptr(),
@@ -141,6 +152,7 @@ class NativeAttend:
             *(cache.k[layer].data_ptr(), cache.v[layer].data_ptr(), cache.scales[layer].data_ptr()),
             *(step.tables.data_ptr(), step.tables.shape[1], step.sequence.data_ptr(), step.position.data_ptr()),
             *(rows, heads, k.shape[1], dim, params.scaling, params.softcap, params.window),
+            None if sinks is None else sinks.data_ptr(),
             *(self.isa, torch.get_num_threads()),
         )
         return out
@@ -157,6 +169,7 @@ def attention_forward(
     loramux_step: AttentionStep | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function: query [1, heads, rows, dim], key and value [1, kv_heads, rows, dim].
@@ -173,6 +186,7 @@ def attention_forward(
         scaling=float(query.shape[-1] ** -0.5 if scaling is None else scaling),
         softcap=float(softcap or 0.0),
         window=int(sliding_window or 0),
+        sinks=s_aux,
     )
     layer: Any = module.layer_idx
     out = loramux_step.attend(
@@ -214,6 +228,11 @@ def probe_kv_shape(model: Any, device: Device, *, whole_numbers: bool) -> KVShap
     with device.used():
         model(input_ids=one, position_ids=one, use_cache=False, loramux_step=step)
     kinds = set(seen.values())
+    if not kinds:
+        raise BaseModelError(
+            "this model has no attention: it keeps a state of its own for each sequence in place of keys and values, "
+            "which is not served; name a base with attention in all layers"
+        )
     if len(kinds) != 1 or sorted(seen) != list(range(len(seen))):
         raise BaseModelError(f"this model's layers need caches of different shapes ({sorted(map(str, kinds))})")
     ((kv_heads, head_dim, dtype),) = kinds

@@ -61,7 +61,7 @@ class VarlenAttend:
         step: AttentionStep,
         params: AttentionParams,
     ) -> torch.Tensor:
-        if params.softcap:  # the kernel has none
+        if params.softcap or params.sinks is not None:  # the kernel has none
             return attend_reference(q, k, v, layer, step, params)
         step.store(layer, k, v)
         lengths = self._lengths_of(step)

@@ -14,7 +14,7 @@ import ctypes
 from enum import IntEnum
 from typing import Any
 
-VERSION = 4  # kAbiVersion in csrc/kernels.h; goes up where a meaning changes and no form does
+VERSION = 5  # kAbiVersion in csrc/kernels.h; goes up where a meaning changes and no form does
 
 POINTER, SIZE, INT, FLOAT, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_double
 _KINDS = {None: "v", POINTER: "p", SIZE: "l", INT: "i", FLOAT: "f", DOUBLE: "d"}
@@ -37,7 +37,10 @@ class VectorIsa(IntEnum):
 
 
 class LoraArena(ctypes.Structure):
-    _fields_ = [("a", POINTER), ("bt", POINTER), ("targeted", POINTER), ("inputs", SIZE), ("outputs", SIZE)]
+    _fields_ = [
+        *((name, POINTER) for name in ("a", "bt", "targeted", "affine")),
+        *((name, SIZE) for name in ("inputs", "outputs")),
+    ]
 
 
 class LoraEntries(ctypes.Structure):
@@ -45,7 +48,7 @@ class LoraEntries(ctypes.Structure):
 
 
 class SlotWeights(ctypes.Structure):
-    _fields_ = [("a", POINTER), ("bt", POINTER), ("rank", SIZE)]
+    _fields_ = [("a", POINTER), ("bt", POINTER), ("affine", POINTER), ("rank", SIZE)]
 
 
 class FilePair(ctypes.Structure):
@@ -67,6 +70,18 @@ class TokenDraw(ctypes.Structure):
     _fields_ = [
         *((name, DOUBLE) for name in ("temperature", "top_p", "min_p", "uniform")),
         *((name, SIZE) for name in ("row", "top_k")),
+    ]
+
+
+class LogitEdit(ctypes.Structure):
+    _fields_ = [*((name, INT) for name in ("token", "repeated")), *((name, FLOAT) for name in ("add", "less"))]
+
+
+class LogitChange(ctypes.Structure):
+    _fields_ = [
+        *((name, POINTER) for name in ("edits", "forbidden", "allowed")),
+        *((name, SIZE) for name in ("num_edits", "num_forbidden", "row")),
+        ("repetition", DOUBLE),
     ]
 
 
@@ -95,12 +110,21 @@ class ExactModel(ctypes.Structure):
     ]
 
 
+class TokenLogits(ctypes.Structure):
+    _fields_ = [
+        *((name, POINTER) for name in ("tokens", "rows", "at", "scales")),
+        *((name, SIZE) for name in ("count", "uses")),
+    ]
+
+
 class ExactStep(ctypes.Structure):
     _fields_ = [
         *((name, POINTER) for name in ("tokens", "position", "sequence", "tables", "sampled", "cos", "sin")),
         *((name, POINTER) for name in ("k_cache", "v_cache", "kv_scales", "lora", "head_lora", "scratch", "logits")),
-        ("first_tokens", POINTER),
-        *((name, SIZE) for name in ("rows", "samples", "table_width", "threads")),
+        *((name, POINTER) for name in ("first_tokens", "states", "own_embeddings", "own_embedding_of")),
+        *((name, POINTER) for name in ("token_logits", "wide")),
+        *((name, SIZE) for name in ("num_token_logits", "num_wide")),
+        *((name, SIZE) for name in ("rows", "samples", "states_only", "table_width", "threads")),
     ]
 
 
@@ -124,7 +148,8 @@ class FloatMatrix(ctypes.Structure):
 
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     *(LoraArena, LoraEntries, SlotWeights, FilePair),
-    *(ExactLinear, TokenDraw, ExactNorm, ExactLayer, ExactModel, ExactStep),
+    *(ExactLinear, TokenDraw, LogitEdit, LogitChange),
+    *(ExactNorm, ExactLayer, ExactModel, TokenLogits, ExactStep),
     *(TrainingRows, TrainingHeads, FloatMatrix),
 )
 
@@ -135,16 +160,19 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "loramux_copy_slot": (None, [POINTER] * 2 + [SIZE] * 3),
     "loramux_nf4_quantize": (None, [POINTER] * 4 + [SIZE] * 2 + [INT]),
     "loramux_nf4_scales": (None, [POINTER] * 4 + [SIZE, INT]),
+    "loramux_nf4_squares": (None, [POINTER] * 3 + [SIZE] * 2 + [INT]),
     "loramux_exact_isas": (INT, []),
     "loramux_exact_product": (None, [POINTER] * 4 + [SIZE] * 3 + [INT] * 2),
     "loramux_exact_search": (None, [POINTER] * 3 + [SIZE] * 3 + [INT] * 2),
     "loramux_exact_log_sums": (None, [POINTER] * 3 + [SIZE] * 3 + [INT] * 2),
     "loramux_exact_first_tokens": (None, [POINTER, SIZE, POINTER, POINTER] + [SIZE] * 3 + [INT] * 2),
     "loramux_exact_draw": (None, [POINTER] * 3 + [SIZE] * 3 + [INT] * 2),
+    "loramux_exact_change": (None, [POINTER, SIZE, POINTER, POINTER] + [SIZE] * 3 + [INT] * 2),
     "loramux_exact_dense": (None, [POINTER] * 4 + [SIZE] * 3 + [INT] * 2),
     "loramux_exact_pack_head": (None, [POINTER] * 3 + [SIZE] * 3 + [INT] * 2),
     "loramux_exact_rms_norm": (None, [POINTER] * 3 + [SIZE] * 2 + [FLOAT] + [INT] * 2),
     "loramux_exact_gate": (None, [POINTER] * 3 + [SIZE] * 3 + [INT] * 3),
+    "loramux_exact_softmax": (None, [POINTER] * 2 + [SIZE] * 2 + [INT] * 2),
     "loramux_exact_attention": (
         None,
         [
@@ -157,11 +185,13 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
             FLOAT,
             FLOAT,
             SIZE,
+            POINTER,
             INT,
             INT,
         ],
     ),
     "loramux_exact_add_lora": (None, [POINTER, SIZE, *[POINTER] * 3, INT, INT]),
+    "loramux_exact_token_logits": (None, [POINTER, SIZE, POINTER, SIZE, POINTER, POINTER, SIZE, SIZE, INT, INT]),
     "loramux_exact_scratch": (SIZE, [POINTER, SIZE]),
     "loramux_exact_step": (None, [POINTER] * 2 + [INT]),
     "loramux_exact_angles": (None, [POINTER] * 3 + [SIZE] * 3 + [DOUBLE]),

@@ -27,7 +27,8 @@ _SLOT_WEIGHTS, _FILE_PAIR = np.dtype(SlotWeights), np.dtype(FilePair)  # arrays 
 def arena_of(arena: ops.Arena) -> LoraArena:
     """An arena as compiled code sees it; the tensors never move."""
     places = (tensor.data_ptr() for tensor in (arena.a, arena.bt, arena.targeted))
-    return LoraArena(*places, arena.a.shape[1], arena.bt.shape[1])
+    affine = None if arena.affine is None else arena.affine.data_ptr()
+    return LoraArena(*places, affine, arena.a.shape[1], arena.bt.shape[1])
 
 
 def rows_of(rows: ops.LoraRows) -> LoraEntries:
@@ -89,7 +90,14 @@ class NativeCopySlot:
     def __call__(self, slot: Slot, filling: Filling, *, in_use: bool = True) -> None:
         arenas = np.array([self._addresses.arena(arena) for arena, _ in filling], dtype=np.uint64)
         parts = [
-            (0, 0, 0) if part is None else (part[0].data_ptr(), part[1].data_ptr(), part[0].shape[0])
+            (0, 0, 0, 0)
+            if part is None
+            else (
+                part.a.data_ptr(),
+                part.bt.data_ptr(),
+                0 if part.affine is None else part.affine.data_ptr(),
+                part.rank,
+            )
             for _, part in filling
         ]
         weights = np.array(parts, dtype=_SLOT_WEIGHTS)

@@ -18,8 +18,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from loramux_server.kernels.compiled.abi import TokenDraw
+from loramux_server.kernels.compiled.abi import LogitChange, TokenDraw
 from loramux_server.kernels.compiled.library import Compiled
+from loramux_server.kernels.compiled.logit_changes import RowChange, changed_reference
 
 _SORTED = 1024  # top-p looks at this many tokens first; only where they do not reach p is the whole row sorted
 
@@ -61,7 +62,13 @@ class Sampling(Protocol):
         """The first `wanted` tokens of each of these rows, in order; all, where there are no more."""
 
     def draw(self, logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
-        """A token for each draw."""
+        """A token for each draw; one of minus infinity never."""
+
+    def changed(self, logits: torch.Tensor, changes: Sequence[RowChange]) -> torch.Tensor:
+        """[changes, vocabulary] fp32: rows as tokens are chosen from them (logit_changes.py), up to MOST_CHANGES.
+
+        They are there until the next call.
+        """
 
 
 def logprobs_of(
@@ -104,6 +111,9 @@ class TensorSampling:
         index = min(int(torch.searchsorted(mass, threshold, right=True)), mass.shape[0] - 1)
         return index if tokens is None else int(tokens[index])
 
+    def changed(self, logits: torch.Tensor, changes: Sequence[RowChange]) -> torch.Tensor:
+        return changed_reference(logits, changes)
+
 
 def candidates(logits: torch.Tensor, draw: Draw) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What may be drawn from a row of logits: (values [n] double, by temperature; tokens [n]).
@@ -121,6 +131,10 @@ def candidates(logits: torch.Tensor, draw: Draw) -> tuple[torch.Tensor, torch.Te
         kept = (values.exp() >= draw.min_p).nonzero().flatten()  # the largest value is 0
         values = values[kept]
         tokens = kept if tokens is None else tokens[kept]
+    possible = values > -torch.inf  # a draw that is rounded must not end behind the last of them
+    if not bool(possible.all()):
+        tokens = possible.nonzero().flatten() if tokens is None else tokens[possible]
+        values = values[possible]
     return values, tokens
 
 
@@ -179,6 +193,27 @@ class NativeSampling:
         tokens = np.empty(len(draws), dtype=np.int64)
         self._call("draw", logits, tokens.ctypes.data, logits.data_ptr(), ctypes.addressof(told), len(draws))
         return tokens.tolist()
+
+    def changed(self, logits: torch.Tensor, changes: Sequence[RowChange]) -> torch.Tensor:
+        logits = _readable(logits)
+        told = (LogitChange * len(changes))(
+            *(
+                LogitChange(
+                    edits=one.edits.ctypes.data,
+                    forbidden=one.forbidden.ctypes.data,
+                    allowed=None if one.allowed is None else one.allowed.ctypes.data,
+                    num_edits=len(one.edits),
+                    num_forbidden=len(one.forbidden),
+                    row=one.row,
+                    repetition=one.repetition,
+                )
+                for one in changes
+            )
+        )
+        rows = torch.empty(len(changes), logits.shape[1])
+        to, of = (rows.data_ptr(), rows.stride(0)), (logits.data_ptr(), ctypes.addressof(told), len(changes))
+        self._call("change", logits, *to, *of)
+        return rows
 
     def _call(self, name: str, logits: torch.Tensor, *arguments: int) -> None:
         self._compiled.function(f"loramux_exact_{name}")(

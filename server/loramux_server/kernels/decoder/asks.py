@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from loramux_server.kernels.compiled.logit_changes import RowChange
 from loramux_server.kernels.compiled.sampling import Draw, TensorSampling
 
 MOST_LIKELY = 20  # of the likeliest tokens that an answer tells
@@ -55,9 +56,14 @@ class AskedSampling:
     left its logits to the host for the sake of another row.
     """
 
-    def __init__(self, answer: Callable[[torch.Tensor, Sequence[Ask]], npt.NDArray[np.void]], most_asks: int) -> None:
-        """`answer`: of logits and up to `most_asks` asks, as `ChoosingStep.answer`."""
-        self._answer, self._most = answer, most_asks
+    def __init__(
+        self,
+        answer: Callable[[torch.Tensor, Sequence[Ask]], npt.NDArray[np.void]],
+        change: Callable[[torch.Tensor, Sequence[RowChange]], torch.Tensor],
+        most_asks: int,
+    ) -> None:
+        """`answer`, `change`: as `ChoosingStep.answer`, of up to `most_asks` asks, and `ChoosingStep.changed`."""
+        self._answer, self._change, self._most = answer, change, most_asks
 
     def search(self, logits: torch.Tensor) -> tuple[list[int], list[bool]]:
         answers = self._answers(logits, [Ask(row) for row in range(len(logits))])
@@ -78,6 +84,9 @@ class AskedSampling:
     def draw(self, logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
         tokens: list[int] = self._answers(logits, [Ask(draw.row, draw) for draw in draws])["chosen"].tolist()
         return tokens
+
+    def changed(self, logits: torch.Tensor, changes: Sequence[RowChange]) -> torch.Tensor:
+        return self._change(logits, changes)
 
     def _answers(self, logits: torch.Tensor, asks: Sequence[Ask]) -> npt.NDArray[np.void]:
         starts = range(0, len(asks), self._most)

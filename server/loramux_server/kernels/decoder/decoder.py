@@ -16,11 +16,13 @@ import numpy.typing as npt
 import torch
 
 from loramux_adapters.lora.ops import LoraRows
+from loramux_adapters.lora.token_rows import StepTokens
 from loramux_server.kernels.attention.kv_cache import KVCache
 from loramux_server.kernels.attention.paged_attention import Attend, AttentionStep
-from loramux_server.kernels.compiled.abi import POINTER, ExactStep
+from loramux_server.kernels.compiled.abi import POINTER, ExactStep, TokenLogits
 from loramux_server.kernels.compiled.adapter_kernels import rows_of
 from loramux_server.kernels.compiled.library import Compiled
+from loramux_server.kernels.compiled.token_logits import never, token_logits_of
 from loramux_server.kernels.decoder.description import Description, NotOfThisShape, describe
 from loramux_server.kernels.decoder.exact_model import KINDS, exact_model
 from loramux_server.kernels.decoder.trial import BLOCKS, Trial
@@ -56,6 +58,7 @@ class Decoder:
         self._rows = self._positions = 0  # that scratch, and tables of angles, are enough for
         self._cos = self._sin = pointers_to([])
         self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._states = torch.empty(0, description.hidden)  # of the step that ran last
         self._caches: tuple[KVCache, Any, Any, Any] | None = None
 
     def forward(
@@ -65,9 +68,17 @@ class Decoder:
         step: AttentionStep,
         lora: LoraRows | None,
         head: LoraRows | None,
+        *,
+        states: int = 0,
+        own: StepTokens | None = None,
     ) -> torch.Tensor:
         """As `WholeStep.forward` says."""
-        return self._run(tokens, heads, step, lora, head, None)
+        return self._run(tokens, heads, step, lora, head, None, states, own)
+
+    def states(self, count: int) -> torch.Tensor:
+        """As `WholeStep.states` says."""
+        assert len(self._states) == count, "asked of another step than the last"
+        return self._states
 
     def first_tokens(
         self, tokens: list[int], heads: list[int], step: AttentionStep, lora: LoraRows | None, head: LoraRows | None
@@ -90,6 +101,8 @@ class Decoder:
         lora: LoraRows | None,
         head: LoraRows | None,
         first: npt.NDArray[np.int64] | None,
+        states: int = 0,
+        own: StepTokens | None = None,
     ) -> torch.Tensor:
         rows = len(tokens)
         if self._rows < rows:
@@ -100,7 +113,8 @@ class Decoder:
             places = (pointers_to(tensors) for tensors in (step.cache.k, step.cache.v, step.cache.scales))
             self._caches = (step.cache, *places)
         ids, sampled = np.array(tokens, dtype=np.int64), np.array(heads, dtype=np.int64)
-        logits = torch.empty(len(heads), self.exact.padded)
+        logits = torch.empty(len(heads) - states, self.exact.padded)
+        self._states = torch.empty(states, self.description.hidden)
         entries, head_entries = rows_of(lora) if lora else None, rows_of(head) if head else None
         call = ExactStep(
             tokens=ids.ctypes.data,
@@ -118,13 +132,28 @@ class Decoder:
             scratch=self._scratch.data_ptr(),
             logits=logits.data_ptr(),
             first_tokens=None if first is None else first.ctypes.data,
+            states=self._states.data_ptr(),
             rows=rows,
             samples=len(heads),
+            states_only=states,
             table_width=step.tables.shape[1],
             threads=torch.get_num_threads(),
         )
+        known = logits[:, : self.description.vocabulary]
+        if own is None:
+            self._step(self._at, ctypes.addressof(call), self._isa)
+            return known
+        ids[own.unknown] = -1
+        wide = never(len(logits), own.more)
+        token_logits = (TokenLogits * len(own.logits))(*map(token_logits_of, own.logits))
+        call.token_logits, call.num_token_logits = ctypes.addressof(token_logits), len(own.logits)
+        call.wide, call.num_wide = wide.data_ptr(), wide.shape[1]
+        if own.embeddings.size:
+            call.own_embeddings, call.own_embedding_of = (
+                part.ctypes.data for part in (own.embeddings, own.embedding_of)
+            )
         self._step(self._at, ctypes.addressof(call), self._isa)
-        return logits[:, : self.description.vocabulary]
+        return torch.cat([known, wide[:, : own.more]], dim=1) if own.more else known
 
     def _know_positions(self, count: int) -> None:
         if self._positions < count:

@@ -11,7 +11,9 @@ import numpy.typing as npt
 import torch
 
 from loramux_adapters.lora.ops import LoraRows
+from loramux_adapters.lora.token_rows import StepTokens
 from loramux_server.kernels.attention.paged_attention import AttentionStep
+from loramux_server.kernels.compiled.logit_changes import RowChange
 from loramux_server.kernels.decoder.asks import Answers, Ask
 from loramux_server.kernels.decoder.description import Description
 
@@ -61,14 +63,26 @@ class WholeStep(Protocol):
         step: AttentionStep,
         lora: LoraRows | None,
         head: LoraRows | None,
+        *,
+        states: int = 0,
+        own: StepTokens | None = None,
     ) -> torch.Tensor:
-        """Logits [len(heads), vocabulary] fp32, a view; keys and values of all rows are in the cache afterwards.
+        """Logits [len(heads) - states, vocabulary] fp32, a view; keys and values of all rows are in the cache
+        afterwards.
 
         Args:
             tokens: the token of each row.
             heads: the rows, in order, whose logits are wanted.
             step: its tables in host memory, wherever the cache lies.
             lora, head: adapters of all rows, and of the rows in `heads`.
+            states: of so many of the last rows in `heads` no logits are wanted, but what the output head would read.
+            own: what adapters change of embeddings and of logits, whose places are among rows with logits; then rows
+                are as much longer as it says, by minus infinity where a row has no such tokens. A card takes none.
+        """
+
+    def states(self, count: int) -> torch.Tensor:
+        """[count, hidden] fp32 on the host: what the output head would read of the last `count` rows of the step that
+        ran last, whose `states` were as many.
         """
 
 
@@ -103,4 +117,10 @@ class ChoosingStep(WholeStep, Protocol):
         """[asks] of `asks.ANSWER` to at most `most_asks`, about logits that `forward` gave; waits for it.
 
         The answers are those of `start`, bit for bit.
+        """
+
+    def changed(self, logits: torch.Tensor, changes: Sequence[RowChange]) -> torch.Tensor:
+        """[changes, vocabulary] fp32: up to MOST_CHANGES rows of what `forward` gave, as tokens are chosen from them.
+
+        They lie where the logits do, and are there until the next call; `answer` tells of them too.
         """

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from loramux_server.kernels.compiled.logit_changes import MOST_CHANGES, words_for
 from loramux_server.kernels.decoder.asks import ANSWER
 
 OUTPUTS_TOGETHER = 64  # of one program of a product
@@ -106,6 +107,38 @@ class SamplingSizes:
             "states": (1, torch.int32),
         }
         return {name: (self.asks * count, dtype) for name, (count, dtype) in each.items()}
+
+
+EDIT_WORDS = 6  # of 32 bits, of one edit of a logit
+_EDITS = 256  # of a row, at a time; a launch takes those of all rows together
+
+
+@dataclass(frozen=True)
+class ChangeSizes:
+    """For how many rows of logits, of how many tokens, tables of changes are made."""
+
+    rows: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, samples: int, vocabulary: int) -> ChangeSizes:
+        """Of steps with logits of so many rows."""
+        return cls(min(samples, MOST_CHANGES), vocabulary)
+
+    @property
+    def words(self) -> int:
+        """Of 32 bits, a bit for each token."""
+        return words_for(self.vocabulary)
+
+    @property
+    def edits(self) -> int:
+        """Of one launch."""
+        return self.rows * _EDITS
+
+    @property
+    def numbers(self) -> int:
+        """Of 32 bits, of all tables."""
+        return self.rows * (1 + self.words) + self.edits * EDIT_WORDS
 
 
 def _power_of_two(count: int) -> int:

@@ -61,14 +61,14 @@ class NF4Linear(nn.Linear):
             y += self.bias
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """x [rows, in] fp32 -> x @ w.T [rows, out] fp32, without the bias."""
+    def product(self, x: torch.Tensor, *, threads: int | None = None) -> torch.Tensor:
+        """x [rows, in] fp32 -> x @ w.T [rows, out] fp32, without the bias. `threads`: PyTorch's own number if None."""
         x = x.detach().contiguous()
         y = torch.empty(x.shape[0], self.out_features)
         self.compiled.function("loramux_exact_product")(
             *(tensor.data_ptr() for tensor in (y, x, self.weight, self.scales)),
             *(x.shape[0], self.in_features, self.out_features),
-            *(self.compiled.isa, torch.get_num_threads()),
+            *(self.compiled.isa, threads or torch.get_num_threads()),
         )
         return y
 
@@ -82,6 +82,15 @@ class NF4Linear(nn.Linear):
             *(self.compiled.isa, torch.get_num_threads()),
         )
         return dx
+
+    def squares(self) -> torch.Tensor:
+        """[out] fp64: the sum of squares of each output's weights; on one thread, the same bits on every processor."""
+        sums = torch.empty(self.out_features, dtype=torch.float64)
+        self.compiled.function("loramux_nf4_squares")(
+            *(tensor.data_ptr() for tensor in (sums, self.weight, self.scales)),
+            *(self.out_features, self.in_features, 1),
+        )
+        return sums
 
     def dequantized(self) -> torch.Tensor:
         """[out, in] fp32, with NF4's own levels: a copy."""

@@ -20,13 +20,15 @@ import torch
 from torch import nn
 
 from loramux_server.kernels.compiled.library import Compiled
+from loramux_server.kernels.layers.experts import Experts
 from loramux_server.kernels.layers.fp32 import run_in_fp32
 from loramux_server.kernels.layers.packed_embedding import Widened, factor_of, widened
 from loramux_server.kernels.layers.recognition import GatedMLP, RMSNorm, gate_and_up, mlp_of, norm_of
+from loramux_server.kernels.layers.routing import CompiledRouting
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
-_KINDS = {"loramux_embedding": "embedding", "loramux_norm": "norm", "loramux_mlp": "MLP"}
+_KINDS = {"loramux_embedding": "embedding", "loramux_norm": "norm", "loramux_mlp": "MLP", "loramux_router": "router"}
 
 
 @torch.no_grad()
@@ -36,7 +38,10 @@ def use_compiled_ops(model: Any, compiled: Compiled) -> None:
     keep = embedding.weight if embedding is not None and _widen(embedding) else None
     run_in_fp32(model, keep=keep)
     kernels = _CompiledOps(compiled)
+    CompiledRouting(compiled).use(model)
     for module in model.modules():
+        if isinstance(module, Experts):
+            module.gated = partial(kernels.gated_dense, gelu=module.form.gelu)
         if not kernels.use_mlp(module):
             kernels.use_norm(module)
 
@@ -48,7 +53,7 @@ def compiled_ops(model: nn.Module) -> str:
 
 
 def kernel_of(module: nn.Module) -> str | None:
-    """Which of them a module runs on: "embedding", "norm", "MLP"; None if its own code."""
+    """Which of them a module runs on: "embedding", "norm", "MLP", "router"; None if its own code."""
     return next((kind for name, kind in _KINDS.items() if name in module.__dict__), None)
 
 
@@ -101,6 +106,10 @@ class _CompiledOps:
         places = (tensor.data_ptr() for tensor in (y, g, u))
         self._gate(*places, g.numel() // dim, dim, g.stride(-2), gelu, self._isa, torch.get_num_threads())
         return y
+
+    def gated_dense(self, g: torch.Tensor, u: torch.Tensor, *, gelu: bool) -> torch.Tensor:
+        """Rows that lie anyhow."""
+        return self.gated(g.contiguous(), u.contiguous(), gelu)
 
     def _norm_forward(self, norm: RMSNorm, own: Forward) -> Forward:
         def forward(x: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from loramux_server.kernels.compiled.library import Compiled
 from loramux_server.kernels.layers.nf4_linear import BLOCK
 
 _OUTPUTS = 16  # of a tile
+_PART = 2048  # rows that are unpacked at a time
 _TOGETHER = 32  # the vocabulary is padded to a multiple of this
 
 
@@ -51,12 +52,18 @@ class PackedHead(nn.Linear):
         return cls(numbers, scales, head.out_features, compiled)
 
     @staticmethod
-    def fill(numbers: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, compiled: Compiled) -> None:
-        """Rounds a weight [vocabulary, in] bf16 into tensors of `head_shapes`."""
+    def fill(
+        numbers: torch.Tensor,
+        scales: torch.Tensor,
+        weight: torch.Tensor,
+        compiled: Compiled,
+        threads: int | None = None,
+    ) -> None:
+        """Rounds a weight [vocabulary, in] bf16 into tensors of `head_shapes`. `threads`: PyTorch's number if None."""
         (vocabulary, inputs), padded = weight.shape, scales.shape[1]
         compiled.function("loramux_exact_pack_head")(
             *(tensor.data_ptr() for tensor in (numbers, scales, weight)),
-            *(vocabulary, padded, inputs, compiled.isa, torch.get_num_threads()),
+            *(vocabulary, padded, inputs, compiled.isa, threads or torch.get_num_threads()),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -64,11 +71,12 @@ class PackedHead(nn.Linear):
         y = self.product(x.reshape(-1, self.in_features).float())
         return y.view(*x.shape[:-1], self.padded)[..., : self.out_features]
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """x [rows, in] fp32 -> [rows, padded] fp32; what is beyond the vocabulary is zero."""
+    def product(self, x: torch.Tensor, *, threads: int | None = None) -> torch.Tensor:
+        """x [rows, in] fp32 -> [rows, padded] fp32; what is beyond the vocabulary is zero. `threads`: PyTorch's own
+        number if None."""
         x = x.detach().contiguous()
         y = torch.empty(x.shape[0], self.padded)
-        self._call("loramux_exact_dense", y, x)
+        self._call("loramux_exact_dense", y, x, threads)
         return y
 
     def product_transposed(self, dy: torch.Tensor) -> torch.Tensor:
@@ -78,30 +86,55 @@ class PackedHead(nn.Linear):
         self._call("loramux_exact_dense_transposed", dx, dy)
         return dx
 
-    def _call(self, name: str, to: torch.Tensor, rows: torch.Tensor) -> None:
+    def squares(self) -> torch.Tensor:
+        """[vocabulary] fp64: the sum of squares of each output's weights; the same bits on every processor."""
+        parts = []
+        for first in range(0, self.out_features, _PART):
+            tokens = torch.arange(first, min(first + _PART, self.out_features))
+            whole = _whole_rows(self.weight, self.padded, tokens).double()
+            scales = self.scales.t()[tokens]
+            blocks = whole.square().sum(2) * scales.square().double()  # whole numbers, so both are exact
+            sums = torch.zeros(len(tokens), dtype=torch.float64)
+            for block in blocks.unbind(1):
+                sums += block
+            parts.append(sums)
+        return torch.cat(parts)
+
+    def _call(self, name: str, to: torch.Tensor, rows: torch.Tensor, threads: int | None = None) -> None:
         self.compiled.function(name)(
             *(tensor.data_ptr() for tensor in (to, rows, self.weight, self.scales)),
-            *(rows.shape[0], self.in_features, self.padded, self.compiled.isa, torch.get_num_threads()),
+            *(rows.shape[0], self.in_features, self.padded, self.compiled.isa, threads or torch.get_num_threads()),
         )
 
 
 def rows_of(numbers: torch.Tensor, scales: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Rows of the weight that a head's numbers and scales stand for: tokens [...] -> [..., in] fp32."""
-    which, inputs, padded = tokens.reshape(-1), numbers.shape[-1], scales.shape[1]
+    which = tokens.reshape(-1)
+    rows = _whole_rows(numbers, scales.shape[1], which) * scales.t()[which][..., None]
+    return rows.view(*tokens.shape, numbers.shape[-1])
+
+
+def _whole_rows(numbers: torch.Tensor, padded: int, which: torch.Tensor) -> torch.Tensor:
+    """Of tokens [n]: whole numbers [n, in / 64, 64] fp32."""
+    inputs = numbers.shape[-1]
     tile, lane = which // _OUTPUTS, which % _OUTPUTS
     flat = numbers.view(-1)
     high, low = flat[: padded * inputs], flat[padded * inputs :]
     highs = high.view(torch.int8).view(padded // _OUTPUTS, inputs // 4, 2, _OUTPUTS, 2)[tile, :, :, lane].float()
     lows = low.view(padded // _OUTPUTS, inputs // 4, _OUTPUTS, 2)[tile, :, lane]
     whole = highs * 16 + torch.stack([lows & 15, lows >> 4], dim=2)
-    rows = whole.view(len(which), inputs // BLOCK, BLOCK) * scales.t()[which][..., None]
-    return rows.view(*tokens.shape, inputs)
+    return whole.view(len(which), inputs // BLOCK, BLOCK)
 
 
 def head_shapes(head: nn.Linear) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of `numbers` and `scales`."""
-    padded = -(-head.out_features // _TOGETHER) * _TOGETHER
-    return (3, padded // _TOGETHER, _OUTPUTS, head.in_features), (head.in_features // BLOCK, padded)
+    return head_shapes_of(head.out_features, head.in_features)
+
+
+def head_shapes_of(outputs: int, inputs: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The same of a weight [outputs, inputs]."""
+    padded = -(-outputs // _TOGETHER) * _TOGETHER
+    return (3, padded // _TOGETHER, _OUTPUTS, inputs), (inputs // BLOCK, padded)
 
 
 def head_fits(head: object) -> TypeGuard[nn.Linear]:

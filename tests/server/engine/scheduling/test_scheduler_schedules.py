@@ -68,7 +68,8 @@ def kinds(draw: st.DrawFn) -> Kind:
     )
 
 
-def build(id: str, kind: Kind, *, background: bool = False, arrived: float = 0.0) -> Sequence:
+def build(id: str, kind: Kind, *, background: bool = False, arrived: float = 0.0, first: str | None = None) -> Sequence:
+    """`first`: whose prompt it shares."""
     uses = [AdapterUse(version, RANKS[version], RANKS[version], scale) for version, scale in kind.uses]
     return sequence(
         id,
@@ -80,6 +81,7 @@ def build(id: str, kind: Kind, *, background: bool = False, arrived: float = 0.0
         arrived=arrived,
         scored_from=kind.scored_from,
         continuations=kind.continuations,
+        shares_prompt_with=first,
     )
 
 
@@ -131,13 +133,23 @@ class Schedules(RuleBasedStateMachine):
         self.loads = Loads(self.bench)
 
     @precondition(lambda self: self.begun)
-    @rule(arrivals=st.lists(st.tuples(kinds(), st.sampled_from([False, False, True])), min_size=1, max_size=4))
-    def arrive(self, arrivals: list[tuple[Kind, bool]]) -> None:
-        for kind, background in arrivals:
-            now = self.bench.clock.now
-            one = build(str(len(self.sequences)), kind, background=background, arrived=now)
-            self.sequences[one.id] = one
-            self.bench.add(one)
+    @rule(
+        arrivals=st.lists(
+            st.tuples(kinds(), st.sampled_from([False, False, True]), st.sampled_from([0, 0, 1, 3])),
+            min_size=1,
+            max_size=4,
+        )
+    )
+    def arrive(self, arrivals: list[tuple[Kind, bool, int]]) -> None:
+        """Some with others that share their prompt."""
+        for kind, background, others in arrivals:
+            now, first = self.bench.clock.now, str(len(self.sequences))
+            for index in range(1 + others):
+                one = build(
+                    str(len(self.sequences)), kind, background=background, arrived=now, first=first if index else None
+                )
+                self.sequences[one.id] = one
+                self.bench.add(one)
 
     @precondition(lambda self: self.begun)
     @rule(version=st.sampled_from(sorted(RANKS)), latency=st.integers(0, 6))

@@ -63,7 +63,7 @@ def sampling(asks: int = 256) -> AskedSampling:
         ours.sample(launch_now, tables, logits, len(some))
         return ours.answers_of(tables.answers.cpu().numpy().copy())
 
-    return AskedSampling(answer, asks)
+    return AskedSampling(answer, SLOW.changed, asks)
 
 
 def put(tables: SamplingTables, asks: list[Ask]) -> None:

@@ -44,6 +44,11 @@ std::string describe_exact_structs() {
     using T = TokenDraw;
     text += "\n" STRUCT(TokenDraw) + FIELD(T, temperature) + FIELD(T, top_p) + FIELD(T, min_p) + FIELD(T, uniform) +
             FIELD(T, row) + FIELD(T, top_k);
+    using E = LogitEdit;
+    text += "\n" STRUCT(LogitEdit) + FIELD(E, token) + FIELD(E, repeated) + FIELD(E, add) + FIELD(E, less);
+    using C = LogitChange;
+    text += "\n" STRUCT(LogitChange) + FIELD(C, edits) + FIELD(C, forbidden) + FIELD(C, allowed) + FIELD(C, num_edits) +
+            FIELD(C, num_forbidden) + FIELD(C, row) + FIELD(C, repetition);
     using N = ExactNorm;
     text += "\n" STRUCT(ExactNorm) + FIELD(N, weight) + FIELD(N, eps);
     using Y = ExactLayer;
@@ -57,11 +62,16 @@ std::string describe_exact_structs() {
             FIELD(M, heads) + FIELD(M, kv_heads) + FIELD(M, head_dim) + FIELD(M, rotary_pairs) +
             FIELD(M, vocabulary) + FIELD(M, padded_vocabulary) + FIELD(M, embedding_factor) +
             FIELD(M, residual_factor) + FIELD(M, logit_divisor) + FIELD(M, logit_softcap);
+    using O = TokenLogits;
+    text += "\n" STRUCT(TokenLogits) + FIELD(O, tokens) + FIELD(O, rows) + FIELD(O, at) + FIELD(O, scales) +
+            FIELD(O, count) + FIELD(O, uses);
     using S = ExactStep;
     text += "\n" STRUCT(ExactStep) + FIELD(S, tokens) + FIELD(S, position) + FIELD(S, sequence) + FIELD(S, tables) +
             FIELD(S, sampled) + FIELD(S, cos) + FIELD(S, sin) + FIELD(S, k_cache) + FIELD(S, v_cache) +
             FIELD(S, kv_scales) + FIELD(S, lora) + FIELD(S, head_lora) + FIELD(S, scratch) + FIELD(S, logits) +
-            FIELD(S, first_tokens) + FIELD(S, rows) + FIELD(S, samples) + FIELD(S, table_width) + FIELD(S, threads);
+            FIELD(S, first_tokens) + FIELD(S, states) + FIELD(S, own_embeddings) + FIELD(S, own_embedding_of) +
+            FIELD(S, token_logits) + FIELD(S, wide) + FIELD(S, num_token_logits) + FIELD(S, num_wide) + FIELD(S, rows) + FIELD(S, samples) +
+            FIELD(S, states_only) + FIELD(S, table_width) + FIELD(S, threads);
     return text;
 }
 
@@ -81,12 +91,13 @@ std::string describe_training_structs() {
 std::string describe_structs() {
     std::string text;
     using A = LoraArena;
-    text += STRUCT(LoraArena) + FIELD(A, a) + FIELD(A, bt) + FIELD(A, targeted) + FIELD(A, inputs) + FIELD(A, outputs);
+    text += STRUCT(LoraArena) + FIELD(A, a) + FIELD(A, bt) + FIELD(A, targeted) + FIELD(A, affine) +
+            FIELD(A, inputs) + FIELD(A, outputs);
     using R = LoraEntries;
     text += "\n" STRUCT(LoraEntries) + FIELD(R, first) + FIELD(R, offset) + FIELD(R, rank) + FIELD(R, scale) +
             FIELD(R, count);
     using W = SlotWeights;
-    text += "\n" STRUCT(SlotWeights) + FIELD(W, a) + FIELD(W, bt) + FIELD(W, rank);
+    text += "\n" STRUCT(SlotWeights) + FIELD(W, a) + FIELD(W, bt) + FIELD(W, affine) + FIELD(W, rank);
     using P = FilePair;
     text += "\n" STRUCT(FilePair) + FIELD(P, a_offset) + FIELD(P, a_kind) + FIELD(P, b_offset) + FIELD(P, b_kind) +
             FIELD(P, rank) + FIELD(P, inputs) + FIELD(P, outputs);
@@ -96,11 +107,13 @@ std::string describe_structs() {
 std::string describe() {
     return "version " + std::to_string(kAbiVersion) + "\n" + describe_structs() +  //
            FUNCTION(loramux_exact_search) + FUNCTION(loramux_exact_log_sums) + FUNCTION(loramux_exact_first_tokens) +
-           FUNCTION(loramux_exact_draw) + FUNCTION(loramux_run_pieces) + FUNCTION(loramux_convert_pairs) +
+           FUNCTION(loramux_exact_draw) + FUNCTION(loramux_exact_change) + FUNCTION(loramux_run_pieces) + FUNCTION(loramux_convert_pairs) +
            FUNCTION(loramux_copy_slot) + FUNCTION(loramux_nf4_quantize) + FUNCTION(loramux_nf4_scales) +
+           FUNCTION(loramux_nf4_squares) +
            FUNCTION(loramux_exact_isas) + FUNCTION(loramux_exact_product) +
            FUNCTION(loramux_exact_dense) + FUNCTION(loramux_exact_pack_head) + FUNCTION(loramux_exact_rms_norm) +
-           FUNCTION(loramux_exact_gate) + FUNCTION(loramux_exact_attention) + FUNCTION(loramux_exact_add_lora) +
+           FUNCTION(loramux_exact_gate) + FUNCTION(loramux_exact_softmax) + FUNCTION(loramux_exact_attention) + FUNCTION(loramux_exact_add_lora) +
+           FUNCTION(loramux_exact_token_logits) +
            FUNCTION(loramux_exact_scratch) + FUNCTION(loramux_exact_step) + FUNCTION(loramux_exact_angles) +
            FUNCTION(loramux_exact_product_transposed) + FUNCTION(loramux_exact_dense_transposed) +
            FUNCTION(loramux_exact_matmul) + FUNCTION(loramux_exact_norm_gradient) +

@@ -102,6 +102,7 @@ void loramux_convert_pairs(uint16_t* to, uint8_t* finite, const char* file, cons
 }
 
 // Copies weights into arena rows [offset, offset + rank) of each of `count` layers; what they do not fill becomes zero.
+// Gain and shift are copied where there are some, and an arena must have room for them then.
 void loramux_copy_slot(const LoraArena* const* arenas, const SlotWeights* weights, int64_t count, int64_t offset,
                        int64_t rank) {
     for (int64_t i = 0; i < count; ++i) {
@@ -114,9 +115,13 @@ void loramux_copy_slot(const LoraArena* const* arenas, const SlotWeights* weight
             std::memcpy(a, from.a, from.rank * a_row);
             std::memcpy(bt, from.bt, from.rank * bt_row);
         }
+        if (from.affine)
+            std::memcpy(const_cast<float*>(arena.affine) + offset / kRankGroup * 2 * arena.outputs, from.affine,
+                        2 * arena.outputs * sizeof(float));
         std::memset(a + from.rank * arena.inputs, 0, (rank - from.rank) * a_row);
         std::memset(bt + from.rank * arena.outputs, 0, (rank - from.rank) * bt_row);
-        std::memset(const_cast<uint8_t*>(arena.targeted) + offset / kRankGroup, from.rank != 0, rank / kRankGroup);
+        std::memset(const_cast<uint8_t*>(arena.targeted) + offset / kRankGroup,
+                    (from.rank ? kHasDelta : 0) + (from.affine ? kHasAffine : 0), rank / kRankGroup);
     }
 }
 

@@ -11,16 +11,19 @@
 
 namespace {
 
-constexpr int32_t kAbiVersion = 4;
+constexpr int32_t kAbiVersion = 5;
 constexpr int64_t kCacheTile = 16;  // tokens in a block of the KV cache (kv_cache.py)
 constexpr int64_t kRankGroup = 8;   // every slot's rank is a multiple of this (lora/slots.py)
+constexpr uint8_t kHasDelta = 1, kHasAffine = 2;  // (lora/ops.py)
 
 }  // namespace
 
 struct LoraArena {            // one layer's adapters
     const uint16_t* a;        // [arena, inputs] bf16; null: none
     const uint16_t* bt;       // [arena, outputs] bf16
-    const uint8_t* targeted;  // [arena / 8]
+    const uint8_t* targeted;  // [arena / 8]: what the slot's adapter has for the layer, kHasDelta + kHasAffine
+    // [arena / 8, 2, outputs], or null: of a slot, at the first of its groups, gain and shift of the layer's own output.
+    const float* affine;
     int64_t inputs, outputs;
 };
 
@@ -34,6 +37,7 @@ struct LoraEntries {        // of one step's rows
 
 struct SlotWeights {  // of one layer: A [rank, inputs], B^T [rank, outputs]; rank 0 and null: none
     const uint16_t *a, *bt;
+    const float* affine;  // [2, outputs], or null
     int64_t rank;
 };
 
@@ -53,6 +57,10 @@ void loramux_nf4_quantize(uint8_t* codes, float* largest, const uint16_t* w, con
 // number from -1 to 1 becomes, in equal steps.
 void loramux_nf4_scales(float* scales, float* offset, const float* largest, const float* rounded, int64_t count,
                         int32_t threads);
+// squares [out]: the sum of squares of each row of a weight in NF4, its codes and scales as exact/product.h says. A block's
+// squares are summed as whole numbers, the blocks in order: the same bits on every processor.
+void loramux_nf4_squares(double* squares, const uint8_t* codes, const float* scales, int64_t out, int64_t in,
+                         int32_t threads);
 void loramux_copy_slot(const LoraArena* const* arenas, const SlotWeights* weights, int64_t count, int64_t offset,
                        int64_t rank);
 

@@ -10,12 +10,14 @@
 namespace {
 
 struct LoraBatch : LoraArena, LoraEntries {
-    bool counts(int32_t e) const { return targeted[offset[e] / kRankGroup] != 0; }
+    uint8_t has(int32_t e) const { return targeted[offset[e] / kRankGroup]; }
+    bool counts(int32_t e) const { return has(e) != 0; }
+    int32_t ranks_of(int32_t e) const { return has(e) & kHasDelta ? rank[e] : 0; }
 
-    // Ranks of rows [start, stop): what they take, in proportion.
+    // What rows [start, stop) take, in proportion: their ranks, and for gain and shift as for one more.
     int64_t work(int64_t start, int64_t stop) const {
         int64_t ranks = 0;
-        for (int32_t e = first[start]; e < first[stop]; ++e) ranks += counts(e) ? rank[e] : 0;
+        for (int32_t e = first[start]; e < first[stop]; ++e) ranks += ranks_of(e) + (has(e) & kHasAffine ? 1 : 0);
         return ranks;
     }
 
@@ -42,8 +44,8 @@ struct LoraBatch : LoraArena, LoraEntries {
     int64_t spans(Span* into, int64_t room) const {
         int64_t found = 0;
         for (int32_t e = 0, last = -1; e < first[count] && found + 2 <= room; ++e) {
-            const int64_t at = offset[e], ranks = rank[e];
-            if (at == last || !counts(e)) continue;  // rows of one adapter lie together
+            const int64_t at = offset[e], ranks = ranks_of(e);
+            if (at == last || ranks == 0) continue;  // rows of one adapter lie together
             last = offset[e];
             into[found++] = {reinterpret_cast<const char*>(a + at * inputs), ranks * inputs * 2};
             into[found++] = {reinterpret_cast<const char*>(bt + at * outputs), ranks * outputs * 2};

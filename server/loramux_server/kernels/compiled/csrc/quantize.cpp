@@ -80,3 +80,27 @@ void loramux_nf4_scales(float* scales, float* offset, const float* largest, cons
             scales[i] = rounded[std::lround((within_one(scales[i] * factor) + 1.f) * kStepsFromMiddle)] * top;
     });
 }
+
+void loramux_nf4_squares(double* squares, const uint8_t* codes, const float* scales, int64_t out, int64_t in,
+                         int32_t threads) {
+    constexpr int32_t levels[16] = {-2047, -1425, -1075, -808, -582, -378, -186, 0,
+                                    163,   329,   504,   692,  902,  1152, 1480, 2047};  // exact/decoder.h
+    constexpr double kTop = 2047.;
+    in_pieces(out / kOutputs, threads, [&](int64_t tile) {
+        const uint8_t* from = codes + tile * in / 4 * kTileBytes;
+        double sums[kOutputs] = {};
+        for (int64_t b = 0; b < in / kBlock; ++b) {
+            int32_t whole[kOutputs] = {};  // 64 squares of at most 2047 are below 2^29
+            for (int64_t quad = 0; quad < kBlock / 4; ++quad, from += kTileBytes)
+                for (int64_t i = 0; i < kTileBytes; ++i) {
+                    const int32_t low = levels[from[i] & 15], high = levels[from[i] >> 4];
+                    whole[i / 2] += low * low + high * high;
+                }
+            for (int64_t k = 0; k < kOutputs; ++k) {
+                const float scale = scales[b * out + tile * kOutputs + k], square = scale * scale;
+                sums[k] += static_cast<double>(square) * whole[k];  // the product is exact: an fma gives the same
+            }
+        }
+        for (int64_t k = 0; k < kOutputs; ++k) squares[tile * kOutputs + k] = sums[k] / (kTop * kTop);
+    });
+}

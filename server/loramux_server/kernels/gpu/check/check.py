@@ -36,6 +36,7 @@ _TRIALS: dict[str, Callable[[Bench], Iterator[KernelTrial]]] = {
     "gate": rows_trials.gate,
     "finish_logits": rows_trials.finish_logits,
     "sample": sampling_trials.sample,
+    "change": sampling_trials.change,
 }
 _FEW = "which costs each step a few small operations more"
 _COSTS = {
@@ -52,6 +53,7 @@ _COSTS = {
     "gate": "which costs each layer a few small operations in fp64 more",
     "finish_logits": _FEW,
     "sample": "so each row of logits is sorted to choose its token",
+    "change": "which costs steps with penalties, biases or grammars some ten small operations for each row more",
 }
 
 

@@ -1,4 +1,4 @@
-"""A trial of the kernels that choose tokens: every way to ask, on logits of the model's vocabulary.
+"""Trials of the kernels that choose tokens: every way to ask, and to change logits before, of the model's vocabulary.
 
 Near enough: tokens are the same; draws stand where a last place of a weight does not change them. Log probabilities
 are of sums whose error is below 10^-6.
@@ -11,10 +11,13 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from loramux_server.kernels.compiled.logit_changes import EDIT, RowChange, bits_of
 from loramux_server.kernels.compiled.sampling import Draw
 from loramux_server.kernels.decoder.asks import MOST_LIKELY, Ask
+from loramux_server.kernels.gpu.changes import change_reference
 from loramux_server.kernels.gpu.check.bench import Bench
 from loramux_server.kernels.gpu.check.trial import KernelTrial, Near, Results
+from loramux_server.kernels.gpu.cuts import ChangeSizes
 from loramux_server.kernels.gpu.sampling import (
     ANSWER_WORDS,
     ASK_WORDS,
@@ -25,9 +28,12 @@ from loramux_server.kernels.gpu.sampling import (
     fill,
     sample_reference,
 )
+from loramux_server.kernels.gpu.step.changes import StepChanges
 from loramux_server.kernels.gpu.step.operations import Operation
 
 _EXACT, _LOGS = Near(0.0, 0.0), Near(2.0**-19, 2.0**-19)
+_EDITED = Near(2.0**-21, 2.0**-21)  # a product and a difference may be one operation
+_CHANGED = 6  # rows
 _MARGIN = 1e-5  # of a draw's number, within which its token is the same
 _TRIES = 50  # to find such a number
 _SPREAD = 3.0  # of the logits
@@ -61,6 +67,39 @@ def sample(bench: Bench) -> Iterator[KernelTrial]:
 
     what = f"{vocabulary} tokens"
     yield KernelTrial("sample", what, run, expected, [_EXACT, _LOGS], len(asks))
+
+
+def change(bench: Bench) -> Iterator[KernelTrial]:
+    """Rows with few and many edits, of which some are not finite, behind bits of all kinds."""
+    vocabulary = bench.decoder.description.vocabulary
+    if vocabulary > LARGEST_VOCABULARY:
+        return
+    random = np.random.default_rng(0)
+    logits = bench.normal(_CHANGED, vocabulary, size=_SPREAD, dtype=torch.float32)
+    logits[1, ::5] = -torch.inf
+    changes = []
+    for row, share in enumerate(np.linspace(0.0, 1.0, _CHANGED)):
+        edits = np.zeros(min(vocabulary, 200), EDIT)
+        edits["token"] = random.choice(vocabulary, len(edits), replace=False)
+        edits["repeated"] = random.integers(0, 2, len(edits))
+        edits["add"], edits["less"] = random.normal(0, _SPREAD, (2, len(edits)))
+        edits["add"][::50] = np.inf, -np.inf, np.nan, 3e38
+        allowed = bits_of(np.flatnonzero(random.random(vocabulary) < share).tolist(), vocabulary)
+        forbidden = random.integers(0, vocabulary, row).astype(np.int32)
+        changes.append(RowChange(row, edits, forbidden, None if row % 3 == 2 else allowed, 0.5 + 0.3 * row))
+
+    def changed_by(operation: Operation, some: list[RowChange]) -> Results:
+        changed = bench.untouched(len(some), vocabulary, dtype=torch.float32)
+        step = StepChanges(bench.device, ChangeSizes(len(some), vocabulary), changed)
+        return [step.run(operation, logits, some)]
+
+    def run(operation: Operation, first: int, count: int) -> Results:
+        return changed_by(operation, changes[first : first + count])
+
+    def expected() -> Results:
+        return changed_by(lambda launch, *given: change_reference(*given), changes)
+
+    yield KernelTrial("change", f"{vocabulary} tokens", run, expected, [_EDITED], _CHANGED)
 
 
 class _Asked:

@@ -24,17 +24,21 @@ import torch
 
 from loramux_adapters.device.device import Device
 from loramux_adapters.lora.ops import LoraRows
+from loramux_adapters.lora.token_rows import StepTokens
 from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVCache
 from loramux_server.kernels.attention.paged_attention import AttentionStep
+from loramux_server.kernels.compiled.logit_changes import RowChange
 from loramux_server.kernels.decoder.asks import Ask
 from loramux_server.kernels.decoder.description import Description, Layer
 from loramux_server.kernels.gpu.attention import AttentionScratch, attention_scratch
+from loramux_server.kernels.gpu.cuts import ChangeSizes
 from loramux_server.kernels.gpu.lora import LoraTarget, lora_scratch
 from loramux_server.kernels.gpu.lora_tables import LoraTables
 from loramux_server.kernels.gpu.nf4 import Nf4Weights
 from loramux_server.kernels.gpu.sampling import LARGEST_VOCABULARY, SamplingError, SamplingSizes
 from loramux_server.kernels.gpu.split_sums import row_tiles_of, scratch_numbers
 from loramux_server.kernels.gpu.step.answers import StepAnswers, StepSampling
+from loramux_server.kernels.gpu.step.changes import StepChanges
 from loramux_server.kernels.gpu.step.operations import TRITON, Operations
 from loramux_server.kernels.gpu.step.stacks import Stack, head_stack, stack_of
 from loramux_server.kernels.gpu.step.tables import StepShape, StepSizes, StepTables
@@ -113,6 +117,7 @@ class GpuDecoder:
             self.sampling = StepSampling(device, SamplingSizes(sizes.samples, description.vocabulary), self.tables.asks)
         self.chooses, self.most_asks = self.sampling is not None, sizes.samples
         self.angles = self._known_angles()
+        self._with_logits = 0  # rows of the last `forward`
         self._take_memory()
 
     def _known_angles(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -131,7 +136,13 @@ class GpuDecoder:
         self._tokens = device.scratch((rows,), torch.int32)
         self._x, self._part = (device.scratch((rows, of.hidden), fp32) for _ in range(2))
         self._n = device.scratch((rows, of.hidden), act)
-        self._wide, self._gated = device.scratch((rows * widest,), act), device.scratch((rows * inner,), act)
+        changes = ChangeSizes.of(samples if self.sampling else 0, of.vocabulary)
+        wide = max(rows * widest, changes.rows * of.vocabulary * 2)
+        self._wide, self._gated = device.scratch((wide,), act), device.scratch((rows * inner,), act)
+        self._changes: StepChanges | None = None
+        if self.sampling is not None:  # what is changed between two steps lies where both of them work
+            changed = _dense(self._wide, changes.rows, 2 * of.vocabulary).view(fp32)
+            self._changes = StepChanges(device, changes, changed)
         self._q, self._attended = (device.scratch((rows, queries), act) for _ in range(2))
         self._sampled_x = device.scratch((samples, of.hidden), fp32)
         self._sampled = device.scratch((samples, queries), act)
@@ -214,17 +225,29 @@ class GpuDecoder:
         step: AttentionStep,
         lora: LoraRows | None,
         head: LoraRows | None,
+        *,
+        states: int = 0,
+        own: StepTokens | None = None,
     ) -> torch.Tensor:
-        """Logits [len(heads), vocabulary] fp32, a view; keys and values of all rows are in the cache afterwards.
+        """Logits [len(heads) - states, vocabulary] fp32, a view; keys and values of all rows are in the cache
+        afterwards. Logits of the last `states` rows are computed too: that leaves graphs as they are.
 
         Args:
             tokens: the token of each row; -(1 + i) is the one that ask i of the last `start` chose.
             heads: the rows, in order, whose logits are wanted.
             step: its block tables in host memory.
             lora, head: adapters of all rows, and of the rows in `heads`.
+            states: as `WholeStep.forward` has it.
+            own: none; adapters that have some are refused.
         """
+        assert own is None
         self._fill_and_run(tokens, heads, step, lora, head, ())
-        return self.logits[: len(heads)]
+        self._with_logits = len(heads) - states
+        return self.logits[: self._with_logits]
+
+    def states(self, count: int) -> torch.Tensor:
+        """As `WholeStep.states` says."""
+        return self.device.take(self._n[self._with_logits : self._with_logits + count].float())
 
     @torch.inference_mode()
     def answer(self, logits: torch.Tensor, asks: Sequence[Ask]) -> npt.NDArray[np.void]:
@@ -241,6 +264,13 @@ class GpuDecoder:
         self.tables.fill_asks(asks)
         self.operations.sample(self._launch, self.sampling.tables, logits, len(asks))
         return self.sampling.hand_over(len(asks)).read()
+
+    @torch.inference_mode()
+    def changed(self, logits: torch.Tensor, changes: Sequence[RowChange]) -> torch.Tensor:
+        """As `ChoosingStep.changed`. Raises SamplingError: too many changes; or `sampling` is None."""
+        if self._changes is None:
+            raise SamplingError(f"a vocabulary of {self.description.vocabulary} tokens is sampled on the host")
+        return self._changes.run(self.operations.change, logits, changes)
 
     def _fill_and_run(
         self,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from loramux_adapters.lora.lora_linear import PicksRows
+
 if TYPE_CHECKING:
     from loramux_server.kernels.decoder.description import Description, Layer, Linear
 
@@ -113,6 +115,8 @@ class DecoderForm:
         body, head = getattr(model, getattr(model, "base_model_prefix", ""), None), model.get_output_embeddings()
         rotary = getattr(body, "rotary_emb", None)
         if not isinstance(head, nn.Linear) or not isinstance(rotary, nn.Module):
+            return None
+        if any(isinstance(module, PicksRows) for module in model.modules()):
             return None
         tables = [
             buffer for name, buffer in rotary.named_buffers() if name.endswith("inv_freq") and "original" not in name

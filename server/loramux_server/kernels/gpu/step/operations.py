@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 
 from loramux_server.kernels.gpu import rows
 from loramux_server.kernels.gpu.attention import attend
+from loramux_server.kernels.gpu.changes import change
 from loramux_server.kernels.gpu.dense import dense_product
 from loramux_server.kernels.gpu.lora import add_lora
 from loramux_server.kernels.gpu.nf4 import nf4_product
@@ -39,6 +40,7 @@ class Operations:
     gate: Operation = rows.gate
     finish_logits: Operation = rows.finish_logits
     sample: Operation = sample
+    change: Operation = change
 
     @property
     def captures(self) -> bool:
@@ -65,4 +67,5 @@ PLAIN = Operations(
     gate=plain.gate,
     finish_logits=plain.finish_logits,
     sample=plain_sampling.sample,
+    change=plain.change,
 )

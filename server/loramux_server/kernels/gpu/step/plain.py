@@ -23,6 +23,7 @@ from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE
 from loramux_server.kernels.attention.paged_attention import AttentionParams
 from loramux_server.kernels.gpu import rows as elementwise
 from loramux_server.kernels.gpu.attention_tables import AttentionTables
+from loramux_server.kernels.gpu.changes import change_reference
 from loramux_server.kernels.gpu.lora import LoraTarget, check_stack
 from loramux_server.kernels.gpu.lora_tables import BLOCK, BLOCK_ROWS, ENTRY, LoraTables
 from loramux_server.kernels.gpu.nf4 import BLOCK as SCALED
@@ -51,6 +52,7 @@ add_norm = _without_launch(elementwise.add_norm_reference)
 gather_rows = _without_launch(elementwise.gather_rows_reference)
 gate = _without_launch(elementwise.gate_reference)
 finish_logits = _without_launch(elementwise.finish_logits_reference)
+change = _without_launch(change_reference)
 
 
 def resolve_tokens(launch: Any, to: torch.Tensor, tokens: torch.Tensor, chosen: torch.Tensor) -> None:

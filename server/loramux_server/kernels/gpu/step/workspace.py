@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE
 from loramux_server.kernels.gpu.attention_tables import AttentionSizes
-from loramux_server.kernels.gpu.cuts import ANSWER_WORDS, ASK_WORDS, LARGEST_VOCABULARY, SamplingSizes, scratch_numbers
+from loramux_server.kernels.gpu.cuts import (
+    ANSWER_WORDS,
+    ASK_WORDS,
+    LARGEST_VOCABULARY,
+    ChangeSizes,
+    SamplingSizes,
+    scratch_numbers,
+)
 from loramux_server.kernels.gpu.lora_tables import LoraSizes
 from loramux_server.kernels.gpu.step.form import DecoderForm, Product, StepSizes
 
@@ -38,7 +45,8 @@ def workspace_bytes(form: DecoderForm, sizes: StepSizes) -> int:
         + sum(a * b * c for a, b, c in attention.scratch(form.heads))
         + 2 * sizes.blocks * BLOCK_SIZE * form.pairs * form.angle_tables
     )
-    act = rows * (form.hidden + form.widest + form.inner + 2 * form.queries) + samples * form.queries
+    wide = max(rows * form.widest, _changes(samples, form.vocabulary).rows * form.vocabulary * 2)
+    act = wide + rows * (form.hidden + form.inner + 2 * form.queries) + samples * form.queries
     biases = sum(product.outputs for product in form.products if product.bias)
     tables = 2 * rows + samples + attention.numbers + lora.numbers + head_lora.numbers
     return _FP32 * fp32 + _ACT * (act + biases) + _INT32 * tables + _sampling(samples, form.vocabulary)
@@ -86,9 +94,13 @@ def _deltas(sizes: LoraSizes, products: list[Product] | tuple[Product, ...]) -> 
 
 
 def _sampling(samples: int, vocabulary: int) -> int:
-    """Bytes of what is asked of logits, and of what answers it, if the device does."""
+    """Bytes of what is asked of logits, of what answers it and of what changes them, if the device does."""
     asks = 8 * samples * ASK_WORDS
     if vocabulary > LARGEST_VOCABULARY:
         return asks
     scratch = sum(count * dtype.itemsize for count, dtype in SamplingSizes(samples, vocabulary).scratch().values())
-    return asks + 8 * samples * ANSWER_WORDS + scratch
+    return asks + 8 * samples * ANSWER_WORDS + scratch + _INT32 * _changes(samples, vocabulary).numbers
+
+
+def _changes(samples: int, vocabulary: int) -> ChangeSizes:
+    return ChangeSizes.of(0 if vocabulary > LARGEST_VOCABULARY else samples, vocabulary)

@@ -4,6 +4,7 @@
 //   keys j with max(0, p - window + 1) <= j <= p  (window <= 0: all)
 //   s_j = softcap(scaling * q[t, h] . k_j),  softcap(z) = cap * tanh(z / cap) where cap > 0
 //   out[t, h] = sum_j w_j * v_j / sum_j w_j,  w_j = exp(s_j - max s)
+// A head with a sink has one more score, without a key and a value: it counts in the maximum and in the sum of weights.
 //
 // Keys and values lie in the cache as int16 with one scale for each token and kv head, which is sixteen times finer than
 // bf16. A query is rounded likewise, and so are the weights (each times the scale of its value) of a tile of 16 tokens. All
@@ -43,6 +44,7 @@ struct Queries {
     int64_t position;          // of the first row
     int64_t window, head_dim;
     float scaling, softcap;
+    const float* sinks;  // of these heads, or null
 
     // Keys that row `r` sees.
     int64_t first(int64_t r) const { return window > 0 && position + r >= window ? position + r - window + 1 : 0; }
@@ -53,6 +55,12 @@ struct AttentionScratch {
     Buffer<int16_t> queries, weights;
     Buffer<float> scores, weight_scales;
 };
+
+inline float weight_of(float score) {
+    float lanes[kLanes];
+    store(lanes, exp_of(splat(score)));
+    return lanes[0];
+}
 
 inline void write_cache(int16_t* k_tile, int16_t* v_tile, float* scales, const float* key, const float* value,
                         int64_t at, int64_t head_dim) {
@@ -87,8 +95,12 @@ struct Attention {
             factor[i] = quantize_block(queries + i * dim, q, dim, kQueryTop, 1.f) * at.scaling;
         }
         score(scores, best, queries, factor);
-        for (int i = 0; i < N; ++i)
+        for (int i = 0; i < N; ++i) {
+            const float sink = at.sinks ? at.sinks[i % heads] : kUnseen;
+            if (sink > best[i]) best[i] = sink;
             sum[i] = weigh(weights + i * span, weight_scales + i * tiles, scores + i * span, best[i]);
+            if (at.sinks) sum[i] += weight_of(sink - best[i]);
+        }
         int64_t d = 0;
         for (; d + kLanes * kWide <= dim; d += kLanes * kWide) sum_values<kWide>(d, weights, weight_scales, sum);
         for (; d < dim; d += kLanes) sum_values<1>(d, weights, weight_scales, sum);
@@ -243,7 +255,8 @@ inline void attend(const AttentionCall& c, int32_t threads) {
                                  c.out + (t * c.heads + head) * dim, c.heads * dim, dim,
                                  c.k_cache + g * tile_size, c.v_cache + g * tile_size, c.scales + g * 2 * kTile,
                                  tile_stride, scale_stride, c.tables + c.sequence[t] * c.table_width, c.position[t],
-                                 c.window, dim, c.scaling, c.softcap};
+                                 c.window, dim, c.scaling, c.softcap,
+                                 c.sinks ? c.sinks + head : nullptr};
                 with_count<kQueries>(heads * unit.count, [&](auto size) {
                     Attention<size.value>{at, scratch, heads}.attend();
                 });

@@ -5,9 +5,11 @@
 #pragma once
 
 #include "angles.h"
+#include "changes.h"
 #include "decoder.h"
 #include "sample.h"
 #include "table.h"
+#include "token_rows.h"
 #include "training_kernels.h"
 
 namespace {
@@ -73,6 +75,10 @@ void exact_gate(float* y, const float* gate, const float* up, int64_t rows, int6
     for_rows(rows, dim, threads, [&](int64_t t) { gate_row(y + t * dim, gate + t * row, up + t * row, dim, gelu); });
 }
 
+void exact_softmax(float* y, const float* x, int64_t rows, int64_t count, int32_t threads) {
+    for_rows(rows, count, threads, [&](int64_t t) { softmax_row(y + t * count, x + t * count, count); });
+}
+
 void exact_attention(const AttentionCall& call, int32_t threads) { attend(call, threads); }
 
 void exact_add_lora(float* y, int64_t y_row, const float* x, const LoraArena* arena, const LoraEntries* rows,
@@ -80,13 +86,20 @@ void exact_add_lora(float* y, int64_t y_row, const float* x, const LoraArena* ar
     add_lora(y, y_row, x, *arena, *rows, threads);
 }
 
+void exact_token_logits(float* y, int64_t y_row, float* wide, int64_t wide_row, const float* x, const TokenLogits* own,
+                        int64_t vocabulary, int64_t dim, int32_t threads) {
+    add_token_logits({y, wide, y_row, wide_row, vocabulary}, x, dim, *own, threads);
+}
+
 int64_t exact_scratch(const ExactModel* model, int64_t rows) { return Places(Widths(*model), rows, nullptr).bytes; }
 
 void exact_step(const ExactModel* model, const ExactStep* step) { DecoderRun{*model, *step}.run(); }
 
 constexpr ExactKernels kTable{exact_product,   exact_search,   exact_log_sums,  exact_first_tokens, exact_draw,
-                              exact_dense,     exact_pack_head, exact_norm,     exact_gate,         exact_attention,
-                              exact_add_lora,  exact_scratch,  exact_step,      angles,
+                              exact_change,    exact_dense,    exact_pack_head, exact_norm,         exact_gate,
+                              exact_softmax,   exact_attention, exact_add_lora, exact_token_logits, exact_scratch,
+                              exact_step,
+                              angles,
                               kTraining};
 
 }  // namespace

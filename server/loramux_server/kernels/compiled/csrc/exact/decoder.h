@@ -12,6 +12,7 @@
 #include "lora.h"
 #include "panels.h"
 #include "screen.h"
+#include "token_rows.h"
 
 namespace {
 
@@ -176,7 +177,7 @@ struct DecoderRun {
         attend({q, k, v, q_row, kv_row, kv_row, at.attended, step.k_cache[index], step.v_cache[index],
                 step.kv_scales[index], step.tables, step.sequence, step.position, step.table_width, rows, model.heads,
                 model.kv_heads, dim, layer.window, static_cast<float>(layer.scaling),
-                static_cast<float>(layer.softcap)},
+                static_cast<float>(layer.softcap), nullptr},
                threads);
     }
 
@@ -219,18 +220,27 @@ struct DecoderRun {
         add(layer.after_mlp, rows);
     }
 
-    void logits(int64_t rows) const {
-        const int64_t dim = width.hidden, padded = model.padded_vocabulary;
-        for_rows(rows, dim, threads, [&](int64_t t) {
-            norm_row(at.n + t * dim, at.x + t * dim, model.norm.weight, dim, static_cast<float>(model.norm.eps));
+    void logits(int64_t samples) const {
+        const int64_t dim = width.hidden, padded = model.padded_vocabulary, rows = samples - step.states_only;
+        for_rows(samples, dim, threads, [&](int64_t t) {
+            float* n = t < rows ? at.n + t * dim : step.states + (t - rows) * dim;
+            norm_row(n, at.x + t * dim, model.norm.weight, dim, static_cast<float>(model.norm.eps));
+            if (t >= rows) return;
             quantize_row(at.rounded + t * dim, at.row_scales + t * (dim / kBlock), at.n + t * dim, dim, kRowTop, 1.f);
         });
+        if (rows == 0) return;
         const DenseWeights weights{model.head, model.head_scales, dim, padded};
         const Rows x{at.rounded, at.row_scales, rows};
         if (step.first_tokens && screened(weights, x)) return;
         multiply(step.logits, x, weights, nullptr, 0, threads);
-        if (step.head_lora && model.head_arena.a)
-            add_lora(step.logits, padded, at.n, model.head_arena, *step.head_lora, threads);
+        if (step.head_lora && model.head_arena.a) {
+            LoraEntries lora = *step.head_lora;
+            lora.count = rows;
+            add_lora(step.logits, padded, at.n, model.head_arena, lora, threads);
+        }
+        const TokenPlaces places{step.logits, step.wide, padded, step.num_wide, model.vocabulary};
+        for (int64_t i = 0; i < step.num_token_logits; ++i)
+            add_token_logits(places, at.n, dim, step.token_logits[i], threads);
         const auto divisor = static_cast<float>(model.logit_divisor), cap = static_cast<float>(model.logit_softcap);
         if (divisor == 1.f && cap == 0.f) return;
         for_rows(rows, padded, threads, [&](int64_t t) {
@@ -238,6 +248,12 @@ struct DecoderRun {
                 Floats a = load(at) / splat(divisor);
                 if (cap > 0.f) a = tanh_of(a / splat(cap)) * splat(cap);
                 store(at, a);
+            }
+            for (float* at = step.wide + t * step.num_wide; at < step.wide + (t + 1) * step.num_wide; at += kLanes) {
+                const Floats before = load(at);
+                Floats a = before / splat(divisor);
+                if (cap > 0.f) a = tanh_of(a / splat(cap)) * splat(cap);
+                store(at, pick_greater(before, splat(kLeastLogit), a, before));  // what is minus infinity stays so
             }
         });
     }
@@ -258,7 +274,7 @@ struct DecoderRun {
 
     // Rows have to be few, and nothing may be added to their logits. A soft cap makes logits equal that are not.
     bool can_screen(int64_t rows) const {
-        if (rows > kScreenedRows || model.logit_softcap > 0. || !(static_cast<float>(model.logit_divisor) > 0.f))
+        if (rows > kScreenedRows || step.num_token_logits > 0 || model.logit_softcap > 0. || !(static_cast<float>(model.logit_divisor) > 0.f))
             return false;
         if (!step.head_lora || !model.head_arena.a) return true;
         const LoraBatch batch{model.head_arena, *step.head_lora};
@@ -267,10 +283,25 @@ struct DecoderRun {
         return true;
     }
 
-    // x = the embedding of a token, where there is none the head's row of it, times the factor.
-    void embed(float* x, int64_t token) const {
+    // x = the embedding of a token, where there is none the head's row of it, and what an adapter adds, times the factor.
+    void embed(float* x, int64_t t) const {
+        const int64_t dim = width.hidden, token = step.tokens[t];
+        if (step.own_embedding_of && step.own_embedding_of[t] >= 0) {
+            const float* own = step.own_embeddings + step.own_embedding_of[t] * dim;
+            const Floats factor = splat(static_cast<float>(model.embedding_factor));
+            base_embedding(x, token, 1.f);
+            for (int64_t i = 0; i < dim; i += kLanes) store(x + i, (load(x + i) + load(own + i)) * factor);
+            return;
+        }
+        base_embedding(x, token, static_cast<float>(model.embedding_factor));
+    }
+
+    void base_embedding(float* x, int64_t token, float factor) const {
         const int64_t dim = width.hidden;
-        const auto factor = static_cast<float>(model.embedding_factor);
+        if (token < 0) {
+            for (int64_t i = 0; i < dim; ++i) x[i] = 0.f;
+            return;
+        }
         if (model.embedding) {
             for (int64_t i = 0; i < dim; i += kLanes)
                 store(x + i, widen(model.embedding + token * dim + i) * splat(factor));
@@ -285,7 +316,7 @@ struct DecoderRun {
 
     void run() const {
         const int64_t dim = width.hidden;
-        for_rows(step.rows, dim, threads, [&](int64_t t) { embed(at.x + t * dim, step.tokens[t]); });
+        for_rows(step.rows, dim, threads, [&](int64_t t) { embed(at.x + t * dim, t); });
         int64_t rows = step.rows;
         const LoraEntries* lora = step.lora;
         for (int64_t index = 0; index < model.num_layers; ++index) {

@@ -39,6 +39,29 @@ inline void gate_row(float* y, const float* gate, const float* up, int64_t dim, 
     }
 }
 
+// y = exp(x) / sum(exp(x)); `count` is any number, and y may be x.
+inline void softmax_row(float* y, const float* x, int64_t count) {
+    const Floats lowest = splat(-3.4028235e38f);
+    const auto part = [&](const float* from, int64_t i) {
+        if (i + kLanes <= count) return load(from + i);
+        float lanes[kLanes];
+        store(lanes, lowest);
+        for (int64_t k = 0; i + k < count; ++k) lanes[k] = from[i + k];
+        return load(lanes);
+    };
+    Floats top = lowest, sum = splat(0.f);
+    for (int64_t i = 0; i < count; i += kLanes) top = greater(part(x, i), top);
+    const Floats best = splat(largest(top));
+    const auto weight = [&](Floats s) { return pick_greater(s, lowest, exp_of(s - best), splat(0.f)); };
+    for (int64_t i = 0; i < count; i += kLanes) sum = sum + weight(part(x, i));
+    const Floats norm = splat(1.f / total(sum));
+    for (int64_t i = 0; i < count; i += kLanes) {
+        float lanes[kLanes];
+        store(lanes, weight(part(x, i)) * norm);
+        for (int64_t k = 0; k < kLanes && i + k < count; ++k) y[i + k] = lanes[k];
+    }
+}
+
 // y += factor * x
 inline void add_row(float* y, const float* x, int64_t dim, float factor) {
     for (int64_t i = 0; i < dim; i += kLanes) store(y + i, load(y + i) + load(x + i) * splat(factor));

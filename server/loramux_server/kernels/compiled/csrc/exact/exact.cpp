@@ -86,6 +86,11 @@ void loramux_exact_draw(int64_t* tokens, const float* x, const TokenDraw* draws,
     kernels_of(isa)->draw(tokens, x, draws, num_draws, count, stride, threads);
 }
 
+void loramux_exact_change(float* y, int64_t y_row, const float* x, const LogitChange* changes, int64_t num_changes,
+                          int64_t count, int64_t stride, int32_t isa, int32_t threads) {
+    kernels_of(isa)->change(y, y_row, x, changes, num_changes, count, stride, threads);
+}
+
 void loramux_exact_dense(float* y, const float* x, const uint8_t* numbers, const float* scales, int64_t rows, int64_t in,
                          int64_t out, int32_t isa, int32_t threads) {
     kernels_of(isa)->dense(y, x, numbers, scales, rows, in, out, threads);
@@ -106,20 +111,29 @@ void loramux_exact_gate(float* y, const float* gate, const float* up, int64_t ro
     kernels_of(isa)->gate(y, gate, up, rows, dim, row, gelu != 0, threads);
 }
 
+void loramux_exact_softmax(float* y, const float* x, int64_t rows, int64_t count, int32_t isa, int32_t threads) {
+    kernels_of(isa)->softmax(y, x, rows, count, threads);
+}
+
 void loramux_exact_attention(float* out, const float* q, int64_t q_row, const float* k, int64_t k_row, const float* v,
                              int64_t v_row, int16_t* k_cache, int16_t* v_cache, float* kv_scales, const int32_t* tables,
                              int64_t table_width, const int32_t* sequence, const int32_t* position, int64_t rows,
                              int64_t heads, int64_t kv_heads, int64_t head_dim, float scaling, float softcap,
-                             int64_t window, int32_t isa, int32_t threads) {
+                             int64_t window, const float* sinks, int32_t isa, int32_t threads) {
     kernels_of(isa)->attention(
         {q,         k,      v,        q_row,    k_row,       v_row, out,   k_cache,  v_cache,  kv_scales, tables,
-         sequence,  position, table_width, rows, heads, kv_heads, head_dim, window, scaling, softcap},
+         sequence,  position, table_width, rows, heads, kv_heads, head_dim, window, scaling, softcap, sinks},
         threads);
 }
 
 void loramux_exact_add_lora(float* y, int64_t y_row, const float* x, const LoraArena* arena, const LoraEntries* rows,
                             int32_t isa, int32_t threads) {
     kernels_of(isa)->add_lora(y, y_row, x, arena, rows, threads);
+}
+
+void loramux_exact_token_logits(float* y, int64_t y_row, float* wide, int64_t wide_row, const float* x,
+                                const TokenLogits* own, int64_t vocabulary, int64_t dim, int32_t isa, int32_t threads) {
+    kernels_of(isa)->token_logits(y, y_row, wide, wide_row, x, own, vocabulary, dim, threads);
 }
 
 int64_t loramux_exact_scratch(const ExactModel* model, int64_t rows) { return kExactPortable->scratch(model, rows); }

@@ -26,6 +26,22 @@ struct TokenDraw {
     int64_t row, top_k;  // top_k <= 0: all
 };
 
+// What becomes of one token's logit x, in this order: x + add; where it is repeated, a positive one divided by the row's
+// `repetition` and another multiplied by it; less `less`. What is no finite number then is the nearest one.
+struct LogitEdit {
+    int32_t token, repeated;
+    float add, less;
+};
+
+// How a row of logits is changed before a token is chosen from it.
+struct LogitChange {
+    const LogitEdit* edits;    // [num_edits], of each token at most one
+    const int32_t* forbidden;  // [num_forbidden] tokens
+    const uint32_t* allowed;   // [ceil(count / 32)]: bit i of word w is token 32 w + i, 1 where it may be chosen; null: all
+    int64_t num_edits, num_forbidden, row;
+    double repetition;  // above 0
+};
+
 struct ExactNorm {
     const float* weight;  // null: none
     double eps;
@@ -58,8 +74,17 @@ struct ExactModel {
     double embedding_factor, residual_factor, logit_divisor, logit_softcap;  // softcap 0: none
 };
 
+// Rows of the output head that one adapter has for some tokens, less the base's own; token_rows.h says what is done.
+struct TokenLogits {
+    const int32_t* tokens;  // [count], each once; those beyond the vocabulary are new
+    const uint16_t* rows;   // [count, hidden] bf16
+    const int32_t* at;      // [uses]: rows of logits that they count for, each once
+    const float* scales;    // [uses]: the adapter's factor there
+    int64_t count, uses;
+};
+
 struct ExactStep {
-    const int64_t* tokens;    // [rows]
+    const int64_t* tokens;    // [rows]; -1: one that the base does not know
     const int32_t* position;  // [rows]
     const int32_t* sequence;  // [rows]
     const int32_t* tables;    // [sequences, table_width]
@@ -72,11 +97,21 @@ struct ExactStep {
     const LoraEntries* lora;       // adapters of the rows, or null
     const LoraEntries* head_lora;  // of the sampled rows, or null
     char* scratch;                 // loramux_exact_scratch(rows) bytes
-    float* logits;                 // [samples, padded_vocabulary]
-    // [samples] or null: only the first largest logit of each sampled row is asked for. It is given here, or -1, and then
+    float* logits;                 // [samples - states_only, padded_vocabulary]
+    // [samples - states_only] or null: only the first largest logit of each sampled row is asked for. It is given here, or -1, and then
     // the row's logits are.
     int64_t* first_tokens;
-    int64_t rows, samples, table_width, threads;
+    // [states_only, hidden]: of so many last sampled rows, what the output head reads; they have no logits
+    float* states;
+    // What is added to the embeddings of some rows, [some, hidden]; which of it to each row [rows], -1: none. Null: none at
+    // all.
+    const float* own_embeddings;
+    const int32_t* own_embedding_of;
+    const TokenLogits* token_logits;  // [num_token_logits], in this order
+    // [samples - states_only, num_wide]: logits of tokens beyond the vocabulary, minus infinity where there is none
+    float* wide;
+    int64_t num_token_logits, num_wide;  // num_wide is a multiple of 16
+    int64_t rows, samples, states_only, table_width, threads;
 };
 
 extern "C" {
@@ -105,6 +140,11 @@ void loramux_exact_first_tokens(int64_t* tokens, int64_t wanted, const float* x,
 void loramux_exact_draw(int64_t* tokens, const float* x, const TokenDraw* draws, int64_t num_draws, int64_t count,
                         int64_t stride, int32_t isa, int32_t threads);
 
+// y [num_changes, count], rows y_row apart: a copy of a row for each change, with its edits, and minus infinity at each
+// token that is forbidden or not allowed.
+void loramux_exact_change(float* y, int64_t y_row, const float* x, const LogitChange* changes, int64_t num_changes,
+                          int64_t count, int64_t stride, int32_t isa, int32_t threads);
+
 // y [rows, out] = x @ w.T, w as pack_head made it; `out` is the padded vocabulary.
 void loramux_exact_dense(float* y, const float* x, const uint8_t* numbers, const float* scales, int64_t rows, int64_t in,
                          int64_t out, int32_t isa, int32_t threads);
@@ -125,17 +165,26 @@ void loramux_exact_rms_norm(float* y, const float* x, const float* w, int64_t ro
 void loramux_exact_gate(float* y, const float* gate, const float* up, int64_t rows, int64_t dim, int64_t row,
                         int32_t gelu, int32_t isa, int32_t threads);
 
+// y = exp(x) / sum(exp(x)) of each row [count] of finite numbers; y may be x.
+void loramux_exact_softmax(float* y, const float* x, int64_t rows, int64_t count, int32_t isa, int32_t threads);
+
 // out [rows, heads, head_dim]: attention of each row (attention.h), whose keys and values are put into the cache. Rows of
-// q, k and v are q_row, k_row and v_row apart, their heads lie close together; `head_dim` is a multiple of 16 up to 512.
+// q, k and v are q_row, k_row and v_row apart, their heads lie close together; `head_dim` is a multiple of 16 up to 512. `sinks`
+// [heads]: a further score of each head without a value; null: none.
 void loramux_exact_attention(float* out, const float* q, int64_t q_row, const float* k, int64_t k_row, const float* v,
                              int64_t v_row, int16_t* k_cache, int16_t* v_cache, float* kv_scales, const int32_t* tables,
                              int64_t table_width, const int32_t* sequence, const int32_t* position, int64_t rows,
                              int64_t heads, int64_t kv_heads, int64_t head_dim, float scaling, float softcap,
-                             int64_t window, int32_t isa, int32_t threads);
+                             int64_t window, const float* sinks, int32_t isa, int32_t threads);
 
 // y [rows, outputs], whose rows are y_row apart, += the deltas of x [rows, inputs] (lora.h).
 void loramux_exact_add_lora(float* y, int64_t y_row, const float* x, const LoraArena* arena, const LoraEntries* rows,
                             int32_t isa, int32_t threads);
+
+// y [rows, vocabulary], whose rows are y_row apart, and wide [rows, wide_row] += products of x [rows, dim] with own rows of
+// the output head (token_rows.h); `dim` is a multiple of 16.
+void loramux_exact_token_logits(float* y, int64_t y_row, float* wide, int64_t wide_row, const float* x,
+                                const TokenLogits* own, int64_t vocabulary, int64_t dim, int32_t isa, int32_t threads);
 
 // Bytes that a step of so many rows needs to work in.
 int64_t loramux_exact_scratch(const ExactModel* model, int64_t rows);

@@ -3,8 +3,9 @@
 // Semantics, for each row t of x, over its entries e in [first[t], first[t + 1]) whose layer the adapter targets, that is
 // with targeted[offset[e] / kRankGroup] != 0:
 //   h[e, r] = scale[e] * sum_i x[t, i] * a[offset[e] + r, i]
-//   y[t, :] += sum_e sum_r h[e, r] * bt[offset[e] + r, :]
-// in fp32, weights bf16. Every row is computed alone, its entries in the order given; how many rows go together changes no
+//   y[t, :] += sum_e scale[e] * (gain[e, :] * y[t, :] + shift[e, :]) + sum_e sum_r h[e, r] * bt[offset[e] + r, :]
+// in fp32, weights bf16, y on the right what the layer itself gives. The first sum is over entries that have gain and shift
+// (kHasAffine), the second over those that have A and B (kHasDelta); a row without the first has no operation for it. Every row is computed alone, its entries in the order given; how many rows go together changes no
 // bit.
 
 #pragma once
@@ -19,7 +20,8 @@ namespace {
 
 struct Entry {  // one adapter of a row
     const uint16_t *a, *bt;
-    int64_t rank;
+    const float* affine;  // gain, then shift; null: none
+    int64_t rank;         // 0: no A and B
     float scale;
 };
 
@@ -34,7 +36,9 @@ inline int64_t entries_of(const LoraBatch& batch, int64_t t, Buffer<Entry>& into
     for (int32_t e = batch.first[t]; e < batch.first[t + 1]; ++e)
         if (batch.counts(e)) {
             const int64_t at = batch.offset[e];
-            entries[found++] = {batch.a + at * batch.inputs, batch.bt + at * batch.outputs, batch.rank[e],
+            const float* affine = nullptr;
+            if (batch.has(e) & kHasAffine) affine = batch.affine + at / kRankGroup * 2 * batch.outputs;
+            entries[found++] = {batch.a + at * batch.inputs, batch.bt + at * batch.outputs, affine, batch.ranks_of(e),
                                 batch.scale[e]};
         }
     return found;
@@ -81,13 +85,24 @@ void shrink(float* h, const float* x, const Entry& entry, int64_t in, RunPrefetc
     }
 }
 
-// y [R, out] += h [all ranks, R].T @ the entries' bt, one below the other: U vectors of columns from o on.
-template <int R, int U>
-void expand_columns(float* y, int64_t y_row, const float* h, const Entry* entries, int64_t count, int64_t out, int64_t o,
+// y [R, out] += h [all ranks, R].T @ the entries' bt, one below the other, and with Affine what gain and shift give: U
+// vectors of columns from o on.
+template <int R, int U, bool Affine>
+__attribute__((always_inline)) inline void expand_columns(float* y, int64_t y_row, const float* h, const Entry* entries, int64_t count, int64_t out, int64_t o,
                     RunPrefetch& prefetch) {
     Floats sum[R][U];
     for (auto& row : sum)
         for (auto& s : row) s = splat(0.f);
+    for (const Entry* entry = entries; Affine && entry < entries + count; ++entry)
+        if (entry->affine)
+            for (int u = 0; u < U; ++u) {
+                const float* gain = entry->affine + o + u * kLanes;
+                for (int t = 0; t < R; ++t) {
+                    const Floats own = load(y + t * y_row + o + u * kLanes);
+                    const Floats changed = fma(load(gain), own, load(gain + out));
+                    sum[t][u] = fma(splat(entry->scale), changed, sum[t][u]);
+                }
+            }
     for (const Entry* entry = entries; entry < entries + count; ++entry)
         for (int64_t r = 0; r < entry->rank; ++r, h += R) {
             for (int u = 0; u < U; ++u) {
@@ -110,10 +125,28 @@ void expand_rest(float* y, int64_t y_row, const float* h, const Entry* entries, 
         const float* factor = h + t;
         float sum = 0.f;
         for (const Entry* entry = entries; entry < entries + count; ++entry)
+            if (const float* gain = entry->affine) {
+                const float changed = __builtin_fmaf(gain[o], y[t * y_row + o], gain[out + o]);
+                sum = __builtin_fmaf(entry->scale, changed, sum);
+            }
+        for (const Entry* entry = entries; entry < entries + count; ++entry)
             for (int64_t r = 0; r < entry->rank; ++r, factor += R)
                 sum = __builtin_fmaf(*factor, widen(entry->bt[r * out + o]), sum);
         y[t * y_row + o] += sum;
     }
+}
+
+// y [R, out] += all columns.
+template <int R, bool Affine>
+void expand(float* y, int64_t y_row, const float* h, const Entry* entries, int64_t count, int64_t out,
+            RunPrefetch prefetch) {
+    constexpr int U = kExpandSums / R > 0 ? kExpandSums / R : 1;
+    int64_t o = 0;
+    for (; o + U * kLanes <= out; o += U * kLanes)
+        expand_columns<R, U, Affine>(y, y_row, h, entries, count, out, o, prefetch);
+    for (; o + kLanes <= out; o += kLanes)
+        expand_columns<R, 1, Affine>(y, y_row, h, entries, count, out, o, prefetch);
+    for (; o < out; ++o) expand_rest<R>(y, y_row, h, entries, count, out, o);
 }
 
 // R rows that use the same adapters; `next`, if any, is the first adapter that is used after them.
@@ -122,20 +155,25 @@ void add_rows(float* y, int64_t y_row, const float* x, const Entry* entries, int
               const Entry* next, Buffer<float>& factors) {
     constexpr int U = kExpandSums / R > 0 ? kExpandSums / R : 1;
     int64_t ranks = 0;
-    for (int64_t e = 0; e < count; ++e) ranks += entries[e].rank;
+    bool affine = false;
+    for (int64_t e = 0; e < count; ++e) {
+        ranks += entries[e].rank;
+        affine = affine || entries[e].affine;
+    }
     float* h = factors.fit(ranks * R);
     float* part = h;
     for (const Entry* entry = entries; entry < entries + count; ++entry) {
+        if (entry->rank == 0) continue;
         constexpr int G = kShrinkSums / R > 8 ? 8 : kShrinkSums / R > 0 ? kShrinkSums / R : 1;
         const int64_t steps = entry->rank / G * (in / kLanes + 1);
         shrink<R>(part, x, *entry, in, RunPrefetch(entry->bt, cached ? 0 : entry->rank * out, steps));
         part += entry->rank * R;
     }
-    RunPrefetch prefetch(next ? next->a : nullptr, next ? next->rank * in : 0, ranks * (out / kLanes / U + 1));
-    int64_t o = 0;
-    for (; o + U * kLanes <= out; o += U * kLanes) expand_columns<R, U>(y, y_row, h, entries, count, out, o, prefetch);
-    for (; o + kLanes <= out; o += kLanes) expand_columns<R, 1>(y, y_row, h, entries, count, out, o, prefetch);
-    for (; o < out; ++o) expand_rest<R>(y, y_row, h, entries, count, out, o);
+    RunPrefetch prefetch(next ? next->a : nullptr, next ? next->rank * in : 0, ranks * (out / kLanes / U + 1) + 1);
+    if (affine)
+        expand<R, true>(y, y_row, h, entries, count, out, prefetch);
+    else
+        expand<R, false>(y, y_row, h, entries, count, out, prefetch);
 }
 
 // Rows [start, stop).

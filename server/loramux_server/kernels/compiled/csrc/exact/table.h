@@ -36,6 +36,7 @@ struct AttentionCall {
     const int32_t *tables, *sequence, *position;
     int64_t table_width, rows, heads, kv_heads, head_dim, window;
     float scaling, softcap;
+    const float* sinks;  // [heads], or null
 };
 
 struct ExactKernels {
@@ -49,6 +50,8 @@ struct ExactKernels {
                          int64_t count, int64_t stride, int32_t threads);
     void (*draw)(int64_t* tokens, const float* x, const TokenDraw* draws, int64_t num_draws, int64_t count,
                  int64_t stride, int32_t threads);
+    void (*change)(float* y, int64_t y_row, const float* x, const LogitChange* changes, int64_t num_changes,
+                   int64_t count, int64_t stride, int32_t threads);
     void (*dense)(float* y, const float* x, const uint8_t* numbers, const float* scales, int64_t rows, int64_t in,
                   int64_t out, int32_t threads);
     void (*pack_head)(uint8_t* numbers, float* scales, const uint16_t* w, int64_t vocabulary, int64_t padded,
@@ -56,9 +59,12 @@ struct ExactKernels {
     void (*norm)(float* y, const float* x, const float* w, int64_t rows, int64_t dim, float eps, int32_t threads);
     void (*gate)(float* y, const float* gate, const float* up, int64_t rows, int64_t dim, int64_t row, bool gelu,
                  int32_t threads);
+    void (*softmax)(float* y, const float* x, int64_t rows, int64_t count, int32_t threads);
     void (*attention)(const AttentionCall& call, int32_t threads);
     void (*add_lora)(float* y, int64_t y_row, const float* x, const LoraArena* arena, const LoraEntries* rows,
                      int32_t threads);
+    void (*token_logits)(float* y, int64_t y_row, float* wide, int64_t wide_row, const float* x, const TokenLogits* own,
+                         int64_t vocabulary, int64_t dim, int32_t threads);
     int64_t (*scratch)(const ExactModel* model, int64_t rows);
     void (*step)(const ExactModel* model, const ExactStep* step);
     void (*angles)(float* cos, float* sin, const float* inv_freq, int64_t first, int64_t count, int64_t pairs,

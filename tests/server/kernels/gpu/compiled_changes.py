@@ -1,0 +1,28 @@
+"""What the kernels of changes.py are compiled with, for a vocabulary of 128,256 tokens."""
+
+from __future__ import annotations
+
+from loramux_server.kernels.gpu import changes
+from support.compiled_kernels import Compiled
+
+_ROWS = {"changed": "*fp32", "logits": "*fp32", "rows": "*i32"}
+_SHAPE = {"vocabulary": "i32", "stride": "i32"}
+
+COMPILED = [
+    Compiled(
+        "rows by their bits",
+        changes._allow,
+        {**_ROWS, "bits": "*i32", **_SHAPE, "words": "i32"},
+        {"TILE": changes.TILE},
+        {},
+        ("vocabulary", "stride"),
+    ),
+    Compiled(
+        "edits",
+        changes._edit,
+        {**_ROWS, "ints": "*i32", "floats": "*fp32", "edits": "i32", **_SHAPE},
+        {"BLOCK": changes.BLOCK},
+        {},
+        ("vocabulary", "stride"),
+    ),
+]
