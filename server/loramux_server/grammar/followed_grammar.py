@@ -1,0 +1,180 @@
+"""One sequence's grammar, followed token by token: masks are made on other threads while the engine computes."""
+
+from __future__ import annotations
+
+import re
+import time
+from concurrent.futures import Executor, Future
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from loramux_server.errors import GrammarFailed
+from loramux_server.grammar.limits import GrammarLimits
+from loramux_server.grammar.reply_check import Normal, problem_of
+from loramux_server.grammar.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    import llguidance
+
+_WHERE = re.compile(r"^at 1\(\d+\): (?:failed to compile JSON schema: )?|\s\d+ \| .*$")  # in a text that is ours
+_SHOWN = 300  # characters of a message of llguidance's
+
+
+class Used:
+    """Attributes:
+    seconds: of a processor, that a matcher's automaton has taken for all replies so far; it has grown with them.
+    """
+
+    __slots__ = ("seconds",)
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+
+class FollowedGrammar:
+    """A `Grammar` of `engine/scheduling/sequence.py`: the engine's thread calls its methods.
+
+    The matcher belongs to the thread that makes a mask until that mask has been waited for, and to the engine's
+    otherwise. To take in a token costs the engine's thread a few microseconds.
+    """
+
+    def __init__(
+        self,
+        matcher: llguidance.LLMatcher,
+        vocabulary: Vocabulary,
+        schema: Normal | None,
+        workers: Executor,
+        limits: GrammarLimits,
+        used: Used | None = None,
+    ) -> None:
+        """Starts the first mask.
+
+        Args:
+            matcher: at the start of its grammar, and nobody else's.
+            schema: that a complete reply is valid under; None where the grammar alone says what it is.
+            workers: where masks are made.
+            limits: on the time that masks take.
+            used: of the matcher, kept up to date here.
+        """
+        self._matcher = matcher
+        self._vocabulary = vocabulary
+        self._schema = schema
+        self._workers = workers
+        self._limits = limits
+        self._spent = 0.0  # seconds of a processor, for this reply
+        self._used = used or Used()
+        self._allowance = limits.spent_seconds
+        self._reply = bytearray()
+        self._may_end = False
+        self._ended = False
+        self._failed: str | None = None
+        self._next: Future[npt.NDArray[np.uint32]] = workers.submit(self._make_mask)
+
+    @property
+    def ended(self) -> bool:
+        """Nothing but the reply's end could follow what was chosen so far."""
+        return self._ended
+
+    def mask(self) -> npt.NDArray[np.uint32]:
+        """[ceil(vocabulary / 32)]: what may come next, see the protocol. Waits for it. Raises GrammarFailed."""
+        if self._failed is not None:
+            raise GrammarFailed(self._failed)
+        try:
+            return self._next.result(self._limits.mask_seconds)
+        except GrammarFailed as error:
+            self._failed = str(error)
+            raise
+        except TimeoutError as error:
+            self._fail(
+                f"the grammar of this reply takes longer than {self._limits.mask_seconds:g} s to say what may come "
+                "next; make it simpler",
+                error,
+            )
+        except Exception as error:  # of llguidance, or of threads that have been stopped: one row's, not the engine's
+            self._fail(f"the grammar of this reply cannot be followed ({type(error).__name__})", error)
+
+    def advance(self, token: int) -> None:
+        """This token was chosen. Raises GrammarFailed, and nothing else: it may not come, or the reply is complete and
+        wrong.
+        """
+        try:
+            self._advance(token)
+        except GrammarFailed:
+            raise
+        except Exception as error:  # of llguidance, or of a check: one row's failure, not the engine's
+            self._fail(f"the grammar of this reply cannot be followed ({type(error).__name__})", error)
+
+    def _advance(self, token: int) -> None:
+        self.mask()
+        if self._ended:
+            self._fail("the reply goes on behind the end of its grammar")
+        if token in self._vocabulary.stop_ids:
+            if not self._may_end:
+                self._fail("the reply ends where its grammar does not let it")
+            self._ended = True
+            return
+        begun = time.thread_time()
+        taken = self._matcher.consume_token(token)
+        self._spend(time.thread_time() - begun)
+        self._allowance += self._limits.spent_seconds_per_token
+        if not taken:
+            self._fail(f"the reply has left its grammar: {shortened(self._matcher.get_error())}")
+        self._reply += self._vocabulary.text(token)
+        if self._matcher.is_stopped():
+            wrong = self._problem() if self._matcher.is_accepting() else "its grammar ends before it is complete"
+            if wrong is not None:
+                self._fail(f"the reply cannot be completed: {wrong}")
+            self._ended = True
+            return
+        try:
+            self._next = self._workers.submit(self._make_mask)
+        except RuntimeError as error:
+            self._fail("the server follows no grammar any more: it stops", error)
+
+    def _make_mask(self) -> npt.NDArray[np.uint32]:
+        """On another thread. Raises GrammarFailed."""
+        mask = self._vocabulary.empty_mask()
+        begun = time.thread_time()
+        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        self._spend(time.thread_time() - begun)
+        if self._matcher.is_error():  # such a mask says that the reply may end, whatever was wrong
+            raise GrammarFailed(f"the reply cannot go on within its grammar: {shortened(self._matcher.get_error())}")
+        if self._spent > self._allowance:
+            raise GrammarFailed(
+                f"the grammar of this reply took {self._spent:.1f} s to say what may come so far; make it simpler"
+            )
+        mask = self._vocabulary.choosable(mask)
+        others = self._vocabulary.without_ends(mask)
+        self._may_end = self._matcher.is_accepting()
+        if self._may_end and self._problem() is not None:
+            self._may_end = False
+        if not self._may_end:
+            mask = others
+        if not mask.any():
+            raise GrammarFailed("the reply cannot go on within its grammar: no token of the base may come next")
+        return mask
+
+    def _spend(self, seconds: float) -> None:
+        self._spent += seconds
+        self._used.seconds += seconds
+
+    def _problem(self) -> str | None:
+        """What is wrong with the reply as it is, if it were complete."""
+        if self._schema is None:
+            return None
+        try:
+            return problem_of(self._reply.decode(), self._schema)
+        except UnicodeDecodeError:
+            return "it ends within a character"
+
+    def _fail(self, message: str, cause: BaseException | None = None) -> NoReturn:
+        self._failed = message
+        raise GrammarFailed(message) from cause
+
+
+def shortened(message: str) -> str:
+    """llguidance's message in one line, for a client."""
+    line = _WHERE.sub("", " ".join(message.replace("<non-verbose/>", "").split()))
+    return line.replace("NoExtensionBias", "nothing may come next")[:_SHOWN] or "nothing may come next"
