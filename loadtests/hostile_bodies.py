@@ -72,7 +72,7 @@ def _crowds(model: str) -> Iterator[HostileBody]:
     yield _completion("one list in a million", model, '"prompt":' + "[" * 1_000_000 + "]" * 1_000_000, lists)
     yield _completion("10,000 deep", model, '"prompt":' + "[" * 10_000 + "]" * 10_000, "JSON")
     yield _completion("objects 10,000 deep", model, '"prompt":' + '{"a":' * 10_000 + "1" + "}" * 10_000, "JSON")
-    yield _completion("40 deep", model, '"prompt":' + "[" * 40 + "]" * 40, "deep")
+    yield _completion("100 deep", model, '"prompt":' + "[" * 100 + "]" * 100, "deep")
 
 
 def _numbers(model: str) -> Iterator[HostileBody]:

@@ -4,13 +4,17 @@ LoramuxError
 ├── ConfigError               a flag, environment variable or config file entry is wrong (before anything starts)
 ├── CommandFailed             a command line's work cannot be done (port in use, no server answers, it refuses)
 │   ├── ServerRefused         a server answered with a status that is no success
-│   └── ConnectionLost        no server could be reached, or the connection to it broke
+│   ├── ConnectionLost        no server could be reached, or the connection to it broke
+│   ├── NotOnHub              a model hub has no such repository or revision, or does not give it to us
+│   └── HubUnreachable        a model hub cannot be asked now, or sends what is not whole
 ├── BaseModelError            the base cannot be loaded, or cannot be served correctly
 ├── RequestError              the client's request cannot be served as it stands; carries `param` and `code`
 ├── ServerBusy                the inbox is full; try again later
 ├── ServerDraining            the server is shutting down and takes no new work
 ├── EngineDead                the engine thread has stopped; only a restart helps
 └── SequenceFailed            the engine gave this sequence up (its step failed, its adapter could not be read)
+    └── ReplyImpossible       what the request itself allows and forbids leaves no token
+        └── GrammarFailed     its reply cannot go on within its grammar, or not in time
 """
 
 from __future__ import annotations
@@ -45,6 +49,14 @@ class ConnectionLost(CommandFailed):
         super().__init__(message)
 
 
+class NotOnHub(CommandFailed):
+    """A model hub has no such repository or revision, or it is gated or private; asking again does not help."""
+
+
+class HubUnreachable(CommandFailed):
+    """A model hub cannot be asked now, is too slow, or sends what is not whole; asking again later may help."""
+
+
 class BaseModelError(LoramuxError):
     """The base model cannot be loaded or cannot be served correctly; the message says why."""
 
@@ -76,3 +88,11 @@ class EngineDead(LoramuxError):
 
 class SequenceFailed(LoramuxError):
     """This sequence ended with an error on the engine's side; others go on."""
+
+
+class ReplyImpossible(SequenceFailed):
+    """What a request allows and what it forbids leave no token; the same request again would end alike."""
+
+
+class GrammarFailed(ReplyImpossible):
+    """A reply cannot go on within the grammar that it was asked for; the message is for the client."""

@@ -204,16 +204,19 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"max_tokens": 10**30}, "max_tokens", "invalid_value"),
     ({"temperature": 2.5}, "temperature", "invalid_value"),
     ({"top_p": 0}, "top_p", "invalid_value"),
-    ({"logprobs": 6}, "logprobs", "invalid_value"),
+    ({"logprobs": 21}, "logprobs", "invalid_value"),
     ({"stop": ["x"] * 17}, "stop", "invalid_value"),
-    ({"n": 2}, "n", "unsupported"),
-    ({"n": 10**6}, "n", "unsupported"),
-    ({"best_of": 3}, "best_of", "unsupported"),
-    ({"echo": True}, "echo", "unsupported"),
+    ({"n": 0}, "n", "invalid_value"),
+    ({"n": 10**6}, "n", "invalid_value"),
+    ({"prompt": ["a"] * 64, "n": 3}, "n", "invalid_value"),
+    ({"best_of": 1, "n": 2}, "best_of", "invalid_value"),
     ({"suffix": "."}, "suffix", "unsupported"),
-    ({"frequency_penalty": 0.5}, "frequency_penalty", "unsupported"),
-    ({"logit_bias": {"50": 1}}, "logit_bias", "unsupported"),
-    ({"extra_body": {"guided_regex": "(a+)+"}}, "guided_regex", "unsupported"),
+    ({"frequency_penalty": 2.5}, "frequency_penalty", "invalid_value"),
+    ({"logit_bias": {"50": 101}}, "logit_bias", "invalid_value"),
+    ({"logit_bias": {"49152": 1}}, "logit_bias", "invalid_value"),
+    ({"extra_body": {"guided_regex": "("}}, "guided_regex", "invalid_value"),
+    ({"extra_body": {"guided_json": {"not": {}}}}, "guided_json", "unsupported_value"),
+    ({"extra_body": {"use_beam_search": True}}, "use_beam_search", "unsupported"),
 ]
 
 
@@ -225,7 +228,7 @@ def test_a_bad_completion_is_refused_by_name(
         with pytest.raises(openai.BadRequestError) as error:
             client.completions.create(**{"model": ADAPTERS[0], "prompt": TEXT, "stream": stream} | changes)
         assert (error.value.param, error.value.code) == (param, code)
-        assert param in error.value.message or code == "context_length_exceeded"
+        assert param in error.value.message or code in ("context_length_exceeded", "unsupported_value")
 
 
 BAD_CHATS: list[tuple[dict[str, Any], str]] = [
@@ -234,10 +237,12 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"max_completion_tokens": 0}, "max_completion_tokens"),
     ({"max_tokens": CONTEXT}, "max_tokens"),
     ({"top_logprobs": 3}, "top_logprobs"),
-    ({"n": 2}, "n"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}, "tools"),
-    ({"stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
+    ({"n": 129}, "n"),
+    ({"response_format": {"type": "xml"}}, "response_format"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "any"}, "tool_choice"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"stream_options": {"continuous_usage": True}}, "stream_options.continuous_usage"),
     ({"extra_body": {"chat_template_kwargs": {"messages": []}}}, "chat_template_kwargs"),
     ({"extra_body": {"chat_template": "{{ 1 }}"}}, "chat_template"),
 ]

@@ -21,12 +21,14 @@ from loramux_server.api.adapters.vllm_routes import VllmRoutes
 from loramux_server.api.completions.routes import CompletionRoutes
 from loramux_server.api.completions.tokens import TokenRoutes
 from loramux_server.api.description.pages import PageRoutes
+from loramux_server.api.embeddings.routes import EmbeddingRoutes
 from loramux_server.api.http.auth import Authorizer
 from loramux_server.api.http.dependencies import Dependencies
 from loramux_server.api.http.errors import BodyStalled, answer_to, http_answer
 from loramux_server.api.http.middleware import BoundsMiddleware, CorsMiddleware, RequestMiddleware, request_id_of
 from loramux_server.api.models import ModelRoutes
 from loramux_server.api.operations import OperationsRoutes
+from loramux_server.api.responses.routes import ResponseRoutes
 from loramux_server.errors import LoramuxError, ServerBusy
 from loramux_server.wire.connections import Cut
 
@@ -56,14 +58,18 @@ def create_app(deps: Dependencies) -> FastAPI:
     )
     app.router.route_class = _route_class(Authorizer(deps.keys))
     completions, tokens, adapters = CompletionRoutes(deps), TokenRoutes(deps), AdapterRoutes(deps)
-    models, operations, pages = (
+    responses, models, embeddings, operations, pages = (
+        ResponseRoutes(deps),
         ModelRoutes(deps),
+        EmbeddingRoutes(deps),
         OperationsRoutes(deps),
         PageRoutes(deps),
     )
     routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
         ("POST", "/v1/chat/completions", completions.chat),
         ("POST", "/v1/completions", completions.completion),
+        ("POST", "/v1/responses", responses.create),
+        ("POST", "/v1/embeddings", embeddings.embed),
         ("POST", "/tokenize", tokens.tokenize),
         ("POST", "/detokenize", tokens.detokenize),
         ("GET", "/v1/models", models.list),

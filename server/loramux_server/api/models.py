@@ -9,6 +9,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from loramux_adapters.errors import AdapterNotFound
+from loramux_server.api.completions.request.adapter_defaults import stored_defaults
 from loramux_server.api.http.dependencies import Dependencies
 from loramux_server.api.http.json_reply import listed
 from loramux_server.api.http.model_names import resolve_model
@@ -30,11 +31,11 @@ class ModelRoutes:
             return JSONResponse(self._base())
         record = await run_in_thread(self._deps.store.record, target.adapter)
         if target.version_prefix is None:
-            return JSONResponse(self._adapter(model, record.created, record.version))
+            return JSONResponse(await run_in_thread(self._adapter, model, record.created, record.version))
         kept = [version for version in record.versions if version.version.startswith(target.version_prefix)]
         if len(kept) != 1:
             raise AdapterNotFound("the adapter keeps no version, or several, whose digest starts like this")
-        return JSONResponse(self._adapter(model, kept[0].created, kept[0].version))
+        return JSONResponse(await run_in_thread(self._adapter, model, kept[0].created, kept[0].version))
 
     def _adapters(self) -> Iterator[dict[str, Any]]:
         for record in self._deps.store.records():
@@ -43,12 +44,16 @@ class ModelRoutes:
 
     def _base(self) -> dict[str, Any]:
         base = self._deps.base
-        return self._model(base.name, base.created, root=base.base_id, parent=None)
+        return self._model(base.name, base.created, root=base.base_id, parent=None, context=base.context)
 
     def _adapter(self, name: str, created: int, version: str) -> dict[str, Any]:
-        return self._model(name, created, root=version, parent=self._deps.base.name)
+        """Asks the disk."""
+        base = self._deps.base
+        own = stored_defaults(self._deps.store.directory(version)).context
+        context = base.context if own is None else min(own, base.context)
+        return self._model(name, created, root=version, parent=base.name, context=context)
 
-    def _model(self, name: str, created: int, *, root: str, parent: str | None) -> dict[str, Any]:
+    def _model(self, name: str, created: int, *, root: str, parent: str | None, context: int) -> dict[str, Any]:
         return {
             "id": name,
             "object": "model",
@@ -56,5 +61,5 @@ class ModelRoutes:
             "owned_by": "loramux",
             "root": root,
             "parent": parent,
-            "max_model_len": self._deps.base.context,
+            "max_model_len": context,
         }

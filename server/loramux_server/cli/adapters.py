@@ -1,4 +1,7 @@
-"""`loramux adapters push|pull|list|show|rollback|pin|unpin|rm`: adapters of a running server, through its HTTP API."""
+"""`loramux adapters push|pull|list|show|rollback|pin|unpin|rm`: adapters of a running server, through its HTTP API.
+
+What works without a server is in modules of its own: `backup`, `convert`.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ from typing import Annotated, Any
 
 import typer
 
-from loramux_adapters.errors import InvalidAdapterName
-from loramux_adapters.names import NAME_FORM, is_name
+from loramux_adapters.names import check_name
 from loramux_server.cli import frame
-from loramux_server.cli.screen import TransferBar, print_table
+from loramux_server.cli.screen import LineBar, TransferBar, print_table
+from loramux_server.client.adapter_source import AdapterSource
 from loramux_server.client.adapters import AdaptersClient
 from loramux_server.client.retry import DEFAULT_SECONDS, Patience
 from loramux_server.config.environment import KEY_VARIABLES, key_of
@@ -48,6 +51,7 @@ app = frame.new_app(
 Examples:
 
     loramux adapters push adapters-trained/spam/adapter --name spam
+    loramux adapters push acme/support-lora@v2 --name support
     loramux adapters list
 
 A key is taken from {KEY_VARIABLES[0]}, or else from {KEY_VARIABLES[1]}.""",
@@ -57,12 +61,20 @@ A key is taken from {KEY_VARIABLES[0]}, or else from {KEY_VARIABLES[1]}.""",
 @app.command(cls=frame.Command)
 def push(
     ctx: typer.Context,
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="holds adapter_config.json and adapter_model.safetensors")
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR|REPO",
+            help="a directory with adapter_config.json and adapter_model.safetensors; or a repository on the model "
+            "hub, as owner/name or owner/name@revision",
+            show_default=False,
+        ),
     ],
     name: Annotated[
         str | None,
-        typer.Option("--name", metavar="TEXT", help="what requests call it (default: the directory's name)"),
+        typer.Option(
+            "--name", metavar="TEXT", help="what requests call it (default: the directory's or repository's name)"
+        ),
     ] = None,
     validate_only: Annotated[
         bool, typer.Option("--validate-only", help="check it against the server's base, store nothing")
@@ -82,22 +94,34 @@ def push(
     ] = DEFAULT_SECONDS,
     url: Url = None,
 ) -> None:
-    """Upload a PEFT directory; requests can name it at once."""
+    """Upload a PEFT directory, or a repository of the model hub; requests can name it at once.
+
+    A repository's safetensors weights and the small files beside them are fetched with huggingface_hub: HF_TOKEN opens
+    gated ones, HF_ENDPOINT names another hub. The commit is shown with the version.
+    """
     if not 0 <= wait <= MAX_WAIT:
         raise ConfigError(f"--wait must be from 0 to {MAX_WAIT:.0f}, not {wait:g}")
-    name = name if name is not None else _name_of(directory)
-    bar = TransferBar(sys.stderr)
+    adapter = AdapterSource.of(source)
+    name = check_name(name if name is not None else adapter.name)
+    fetching, sending = LineBar(sys.stderr), TransferBar(sys.stderr)
+
+    def fetched(line: str) -> None:
+        fetching.end()
+        frame.show(line)
+
     try:
-        reply = _client(ctx, url).push(
-            name,
-            directory,
-            validate_only=validate_only,
-            skip_replay=skip_replay,
-            progress=bar.show,
-            patience=Patience(wait, bar.line),
-        )
+        with adapter.files(fetching.show, fetched) as directory:
+            reply = _client(ctx, url).push(
+                name,
+                directory,
+                validate_only=validate_only,
+                skip_replay=skip_replay,
+                progress=sending.show,
+                patience=Patience(wait, sending.line),
+            )
     finally:
-        bar.end()
+        fetching.end()
+        sending.end()
     if validate_only:
         frame.show(f"{name} can be served; nothing was stored")
     else:
@@ -180,6 +204,12 @@ def rm(ctx: typer.Context, name: Name, url: Url = None) -> None:
 
 frame.later(
     app,
+    "convert",
+    "Bring an adapter that another tool wrote into PEFT's form.",
+    "loramux_server.cli.convert",
+)
+frame.later(
+    app,
     "backup",
     "Write every adapter of a store, with all versions, to one tar.gz.",
     "loramux_server.cli.backup",
@@ -192,14 +222,6 @@ frame.later(app, "rebuild-index", "Make a store's index anew.", "loramux_server.
 
 def _client(ctx: typer.Context, url: str | None) -> AdaptersClient:
     return AdaptersClient(url or ctx.obj.get(URL_VARIABLE) or DEFAULT_URL, key_of(ctx.obj))
-
-
-def _name_of(directory: Path) -> str:
-    """An adapter's name, where none is given. Raises InvalidAdapterName."""
-    name = directory.resolve().name
-    if not is_name(name):
-        raise InvalidAdapterName(f"{NAME_FORM}; the directory's is not, so give one with --name")
-    return name
 
 
 def _remarks(adapter: dict[str, Any]) -> list[str]:
@@ -236,12 +258,15 @@ def _rows(adapter: dict[str, Any]) -> Iterator[tuple[str, str]]:
         "pinned": _pinned(adapter),
         "base": f"{_told(adapter.get('base'))}{_verified(adapter.get('base_verified'))}",
         "chat_template": _in_words(TEMPLATES, adapter.get("chat_template")),
+        "context": "the base's" if adapter.get("context") is None else f"{_told(adapter.get('context'))} tokens",
+        "generation_defaults": _defaults(adapter.get("generation_defaults")),
         "fingerprint": _in_words(FINGERPRINTS, adapter.get("fingerprint")),
         "requests": f"{_told(adapter.get('requests'))} running",
         "created": _time(adapter.get("created")),
         "updated": _time(adapter.get("updated")),
     }
     labels = {"target_modules": "modules", "bytes": "size", "tier": "where", "chat_template": "template"}
+    labels["generation_defaults"] = "defaults"
     if adapter.get("corrupt"):
         yield "DAMAGED", "its stored files cannot be read; upload it again"
     yield from ((labels.get(field, field), text) for field, text in known.items() if field in adapter)
@@ -252,6 +277,13 @@ def _rows(adapter: dict[str, Any]) -> Iterator[tuple[str, str]]:
         ("versions", map(_version_in_words, adapter.get("versions") or ())),
     ):
         yield from (("" if at else field, line) for at, line in enumerate(lines))
+
+
+def _defaults(defaults: object) -> str:
+    """What requests get that say nothing of it."""
+    if not isinstance(defaults, dict) or not defaults:
+        return "the server's"
+    return ", ".join(f"{name} {_told(value)}" for name, value in defaults.items())
 
 
 def _pinned(adapter: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -177,9 +178,16 @@ class _Merge:
         from loramux_adapters.artifact.config import BASE_ID_KEY
         from loramux_adapters.artifact.format import read_config
         from loramux_adapters.lora.verify import check_adapter
-        from loramux_adapters.training.model.merge import bytes_to_write, merge_into, write_checkpoint
+        from loramux_adapters.training.model.merge import (
+            add_generation_defaults,
+            bytes_to_write,
+            merge_into,
+            weight_merged_onto,
+            write_checkpoint,
+        )
         from loramux_server.base.identity import cached_base_id
         from loramux_server.base.loader import quantization_recipe
+        from loramux_server.kernels.layers.served_weights import ServedWeights
 
         with self._stage("load the base in 16 bit"):
             base = self._load(self._source, "none", training=True)
@@ -189,7 +197,9 @@ class _Merge:
         else:
             nf4 = quantization_recipe(base.config)
             info = replace(info, base_id=cached_base_id(base.source.directory, nf4, self._cache_dir))
-        checked = check_adapter(self._adapter, info, MAX_RANK)
+        onto = self._config.onto or ("nf4" if self._trained_on == "nf4" else "16bit")
+        weights = ServedWeights(base.model, partial(weight_merged_onto, model=base.model, onto=onto))
+        checked = check_adapter(self._adapter, replace(info, weights=weights), MAX_RANK)
         self._rank = checked.rank
         for note in checked.notes:
             self._stages.note(note)
@@ -197,7 +207,6 @@ class _Merge:
             self._stages.note(
                 f"the adapter names no base ({BASE_ID_KEY}), so nobody knows that it was made for this one"
             )
-        onto = self._config.onto or ("nf4" if self._trained_on == "nf4" else "16bit")
 
         def layers(done: int, total: int) -> None:
             self._bar.told("merging", done, total, "layers")
@@ -214,6 +223,7 @@ class _Merge:
             if checked.chat_template is not None:
                 base.tokenizer.chat_template = checked.chat_template
             write_checkpoint(base.model, base.tokenizer, directory)
+            add_generation_defaults(checked.generation, directory)
         return merged, onto
 
     def measure(self, directory: Path) -> Drift:

@@ -136,6 +136,7 @@ def render(
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     from loramux_adapters.training.data.render import Renderer
+    from loramux_server.base.support import trained_context
     from loramux_server.base.tokenizer import stop_ids_of
     from loramux_server.errors import BaseModelError
 
@@ -149,7 +150,7 @@ def render(
             generation: Any = GenerationConfig.from_pretrained(source.directory, local_files_only=True)
         except OSError:  # a checkpoint may come without one
             generation = model_config
-        context = int(getattr(model_config, "max_position_embeddings", 0) or config.max_length)
+        context = trained_context(model_config) or config.max_length
         if config.max_length > context:
             stages.note(f"--max-length {config.max_length} is more than the base's context of {context}, which it gets")
         length = min(config.max_length, context)

@@ -177,7 +177,7 @@ def _refuse_unknown_tokens(vocabulary: int, source: BaseSource, rows: Iterable[R
 def _add_adapter(base: BaseModel, config: TrainConfig) -> LoraModel:
     recipe = config.recipe()
     torch.manual_seed(recipe.seed)
-    originals = original_weights(base.source.directory) if recipe.init == "loftq" else None
+    originals = original_weights(base.source.directory, base.names.whole_tensors) if recipe.init == "loftq" else None
     try:
         ops = training_kernels(base.model, base.device)
         return LoraModel.build(base.model, recipe, originals=originals, ops=ops, device=base.device)

@@ -34,6 +34,8 @@ def files_to_send(directory: Path) -> dict[str, Path]:
 
     Raises CommandFailed if the directory is not a PEFT adapter with safetensors weights.
     """
+    if not directory.exists():
+        raise CommandFailed(f"there is no directory {directory}; an adapter on the hub is named owner/name")
     if not directory.is_dir():
         raise CommandFailed(f"{directory} is not a directory")
     paths = {part: directory / name for part, name in UPLOAD_PARTS.items()}

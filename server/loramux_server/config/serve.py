@@ -17,6 +17,7 @@ from loramux_server.config.settings import setting
 from loramux_server.config.shared import MACHINE, RunsBase, split
 from loramux_server.config.sizes import AsksForSizes
 from loramux_server.errors import ConfigError
+from loramux_server.hub.hub_name import PREFIX, is_pattern
 from loramux_server.wire.pace import Pace
 
 _ORIGIN = re.compile(r"https?://(?:[A-Za-z0-9._-]+|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?|null")
@@ -59,6 +60,14 @@ class ServeConfig(RunsBase, AsksForSizes):
         "directory below which vLLM's load_lora_adapter may load",
         group="Adapters",
         unset="no such call",
+    )
+    hub_adapters: str | None = setting(
+        None,
+        "repositories on the model hub whose adapters are fetched when a request first names one as hub:owner/name or "
+        "hub:owner/name@revision, such as acme/support,acme/lora-*; where the hub is, and the token for it, "
+        "huggingface_hub's variables say (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE)",
+        group="Adapters",
+        unset="nothing is fetched",
     )
     keep_versions: int = setting(
         2, "versions that each adapter keeps, to go back to", group="Adapters", between=(1, 1000)
@@ -200,6 +209,16 @@ class ServeConfig(RunsBase, AsksForSizes):
                 raise ConfigError(
                     f"--cors-origins lists pages as scheme://host or scheme://host:port, without a path, not {origin!r}"
                 )
+        if self.hub_adapter_list and f"{self.served_model_name}:" == PREFIX:
+            raise ConfigError(
+                f"--served-model-name {self.served_model_name} does not go with --hub-adapters: {PREFIX} begins the "
+                "names of adapters on the hub"
+            )
+        for pattern in self.hub_adapter_list:
+            if not is_pattern(pattern):
+                raise ConfigError(
+                    f"--hub-adapters lists repositories as owner/name, with * for any characters, not {pattern!r}"
+                )
         for name in self.allowed_host_list:
             if not _HOST_NAME.fullmatch(name):
                 raise ConfigError(f"--allowed-hosts lists names of this machine, without a port, not {name!r}")
@@ -223,6 +242,10 @@ class ServeConfig(RunsBase, AsksForSizes):
     @property
     def cors_origin_list(self) -> list[str]:
         return split(self.cors_origins)
+
+    @property
+    def hub_adapter_list(self) -> list[str]:
+        return split(self.hub_adapters)
 
     @property
     def allowed_host_list(self) -> list[str]:

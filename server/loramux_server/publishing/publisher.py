@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from loramux_adapters.artifact.format import CHAT_TEMPLATE_FILE
+from loramux_adapters.artifact.format import CHAT_TEMPLATE_FILE, GENERATION_FILE
 from loramux_adapters.errors import AdapterCorrupt, AdapterNotFound, BaseMismatch
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.verify import Checked
@@ -44,7 +44,7 @@ class Publisher:
     An adapter's weights are in memory from its check until it is published or refused, beside the budget of the host
     cache while it is tried out. They are bf16 and not larger than its files, so together they are at most as many times
     the largest upload as adapters come in at a time: uploads and vLLM's calls share `Limits.uploads` places, the
-    watched directory brings one at a time, and the preloaded ones come one by one before the first request.
+    watched directory and a hub bring one at a time, and the preloaded ones come one by one before the first request.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Publisher:
 
         Raises InvalidAdapterName, AdapterRejected, StoreUnavailable; then nothing is published or kept.
         """
-        keep_template(staging.directory, checked.chat_template)
+        keep_own(staging.directory, checked)
         # First, so that a deletion that follows at once finds it in memory and takes it out again.
         self._host.put(checked.adapter)
         try:
@@ -101,12 +101,17 @@ class Publisher:
             return Publication(self.publish(name, staging, checked, proof), checked, proof)
 
 
-def keep_template(directory: Path, chat_template: str | None) -> None:
-    """Leave a chat template among the files if it counts, wherever it came from, and none otherwise."""
-    path = directory / CHAT_TEMPLATE_FILE
-    path.unlink(missing_ok=True)
-    if chat_template is not None:
-        path.write_bytes(chat_template.encode())
+def keep_own(directory: Path, checked: Checked) -> None:
+    """Leave a chat template and generation defaults among the files if they count, and none otherwise."""
+    template = checked.chat_template
+    for name, content in (
+        (CHAT_TEMPLATE_FILE, None if template is None else template.encode()),
+        (GENERATION_FILE, checked.generation.dump()),
+    ):
+        path = directory / name
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
 
 
 def is_usable(store: AdapterStore, name: str) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from loramux_adapters.artifact.other_kinds import convert_kind
 from loramux_adapters.base_info import BaseInfo
 from loramux_adapters.errors import AdapterRejected, BaseMismatch
 from loramux_adapters.lora.host_cache import HostCache
@@ -17,7 +18,9 @@ from loramux_adapters.lora.verify import Checked, check_adapter
 from loramux_adapters.store.store import AdapterStore
 from loramux_server.config.serve import ServeConfig
 from loramux_server.engine.inbox import Inbox
+from loramux_server.hub.repository import fetch
 from loramux_server.metrics.metrics import Metrics
+from loramux_server.publishing.hub_adapters import HubAdapters
 from loramux_server.publishing.lora_path import LoraPathRoot
 from loramux_server.publishing.pins import Pins
 from loramux_server.publishing.proof import Prover
@@ -35,13 +38,17 @@ def pin_bytes(config: ServeConfig) -> int:
 
 
 class CountedCheck:
-    """The check of every adapter that comes in, bound to the base that is served, with its outcomes counted."""
+    """The check of every adapter that comes in, bound to the base that is served, with its outcomes counted.
+
+    The directory is the server's own: kinds of adapters that can be written as LoRA become so there.
+    """
 
     def __init__(self, base: BaseInfo, max_rank: int, metrics: Metrics) -> None:
         self._base, self._max_rank, self._metrics = base, max_rank, metrics
 
     def __call__(self, directory: Path, *, force: bool = False) -> Checked:
         try:
+            convert_kind(directory, self._base.linears, self._max_rank)
             checked = check_adapter(directory, self._base, self._max_rank, force=force)
         except BaseMismatch:
             self._metrics.verified("base_mismatch")
@@ -60,6 +67,7 @@ class AdapterLifecycle:
 
     Attributes:
         lora_path_root: what vLLM's calls may load; None: there are no such calls.
+        hub: fetches adapters when they are first asked for; None fetches none.
         work: repeated from `start` to `stop`.
     """
 
@@ -67,6 +75,7 @@ class AdapterLifecycle:
     prover: Prover
     publisher: Publisher
     lora_path_root: LoraPathRoot | None
+    hub: HubAdapters | None = None
     work: Sequence[RepeatedTask] = field(default_factory=list)
 
     @classmethod
@@ -109,7 +118,12 @@ class AdapterLifecycle:
             work.append(RepeatedTask("the look at --watch-dir", config.watch_seconds, watch.poll))
         root = config.lora_path_root
         lora_path_root = None if root is None else LoraPathRoot(publisher, root, limit=limit)
-        return cls(pins, prover, publisher, lora_path_root, work)
+        hub = None
+        if config.hub_adapter_list:
+            hub = HubAdapters(
+                store, publisher, config.hub_adapter_list, fetch, limit=limit, seconds=config.upload_timeout
+            )
+        return cls(pins, prover, publisher, lora_path_root, hub, work)
 
     def start(self) -> None:
         """On the event loop, when the engine takes sequences."""
@@ -119,5 +133,7 @@ class AdapterLifecycle:
 
     def stop(self) -> None:
         """Blocks until the work that is under way has ended."""
+        if self.hub is not None:
+            self.hub.stop()
         for work in self.work:
             work.stop()

@@ -7,6 +7,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,7 +31,9 @@ from loramux_server.config.serve import ServeConfig, is_loopback
 from loramux_server.engine.build import DeviceSide
 from loramux_server.engine.client import EngineClient
 from loramux_server.engine.inbox import Inbox
-from loramux_server.errors import ConfigError
+from loramux_server.errors import ConfigError, RequestError
+from loramux_server.grammar.grammars import Grammars
+from loramux_server.hub.hub_name import PREFIX
 from loramux_server.kernels.attention.kv_cache import KVShape
 from loramux_server.kernels.attention.paged_attention import probe_kv_shape
 from loramux_server.kernels.choice import choose_kernels
@@ -60,6 +63,7 @@ class BuiltServer:
     store: AdapterStore
     host_cache: HostCache
     lifecycle: AdapterLifecycle
+    grammars: Grammars
     pauses: LoopPauses
 
     @property
@@ -90,6 +94,7 @@ class BuiltServer:
         self.pauses.stop()
         await asyncio.to_thread(self.lifecycle.stop)
         await self.client.drain(0.0)
+        self.grammars.close()
         self.host_cache.close()
         self.store.close()
 
@@ -119,6 +124,11 @@ def build(config: ServeConfig, source: BaseSource, stages: Stages, connections: 
             special_in_messages=config.special_tokens_in_messages,
         )
     name = config.served_model_name or base.name
+    if config.hub_adapter_list and f"{name}:" == PREFIX:
+        raise ConfigError(
+            f"with --hub-adapters the base cannot be called {name}: {PREFIX} begins the names of adapters on a hub; "
+            "give --served-model-name"
+        )
     metrics = Metrics(config.metrics_adapter_labels)
     with stages.stage("open the adapter store"):
         store = AdapterStore(
@@ -156,6 +166,10 @@ def build(config: ServeConfig, source: BaseSource, stages: Stages, connections: 
     except BaseException:
         store.close()
         raise
+    with stages.stage("read the base's tokens for shapes of replies"):
+        grammars = Grammars(tokenizer)
+        with suppress(RequestError):  # a base that cannot be held to shapes: whoever asks for one is told
+            grammars.prepare()
     app = create_app(
         Dependencies(
             engine=parts.client,
@@ -165,6 +179,7 @@ def build(config: ServeConfig, source: BaseSource, stages: Stages, connections: 
             check=check,
             prove=lifecycle.prover.prove,
             publish=lifecycle.publisher.publish,
+            grammars=grammars,
             metrics=metrics,
             base=ServedBase(
                 name=name,
@@ -190,6 +205,7 @@ def build(config: ServeConfig, source: BaseSource, stages: Stages, connections: 
             special_in_prompts=config.special_tokens_in_prompts,
             connections=connections,
             cors_origins=config.cors_origin_list,
+            hub=lifecycle.hub,
         )
     )
     overhead = _overhead(parts, base)
@@ -207,6 +223,7 @@ def build(config: ServeConfig, source: BaseSource, stages: Stages, connections: 
         store=store,
         host_cache=parts.host_cache,
         lifecycle=lifecycle,
+        grammars=grammars,
         pauses=LoopPauses(metrics.loop_paused),
     )
 
@@ -233,7 +250,7 @@ class Parts:
     ) -> Parts:
         inbox = Inbox(config.max_waiting)
         host_cache = HostCache(
-            partial(store.load, convert=base.kernels.convert),
+            partial(store.load, convert=base.kernels.convert, weights=base.weights),
             config.host_cache_mib * MIB,
             on_ready=inbox.wake,
             observer=metrics.host_cache(),

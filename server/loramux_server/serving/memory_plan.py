@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from loramux_adapters.device.device import Device
+from loramux_adapters.lora.lora_linear import affine_bytes
+from loramux_adapters.lora.slots import SMALLEST_RANK
 from loramux_server.base.loader import BaseModel, resident_bytes
 from loramux_server.config.serve import ServeConfig
 from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE
@@ -107,6 +109,9 @@ def memory_table(base: BaseModel, sizes: Sizes, host_cache: int, overhead: int) 
         ),
     ]
     if base.device.is_host:
+        outputs = sum(shape[1] for shape in base.linears.values())
+        size = sizes.arena_rows // SMALLEST_RANK * affine_bytes(outputs)
+        table.append(("magnitudes and biases", size, "up to; taken as adapters with DoRA or biases come"))
         table += in_host
         table.append(("together", sum(size for _, size, _ in table), "at most"))
     else:

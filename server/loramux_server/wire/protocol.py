@@ -53,6 +53,7 @@ class _Watch:
     Attributes:
         since: when the phase began, on the loop's clock.
         taken: bytes that the client's side had taken at the last check, and that was `checked`.
+        due: bytes that it had been given by then.
         credit: seconds for which it may still be slower than its pace.
     """
 
@@ -62,6 +63,7 @@ class _Watch:
     checked: float
     credit: float
     taken: int = 0
+    due: int = 0
 
 
 class DeadlineProtocol(H11Protocol):
@@ -154,7 +156,11 @@ class DeadlineProtocol(H11Protocol):
         self._check_reader(watch, now)
 
     def _check_reader(self, watch: _Watch, now: float) -> None:
-        """Ends the connection of a client that does not take what is ready for it."""
+        """Ends the connection of a client that does not take what is ready for it.
+
+        One that has all that was ready at the check before keeps up: a reply may come more slowly than it must be read,
+        and the last bytes of a stream are always under way.
+        """
         waited, watch.checked = now - watch.checked, now
         pace = self._deadlines.pace
         if watch.taken == watch.sink.written:
@@ -162,6 +168,11 @@ class DeadlineProtocol(H11Protocol):
             self._open.keeps_up(self)
             return
         before, watch.taken = watch.taken, watch.sink.written - watch.sink.left()
+        due, watch.due = watch.due, watch.sink.written
+        if watch.taken >= due:
+            watch.credit = pace.seconds
+            self._open.keeps_up(self)
+            return
         watch.credit = pace.credit(watch.credit, waited, watch.taken - before)
         if pace.seconds - watch.credit > LAG_SECONDS:
             self._open.lags(self)

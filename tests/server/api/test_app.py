@@ -165,6 +165,24 @@ async def test_a_refused_method_is_told_all_that_the_path_takes(server: Server, 
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("call", "methods", "refused"),
+    [
+        ("archive", {"GET"}, ["PUT", "DELETE"]),
+        ("pin", {"POST", "DELETE"}, ["GET", "PUT"]),
+        ("rollback", {"POST"}, ["GET", "PUT", "DELETE"]),
+    ],
+)
+async def test_a_call_on_an_adapter_is_no_adapters_name(
+    server: Server, call: str, methods: set[str], refused: list[str]
+) -> None:
+    async with server.client() as client:
+        for method in refused:
+            reply = await client.request(method, f"/v1/adapters/pirate/{call}")
+            assert (reply.status_code, set(reply.headers["allow"].split(", "))) == (405, methods)
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize("given", [b"trace-1:a.b_c", b"x" * 128])
 async def test_a_callers_own_request_id_is_kept(server: Server, given: bytes) -> None:
     async with server.client() as client:
@@ -217,6 +235,8 @@ def test_every_error_that_a_request_can_raise_has_its_row() -> None:
         "TokenizerMissing",
         "IndexLost",
         "DeviceMissing",
+        "VectorsNotServed",  # a kind of AdapterRejected, whose row it has
+        "GrammarFailed",  # the engine ends its sequence with this message
         "CannotCapture",  # the engine runs the step without a graph
     }
     kinds = {kind for kind in tree_of(LoramuxError) | tree_of(AdapterError) if kind.__module__.endswith("errors")}

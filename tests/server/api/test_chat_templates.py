@@ -1,4 +1,7 @@
-"""An adapter's own tokenizer files, by every way in, and its chat template in requests; a real store, no engine."""
+"""An adapter's own tokenizer files and generation defaults, by every way in, and its chat template in requests.
+
+A real store, no engine.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ import pytest
 
 from loramux_adapters.artifact.format import (
     CHAT_TEMPLATE_FILE,
+    GENERATION_FILE,
     KNOWN_FILES,
     TOKENIZER_FILES,
     UPLOAD_PARTS,
@@ -26,6 +30,7 @@ from loramux_adapters.base_info import BaseInfo
 from loramux_adapters.chat.tokenizer_files import TokenizerFiles
 from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.lora.verify import Checked, check_adapter
+from loramux_adapters.store.rebuild import rebuild_index
 from loramux_adapters.store.store import AdapterStore
 from loramux_server.api.app import create_app
 from loramux_server.client import transfer
@@ -222,6 +227,63 @@ async def test_a_backup_and_a_download_carry_the_template(scene: Scene, tmp_path
     assert (tmp_path / "pulled" / CHAT_TEMPLATE_FILE).read_text() == OTHER
     assert digest_of(read_config(tmp_path / "pulled"), tmp_path / "pulled") == version
     assert shown["chat_template"] == "adapter"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("way", WAYS)
+async def test_generation_defaults_come_in_by_every_way_and_are_kept_as_they_count(scene: Scene, way: Way) -> None:
+    plain = scene.adapter("a")
+    without = digest_of(read_config(plain), plain)
+    scene.adapter("a", generation_config='{"top_k": 5,  "num_beams": 3, "eos_token_id": 1}')
+    assert await way(scene, "a") == ""
+    record = scene.store.record("a")
+    assert (scene.store.directory(record.version) / GENERATION_FILE).read_bytes() == b'{\n "top_k": 5\n}'
+    assert record.version != without and scene.store.load(record.version).version == record.version
+    assert any("num_beams" in note for note in record.notes)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_generation_config_that_says_nothing_is_not_kept(scene: Scene, way: Way) -> None:
+    plain = scene.adapter("a")
+    without = digest_of(read_config(plain), plain)
+    scene.adapter("a", generation_config='{"eos_token_id": 1}')
+    assert await way(scene, "a") == ""
+    assert scene.store.record("a").version == without
+    assert not (scene.store.directory(without) / GENERATION_FILE).exists()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("way", WAYS)
+async def test_generation_defaults_out_of_range_are_refused(
+    scene: Scene, way: Way, caplog: pytest.LogCaptureFixture
+) -> None:
+    scene.adapter("a", generation_config='{"top_p": 7}')
+    refused = await way(scene, "a")
+    assert refused and "top_p in generation_config.json is not a number above 0 to 1" in refused + caplog.text
+    assert scene.store.records() == []
+
+
+@pytest.mark.anyio
+async def test_backups_downloads_and_a_rebuilt_index_carry_generation_defaults(scene: Scene, tmp_path: Path) -> None:
+    scene.adapter("a", generation_config='{"top_k": 5, "max_length": 64}')
+    await by_archive(scene, "a")
+    version = scene.store.record("a").version
+    write_backup(scene.store, tmp_path / "backup.tar.gz")
+    async with scene.fake.client() as client:
+        archive = (await client.get("/v1/adapters/a/archive")).content
+    transfer.extract(io.BytesIO(archive), tmp_path / "pulled")
+    assert digest_of(read_config(tmp_path / "pulled"), tmp_path / "pulled") == version
+    other = AdapterStore(tmp_path / "other", served_base_id=BASE.base_id)
+    assert restore_backup(other, tmp_path / "backup.tar.gz", replace=False).done == ["a"]
+    other.close()
+    assert rebuild_index(tmp_path / "other").is_whole
+    other = AdapterStore(tmp_path / "other", served_base_id=BASE.base_id)
+    try:
+        assert other.load(version).version == version
+        assert json.loads((other.directory(version) / GENERATION_FILE).read_bytes()) == {"max_length": 64, "top_k": 5}
+    finally:
+        other.close()
 
 
 def chat(model: str, *adapters: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loramux_adapters.errors import AdapterNotFound, StoreUnavailable
-from loramux_server.api.completions.schemas import parse_chat
+from loramux_server.api.completions.request.chat import parse_chat
 from loramux_server.engine.scheduling.sequence import AdapterUse
 from loramux_server.errors import RequestError
 from support.fakes_api import BASE_NAME, VERSION, Server, make_server, record_of

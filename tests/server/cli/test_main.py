@@ -144,7 +144,7 @@ def test_wrong_command_lines_are_usage_errors_that_say_what_was_meant(capsys: py
     keys = "loramux: unknown argument --api-key; did you mean LORAMUX_API_KEY?\n"
     assert usage_error(["serve", "--api-key", "k"], capsys) == usage_error(["serve", "--api-key=k"], capsys) == keys
     assert usage_error(["adapters"], capsys) == "loramux: missing command; see `loramux adapters --help`\n"
-    missing = "loramux: missing argument 'DIR'; see `loramux adapters push --help`\n"
+    missing = "loramux: missing argument 'DIR|REPO'; see `loramux adapters push --help`\n"
     assert usage_error(["adapters", "push"], capsys) == missing
     assert usage_error(["serve", "--port", "x"], capsys) == "loramux: --port must be a whole number, not 'x'\n"
 

@@ -55,7 +55,7 @@ def test_a_tokenizer_goes_along_and_other_files_of_the_directory_stay_where_they
 
 
 def test_a_directory_that_is_no_adapter_is_refused_with_what_it_lacks(tmp_path: Path) -> None:
-    with pytest.raises(CommandFailed, match="is not a directory"):
+    with pytest.raises(CommandFailed, match="there is no directory"):
         files_to_send(tmp_path / "missing")
     with pytest.raises(CommandFailed, match="holds no adapter_config.json"):
         files_to_send(tmp_path)

@@ -49,6 +49,7 @@ def test_every_field_can_be_set_by_flag_environment_and_file(tmp_path: Path) -> 
         "log_level": ("debug", '"debug"'),
         "host": ("127.0.0.2", '"127.0.0.2"'),
         "cors_origins": ("https://a.example,http://localhost:3000", '"https://a.example,http://localhost:3000"'),
+        "hub_adapters": ("acme/spam,other/*", '"acme/spam,other/*"'),
     }
     for name, setting in settings_of(ServeConfig).items():
         switched = str(not setting.default).lower()
@@ -88,6 +89,14 @@ def test_an_integer_in_the_file_is_fine_where_a_number_is_asked_for(tmp_path: Pa
         ),
         ({"cors_origins": "https://a.example/"}, "--cors-origins lists pages as scheme://host or scheme://host:port"),
         ({"cors_origins": "a.example"}, "without a path, not 'a.example'"),
+        (
+            {"hub_adapters": "acme/*", "served_model_name": "hub"},
+            "--served-model-name hub does not go with --hub-adapters",
+        ),
+        (
+            {"hub_adapters": "acme/spam,acme"},
+            "--hub-adapters lists repositories as owner/name, with * for any characters, not",
+        ),
         ({"allowed_hosts": "host.docker.internal:8000"}, "--allowed-hosts lists names of this machine, without a port"),
         (
             {"max_batch_tokens": "16", "max_num_seqs": "32"},

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from loramux_server.wire.connections import Cut
+from loramux_server.wire.transport import CountedTransport
 from support.wired import wired
 
 GET = b"GET /%s HTTP/1.1\r\nHost: here\r\n\r\n"
@@ -16,7 +17,7 @@ LAST = b"GET /%s HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n"
 
 
 class Application:
-    """/hold answers when it is told to, /flood without end, /read after the whole body, all else at once."""
+    """/hold answers when told to, /flood never ends, /drip goes byte by byte, /read wants the whole body first."""
 
     def __init__(self) -> None:
         self.go_on = asyncio.Event()
@@ -39,6 +40,10 @@ class Application:
             if await is_gone(receive):
                 self.left.append("flood")
                 return
+        if scope["path"] == "/drip":
+            for _ in range(100):
+                await send({"type": "http.response.body", "body": b"x", "more_body": True})
+                await asyncio.sleep(0.01)
         await send({"type": "http.response.body", "body": b"done"})
 
 
@@ -145,6 +150,19 @@ async def test_a_reader_that_is_slow_but_not_too_slow_gets_it_all(app: Applicati
         for _ in range(100):
             await client.reader.readexactly(2**15)
             await asyncio.sleep(0.04)
+        assert server.cuts(Cut.READER_TOO_SLOW) == 0
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("behind", [0, 5])
+async def test_a_reply_that_comes_slower_than_readers_must_read_is_not_its_readers_fault(
+    app: Application, behind: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a stream of tokens. A few bytes are always under way to a client that is far away."""
+    left = CountedTransport.left
+    monkeypatch.setattr(CountedTransport, "left", lambda sink: left(sink) + min(behind, sink.written))
+    async with wired(app, stall_seconds=0.3) as server:
+        assert b"done" in await server.ask(LAST % b"drip")
         assert server.cuts(Cut.READER_TOO_SLOW) == 0
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastapi import Request, Response
+from fastapi import HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 
 from loramux_adapters.artifact.format import CHAT_TEMPLATE_FILE
 from loramux_adapters.errors import AdapterNotFound
-from loramux_adapters.names import check_name, file_name_of
+from loramux_adapters.names import PATH_WORDS, check_name, file_name_of
 from loramux_server.api.adapters.download import packed
 from loramux_server.api.adapters.upload import receive_upload
+from loramux_server.api.completions.request.adapter_defaults import shown, stored_defaults
 from loramux_server.api.http.auth import Access, access
 from loramux_server.api.http.body import read_object
 from loramux_server.api.http.dependencies import Dependencies
@@ -43,12 +44,12 @@ class AdapterRoutes:
         return await listed(self._records_json)
 
     async def show(self, request: Request) -> Response:
-        return await self._shown(self._name_of(request))
+        return await self._shown(self._last_name_of(request))
 
     @access(Access.ADMIN)
     async def put(self, request: Request) -> Response:
         """201 for a new adapter, 200 for a new version of one, for one that is there already, and for a mere check."""
-        name = self._name_of(request)
+        name = self._last_name_of(request)
         flags = _flags(request, ("validate_only", "force", "allow_no_effect", "skip_replay"))
         validate_only = flags.pop("validate_only")
         store = self._deps.store
@@ -66,7 +67,7 @@ class AdapterRoutes:
 
     @access(Access.ADMIN)
     async def delete(self, request: Request) -> Response:
-        name = self._name_of(request)
+        name = self._last_name_of(request)
         await run_in_thread(self._deps.store.delete, name)
         self._deps.metrics.adapter_deleted(name)
         return JSONResponse({"id": name, "object": "adapter", "deleted": True})
@@ -118,15 +119,15 @@ class AdapterRoutes:
         """
         try:
             record = await run_in_thread(self._deps.store.record, name)
-            shown = self._record_json(record, await run_in_thread(self._with_own_template, [record]))
+            adapter = self._record_json(record, await run_in_thread(self._brings, record))
         except AdapterNotFound:
             if published is None:
                 raise
-            shown = {"id": name, "object": "adapter", "name": name, "deleted": True}
+            adapter = {"id": name, "object": "adapter", "name": name, "deleted": True}
         if published is None:
-            return JSONResponse(shown)
+            return JSONResponse(adapter)
         outcome = {"outcome": published.outcome, "version": published.version}
-        return JSONResponse(shown | outcome, 201 if published.outcome == "created" else 200)
+        return JSONResponse(adapter | outcome, 201 if published.outcome == "created" else 200)
 
     async def _fields(self, request: Request, names: tuple[str, ...]) -> dict[str, Any]:
         """The fields of query and JSON body; there need not be a body. Raises RequestError for any other field."""
@@ -148,20 +149,26 @@ class AdapterRoutes:
     def _name_of(self, request: Request) -> str:
         return check_name(request.path_params["name"], (self._deps.base.name,))
 
-    def _with_own_template(self, records: Sequence[AdapterRecord]) -> set[str]:
-        """The current versions that bring a chat template in place of the base's. Asks the disk."""
-        directory = self._deps.store.directory
-        return {each.version for each in records if (directory(each.version) / CHAT_TEMPLATE_FILE).exists()}
+    def _last_name_of(self, request: Request) -> str:
+        """Of a path that ends with the name. Raises HTTPException: it is another call's, which takes other methods."""
+        above, _, last = request.path_params["name"].rpartition("/")
+        if above and last in PATH_WORDS:
+            raise HTTPException(405)
+        return self._name_of(request)
+
+    def _brings(self, record: AdapterRecord) -> dict[str, Any]:
+        """What the current version brings beside its weights. Asks the disk."""
+        directory = self._deps.store.directory(record.version)
+        template = "adapter" if (directory / CHAT_TEMPLATE_FILE).exists() else "base"
+        return {"chat_template": template, **shown(stored_defaults(directory))}
 
     def _records_json(self) -> Iterator[dict[str, Any]]:
         """Every adapter. Asks the disk."""
-        records = self._deps.store.records()
-        own = self._with_own_template(records)
-        for record in records:
-            yield self._record_json(record, own)
+        for record in self._deps.store.records():
+            yield self._record_json(record, self._brings(record))
 
-    def _record_json(self, record: AdapterRecord, own_template: set[str]) -> dict[str, Any]:
-        """An adapter as clients see it. `own_template`: versions that bring a chat template."""
+    def _record_json(self, record: AdapterRecord, brings: dict[str, Any]) -> dict[str, Any]:
+        """An adapter as clients see it."""
         return {
             "id": record.name,
             "object": "adapter",
@@ -178,7 +185,7 @@ class AdapterRoutes:
             "base_verified": record.base_verified,
             "fingerprint": record.fingerprint,
             "notes": record.notes,
-            "chat_template": "adapter" if record.version in own_template else "base",
+            **brings,
             "requests": record.references,
             "created": record.created,
             "updated": record.updated,
@@ -229,6 +236,7 @@ def _checked_json(name: str, checked: Checked, proof: ReplayOutcome) -> dict[str
         "fingerprint": proof,
         "notes": checked.notes,
         "chat_template": "base" if checked.chat_template is None else "adapter",
+        **shown(checked.generation),
     }
 
 

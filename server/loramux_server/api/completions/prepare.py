@@ -8,29 +8,35 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 
 from loramux_adapters.artifact.format import read_chat_template
 from loramux_adapters.errors import AdapterError
-from loramux_server.api.completions.generation import AdapterLeases, Choice, Generation, give_back
-from loramux_server.api.completions.schemas import (
-    AdapterPart,
-    ChatRequest,
-    CompletionRequest,
-    GenerationRequest,
-    TemplateOptions,
-)
+from loramux_server.api.completions.conversation import as_turns
+from loramux_server.api.completions.request.adapter_defaults import RequestDefaults
+from loramux_server.api.completions.request.chat import ChatRequest, TemplateOptions
+from loramux_server.api.completions.request.completion import CompletionRequest
+from loramux_server.api.completions.request.generation import AdapterPart, GenerationRequest
+from loramux_server.api.completions.request.shapes import AskedShape
+from loramux_server.api.completions.running.choice import Choice, Echo
+from loramux_server.api.completions.running.generation import Generation, give_back
+from loramux_server.api.completions.running.leases import AdapterLeases
+from loramux_server.api.completions.running.reading import Reading
+from loramux_server.api.completions.sampling import check_token_ids, sampling_of, seed_of
 from loramux_server.api.http.dependencies import Dependencies, StoreLike
 from loramux_server.api.http.model_names import RequestedAdapter, resolve_model
 from loramux_server.api.http.worker_threads import run_in_thread
 from loramux_server.base.detokenizer import Detokenizer
-from loramux_server.engine.scheduling.sequence import SamplingParams
+from loramux_server.engine.scheduling.sequence import Grammar
 from loramux_server.engine.scheduling.sequence import Sequence as EngineSequence
 from loramux_server.errors import LoramuxError, RequestError
+from loramux_server.metrics.metrics import Metrics
+from loramux_server.tools.history import for_template
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default
-LEAST_TEMPERATURE = 1e-4  # below it the choice is greedy anyway, and logits divided by it would overflow
 CONTEXT_EXCEEDED = "context_length_exceeded"
 _CONTEXT_TOKENS = 8  # so many last tokens of a prompt decide how the reply's first characters read
 
@@ -81,63 +87,110 @@ def chat_template_of(store: StoreLike, leases: AdapterLeases) -> str | None:
     return own[0][1] if own else None
 
 
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt of a request.
+
+    Attributes:
+        tokens: what the base reads.
+        text: as it was sent; None if it came as tokens, or was put together or cut here.
+        reading: how its replies are read; None if they are text and nothing else.
+    """
+
+    tokens: list[int]
+    text: str | None = None
+    reading: Reading | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPlan:
+    """What a route makes of a request's body.
+
+    Attributes:
+        prompts: may take long, and raises RequestError.
+        param: that they come from.
+        max_tokens: of the reply to a prompt of these tokens.
+        room: for a reply, that a prompt which is cut leaves.
+        continues: the reply continues the prompt's text.
+        echoes: the reply begins with the prompt.
+        further_stops: tokens that end a reply, beside the base's and the request's.
+    """
+
+    prompts: Callable[[], Iterable[Prompt]]
+    param: str
+    max_tokens: Callable[[list[int]], int]
+    room: int
+    continues: bool = False
+    echoes: bool = False
+    further_stops: frozenset[int] = frozenset()
+
+
+@contextmanager
+def refusals_counted(metrics: Metrics) -> Iterator[None]:
+    """Counts a request that is refused before it holds anything."""
+    try:
+        yield
+    except (LoramuxError, AdapterError):
+        metrics.request_refused()
+        raise
+
+
 class Preparation:
     """`leases` first, then `chat` or `completion` with them."""
 
     def __init__(self, deps: Dependencies) -> None:
         self._deps = deps
 
-    async def leases(self, body: GenerationRequest) -> AdapterLeases:
-        """Leases on the versions that the request names. Raises RequestError or AdapterError."""
-        targets = requested_adapters(body.model, body.adapters, self._deps.base.name)
-        leases = await AdapterLeases.acquire(self._deps.store, targets, listed=body.adapters is not None)
+    async def leases(self, model: str, adapters: Sequence[AdapterPart] | None) -> AdapterLeases:
+        """Leases on the versions that a request names. Raises RequestError or AdapterError."""
+        targets = requested_adapters(model, adapters, self._deps.base.name)
+        await self._deps.fetched(targets)
+        leases = await AdapterLeases.acquire(self._deps.store, targets, listed=adapters is not None)
         self._deps.metrics.request_started(leases.adapter)
         return leases
 
     async def chat(self, body: ChatRequest, leases: AdapterLeases) -> Generation:
         """Owns the leases from now on: if it raises (RequestError), they are released."""
-        base = self._deps.base
-        return await self._prepare(
-            body,
-            leases,
+        base, own = self._deps.base, leases.defaults
+
+        def longest_reply(prompt: list[int]) -> int:
+            room = own.context(base.context) - len(prompt)
+            return body.longest_reply or own.longest_reply(body, room) or min(base.reply, room)
+
+        plan = PromptPlan(
             prompts=lambda: [self.encoded_chat(body, leases)],
             param="messages",
-            max_tokens=lambda prompt: body.longest_reply or min(base.reply, base.context - len(prompt)),
-            continues=False,
+            max_tokens=longest_reply,
+            room=body.longest_reply or 1,
+            continues=bool(body.continue_final_message),
         )
+        return await self._prepare(body, leases, plan)
 
     async def completion(self, body: CompletionRequest, leases: AdapterLeases) -> Generation:
         """Owns the leases from now on: if it raises (RequestError), they are released."""
-        return await self._prepare(
-            body,
-            leases,
-            prompts=lambda: map(self.encoded, body.prompt),
-            param="prompt",
-            max_tokens=lambda prompt: body.max_tokens or COMPLETION_MAX_TOKENS,
-            continues=True,
-        )
+        base, own, infill = self._deps.base, leases.defaults, self._deps.tokenizer.infill
 
-    async def _prepare(
-        self,
-        body: GenerationRequest,
-        leases: AdapterLeases,
-        *,
-        prompts: Callable[[], Iterable[list[int]]],
-        param: str,
-        max_tokens: Callable[[list[int]], int],
-        continues: bool,
-    ) -> Generation:
-        """`prompts` may take long and runs in a worker thread; `continues`: the reply continues the prompt's text."""
+        def longest_reply(prompt: list[int]) -> int:
+            if body.max_tokens is not None:
+                return body.max_tokens
+            return own.longest_reply(body, own.context(base.context) - len(prompt)) or COMPLETION_MAX_TOKENS
+
+        plan = PromptPlan(
+            prompts=lambda: (self._completion_prompt(body, prompt) for prompt in body.prompt),
+            param="prompt",
+            max_tokens=longest_reply,
+            room=COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
+            continues=not body.suffix,
+            echoes=bool(body.echo),
+            further_stops=infill.end_ids if body.suffix and infill is not None else frozenset(),
+        )
+        return await self._prepare(body, leases, plan)
+
+    async def _prepare(self, body: GenerationRequest, leases: AdapterLeases, plan: PromptPlan) -> Generation:
         started = time.monotonic()
         outcome = "abort"
         try:
-            # Each is checked before the next is encoded: the first that is too long ends it.
-            encoded = await run_in_thread(lambda: [self._limited(prompt, max_tokens, param) for prompt in prompts()])
-            identity = uuid.uuid4().hex
-            choices = []
-            for index, (prompt, limit) in enumerate(encoded):
-                sequence = self._sequence(f"{identity}-{index}", prompt, limit, body, leases)
-                choices.append(Choice(index, sequence, self._detokenizer(body, prompt if continues else ())))
+            choices = await run_in_thread(self._choices, body, leases, plan)
         except BaseException as error:
             if isinstance(error, Exception):
                 outcome = "rejected" if isinstance(error, LoramuxError | AdapterError) else "error"
@@ -150,56 +203,162 @@ class Preparation:
             choices,
             started=started,
             timeout=self._deps.limits.request_seconds,
+            kept=body.replies if body.candidates > body.replies else None,
         )
 
-    def _sequence(
-        self, identity: str, prompt: list[int], max_tokens: int, body: GenerationRequest, leases: AdapterLeases
-    ) -> EngineSequence:
-        temperature = 1.0 if body.temperature is None else body.temperature
-        params = SamplingParams(
-            temperature=temperature if temperature >= LEAST_TEMPERATURE else 0.0,
-            top_p=1.0 if body.top_p is None else body.top_p,
-            top_k=max(0, body.top_k or 0),
-            min_p=body.min_p or 0.0,
-            seed=body.seed,
-            max_tokens=max_tokens,
-            logprobs=body.alternatives,
-            stop_token_ids=frozenset() if body.ignore_eos else self._deps.tokenizer.stop_ids,
-        )
-        return EngineSequence(identity, prompt, params, leases.uses(), adapter=leases.adapter)
+    def _choices(self, body: GenerationRequest, leases: AdapterLeases, plan: PromptPlan) -> list[Choice]:
+        """Prompt by prompt, all replies to each. Raises RequestError."""
+        own = leases.defaults
+        body = own.filled(body)
+        params = sampling_of(body, self._deps.tokenizer)
+        params = replace(params, stop_token_ids=params.stop_token_ids | plan.further_stops)
+        # Each is checked before the next is encoded: the first that is too long ends it.
+        prompts = [self._limited(self._cut(prompt, body, plan.room, own), body, plan, own) for prompt in plan.prompts()]
+        own_ends = frozenset() if body.ignore_eos else self._deps.tokenizer.stop_ids
+        named_stops = frozenset(body.stop_token_ids or ()) - own_ends
+        identity = uuid.uuid4().hex
+        choices: list[Choice] = []
+        for prompt, limit in prompts:
+            of_prompt = replace(params, max_tokens=limit)
+            if not limit and params.prompt_logprobs is None:  # nothing but the prompt's text is wanted
+                of_prompt = replace(of_prompt, prompt_logprobs=0, prompt_logprobs_from=len(prompt.tokens))
+            echo = self._echo(prompt, body.alternatives) if plan.echoes else None
+            asked = body.shape if prompt.reading is None else prompt.reading.shape(body.shape)
+            first = f"{identity}-{len(choices)}"
+            for place in range(body.candidates):
+                sequence = EngineSequence(
+                    f"{identity}-{len(choices)}",
+                    prompt.tokens,
+                    replace(of_prompt, seed=seed_of(params.seed, place), grammar=self._grammar(asked, prompt.reading)),
+                    leases.uses(),
+                    adapter=leases.adapter,
+                    shares_prompt_with=first if place else None,
+                    cache_group="" if body.cache_salt is None else f"salt/{body.cache_salt}",
+                )
+                choices.append(
+                    Choice(
+                        len(choices),
+                        sequence,
+                        self._detokenizer(body, prompt, continues=plan.continues),
+                        named_stops=named_stops,
+                        shows_stop=bool(body.include_stop_str_in_output),
+                        echo=echo,
+                        reader=None if prompt.reading is None else prompt.reading.reader(),
+                    )
+                )
+        return choices
 
-    def _detokenizer(self, body: GenerationRequest, context: Sequence[int]) -> Detokenizer:
+    def _grammar(self, asked: AskedShape | None, reading: Reading | None) -> Grammar | None:
+        """Of one reply alone, since it follows what was chosen so far. Raises RequestError."""
+        if asked is None:
+            return None
+        if self._deps.grammars is None:
+            raise RequestError("this server cannot hold replies to a shape", param=asked.param, code="unsupported")
+        try:
+            return self._deps.grammars.of(asked.shape, asked.param)
+        except RequestError as error:
+            if reading is None or asked.param != "tools":
+                raise
+            raise reading.blamed(error) from error
+
+    def _detokenizer(self, body: GenerationRequest, prompt: Prompt, *, continues: bool) -> Detokenizer:
         tokenizer = self._deps.tokenizer
+        shown = frozenset() if prompt.reading is None else prompt.reading.shown_ids
+        skip = frozenset() if body.skip_special_tokens is False else tokenizer.special_ids - shown
         return Detokenizer(
-            tokenizer.decode, stop=body.stop, skip=tokenizer.special_ids, context=context[-_CONTEXT_TOKENS:]
+            tokenizer.decode if skip == tokenizer.special_ids else partial(tokenizer.decode, special=True),
+            stop=body.stop,
+            skip=skip,
+            context=prompt.tokens[-_CONTEXT_TOKENS:] if continues else (),
+            min_tokens=body.min_tokens or 0,
+            include_stop=bool(body.include_stop_str_in_output),
         )
 
-    def encoded_chat(self, body: TemplateOptions, leases: AdapterLeases) -> list[int]:
+    def _echo(self, prompt: Prompt, alternatives: int | None) -> Echo:
+        """A prompt's text, and where its tokens begin in it, counted from its end: what a base expects around a text
+        stands before it.
+        """
+        detokenizer = Detokenizer(partial(self._deps.tokenizer.decode, special=True))
+        parts, offsets = [], []
+        for token in prompt.tokens:
+            offsets.append(detokenizer.position)
+            parts.append(detokenizer.add(token))
+        decoded = "".join(parts) + detokenizer.flush()
+        text = decoded if prompt.text is None else prompt.text
+        before = len(decoded) - len(text)
+        return Echo(text, [max(0, offset - before) for offset in offsets], alternatives)
+
+    def _completion_prompt(self, body: CompletionRequest, prompt: str | list[int]) -> Prompt:
+        """Raises RequestError."""
+        if body.suffix:
+            return Prompt(self._infill(prompt, body.suffix))
+        around = body.add_special_tokens is not False
+        return Prompt(self.encoded(prompt, around=around), prompt if isinstance(prompt, str) else None)
+
+    def _infill(self, prompt: str | list[int], suffix: str) -> list[int]:
+        """The prompt that asks for what stands between a text and a suffix. Raises RequestError."""
+        tokenizer, special = self._deps.tokenizer, self._deps.special_in_prompts
+        if tokenizer.infill is None:
+            raise RequestError(
+                "'suffix': this base has no tokens for filling in; it can only go on behind a text",
+                param="suffix",
+                code="unsupported",
+            )
+        if isinstance(prompt, str):
+            self._check_characters(len(prompt) + len(suffix), "suffix")
+            before = tokenizer.encode(prompt, special=special, around=False)
+        else:
+            self._check_characters(len(suffix), "suffix")
+            before = self.encoded(prompt)
+        after = tokenizer.encode_piece(suffix, special=special)
+        begin = tokenizer.encode("", special=special)
+        return begin[:1] + tokenizer.infill.prompt(before, after)
+
+    def _cut(self, prompt: Prompt, body: GenerationRequest, room: int, own: RequestDefaults) -> Prompt:
+        """The prompt without what is more than the request lets it have."""
+        if (most := body.truncate_prompt_tokens) is None:
+            return prompt
+        if most == -1:
+            most = max(0, own.context(self._deps.base.context) - room)
+        if len(prompt.tokens) <= most:
+            return prompt
+        kept = prompt.tokens[:most] if body.truncation_side == "right" else prompt.tokens[len(prompt.tokens) - most :]
+        return Prompt(kept, reading=prompt.reading)
+
+    def encoded_chat(self, body: TemplateOptions, leases: AdapterLeases) -> Prompt:
         """Messages as tokens, by the base's template or the adapters'. Raises RequestError.
 
         In a worker thread: it reads files, and may take long.
         """
-        self._check_characters(sum(len(message.content) for message in body.messages), "messages")
-        return self._deps.tokenizer.encode_chat(
-            [message.for_template for message in body.messages],
-            chat_template=chat_template_of(self._deps.store, leases),
-            template_kwargs=body.template_variables,
+        calling, tokenizer = body.calling, self._deps.tokenizer
+        tools = () if calling is None else calling.tools
+        self._check_characters(sum(message.characters for message in body.messages), "messages")
+        self._check_characters(sum(len(tool.description) + len(str(tool.parameters)) for tool in tools), "tools")
+        template = chat_template_of(self._deps.store, leases)
+        conventions = tokenizer.conventions(template)
+        turns, described = for_template(conventions, as_turns(body.messages), tools)
+        tokens = tokenizer.encode_chat(
+            turns,
+            chat_template=template,
+            template_kwargs=body.template_variables | described,
             add_generation_prompt=body.opens_turn,
+            continue_final_message=bool(body.continue_final_message),
         )
+        reasoning = conventions.reasoning
+        end = tokenizer.decode(tokens[-_CONTEXT_TOKENS:], special=True)
+        is_thinking = reasoning is not None and reasoning.opened_by(end)
+        return Prompt(tokens, reading=Reading(conventions, calling, is_thinking))
 
-    def encoded(self, prompt: str | list[int]) -> list[int]:
-        """A prompt as tokens. Raises RequestError; in a worker thread, since it may take long."""
+    def encoded(self, prompt: str | list[int], param: str = "prompt", *, around: bool = True) -> list[int]:
+        """A prompt as tokens; `around`: with those that the base expects around a text.
+
+        Raises RequestError; in a worker thread, since it may take long.
+        """
         if isinstance(prompt, str):
-            self._check_characters(len(prompt), "prompt")
-            return self._deps.tokenizer.encode(prompt, special=self._deps.special_in_prompts)
-        self.check_token_ids(prompt, "prompt")
+            self._check_characters(len(prompt), param)
+            return self._deps.tokenizer.encode(prompt, special=self._deps.special_in_prompts, around=around)
+        check_token_ids(prompt, param, self._deps.tokenizer)
         return prompt
-
-    def check_token_ids(self, tokens: Sequence[int], param: str) -> None:
-        """Raises RequestError for an id that is no token."""
-        vocab_size = self._deps.tokenizer.vocab_size
-        if tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
-            raise RequestError(f"'{param}': token ids must be 0 to {vocab_size - 1}", param=param, code="invalid_value")
 
     def _check_characters(self, count: int, param: str) -> None:
         """Refuses a text that cannot fit, before the tokenizer spends seconds on it."""
@@ -212,23 +371,32 @@ class Preparation:
                 code=CONTEXT_EXCEEDED,
             )
 
-    def _limited(self, prompt: list[int], max_tokens: Callable[[list[int]], int], param: str) -> tuple[list[int], int]:
+    def _limited(
+        self, prompt: Prompt, body: GenerationRequest, plan: PromptPlan, own: RequestDefaults
+    ) -> tuple[Prompt, int]:
         """A prompt that fits, and the most tokens of its reply."""
-        context, limit = self._deps.base.context, max_tokens(prompt)
-        if not prompt:
-            raise RequestError(f"'{param}': no tokens are left of it", param=param, code="invalid_value")
-        if len(prompt) >= context:
+        context, whose = own.context(self._deps.base.context), own.whose_context(self._deps.base.context)
+        length, limit = len(prompt.tokens), plan.max_tokens(prompt.tokens)
+        if not length:
+            raise RequestError(f"'{plan.param}': no tokens are left of it", param=plan.param, code="invalid_value")
+        longest = context - 1 if limit else context
+        if length > longest:
             raise RequestError(
-                f"the context holds {context} tokens and the prompt alone has {len(prompt)}; shorten it to at most "
-                f"{context - 1}",
-                param=param,
+                f"{whose} holds {context} tokens and the prompt alone has {length}; shorten it to at most {longest}",
+                param=plan.param,
                 code=CONTEXT_EXCEEDED,
             )
-        if len(prompt) + limit > context:
+        if length + limit > context:
             raise RequestError(
-                f"the context holds {context} tokens; the prompt has {len(prompt)} and max_tokens is {limit}: "
+                f"{whose} holds {context} tokens; the prompt has {length} and max_tokens is {limit}: "
                 "shorten one of them",
                 param="max_tokens",
                 code=CONTEXT_EXCEEDED,
+            )
+        if (body.min_tokens or 0) > limit:
+            raise RequestError(
+                f"'min_tokens' is {body.min_tokens}, and the reply has at most {limit}",
+                param="min_tokens",
+                code="invalid_value",
             )
         return prompt, limit

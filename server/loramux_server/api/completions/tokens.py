@@ -7,15 +7,16 @@ from itertools import groupby
 
 from fastapi import Request, Response
 
-from loramux_server.api.completions.generation import AdapterLeases
 from loramux_server.api.completions.prepare import Preparation, requested_adapters
-from loramux_server.api.completions.reply_format import token_text
-from loramux_server.api.completions.schemas import (
+from loramux_server.api.completions.reply.reply_format import token_text
+from loramux_server.api.completions.request.tokens import (
     TokenizeChatRequest,
     TokenizePromptRequest,
     parse_detokenize,
     parse_tokenize,
 )
+from loramux_server.api.completions.running.leases import AdapterLeases
+from loramux_server.api.completions.sampling import check_token_ids
 from loramux_server.api.http.body import read_json
 from loramux_server.api.http.dependencies import Dependencies
 from loramux_server.api.http.json_object import parsed_off_loop
@@ -41,6 +42,7 @@ class TokenRoutes:
         """What `made` returns, which is called in a worker thread; an adapter that is asked for must be there."""
         base_name = self._deps.base.name
         targets = requested_adapters(model or base_name, None, base_name)
+        await self._deps.fetched(targets)
         leases = await AdapterLeases.acquire(self._deps.store, targets, listed=False)
         try:
             content = await run_in_thread(lambda: json_in_pieces(made(leases), depth=2))
@@ -54,13 +56,13 @@ class TokenRoutes:
 
     def _tokenized(self, body: TokenizeChatRequest | TokenizePromptRequest, leases: AdapterLeases) -> dict[str, object]:
         if isinstance(body, TokenizeChatRequest):
-            tokens = self._preparation.encoded_chat(body, leases)
+            tokens = self._preparation.encoded_chat(body, leases).tokens
         else:
-            tokens = self._preparation.encoded(body.prompt)
+            tokens = self._preparation.encoded(body.prompt, around=body.add_special_tokens is not False)
         token_bytes = self._deps.tokenizer.token_bytes
         return {
             "count": len(tokens),
-            "max_model_len": self._deps.base.context,
+            "max_model_len": leases.defaults.context(self._deps.base.context),
             "tokens": tokens,
             "token_strs": [token_text(token_bytes(token)) for token in tokens] if body.return_token_strs else None,
         }
@@ -68,7 +70,7 @@ class TokenRoutes:
     def _text(self, tokens: list[int]) -> str:
         """Special tokens are written out, though they never show in a reply."""
         tokenizer = self._deps.tokenizer
-        self._preparation.check_token_ids(tokens, "tokens")
+        check_token_ids(tokens, "tokens", tokenizer)
 
         def text_of(is_special: bool, run: Sequence[int]) -> str:
             if is_special:

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from loramux_adapters.names import MAX_NAME, NAME_PATTERN
-from loramux_server.api.completions.options import OPTIONS
+from loramux_server.api.completions.request.options import OPTIONS
 from loramux_server.api.description.operations import EVENTS, FORM, JSON, OPERATIONS, Operation
 from loramux_server.api.description.replies import AdapterValidation, ErrorReply
 from loramux_server.api.http.auth import Access
@@ -19,8 +19,8 @@ from loramux_server.api.http.auth import Access
 _CONVERTER = re.compile(r":\w+(?=\})")
 _PARAMETER = re.compile(r"\{(\w+)\}")
 _ABOUT = (
-    "OpenAI's chat and completions API over one base model and many LoRA adapters, and calls to manage the adapters. "
-    "`model` names the base or an adapter."
+    "OpenAI's API (chat, completions, responses, embeddings) over one base model and many LoRA adapters, and calls to "
+    "manage the adapters. `model` names the base or an adapter."
 )
 
 
@@ -98,7 +98,7 @@ def _responses(route: DescribedRoute, needs_key: bool) -> dict[str, Any]:
         replies = (operation.reply, AdapterValidation) if operation.takes == FORM else (operation.reply,)
         content = {JSON: {"schema": _any_of(replies)}}
     if operation.event is not None:
-        content[EVENTS] = {"schema": {"type": "string"}, "x-event": _any_of((operation.event,))}
+        content[EVENTS] = {"schema": _event(operation.event, operation.done)}
     responses = {str(status): {"description": operation.summary, "content": content} for status in operation.statuses}
     errors = {"default": "Refused, or failed"}
     if operation.requests or operation.query:
@@ -110,6 +110,13 @@ def _responses(route: DescribedRoute, needs_key: bool) -> dict[str, Any]:
     for status, text in errors.items():
         responses[status] = {"description": text, "content": {JSON: {"schema": _any_of((ErrorReply,))}}}
     return responses
+
+
+def _event(model: type[BaseModel], done: bool) -> dict[str, Any]:
+    """One event of a stream: a schema describes that there, not the whole."""
+    data = {"type": "string", "contentMediaType": JSON, "contentSchema": _any_of((model,))}
+    what = {"anyOf": [data, {"const": "[DONE]"}]} if done else data
+    return {"type": "object", "properties": {"event": {"type": "string"}, "data": what}, "required": ["data"]}
 
 
 def _any_of(models: tuple[type[BaseModel], ...]) -> dict[str, Any]:
@@ -129,9 +136,9 @@ def _schemas(operations: Iterable[Operation]) -> dict[str, Any]:
     models += [(model, "serialization") for model in sorted(replies, key=_name)]
     _, whole = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     schemas: dict[str, Any] = whole["$defs"]
-    about = {option.name: option.about for option in OPTIONS}
+    about = {option.name: option.about for option in OPTIONS if option.served}
     for name, beside in options.items():
-        fields = schemas[name]["properties"]
+        fields = schemas[name].setdefault("properties", {})
         for field in fields:
             if name.endswith("Request") and field in about:
                 fields[field].setdefault("description", about[field])

@@ -10,21 +10,30 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from loramux_adapters.artifact.format import UPLOAD_PARTS
 from loramux_server.api.adapters.upload import ARCHIVE
-from loramux_server.api.completions.options import Option, unserved
-from loramux_server.api.completions.schemas import (
-    MESSAGE,
-    PART,
-    STREAM,
+from loramux_server.api.completions.request.chat import MESSAGE, PART, ChatRequest
+from loramux_server.api.completions.request.completion import CompletionRequest
+from loramux_server.api.completions.request.fields import RequestPart
+from loramux_server.api.completions.request.generation import STREAM
+from loramux_server.api.completions.request.options import Option, unserved
+from loramux_server.api.completions.request.tokens import (
     TOKENIZE_CHAT,
-    TOKENIZE_PROMPT,
-    ChatRequest,
-    CompletionRequest,
     DetokenizeRequest,
-    RequestPart,
     TokenizeChatRequest,
     TokenizePromptRequest,
 )
-from loramux_server.api.description import replies
+from loramux_server.api.description import replies, responses
+from loramux_server.api.embeddings.request import OPTIONS as EMBEDDINGS
+from loramux_server.api.embeddings.request import EmbeddingRequest
+from loramux_server.api.responses.options import (
+    BESIDE,
+    ITEM_OPTIONS,
+    PART_OPTIONS,
+    REASONING_OPTIONS,
+    STREAM_OPTIONS,
+    TEXT_OPTIONS,
+    TOOL_OPTIONS,
+)
+from loramux_server.api.responses.request import ResponsesRequest
 
 JSON, TEXT, HTML, GZIP = "application/json", "text/plain", "text/html", "application/gzip"
 EVENTS, FORM = "text/event-stream", "multipart/form-data"
@@ -40,6 +49,7 @@ class Operation:
         body_needed: False where a request may have none.
         reply: JSON that it answers with; None is another media type.
         event: of a stream, which it answers with where `stream` is true.
+        done: whether such a stream ends with the data `[DONE]`.
         statuses: that its reply may have.
         missing: whether what it is asked for may not be there.
         query: names of parameters, with what they may be.
@@ -52,6 +62,7 @@ class Operation:
     takes: str = JSON
     reply: type[BaseModel] | None = None
     event: type[BaseModel] | None = None
+    done: bool = False
     media: str = JSON
     statuses: tuple[int, ...] = (200,)
     missing: bool = False
@@ -66,7 +77,12 @@ AdapterUpload: type[BaseModel] = create_model(
     "AdapterUpload",
     __doc__="The files of an adapter, `config` and `weights` at least; or `archive` alone.",
     __config__=ConfigDict(
-        json_schema_extra={"oneOf": [{"required": ["config", "weights"]}, {"required": [ARCHIVE], "maxProperties": 1}]}
+        json_schema_extra={
+            "oneOf": [
+                {"required": ["config", "weights"], "not": {"required": [ARCHIVE]}},
+                {"required": [ARCHIVE], "maxProperties": 1},
+            ]
+        }
     ),
     **_PARTS,
 )
@@ -107,6 +123,7 @@ OPERATIONS: Mapping[tuple[Literal["GET", "POST", "PUT", "DELETE"], str], Operati
         options={"ChatRequest": unserved("chat"), "ChatMessage": MESSAGE, "TextPart": PART, "StreamOptions": STREAM},
         reply=replies.ChatReply,
         event=replies.ChatChunk,
+        done=True,
         missing=True,
     ),
     ("POST", "/v1/completions"): Operation(
@@ -115,12 +132,40 @@ OPERATIONS: Mapping[tuple[Literal["GET", "POST", "PUT", "DELETE"], str], Operati
         options={"CompletionRequest": unserved("completions")},
         reply=replies.CompletionReply,
         event=replies.CompletionReply,
+        done=True,
+        missing=True,
+    ),
+    ("POST", "/v1/responses"): Operation(
+        "A response to a conversation that the client holds, whole or streamed",
+        requests=(ResponsesRequest,),
+        options={
+            "ResponsesRequest": BESIDE,
+            "InputMessage": ITEM_OPTIONS,
+            "InputCall": ITEM_OPTIONS,
+            "CallOutput": ITEM_OPTIONS,
+            "InputReasoning": ITEM_OPTIONS,
+            "InputText": PART_OPTIONS,
+            "SaidRefusal": PART_OPTIONS,
+            "FunctionTool": TOOL_OPTIONS,
+            "TextConfig": TEXT_OPTIONS,
+            "ReasoningConfig": REASONING_OPTIONS,
+            "NoStreamOptions": STREAM_OPTIONS,
+        },
+        reply=responses.ResponseReply,
+        event=responses.ResponseEvent,
+        missing=True,
+    ),
+    ("POST", "/v1/embeddings"): Operation(
+        "Vectors of texts: what the base with an adapter reads of them",
+        requests=(EmbeddingRequest,),
+        options={"EmbeddingRequest": EMBEDDINGS},
+        reply=replies.EmbeddingReply,
         missing=True,
     ),
     ("POST", "/tokenize"): Operation(
         "The tokens of a text or a conversation",
         requests=(TokenizePromptRequest, TokenizeChatRequest),
-        options={"TokenizePromptRequest": TOKENIZE_PROMPT, "TokenizeChatRequest": TOKENIZE_CHAT},
+        options={"TokenizeChatRequest": TOKENIZE_CHAT},
         reply=replies.TokenizeReply,
         missing=True,
     ),

@@ -5,12 +5,13 @@ Replies are built by hand where they are sent; tests hold what is sent against t
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 Tier = Literal["device", "host", "disk"]
 Finish = Literal["stop", "length"]
+ChatFinish = Literal["stop", "length", "tool_calls", "function_call"]
 
 
 class _Reply(BaseModel):
@@ -48,13 +49,20 @@ class CachedTokens(_Reply):
     cached_tokens: int
 
 
+class ReasoningTokens(_Reply):
+    """Of a reply's tokens, those that were thought before it spoke."""
+
+    reasoning_tokens: int
+
+
 class Usage(_Reply):
-    """What a request took."""
+    """What a request took. The reply's tokens are told apart where the base thinks, or tools were given."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    completion_tokens_details: ReasoningTokens | None = None
 
 
 class Times(_Reply):
@@ -86,20 +94,56 @@ class ChatLogprobs(_Reply):
 
 
 class CompletionLogprobs(_Reply):
-    """Four lists, one item for each token of a text."""
+    """Four lists, one item for each token of a text; null for the first token of a prompt."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
+class PromptToken(_Reply):
+    """A token of a prompt, or one that might be in its place. `rank` is null where it is not known."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+StopReason = Annotated[
+    str | int | None, Field(description="The stop string, or the token of `stop_token_ids`, that ended the reply.")
+]
+TokenIds = Annotated[list[int] | None, Field(description="With `return_token_ids`.")]
+PromptTokens = Annotated[
+    list[dict[str, PromptToken] | None] | None,
+    Field(description="With `prompt_logprobs`: by token id, of each token of the prompt; null for the first."),
+]
+
+
+class Called(_Reply):
+    """A function and its arguments, JSON in a text: as the model wrote it, so look at it before you use it."""
+
+    name: str
+    arguments: str
+
+
+class Call(_Reply):
+    """A call that the client is to make."""
+
+    id: str
+    type: Literal["function"]
+    function: Called
+
+
 class ReplyMessage(_Reply):
-    """The assistant's turn."""
+    """The assistant's turn; its content is null where it only calls."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: str | None = Field(None, description="What it thought before.")
+    tool_calls: list[Call] | None = None
+    function_call: Called | None = Field(None, description="In place of `tool_calls` for a request with `functions`.")
 
 
 class ChatChoice(_Reply):
@@ -108,7 +152,9 @@ class ChatChoice(_Reply):
     index: int
     message: ReplyMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Finish
+    finish_reason: ChatFinish
+    stop_reason: StopReason
+    token_ids: TokenIds = None
 
 
 class ChatReply(_Reply):
@@ -120,6 +166,24 @@ class ChatReply(_Reply):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: TokenIds = None
+    prompt_logprobs: PromptTokens = None
+
+
+class CalledPart(_Reply):
+    """The name comes first, and then the arguments piece by piece."""
+
+    name: str | None = None
+    arguments: str
+
+
+class CallPiece(_Reply):
+    """What is new of one call: `id`, `type` and the name in its first piece alone."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: CalledPart
 
 
 class Delta(_Reply):
@@ -127,6 +191,9 @@ class Delta(_Reply):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[CallPiece] | None = None
+    function_call: CalledPart | None = None
 
 
 class ChatChunkChoice(_Reply):
@@ -135,7 +202,9 @@ class ChatChunkChoice(_Reply):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None
-    finish_reason: Finish | None
+    finish_reason: ChatFinish | None
+    stop_reason: StopReason = None
+    token_ids: TokenIds = None
 
 
 class ChatChunk(_Reply):
@@ -147,6 +216,7 @@ class ChatChunk(_Reply):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
+    prompt_token_ids: TokenIds = None
     loramux: Times | None = None
 
 
@@ -157,6 +227,10 @@ class CompletionChoice(_Reply):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Finish | None
+    stop_reason: StopReason = None
+    token_ids: TokenIds = None
+    prompt_token_ids: TokenIds = None
+    prompt_logprobs: PromptTokens = None
 
 
 class CompletionReply(_Reply):
@@ -169,6 +243,30 @@ class CompletionReply(_Reply):
     choices: list[CompletionChoice]
     usage: Usage | None = None
     loramux: Times | None = None
+
+
+class Embedding(_Reply):
+    """One input's vector: numbers, or little-endian fp32 in base64."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(_Reply):
+    """What a request took."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingReply(_Reply):
+    """Vectors in the order of the inputs."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
 
 
 class TokenizeReply(_Reply):
@@ -222,6 +320,18 @@ class AdapterVersion(_OpenReply):
     tier: Tier
 
 
+class AdapterDefaults(_OpenReply):
+    """What requests that say nothing of it get; absent is what the adapter does not say."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop: list[str] | None = None
+    max_tokens: int | None = None
+
+
 class Adapter(_OpenReply):
     """An adapter; `outcome` and `version` say what came of a call that changed it."""
 
@@ -239,6 +349,10 @@ class Adapter(_OpenReply):
     base_verified: bool
     fingerprint: str
     chat_template: Literal["adapter", "base"]
+    context: int | None = Field(
+        description="Its own limit on prompt and reply together, in tokens; null is the base's."
+    )
+    generation_defaults: AdapterDefaults
     requests: int
     created: int
     updated: int
@@ -272,6 +386,10 @@ class AdapterValidation(_OpenReply):
     base_verified: bool
     fingerprint: str
     chat_template: Literal["adapter", "base"]
+    context: int | None = Field(
+        description="Its own limit on prompt and reply together, in tokens; null is the base's."
+    )
+    generation_defaults: AdapterDefaults
 
 
 # operations

@@ -6,7 +6,7 @@ and each protocol says why they do.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +19,16 @@ from loramux_server.wire.pace import Pace
 if TYPE_CHECKING:
     from loramux_adapters.lora.verify import Checked
     from loramux_adapters.store.store import AdapterRecord, Lease, Published, Staging
+    from loramux_server.api.http.model_names import RequestedAdapter
+    from loramux_server.base.infill import Infill
+    from loramux_server.engine.scheduling.sequence import Grammar, TokenOutput
     from loramux_server.engine.scheduling.sequence import Sequence as EngineSequence
-    from loramux_server.engine.scheduling.sequence import TokenOutput
     from loramux_server.fingerprint.replay import ReplayOutcome
+    from loramux_server.grammar.shape import Shape
+    from loramux_server.publishing.hub_adapters import HubAdapters
     from loramux_server.publishing.lora_path import LoraPathRoot
     from loramux_server.publishing.pins import Pins
+    from loramux_server.tools.conventions import Conventions
 
 
 class EngineLike(Protocol):
@@ -149,11 +154,21 @@ class TokenizerLike(Protocol):
         """Most characters that one token can stand for."""
         ...
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """A prompt's ids, with the special tokens that the base expects around it.
+    @property
+    def infill(self) -> Infill | None:
+        """How the base fills in what stands between two texts; None if it has no tokens for that."""
+        ...
+
+    def encode(self, text: str, *, special: bool = True, around: bool = True) -> list[int]:
+        """A prompt's ids.
 
         `special`: text that reads like a special token becomes one. Without it no text does.
+        `around`: with the special tokens that the base expects around a prompt.
         """
+        ...
+
+    def encode_piece(self, text: str, *, special: bool = True) -> list[int]:
+        """The ids of a text that follows another."""
         ...
 
     def encode_chat(
@@ -163,19 +178,40 @@ class TokenizerLike(Protocol):
         template_kwargs: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """A chat template over the messages: the base's own, or another that an adapter brings.
+
+        `continue_final_message`: the prompt ends where the text of the last message does.
 
         Raises RequestError if there is no template, or it refuses these messages.
         """
         ...
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of these ids, without clean-up of spaces."""
+    def conventions(self, chat_template: str | None = None) -> Conventions:
+        """How a chat template has calls and thoughts written: the base's own, or another that an adapter brings.
+
+        May take long the first time. Raises RequestError if there is no template, or it cannot be used.
+        """
+        ...
+
+    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of these ids, without clean-up of spaces; special tokens are left out unless `special` is true."""
         ...
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that this id stands for; part of a character for some."""
+        ...
+
+
+class GrammarsLike(Protocol):
+    """Makes what holds a reply to a shape; the server's is `Grammars`. Any thread may call it, and may wait.
+
+    Tests replace it: theirs needs no tokenizer of a base, and refuses on demand.
+    """
+
+    def of(self, shape: Shape, param: str) -> Grammar:
+        """For one sequence. Raises RequestError, of this parameter: it cannot be parsed, or is not supported."""
         ...
 
 
@@ -250,10 +286,12 @@ class Dependencies:
 
     Attributes:
         check, prove, publish: the three stations of an upload, in this order.
+        grammars: hold replies to shapes; without it a request for one is refused.
         lora_path_root: loads adapters from this machine's disk for vLLM's calls; without it those routes do not exist.
         special_in_prompts: text in prompts of /v1/completions may become special tokens.
         connections: those that are open, and what was refused and cut.
         cors_origins: web pages that may call from a browser; "*" is every page.
+        hub: fetches adapters when they are first asked for; None fetches none.
     """
 
     engine: EngineLike
@@ -267,7 +305,18 @@ class Dependencies:
     base: ServedBase
     keys: Keys = field(default_factory=Keys)
     limits: Limits = field(default_factory=Limits)
+    grammars: GrammarsLike | None = None
     lora_path_root: LoraPathRoot | None = None
     special_in_prompts: bool = True
     connections: Connections = field(default_factory=Connections)
     cors_origins: Sequence[str] = ()
+    hub: HubAdapters | None = None
+
+    async def fetched(self, targets: Iterable[RequestedAdapter]) -> None:
+        """Returns when those of the adapters that a hub has are in the store, if they may be fetched.
+
+        Raises RequestError, ServerBusy.
+        """
+        for target in targets:
+            if self.hub is not None and target.hub is not None:
+                await self.hub.ready(target.hub, self.limits.request_seconds)

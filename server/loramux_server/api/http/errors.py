@@ -34,7 +34,15 @@ from loramux_adapters.errors import (
     TemplateFailed,
     TemplateRefuses,
 )
-from loramux_server.errors import EngineDead, LoramuxError, RequestError, SequenceFailed, ServerBusy, ServerDraining
+from loramux_server.errors import (
+    EngineDead,
+    LoramuxError,
+    ReplyImpossible,
+    RequestError,
+    SequenceFailed,
+    ServerBusy,
+    ServerDraining,
+)
 
 MODEL_NOT_FOUND = "model_not_found"
 INVALID = "invalid_request_error"
@@ -120,6 +128,7 @@ _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (ServerDraining, 503, SERVER, "server_draining"),
     (ServerBusy, 503, SERVER, "server_busy"),
     (EngineDead, 503, SERVER, "engine_dead"),
+    (ReplyImpossible, 400, INVALID, "reply_impossible"),
     (SequenceFailed, 500, SERVER, "engine_error"),
     (InvalidAdapterName, 400, INVALID, "invalid_adapter_name"),
     (AdapterNotFound, 404, INVALID, MODEL_NOT_FOUND),

@@ -18,6 +18,7 @@ MAX_CONTAINERS = 2**14  # lists and objects: 2,048 messages of several parts eac
 MAX_STRINGS = 2**15  # names of fields among them
 MAX_VALUES = 2**17  # token ids, nearly always
 MAX_FIELDS = 256  # of the outermost object
+MAX_NESTING = 64  # objects and lists in one another: schemas of tools and replies describe what nests itself
 MAX_DIGITS = 511  # in a row; reading a number of thousands takes the square of their count
 SMALL = 16 * 2**10  # bytes of a body that is parsed on the event loop: a thread would take longer
 
@@ -36,7 +37,7 @@ def json_object(raw: bytes) -> dict[str, Any]:
     """The object that a body is. Raises RequestError for any other JSON, and for what holds too many things."""
     refuse_crowded(raw)
     try:
-        value: dict[str, Any] = parse_object(raw, limit=len(raw))
+        value: dict[str, Any] = parse_object(raw, limit=len(raw), depth=MAX_NESTING)
     except StrictJSONError as error:
         raise RequestError(f"the request body must be a JSON object, but it {error}", code="invalid_json") from error
     if len(value) > MAX_FIELDS:

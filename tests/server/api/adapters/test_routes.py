@@ -87,6 +87,8 @@ async def test_an_adapter_is_shown_with_everything_there_is_to_know(server: Serv
         "fingerprint": "none",
         "notes": ["a word"],
         "chat_template": "base",
+        "context": None,
+        "generation_defaults": {},
         "requests": 0,
         "created": 1_700_000_000,
         "updated": 1_700_000_000,
@@ -123,6 +125,8 @@ async def test_a_mere_check_stores_nothing(server: Server) -> None:
         "fingerprint": "none",
         "notes": [],
         "chat_template": "base",
+        "context": None,
+        "generation_defaults": {},
     }
     assert "new" not in server.store.known
     assert server.check.seen == [["adapter_config.json", "adapter_model.safetensors"]]
@@ -188,6 +192,8 @@ async def test_an_illegal_name_is_400(server: Server, name: str, method: str) ->
         reply = await client.request(method, f"http://localhost/v1/adapters/{name}")
     if (name, method) in MEANT_OTHERWISE:
         assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
+    elif name.startswith("org%2f"):
+        assert (reply.status_code, reply.json()["error"]["code"]) == (405, "method_not_allowed")
     else:
         assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_adapter_name")
     assert "x-evil" not in reply.headers

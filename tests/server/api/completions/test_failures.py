@@ -12,7 +12,7 @@ import pytest
 from loramux_adapters.errors import AdapterCorrupt, IndexLost, StoreUnavailable
 from loramux_adapters.store.store import Lease
 from loramux_server.engine.scheduling.sequence import FinishReason, Sequence, TokenOutput
-from loramux_server.errors import EngineDead, RequestError, SequenceFailed, ServerBusy, ServerDraining
+from loramux_server.errors import EngineDead, GrammarFailed, RequestError, SequenceFailed, ServerBusy, ServerDraining
 from support.fakes_api import BASE_NAME, Server, make_server
 from support.raw_call import RawCall
 
@@ -40,6 +40,7 @@ def completion(**fields: Any) -> dict[str, Any]:
         (ServerDraining("shutting down"), 503, "server_draining"),
         (EngineDead("the engine has stopped"), 503, "engine_dead"),
         (SequenceFailed("the adapter could not be read"), 500, "engine_error"),
+        (GrammarFailed("nothing may come next"), 400, "reply_impossible"),
         (RequestError("too large for the cache", param="prompt"), 400, None),
     ],
 )
@@ -112,6 +113,21 @@ async def test_a_name_that_was_deleted_since_is_not_what_a_failed_step_is_blamed
     server.engine.submit = lambda *sequences: [fail(each) for each in sequences]  # type: ignore[method-assign]
     reply = await server.post(CHAT, chat(model="pirate"))
     assert (reply.status_code, reply.json()["error"]["message"]) == (500, "the step failed")
+    assert server.store.leased == 0
+
+
+@pytest.mark.anyio
+async def test_a_reply_that_its_request_leaves_no_token_is_not_to_be_asked_for_again(server: Server) -> None:
+    """Clients repeat by themselves what ended with a 5xx."""
+
+    async def fail(sequence: Sequence) -> AsyncGenerator[TokenOutput, None]:
+        yield TokenOutput(finish_reason=FinishReason.ERROR, error="nothing may come next", is_impossible=True)
+
+    server.engine.submit = lambda *sequences: [fail(each) for each in sequences]  # type: ignore[method-assign]
+    reply = await server.post(CHAT, chat(model="pirate"))
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "reply_impossible")
+    assert reply.json()["error"]["message"] == "nothing may come next"
+    assert server.metric('loramux_requests_total{adapter="pirate",outcome="error"}') == 1
     assert server.store.leased == 0
 
 

@@ -42,6 +42,7 @@ async def test_a_chat_reply_has_openais_shape(server: Server) -> None:
                 "message": {"role": "assistant", "content": "Hello world", "refusal": None},
                 "logprobs": None,
                 "finish_reason": "stop",
+                "stop_reason": None,
             }
         ],
         "usage": usage_of(prompt, 11),
@@ -57,7 +58,7 @@ async def test_a_completion_has_openais_shape(server: Server) -> None:
     assert body == {
         "object": "text_completion",
         "model": BASE_NAME,
-        "choices": [{"index": 0, "text": "Hello", "logprobs": None, "finish_reason": "length"}],
+        "choices": [{"index": 0, "text": "Hello", "logprobs": None, "finish_reason": "length", "stop_reason": None}],
         "usage": usage_of(3, 5),
     }
 

@@ -54,6 +54,22 @@ async def test_chat_stream(client: openai.AsyncOpenAI) -> None:
 
 
 @pytest.mark.anyio
+async def test_several_replies_with_their_prompt(client: openai.AsyncOpenAI) -> None:
+    reply = await client.completions.create(
+        model=BASE_NAME, prompt="Say", max_tokens=3, n=2, best_of=3, echo=True, logprobs=1, presence_penalty=0.5,
+        logit_bias={"65": -100}, extra_body={"repetition_penalty": 1.1, "min_tokens": 1},
+    )  # fmt: skip
+    assert [choice.text for choice in reply.choices] == ["SayHel", "SayHel"]
+    logprobs = reply.choices[0].logprobs
+    assert logprobs is not None and logprobs.tokens == [*"SayHel"] and logprobs.text_offset == [*range(6)]
+    assert logprobs.token_logprobs is not None and logprobs.token_logprobs[0] is None
+    assert reply.usage is not None and reply.usage.prompt_tokens == 3 and reply.usage.completion_tokens == 9
+    chat = await client.chat.completions.create(model=BASE_NAME, messages=MESSAGES, n=2, stop="wor")
+    assert [choice.message.content for choice in chat.choices] == ["Hello ", "Hello "]
+    assert (chat.choices[0].model_extra or {})["stop_reason"] == "wor"
+
+
+@pytest.mark.anyio
 async def test_completions(client: openai.AsyncOpenAI) -> None:
     reply = await client.completions.create(model=BASE_NAME, prompt=["a", "b"], max_tokens=3, stop=["zz"], logprobs=1)
     assert [choice.text for choice in reply.choices] == ["Hel", "Hel"]
@@ -73,7 +89,7 @@ async def test_errors_are_of_the_clients_own_classes(server: Server, client: ope
         await client.chat.completions.create(model="nobody", messages=MESSAGES)
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as unsupported:
-        await client.chat.completions.create(model=BASE_NAME, messages=MESSAGES, n=2)
+        await client.chat.completions.create(model=BASE_NAME, messages=MESSAGES, n=129)
     assert unsupported.value.param == "n"
     with pytest.raises(openai.AuthenticationError):
         await client.with_options(api_key="wrong").models.list()

@@ -10,10 +10,11 @@ import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsStreaming as CompletionParams
 
-from loramux_server.api.completions.options import OPTIONS, Option, documented
-from loramux_server.api.completions.schemas import ChatRequest, CompletionRequest, parse_chat, parse_completion
+from loramux_server.api.completions.request.chat import ChatRequest, parse_chat
+from loramux_server.api.completions.request.completion import CompletionRequest, parse_completion
+from loramux_server.api.completions.request.elsewhere import OPENAI, VLLM, VLLM_EARLIER
+from loramux_server.api.completions.request.options import OPTIONS, Option, documented
 from loramux_server.errors import RequestError
-from support.option_names import VLLM_CHAT, VLLM_COMPLETIONS, VLLM_EARLIER
 
 ROUTES: dict[str, Any] = {"chat": (ChatRequest, parse_chat), "completions": (CompletionRequest, parse_completion)}
 BODIES = {"chat": {"messages": [{"role": "user", "content": "hi"}]}, "completions": {"prompt": "hi"}}
@@ -28,12 +29,16 @@ def parse(route: str, **fields: object) -> Any:
 @pytest.mark.parametrize(
     ("route", "names"),
     [
-        ("chat", get_type_hints(ChatParams)), ("completions", get_type_hints(CompletionParams)),
-        ("chat", VLLM_CHAT), ("completions", VLLM_COMPLETIONS), ("chat", VLLM_EARLIER), ("completions", VLLM_EARLIER),
+        *OPENAI.items(), *VLLM.items(), ("chat", VLLM_EARLIER), ("completions", VLLM_EARLIER),
     ],
 )  # fmt: skip
 def test_every_option_of_openai_and_vllm_is_in_the_table(route: str, names: Any) -> None:
     assert sorted(set(names) - {option.name for option in OPTIONS if route in option.routes}) == []
+
+
+@pytest.mark.parametrize(("route", "params"), [("chat", ChatParams), ("completions", CompletionParams)])
+def test_the_options_of_openai_are_those_of_its_own_client(route: str, params: Any) -> None:
+    assert OPENAI[route] == set(get_type_hints(params))
 
 
 def test_an_option_stands_once_for_each_route() -> None:
@@ -77,7 +82,9 @@ def test_what_real_clients_send_without_meaning_anything_is_taken(route: str, fi
     parse(route, **fields)
 
 
-@pytest.mark.parametrize(("name", "value"), [("n", True), ("echo", 0), ("best_of", "1"), ("min_tokens", False)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("watermarking", 0), ("stream_interval", True), ("priority", False), ("use_beam_search", "1")]
+)
 def test_a_neutral_value_has_its_own_type(name: str, value: object) -> None:
     with pytest.raises(RequestError, match=f"'{name}' is not supported except as"):
         parse("completions", **{name: value})

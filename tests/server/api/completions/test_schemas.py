@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramux_server.api.completions.options import OPTIONS
-from loramux_server.api.completions.schemas import RESERVED_VARIABLES, parse_chat, parse_completion
+from loramux_server.api.completions.conversation import as_turns
+from loramux_server.api.completions.request.chat import RESERVED_VARIABLES, parse_chat
+from loramux_server.api.completions.request.completion import parse_completion
+from loramux_server.api.completions.request.options import OPTIONS
 from loramux_server.errors import RequestError
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -55,7 +57,7 @@ def test_a_value_out_of_range_is_refused_by_name(parse: Any, name: str, value: o
     ("parse", "name", "value"),
     [
         (chat, "top_logprobs", 21), (chat, "top_logprobs", -1), (chat, "top_logprobs", 2), (chat, "logprobs", 1),
-        (chat, "max_completion_tokens", 0), (chat, "max_completion_tokens", True), (completion, "logprobs", 6),
+        (chat, "max_completion_tokens", 0), (chat, "max_completion_tokens", True), (completion, "logprobs", 21),
         (completion, "logprobs", True), (completion, "logprobs", -1), (completion, "max_completion_tokens", 5),
         (completion, "messages", []), (chat, "prompt", "x"), (completion, "add_generation_prompt", True),
     ],
@@ -90,12 +92,15 @@ def test_minus_one_is_the_default_length() -> None:
 def test_stream_options_mean_nothing_without_a_stream() -> None:
     assert chat(stream_options={"include_usage": True}).stream is None
     assert not chat(stream_options={"include_usage": None, "include_obfuscation": False}).include_usage
-    with pytest.raises(RequestError, match=r"'stream_options\.continuous_usage_stats' is not supported"):
-        chat(stream_options={"continuous_usage_stats": True})
+    assert not chat(stream_options={"continuous_usage_stats": True}).continuous_usage
+    assert chat(stream_options={"include_usage": True, "continuous_usage_stats": True}).continuous_usage
+    with pytest.raises(RequestError, match=r"'stream_options\.include_obfuscation' is not supported"):
+        chat(stream_options={"include_obfuscation": True})
 
 
-@pytest.mark.parametrize("value", [True, 10**6, -1, "1", 1.5, []])
-def test_more_than_one_choice_is_refused_whatever_its_type(value: object) -> None:
+@pytest.mark.parametrize("value", [True, 129, 0, -1, "1", 1.5, []])
+def test_n_is_a_whole_number_within_bounds(value: object) -> None:
+    assert [chat(n=number).replies for number in (None, 1, 1.0, 128)] == [1, 1, 1, 128]
     with pytest.raises(RequestError, match="'n'"):
         chat(n=value)
 
@@ -187,7 +192,7 @@ def test_a_message_is_a_text_or_a_list_of_texts(content: object, expected: str) 
         {"role": "user", "content": [{"type": "text", "text": 1}]},
         {"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}, {"role": "user", "content": ["a"]},
         {"role": "user", "content": [{"type": "text", "text": "a"}] * 257},
-        {"role": "function", "content": "a"}, {"role": True, "content": "a"}, {"content": "a"}, "a", 1, None, [],
+        {"role": "robot", "content": "a"}, {"role": True, "content": "a"}, {"content": "a"}, "a", 1, None, [],
         {"role": "user", "content": "a", "tool_calls": [{}]}, {"role": "user", "content": "a", "name": 5},
         {"role": "system", "content": None}, {"role": "tool", "content": None, "refusal": "a"},
         {"role": "assistant", "content": None, "refusal": 5}, {"role": "user", "content": "a", "refusal": {}},
@@ -219,7 +224,8 @@ def test_a_wrong_message_is_refused_by_its_place(message: object) -> None:
     ],
 )  # fmt: skip
 def test_a_message_reaches_the_template_as_plain_text(message: object, expected: tuple[str, str]) -> None:
-    assert tuple(chat(messages=[message]).messages[0].for_template.values()) == expected
+    (turn,) = as_turns(chat(messages=[message]).messages)
+    assert (turn["role"], turn["content"]) == expected
 
 
 def test_template_variables_are_passed_on_and_effort_is_one_of_them() -> None:
@@ -248,10 +254,10 @@ def test_the_assistants_turn_is_opened_unless_the_caller_says_otherwise() -> Non
 
 def test_all_that_is_wrong_is_told_at_once_up_to_a_number() -> None:
     with pytest.raises(RequestError) as caught:
-        chat(n=2, temprature=1, temperature=5, messages=[{"role": "user", "content": 5}] * 2048)
+        chat(watermarking=2, temprature=1, temperature=5, messages=[{"role": "user", "content": 5}] * 2048)
     message = str(caught.value)
-    assert all(name in message for name in ("'n'", "'temprature'", "'temperature'", "'messages.0.content'"))
-    assert "messages.1" not in message and (caught.value.param, caught.value.code) == ("n", "unsupported")
+    assert all(name in message for name in ("'watermarking'", "'temprature'", "'temperature'", "'messages.0.content'"))
+    assert "messages.1" not in message and (caught.value.param, caught.value.code) == ("watermarking", "unsupported")
     with pytest.raises(RequestError, match="; and 80 more$") as caught:
         chat(**{f"x{i}": 1 for i in range(100)})
     assert str(caught.value).count("unknown parameter") == 20
@@ -291,3 +297,36 @@ def test_no_json_does_anything_but_parse_or_be_refused(fields: dict[str, Any]) -
             parse(**fields)
         except RequestError as error:
             assert str(error).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "said"),
+    [
+        ({"temprature": 1}, "temprature", "did you mean temperature?"),
+        ({"tools": [{"type": "function", "name": "f"}]}, "tools.0", "a function stands in 'function'"),
+        ({"tools": [{"name": "f", "input_schema": {}}]}, "tools.0", "a function stands in 'function'"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type", "only tools of the type 'function' are served"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "args": {}}}]},
+            "tools.0.function.args",
+            "unknown parameter 'tools.0.function.args'",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "schema": {}}},
+            "response_format",
+            "'schema' stands in 'json_schema'",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"type": "object"}}},
+            "response_format",
+            "which are name, description, schema, strict",
+        ),
+    ],
+)
+def test_what_other_calls_have_in_another_form_is_refused_with_the_form_here(
+    fields: dict[str, Any], param: str, said: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        chat(**fields)
+    assert caught.value.param == param
+    assert said in str(caught.value)

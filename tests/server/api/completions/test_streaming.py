@@ -34,12 +34,12 @@ async def test_a_chat_stream_has_openais_chunks(server: Server) -> None:
     heads = {(chunk.pop("id"), chunk.pop("created"), chunk.pop("object"), chunk.pop("model")) for chunk in chunks}
     assert len(heads) == 1 and heads.pop()[2:] == ("chat.completion.chunk", BASE_NAME)
     assert chunks == [
-        {"choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]}
+        {"choices": [{"index": 0, "delta": delta, "logprobs": None} | finish]}
         for delta, finish in [
-            ({"role": "assistant", "content": ""}, None),
-            ({"content": "H"}, None),
-            ({"content": "e"}, None),
-            ({}, "length"),
+            ({"role": "assistant", "content": ""}, {"finish_reason": None}),
+            ({"content": "H"}, {"finish_reason": None}),
+            ({"content": "e"}, {"finish_reason": None}),
+            ({}, {"finish_reason": "length", "stop_reason": None}),
         ]
     ]
 
@@ -50,8 +50,12 @@ async def test_a_completion_stream_has_openais_chunks(server: Server) -> None:
     assert done == "[DONE]"
     assert {chunk["object"] for chunk in chunks} == {"text_completion"}
     assert [chunk["choices"] for chunk in chunks] == [
-        [{"index": 0, "text": text, "logprobs": None, "finish_reason": finish}]
-        for text, finish in [("H", None), ("e", None), ("", "length")]
+        [{"index": 0, "text": text, "logprobs": None} | finish]
+        for text, finish in [
+            ("H", {"finish_reason": None}),
+            ("e", {"finish_reason": None}),
+            ("", {"finish_reason": "length", "stop_reason": None}),
+        ]
     ]
 
 

@@ -47,7 +47,7 @@ async def test_what_is_not_a_token_or_no_model_is_refused(server: Server) -> Non
         ("/tokenize", {"prompt": ["x"]}, 400, "prompt"),
         ("/tokenize", {"prompt": "x" * 10_000}, 400, "prompt"),
         ("/tokenize", {"prompt": "x", "messages": MESSAGES}, 400, "prompt"),
-        ("/tokenize", {"prompt": "x", "add_special_tokens": False}, 400, "add_special_tokens"),
+        ("/tokenize", {"prompt": "x", "add_special_tokens": 0}, 400, "add_special_tokens"),
         ("/tokenize", {"messages": MESSAGES, "continue_final_message": True}, 400, "continue_final_message"),
         ("/tokenize", {"messages": MESSAGES, "chat_template": "{{ 1 }}"}, 400, "chat_template"),
         ("/tokenize", {"model": "../x", "prompt": "x"}, 404, "model"),

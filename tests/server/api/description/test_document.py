@@ -107,8 +107,8 @@ async def test_the_document_says_which_calls_need_a_key(
 async def test_options_that_are_not_served_are_in_the_schema(server: Server) -> None:
     schemas = (await document_of(server))["components"]["schemas"]
     chat = schemas["ChatRequest"]["properties"]
-    assert chat["n"]["anyOf"] == [{"enum": [1]}, {"type": "null"}]
-    assert chat["guided_json"]["anyOf"] == [{"type": "null"}]
+    assert chat["use_beam_search"]["anyOf"] == [{"enum": [False]}, {"type": "null"}]
+    assert chat["prediction"]["anyOf"] == [{"type": "null"}]
     assert {"type": "string", "maxLength": 512} in chat["user"]["anyOf"]
     assert schemas["ChatRequest"]["additionalProperties"] is False
     assert "tool_calls" in schemas["ChatMessage"]["properties"]
@@ -121,6 +121,12 @@ CALLS: list[tuple[str, str, dict[str, Any], type[BaseModel]]] = [
      replies.ChatReply),
     ("POST", "/v1/completions", {"model": BASE_NAME, "prompt": ["x", "y"], "max_tokens": 2}, replies.CompletionReply),
     ("POST", "/v1/completions", {"model": BASE_NAME, "prompt": "x", "logprobs": 2}, replies.CompletionReply),
+    ("POST", "/v1/completions", {"model": BASE_NAME, "prompt": "xy", "logprobs": 2, "echo": True, "n": 2,
+                                 "prompt_logprobs": 1, "return_token_ids": True, "stop": "o"}, replies.CompletionReply),
+    ("POST", "/v1/completions", {"model": BASE_NAME, "prompt": "xy", "echo": True, "max_tokens": 0},
+     replies.CompletionReply),
+    ("POST", "/v1/chat/completions", {"model": BASE_NAME, "messages": MESSAGES, "prompt_logprobs": 1, "n": 2,
+                                      "return_token_ids": True, "stop_token_ids": [111]}, replies.ChatReply),
     ("POST", "/tokenize", {"prompt": "x", "return_token_strs": True}, replies.TokenizeReply),
     ("POST", "/tokenize", {"messages": MESSAGES}, replies.TokenizeReply),
     ("POST", "/detokenize", {"tokens": [65, 66]}, replies.DetokenizeReply),
@@ -161,6 +167,12 @@ async def test_a_reply_is_what_the_document_says(
     [
         ("/v1/chat/completions", {"messages": MESSAGES, "logprobs": True}, replies.ChatChunk),
         ("/v1/completions", {"prompt": "x", "logprobs": 1}, replies.CompletionReply),
+        (
+            "/v1/completions",
+            {"prompt": "x", "logprobs": 1, "echo": True, "return_token_ids": True, "n": 2},
+            replies.CompletionReply,
+        ),
+        ("/v1/chat/completions", {"messages": MESSAGES, "return_token_ids": True, "stop": "wor"}, replies.ChatChunk),
     ],
 )
 async def test_an_event_of_a_stream_is_what_the_document_says(
@@ -193,3 +205,29 @@ async def test_an_error_is_what_the_document_says(server: Server) -> None:
 async def test_the_document_is_json_without_anything_of_this_machine(server: Server) -> None:
     text = json.dumps(await document_of(server))
     assert "/home" not in text and str(Path(__file__).parents[4]) not in text
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("path", "done"), [("/v1/chat/completions", True), ("/v1/completions", True), ("/v1/responses", False)]
+)
+async def test_a_streams_schema_describes_one_event_and_the_json_in_it(server: Server, path: str, done: bool) -> None:
+    async with server.client() as client:
+        document = (await client.get("/openapi.json")).json()
+    schema = document["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]["schema"]
+    assert (schema["type"], schema["required"]) == ("object", ["data"])
+    data = schema["properties"]["data"]
+    assert ({"const": "[DONE]"} in data.get("anyOf", [])) == done
+    reference = (data["anyOf"][0] if done else data)["contentSchema"]["$ref"]
+    assert reference.rpartition("/")[2] in document["components"]["schemas"]
+
+
+@pytest.mark.anyio
+async def test_options_that_differ_between_routes_are_described_as_each_route_has_them(server: Server) -> None:
+    schemas = (await document_of(server))["components"]["schemas"]
+    completion = schemas["CompletionRequest"]["properties"]
+    assert "highest mean log probability" in completion["best_of"]["description"]
+    assert "the text begins with the prompt" in completion["echo"]["description"]
+    assert "only `false`" in schemas["ChatRequest"]["properties"]["echo"]["description"]
+    assert {"type": "boolean"} in schemas["StreamOptions"]["properties"]["continuous_usage_stats"]["anyOf"]
+    assert all("description" in told for told in schemas["EmbeddingRequest"]["properties"].values())

@@ -159,7 +159,7 @@ async def test_every_route_but_three_asks_for_a_key(tmp_path: Path) -> None:
                 expected = 200 if path in PUBLIC_PATHS else 401
                 assert reply.status_code == expected, (method, path)
                 checked += 1
-    assert checked == 22
+    assert checked == 24
 
 
 @pytest.mark.anyio

@@ -46,7 +46,7 @@ async def test_a_hostile_body_gets_a_short_400_that_names_its_reason(server: Ser
 def test_a_parser_never_sees_more_than_the_bounds(monkeypatch: pytest.MonkeyPatch, body: HostileBody) -> None:
     parsed: list[bytes] = []
 
-    def parse(raw: bytes, *, limit: int) -> dict[str, Any]:
+    def parse(raw: bytes, *, limit: int, depth: int) -> dict[str, Any]:
         parsed.append(raw)
         return {}
 
@@ -102,7 +102,7 @@ async def test_a_large_body_is_parsed_by_another_thread() -> None:
 @pytest.mark.anyio
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 async def test_the_event_loop_parses_no_large_body(server: Server, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
-    def parse(raw: bytes, *, limit: int) -> dict[str, Any]:
+    def parse(raw: bytes, *, limit: int, depth: int) -> dict[str, Any]:
         with pytest.raises(RuntimeError):
             asyncio.get_running_loop()
         raise module.StrictJSONError("is not this thread's")

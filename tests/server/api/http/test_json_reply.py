@@ -78,7 +78,7 @@ async def test_a_long_reply_with_log_probabilities_is_made_off_the_event_loop(
         made.append(depth)
         return json_in_pieces(value, depth=depth)
 
-    monkeypatch.setattr("loramux_server.api.completions.reply_format.json_in_pieces", pieces)
+    monkeypatch.setattr("loramux_server.api.completions.reply.reply_format.json_in_pieces", pieces)
     again = (await server.post(path, {"model": "tiny-base"} | body)).json()
     assert made == [5]
     assert again | {"id": "", "created": 0} == whole | {"id": "", "created": 0}

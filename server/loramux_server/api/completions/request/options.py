@@ -10,6 +10,8 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from loramux_server.api.completions.request.elsewhere import OPENAI, VLLM, VLLM_EARLIER
+
 MAX_LABEL = 512  # characters
 MAX_LABELS = 16
 _BOTH = ("chat", "completions")
@@ -90,26 +92,32 @@ _FLAG = Label({"type": "boolean"}, lambda value: isinstance(value, bool))
 _ANY_TEXT = Label({"type": "string"}, lambda value: isinstance(value, str))
 _ANY_LIST = Label({"type": "array"}, lambda value: isinstance(value, list))
 
-_NO_TOOLS = "tools are not served"
-_NO_SHAPE = "replies cannot be held to a shape"
-_NO_REASONING = "no reasoning is told apart from a reply"
 _TEXT_ONLY = "text alone is read and written"
-_ONE = "a prompt has one reply; send the request again for another"
+_BEST_OF = "OpenAI has it in completions alone"
 _NOT_SAMPLED = "the sampler does not have it"
 _NOT_CUT = "a prompt that is too long is refused, never cut"
 _NOT_IN_REPLY = "replies do not carry it"
+NOT_TOLD = "the base is not told how long to be; ask for it in a message"
 _NO_SEARCH = "beam search is not served"
 
 OPTIONS: tuple[Option, ...] = (
     # what works
-    Option("model", "the base, an adapter, `base:adapter` or `adapter@version`", served=True),
+    Option(
+        "model",
+        "the base, an adapter, `base:adapter`, `adapter@version`, or `hub:owner/name` with --hub-adapters",
+        served=True,
+    ),
     Option("adapters", "ours: several adapters at once, with scales", served=True),
     Option("messages", "the conversation", _CHAT, served=True),
     Option("prompt", "text, token ids, or up to 64 of either", _COMPLETIONS, served=True),
     Option(
         "max_tokens",
-        "of the reply; -1 is the default: 16 in completions, what fits in chat, up to --default-max-tokens",
+        "of the reply; -1 is the default: 16 in completions, what fits in chat, up to --default-max-tokens; 0 with "
+        "`echo`",
         served=True,
+    ),
+    Option(
+        "min_tokens", "no end token before the reply has so many, and no stop string that ends in them", served=True
     ),
     Option("max_completion_tokens", "the newer name of `max_tokens`", _CHAT, served=True),
     Option("temperature", "0 to 2", served=True),
@@ -118,16 +126,36 @@ OPTIONS: tuple[Option, ...] = (
     Option("min_p", "0 to 1", served=True),
     Option("seed", "64 bits", served=True),
     Option("stop", "a string, or up to 16; empty ones stop nothing", served=True),
-    Option("ignore_eos", "goes on behind an end token", served=True),
-    Option("logprobs", "true in chat, 0 to 5 in completions", served=True),
+    Option("logprobs", "true in chat, 0 to 20 in completions; of the model's own distribution", served=True),
     Option("top_logprobs", "0 to 20, with `logprobs`", _CHAT, served=True),
     Option("stream", "server-sent events", served=True),
-    Option("stream_options", "`include_usage`; nothing without `stream`", served=True),
+    Option("stream_options", "`include_usage`, `continuous_usage_stats`; nothing without `stream`", served=True),
     Option("add_generation_prompt", "false leaves the assistant's turn unopened", _CHAT, served=True),
     Option("chat_template_kwargs", "further variables of the chat template", _CHAT, served=True),
     Option(
         "reasoning_effort", "a variable of the chat template; most templates have no use for it", _CHAT, served=True
     ),
+    Option(
+        "include_reasoning",
+        "false leaves out `reasoning_content`: what a base that thinks says before its reply",
+        _CHAT,
+        served=True,
+    ),
+    Option("continue_final_message", "goes on with the assistant's last message", _CHAT, served=True),
+    # tools
+    Option(
+        "tools", "up to 128 functions; a template without tools is told of them by a system text", _CHAT, served=True
+    ),
+    Option(
+        "tool_choice",
+        "`required` and a named function bind the reply to calls that match `parameters`; with `none` the prompt does "
+        "not name them",
+        _CHAT,
+        served=True,
+    ),
+    Option("parallel_tool_calls", "false: at most one call", _CHAT, served=True),
+    Option("functions", "the old name of `tools`; answered by `function_call`", _CHAT, served=True),
+    Option("function_call", "the old name of `tool_choice`", _CHAT, served=True),
     # the caller's own labels, and hints that change no reply
     Option("user", "the caller's label", label=_TEXT),
     Option("metadata", "the caller's labels", label=_TEXTS),
@@ -139,69 +167,74 @@ OPTIONS: tuple[Option, ...] = (
     Option("prompt_cache_options", "prompts stay while there is room", _CHAT, label=_HINTS),
     Option("request_id", "send `x-request-id` for an id that replies and logs carry", label=_TEXT),
     Option("session_id", "the caller's label", label=_TEXT),
-    Option("include_reasoning", _NO_REASONING, _CHAT, label=_FLAG),
-    Option("parallel_tool_calls", _NO_TOOLS, _CHAT, label=_FLAG),
-    Option("truncation_side", _NOT_CUT, neutral=("left", "right")),
     Option("return_mm_kwargs", _TEXT_ONLY, label=_FLAG),
     # how many replies
-    Option("n", _ONE, neutral=(1,)),
-    Option("best_of", _ONE, neutral=(1,)),
+    Option("n", "1 to 128 replies to each prompt, 128 in all; they share the prompt's keys and values", served=True),
+    Option(
+        "best_of",
+        "of so many replies, the `n` with the highest mean log probability of a token; not streamed",
+        _COMPLETIONS,
+        served=True,
+    ),
+    Option("best_of", _BEST_OF, _CHAT, neutral=(1,)),
     Option("use_beam_search", _NO_SEARCH, neutral=(False,)),
     Option("length_penalty", _NO_SEARCH, neutral=(1,)),
     # sampling
-    Option("frequency_penalty", _NOT_SAMPLED, neutral=(0,)),
-    Option("presence_penalty", _NOT_SAMPLED, neutral=(0,)),
-    Option("repetition_penalty", _NOT_SAMPLED, neutral=(1,)),
+    Option("presence_penalty", "-2 to 2; of tokens that the reply has", served=True),
+    Option("frequency_penalty", "-2 to 2; times how often the reply has a token", served=True),
+    Option("repetition_penalty", "0.01 to 100; of tokens that prompt or reply have", served=True),
+    Option("logit_bias", "-100 to 100 for each of up to 1,024 token ids", served=True),
+    Option("allowed_token_ids", "no other token is chosen; an empty list allows all", served=True),
+    Option("bad_words", "up to 256 texts that never come, with and without a space before them", served=True),
     Option("repetition_detection", _NOT_SAMPLED),
-    Option("logit_bias", _NOT_SAMPLED, neutral=({},)),
     Option("logits_processors", "code of a caller is never run", neutral=([],)),
-    Option("allowed_token_ids", _NOT_SAMPLED, neutral=([],)),
-    Option("bad_words", _NOT_SAMPLED, neutral=([],)),
     Option("watermarking", _NOT_SAMPLED, neutral=(False,)),
     # where a reply ends, and what is left out of it
-    Option("min_tokens", "a reply may end at any token", neutral=(0,)),
-    Option("stop_token_ids", "replies end at the base's own end tokens and at `stop`", neutral=([],)),
-    Option("include_stop_str_in_output", "a reply ends before its stop string", neutral=(False,)),
-    Option("skip_special_tokens", "special tokens never show in a reply", neutral=(True,)),
-    Option("spaces_between_special_tokens", "special tokens never show in a reply", neutral=(True,)),
+    Option("ignore_eos", "goes on behind an end token of the base", served=True),
+    Option("stop_token_ids", "further end tokens, up to 128; `stop_reason` tells which", served=True),
+    Option("include_stop_str_in_output", "the text ends with the stop string or the end token", served=True),
+    Option("skip_special_tokens", "false shows special tokens in a reply", served=True),
+    Option("spaces_between_special_tokens", "there are none but the tokenizer's own", label=_FLAG),
     # what a reply carries
-    Option("echo", "a reply does not repeat its prompt", neutral=(False,)),
-    Option("suffix", "text between two others is not filled in", _COMPLETIONS, neutral=("",)),
-    Option("prompt_logprobs", _NOT_IN_REPLY),
+    Option(
+        "echo",
+        "the text begins with the prompt, and so do `logprobs`, null for the first token",
+        _COMPLETIONS,
+        served=True,
+    ),
+    Option("echo", "the last message is not repeated", _CHAT, neutral=(False,)),
+    Option("suffix", "fills in what stands before it, if the base has tokens for that", _COMPLETIONS, served=True),
+    Option("prompt_logprobs", "0 to 20 alternatives beside each token of the prompt; not streamed", served=True),
+    Option("return_tokens_as_token_ids", "log probabilities name tokens as `token_id:42`", served=True),
+    Option("return_token_ids", "`token_ids` and `prompt_token_ids` beside the text", served=True),
     Option("logprob_token_ids", _NOT_IN_REPLY, neutral=([],)),
-    Option("return_tokens_as_token_ids", _NOT_IN_REPLY, neutral=(False,)),
-    Option("return_token_ids", _NOT_IN_REPLY, neutral=(False,)),
     Option("return_token_offsets", _NOT_IN_REPLY, neutral=(False,)),
     Option("return_prompt_text", _NOT_IN_REPLY, _CHAT, neutral=(False,)),
     Option("routed_experts_prompt_start", _NOT_IN_REPLY, neutral=(0,)),
     Option("stream_interval", "each token is sent when it is there", neutral=(1,)),
     # how a prompt is made
+    Option("add_special_tokens", "false leaves out what the base expects around a text", _COMPLETIONS, served=True),
+    Option("truncate_prompt_tokens", "so many tokens are kept; -1 keeps what leaves room for the reply", served=True),
+    Option("truncation_side", "where tokens are cut off, `left` or `right`; left", served=True),
+    Option("cache_salt", "prompts are found again by requests of the same salt alone", served=True),
     Option("add_special_tokens", "the chat template writes them", _CHAT, neutral=(False,)),
-    Option("add_special_tokens", "a prompt begins as the base expects; send token ids", _COMPLETIONS, neutral=(True,)),
-    Option("truncate_prompt_tokens", _NOT_CUT, neutral=(-1,)),
-    Option("continue_final_message", "the last message is not left open; use /v1/completions", _CHAT, neutral=(False,)),
     Option("chat_template", "a template comes with the base or an adapter, never with a request", _CHAT),
     Option("documents", "the template gets messages alone", _CHAT, neutral=([],)),
     Option("prompt_embeds", "tensors are never read from a request", _COMPLETIONS),
-    Option("cache_salt", "prompts are shared by all who may call this server"),
-    # tools, shapes, reasoning, other media
-    Option("tools", _NO_TOOLS, _CHAT, neutral=([],)),
-    Option("tool_choice", _NO_TOOLS, _CHAT, neutral=("none", "auto")),
-    Option("functions", _NO_TOOLS, _CHAT, neutral=([],)),
-    Option("function_call", _NO_TOOLS, _CHAT, neutral=("none", "auto")),
-    Option("web_search_options", _NO_TOOLS, _CHAT),
-    Option("response_format", _NO_SHAPE, neutral=({"type": "text"},)),
-    Option("structured_outputs", _NO_SHAPE),
-    Option("structural_tag", _NO_SHAPE),
-    Option("guided_json", _NO_SHAPE),
-    Option("guided_regex", _NO_SHAPE),
-    Option("guided_choice", _NO_SHAPE),
-    Option("guided_grammar", _NO_SHAPE),
-    Option("guided_json_object", _NO_SHAPE, neutral=(False,)),
-    Option("guided_decoding_backend", _NO_SHAPE),
-    Option("guided_whitespace_pattern", _NO_SHAPE),
-    Option("thinking_token_budget", _NO_REASONING, neutral=(-1,)),
-    Option("verbosity", _NOT_SAMPLED, _CHAT, neutral=("medium",)),
+    # shapes, reasoning, other media
+    Option("web_search_options", "the server looks nothing up", _CHAT),
+    Option("response_format", "`text`, `json_object` or `json_schema`; a schema is always kept to", served=True),
+    Option("structured_outputs", "one of `json`, `regex`, `choice`, `grammar`, `json_object`", served=True),
+    Option("guided_json", "a JSON schema, as an object or as text", served=True),
+    Option("guided_regex", "a pattern that the whole reply matches", served=True),
+    Option("guided_choice", "one of these texts, up to 1,024", served=True),
+    Option("guided_grammar", "a grammar for the whole reply", served=True),
+    Option("guided_json_object", "true for any JSON object", served=True),
+    Option("guided_decoding_backend", "there is one", label=_TEXT),
+    Option("guided_whitespace_pattern", "write it into the pattern or the grammar"),
+    Option("structural_tag", "use `response_format` with a schema, or tools"),
+    Option("thinking_token_budget", "reasoning ends where the base ends it", neutral=(-1,)),
+    Option("verbosity", NOT_TOLD, _CHAT, neutral=("medium",)),
     Option("modalities", _TEXT_ONLY, _CHAT, neutral=(["text"],)),
     Option("audio", _TEXT_ONLY, _CHAT),
     Option("media_io_kwargs", _TEXT_ONLY, _CHAT, neutral=({},)),
@@ -216,25 +249,29 @@ OPTIONS: tuple[Option, ...] = (
 )
 
 # Of `stream_options`, of a message, and of a part of a message's content: the same, one level down.
-STREAM_OPTIONS: tuple[Option, ...] = (
-    Option("include_obfuscation", "events are not padded", neutral=(False,)),
-    Option("continuous_usage_stats", "usage is told once, at the end", neutral=(False,)),
-)
+STREAM_OPTIONS: tuple[Option, ...] = (Option("include_obfuscation", "events are not padded", neutral=(False,)),)
 MESSAGE_OPTIONS: tuple[Option, ...] = (
     Option("refusal", "an assistant's earlier reply, where its content is null", label=_ANY_TEXT),
-    Option("name", "the caller's label; templates know roles alone", label=_TEXT),
     Option("audio", _TEXT_ONLY),
     Option("annotations", "of an earlier reply", label=_ANY_LIST),
-    Option("tool_calls", _NO_TOOLS, neutral=([],)),
-    Option("tool_call_id", "a tool's answer follows its call", label=_TEXT),
-    Option("function_call", _NO_TOOLS),
-    Option("reasoning", "of an earlier reply", label=_ANY_TEXT),
-    Option("reasoning_content", "of an earlier reply", label=_ANY_TEXT),
     Option("cache_control", "prompts are found again without it", label=_HINTS),
 )
 PART_OPTIONS: tuple[Option, ...] = (
     Option("cache_control", "prompts are found again without it", label=_HINTS),
     Option("prompt_cache_breakpoint", "prompts are found again without it", label=_HINTS),
+)
+# Of /v1/embeddings, beside the fields of its schema.
+EMBEDDING_OPTIONS: tuple[Option, ...] = (
+    Option("dimensions", "vectors are as long as the base is wide; cut them yourself where they were trained for it"),
+    Option("user", "the caller's label", label=_TEXT),
+    Option("request_id", "send `x-request-id` for an id that replies and logs carry", label=_TEXT),
+    Option("add_special_tokens", "a text begins as the base expects; send token ids", neutral=(True,)),
+    Option("truncate_prompt_tokens", _NOT_CUT, neutral=(-1,)),
+    Option("truncation_side", _NOT_CUT, neutral=("left", "right")),
+    Option("use_activation", "`normalize` is its name here", neutral=(True,)),
+    Option("embed_dtype", "fp32", neutral=("float32",)),
+    Option("endianness", "base64 holds little-endian numbers", neutral=("native", "little")),
+    Option("priority", "nobody goes first", neutral=(0,)),
 )
 
 
@@ -249,7 +286,11 @@ def by_name(options: Sequence[Option]) -> Mapping[str, Option]:
 
 def documented() -> Iterator[str]:
     """The lines of the table in docs/api.md."""
-    yield "| option | routes | here | what |"
-    yield "| --- | --- | --- | --- |"
+    yield "| option | routes | OpenAI | vLLM | here | what |"
+    yield "| --- | --- | --- | --- | --- | --- |"
     for option in OPTIONS:
-        yield f"| `{option.name}` | {', '.join(option.routes)} | {option.treatment} | {option.about} |"
+        openai = "yes" if any(option.name in OPENAI[route] for route in option.routes) else ""
+        earlier = "earlier" if option.name in VLLM_EARLIER else ""
+        vllm = "yes" if any(option.name in VLLM[route] for route in option.routes) else earlier
+        cells = (f"`{option.name}`", ", ".join(option.routes), openai, vllm, option.treatment, option.about)
+        yield f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")

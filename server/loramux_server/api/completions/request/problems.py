@@ -9,12 +9,15 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from loramux_adapters.artifact.strict_json import quoted
-from loramux_server.api.completions.options import Option
+from loramux_server.api.completions.request.options import Option
+from loramux_server.did_you_mean import suggest
 from loramux_server.errors import RequestError
 
 MAX_TOLD = 20  # problems that one answer spells out
 MAX_SHOWN = 128  # characters of a name that a stranger wrote
 MAX_FIELDS = 64  # of an object inside a request
+_HINTED = 3  # problems; looking for what was meant takes its time
+_MAX_HINTED_NAME = 40  # characters
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -50,7 +53,8 @@ class Problems:
                 rest[name] = value
             elif (option := options.get(name)) is None:
                 param = (place + name)[:MAX_SHOWN]
-                self._add(f"unknown parameter {quoted(param)}", param, "unknown_parameter")
+                hint = suggest(name, names) if len(self.found) < _HINTED and len(name) <= _MAX_HINTED_NAME else ""
+                self._add(f"unknown parameter {quoted(param)}{hint}", param, "unknown_parameter")
             elif not option.takes(value):
                 self._add(option.refusal(place), place + name, "unsupported")
         return rest
@@ -84,5 +88,7 @@ def _problem(error: Mapping[str, Any]) -> Problem:
         return Problem(f"missing parameter {shown}", param, "missing_required_parameter")
     if error["type"] == "model_type":
         return Problem(f"{shown}: should be an object", param)
+    if error["type"] == "extra_forbidden":
+        return Problem(f"unknown parameter {shown}", param, "unknown_parameter")
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return Problem(f"{shown}: {message[0].lower()}{message[1:]}", param)

@@ -1,0 +1,1 @@
+"""A generation's pieces -> the bytes of its reply, in OpenAI's JSON: one object, or a stream of events."""
