@@ -17,7 +17,7 @@ GPU_ARGS ?= $(if $(wildcard dist/gpu/*.whl),$(if $(wildcard $(BIN)/python),,--wh
 WHEEL_ARGS ?=
 ISA ?= $(if $(filter x86_64 amd64,$(shell uname -m)),avx2,neon)
 
-.PHONY: help install serve spam check test test-isa test-cards test-gpu gpu gpu-wheels wheel load clean
+.PHONY: help install serve spam check test clients test-isa test-cards test-gpu gpu gpu-wheels wheel load clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do printf 'make %-10s %s\n' "$$name" "$$text"; done
@@ -38,6 +38,9 @@ check: $(STAMP) ## formatting, lint and types
 
 test: $(STAMP) ## every test that needs no GPU; TEST_ARGS="tests/server/config -k loopback" runs some
 	@$(BIN)/pytest $(if $(TEST_ARGS),$(TEST_ARGS),--cov -n 2 --dist loadfile)
+
+clients: $(STAMP) ## other people's clients against a real server, each in .clients/; CLIENTS=openai, say
+	@$(BIN)/pytest tests/clients $(if $(CLIENTS),-k "$(CLIENTS)")
 
 test-isa: $(STAMP) ## the end-to-end tests on a lower instruction set: ISA=avx2, say; TEST_ARGS as above
 	@LORAMUX_ISA=$(ISA) $(BIN)/pytest $(or $(TEST_ARGS),tests/e2e)

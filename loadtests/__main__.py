@@ -21,6 +21,7 @@ from . import (
     pauses,
     registry,
     replacing,
+    shapes,
     slots,
     soak,
     step,
@@ -46,6 +47,7 @@ COMMANDS = {
     "cost": (cost, "what adapters cost: base traffic beside them, few among many registered, few beside the base"),
     "fairness": (fairness, "one request behind a crowd for another adapter: how long it waits, in two checkouts"),
     "fidelity": (fidelity, "how far the served distribution is from fp32 on the same NF4 weights"),
+    "shapes": (shapes, "replies held to JSON beside replies that are not, in interleaved rounds: what a shape costs"),
     "slots": (slots, "how long the engine looks for an adapter's place, by rows of device memory, in two checkouts"),
     "soak": (soak, "ten minutes while adapters come, change and go: memory, threads and descriptors stay"),
     "step": (
