@@ -77,12 +77,13 @@ AdapterUpload: type[BaseModel] = create_model(
     "AdapterUpload",
     __doc__="The files of an adapter, `config` and `weights` at least; or `archive` alone.",
     __config__=ConfigDict(
+        extra="forbid",
         json_schema_extra={
             "oneOf": [
-                {"required": ["config", "weights"], "not": {"required": [ARCHIVE]}},
+                {"required": ["config", "weights"], "properties": {ARCHIVE: False}},
                 {"required": [ARCHIVE], "maxProperties": 1},
             ]
-        }
+        },
     ),
     **_PARTS,
 )
