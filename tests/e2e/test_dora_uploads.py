@@ -40,6 +40,7 @@ def test_a_dora_adapter_of_peft_answers_as_peft_does(server: RealServer, embedde
         EMBEDDED_NAME, device=CpuDevice(), cache_dir=embedded_cache, report=lambda line: None, exact=True
     )
     prompt: list[int] = base.tokenizer(PROMPT)["input_ids"]
+    torch.manual_seed(0)  # the adapter is the same in every run
     model: Any = get_peft_model(
         base.model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, use_dora=True, target_modules=TARGETS)
     ).eval()
