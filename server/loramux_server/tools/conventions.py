@@ -108,13 +108,6 @@ def conventions_of(
     )
 
 
-def format_of(
-    source: str | None, variables: Mapping[str, Any] | None = None, added: AddedTokens | None = None
-) -> CallFormat:
-    """How calls are written where this chat template is used. Raises TemplateFailed."""
-    return conventions_of(source, variables, added).format
-
-
 @dataclass(frozen=True, slots=True)
 class _Written:
     """What a template made of a call: the text behind the question and before the call's result."""

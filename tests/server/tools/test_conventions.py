@@ -8,7 +8,7 @@ import pytest
 
 from loramux_adapters.errors import TemplateFailed
 from loramux_server.tools.calls import AddedTokens
-from loramux_server.tools.conventions import Conventions, conventions_of, format_of
+from loramux_server.tools.conventions import Conventions, conventions_of
 from loramux_server.tools.reasoning import Reasoning
 from support import tool_templates as templates
 
@@ -94,8 +94,8 @@ def test_a_prompt_may_end_inside_the_thinking(prompt: str, opened: bool) -> None
 def test_special_tokens_that_a_reader_needs_are_shown() -> None:
     added = AddedTokens({"[TOOL_CALLS]": 5, "[ARGS]": 6, "<s>": 1}, frozenset(("[TOOL_CALLS]", "[ARGS]", "<s>")))
 
-    assert format_of(templates.MISTRAL_ARGS, templates.VARIABLES, added).shown == {"[TOOL_CALLS]", "[ARGS]"}
-    assert format_of(templates.HERMES, templates.VARIABLES, added).shown == frozenset()
+    assert conventions_of(templates.MISTRAL_ARGS, templates.VARIABLES, added).format.shown == {"[TOOL_CALLS]", "[ARGS]"}
+    assert conventions_of(templates.HERMES, templates.VARIABLES, added).format.shown == frozenset()
     think = AddedTokens({"<think>": 7, "</think>": 8}, frozenset(("<think>", "</think>")))
     assert conventions_of(templates.THINKING, templates.VARIABLES, think).shown == {"<think>", "</think>"}
 
