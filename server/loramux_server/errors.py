@@ -15,6 +15,8 @@ LoramuxError
 └── SequenceFailed            the engine gave this sequence up (its step failed, its adapter could not be read)
     └── ReplyImpossible       what the request itself allows and forbids leaves no token
         └── GrammarFailed     its reply cannot go on within its grammar, or not in time
+
+MaskLate (no LoramuxError)    a grammar has not said yet what may come next; never leaves the engine
 """
 
 from __future__ import annotations
@@ -96,3 +98,7 @@ class ReplyImpossible(SequenceFailed):
 
 class GrammarFailed(ReplyImpossible):
     """A reply cannot go on within the grammar that it was asked for; the message is for the client."""
+
+
+class MaskLate(Exception):
+    """A grammar has not said yet what may come next. Nothing is wrong: ask again later."""

@@ -208,10 +208,16 @@ class FreeGrammar:
 
     shape: Shape
     ended = False
+    is_ready = True
+    is_slow = False
+    mask_seconds = 0.0
 
     def advance(self, token: int) -> None: ...
 
-    def mask(self) -> npt.NDArray[np.uint32]:
+    def on_ready(self, call: Callable[[], None]) -> None:
+        call()
+
+    def mask(self, patience: float | None = None) -> npt.NDArray[np.uint32]:
         return np.full(9, 2**32 - 1, np.uint32)
 
 

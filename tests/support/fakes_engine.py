@@ -20,6 +20,7 @@ from loramux_server.engine.scheduling.sequence import (
     SlotLoad,
     TokenLogprob,
 )
+from loramux_server.errors import GrammarFailed, MaskLate
 
 VOCABULARY = 1000
 Kind = tuple[tuple[str, float], ...]  # (version, factor) of each adapter
@@ -229,10 +230,12 @@ class FakeRow:
             return None
         cells = [runner.cache[self._blocks[position // size]][position % size] for position in range(self._end)]
         assert not believed or all(cell is not None and cell[0] == kind for cell in cells), "another's keys are read"
-        if row.samples:
+        is_late = row.samples and not _is_known(sequence)
+        if row.samples and not is_late:
             chosen[sequence] = next_token(cells)
         return RowResult(
-            chosen[sequence] if row.samples else None,
+            chosen[sequence] if row.samples and not is_late else None,
+            is_late=is_late,
             error=runner.row_errors.get(sequence.id, runner.row_errors.get((sequence.id, row.reply_index))),
             scores=[fake_score(cells[: position + 1], token) for position, token in self._scored],
         )
@@ -242,6 +245,19 @@ class FakeRow:
             held = set(self._runner.arena[scaled.slot.offset : scaled.slot.offset + scaled.slot.rank])
             assert held == {use.version}, f"{self.sequence.id} would compute with {held}"
             assert scaled.scale == use.scale
+
+
+def _is_known(sequence: Sequence) -> bool:
+    """Whether its grammar has said what may come next."""
+    if sequence.params.grammar is None or sequence.params.forced:
+        return True
+    try:
+        sequence.params.grammar.mask(0.0)
+    except MaskLate:
+        return False
+    except GrammarFailed:
+        pass
+    return True
 
 
 def kind_of(sequence: Sequence) -> Kind:
@@ -319,6 +335,12 @@ class FakeMetrics:
 
     def aborted(self) -> None:
         self.calls.append(("aborted", ()))
+
+    def mask_made(self, seconds: float) -> None:
+        self.calls.append(("mask_made", (seconds,)))
+
+    def sat_out(self, count: int) -> None:
+        self.calls.append(("sat_out", (count,)))
 
 
 def sequence(

@@ -15,6 +15,9 @@ its batch, and those of the step that was started on top of it; what they held i
 forgotten. Where a step cannot even be started, the one under way ends as it would have, before the sequences of the
 other are ended. Anything else, or `MAX_FAILED_STEPS` failures in a row, ends the engine, and with it every sequence it
 has.
+
+A sequence whose grammar has not said yet what may come next sits steps out (`Scheduler`); the thread waits for a mask
+when nothing else is left to do, and otherwise a few milliseconds at most.
 """
 
 from __future__ import annotations
@@ -45,6 +48,8 @@ __all__ = ["Engine", "EngineMetrics", "EngineState", "EngineStats", "Runner", "R
 logger = logging.getLogger(__name__)
 
 MAX_FAILED_STEPS = 3  # in a row
+SLOW_MASK = 1.0  # seconds for one mask, of which the log is told
+MASK_WAIT = 0.25  # seconds that an engine with nothing else to do waits for a mask before it looks for overdue ones
 ABORT_GRACE = 5.0  # seconds an engine gets to notice, at the end of a drain, that all was aborted
 
 Deliver = Callable[[list[tuple[str, TokenOutput]]], None]
@@ -148,7 +153,7 @@ class Engine:
         """
         assert self._thread.ident is None, "the engine has a thread of its own"
         self._deliver = deliver
-        while self._step():
+        while self._step() or self._wait_for_mask():
             pass
 
     def wait_until_warm(self) -> None:
@@ -215,7 +220,7 @@ class Engine:
             self._inbox.started()
             self._warm.set()
             while self._under_way is not None or not self._inbox.drained:
-                if not self._step():
+                if not self._step() and not self._wait_for_mask():
                     self._inbox.wait()
             state = EngineState.STOPPED
         except Exception:
@@ -235,6 +240,16 @@ class Engine:
             self._run(batch)
         self._flush()
         return works
+
+    def _wait_for_mask(self) -> bool:
+        """Until a mask is there, or anything is said; a while at most. False, at once, if no sequence sits out."""
+        sitting = self._scheduler.sitting_out
+        for sequence in sitting:
+            assert sequence.params.grammar is not None
+            sequence.params.grammar.on_ready(self._inbox.wake)
+        if sitting:
+            self._inbox.wait(MASK_WAIT)
+        return bool(sitting)
 
     def _receive(self) -> None:
         mail = self._inbox.take()
@@ -317,7 +332,8 @@ class Engine:
 
     def _update(self, batch: Batch, results: list[tuple[ScheduledSequence, RowResult]], seconds: float) -> None:
         self._failed_steps = 0
-        self._scheduler.commit(batch)
+        late = {row.sequence for row, result in results if result.is_late}
+        self._scheduler.commit(batch, late)
         now, finished = self._clock(), SequenceStatus.FINISHED
         for row, result in results:
             if row.sequence.status is finished:
@@ -330,6 +346,7 @@ class Engine:
                 self._rate.ended(row.sequence)
             self._emit(row.sequence, output)
         self._metrics.step_done(batch, seconds, self._scheduler.slots.evictions)
+        self._metrics.sat_out(len(self._scheduler.sitting_out))
         self._rate.step_done(batch, seconds)
 
     def _output_of(self, sequence: Sequence, result: RowResult, now: float) -> TokenOutput | None:
@@ -364,6 +381,8 @@ class Engine:
         stops = token in params.stop_token_ids
         grammar = None if stops or params.forced else params.grammar
         if grammar is not None:
+            if grammar.mask_seconds > SLOW_MASK:
+                logger.warning("sequence %s: its grammar took %.1f s for a mask", sequence.id, grammar.mask_seconds)
             grammar.advance(token)
         self._metrics.token_chosen(sequence, not stops, now)
         output = TokenOutput(finish_reason=FinishReason.STOP, stopped_by=token, stopped_logprob=result.logprob)

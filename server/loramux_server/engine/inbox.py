@@ -151,9 +151,9 @@ class Inbox:
         """Any thread. Makes a waiting engine look at the world again."""
         self._news.set()
 
-    def wait(self) -> None:
-        """Engine thread. Returns at once if anything was said since the last `take`."""
-        self._news.wait()
+    def wait(self, seconds: float | None = None) -> None:
+        """Engine thread. Returns at once if anything was said since the last `take`; None: waits until then."""
+        self._news.wait(seconds)
 
     def take(self) -> Mail:
         """Engine thread. Everything since the last call; an abort comes with or after its sequence, never before."""

@@ -39,11 +39,14 @@ class LogitRules:
         if params.allowed_token_ids is not None:
             self._allowed = bits_of((*params.allowed_token_ids, *params.stop_token_ids), vocabulary)
 
-    def change(self, at: int) -> RowChange | None:
+    def change(self, at: int, patience: float | None = None) -> RowChange | None:
         """What is to be done to row `at` of the logits before the next token is chosen from it; None: nothing.
 
+        Args:
+            patience: seconds to wait for the grammar's mask at most; None: as long as it may take.
         Raises:
             GrammarFailed: no token may follow within the grammar, or it takes too long to say which.
+            MaskLate: the grammar has not said yet; this may be asked again.
         """
         for token in self._output[self._read :]:
             self._edits.count(token)
@@ -52,15 +55,15 @@ class LogitRules:
         forbidden = self._bad_words.forbidden(self._node)
         if self._read < self._min_tokens:
             forbidden = np.concatenate([forbidden, self._stop])
-        allowed, edits = self._mask(), self._edits.known
+        allowed, edits = self._mask(patience), self._edits.known
         if allowed is None and not len(edits) and not len(forbidden):
             return None
         return RowChange(at, edits, forbidden, allowed, self._edits.repetition)
 
-    def _mask(self) -> npt.NDArray[np.uint32] | None:
+    def _mask(self, patience: float | None) -> npt.NDArray[np.uint32] | None:
         if self._grammar is None:
             return self._allowed
-        mask, words = np.ascontiguousarray(self._grammar.mask(), dtype=np.uint32), words_for(self._vocabulary)
+        mask, words = np.ascontiguousarray(self._grammar.mask(patience), dtype=np.uint32), words_for(self._vocabulary)
         if len(mask) < words:  # logits of a base may be more than its tokens
             mask = np.concatenate([mask, np.zeros(words - len(mask), dtype=np.uint32)])
         return mask if self._allowed is None else mask[:words] & self._allowed

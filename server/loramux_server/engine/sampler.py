@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from itertools import accumulate
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -19,11 +20,12 @@ from loramux_server.engine.scheduling.sequence import (
     Sequence,
     TokenLogprob,
 )
-from loramux_server.errors import GrammarFailed
+from loramux_server.errors import GrammarFailed, MaskLate
 from loramux_server.kernels.compiled.logit_changes import MOST_CHANGES, RowChange
 from loramux_server.kernels.compiled.sampling import Draw, Sampling, logprobs_of
 from loramux_server.kernels.decoder.asks import Ask
 
+MASK_PATIENCE = 0.005  # seconds that one step waits for the masks of all of its rows together
 _MASK = (1 << 64) - 1
 
 
@@ -44,7 +46,7 @@ class Sampler:
         self, logits: torch.Tensor, rows: list[ScheduledSequence], first: list[int] | None = None
     ) -> list[RowResult]:
         """One for each row. A row with logits that are not finite, or for which nothing may be chosen, carries an error
-        and nothing else.
+        and nothing else. One whose grammar has not said yet what may come is late.
 
         Args:
             logits: [sum of `num_logits`, vocabulary], in order of the rows.
@@ -69,8 +71,8 @@ class Sampler:
                 results.append(RowResult(error=failed.get(start, NOT_FINITE), is_impossible=start in failed))
                 continue
             found, params, last = answered[start], row.sequence.params, start + row.num_logits - 1
-            if not row.samples:
-                results.append(RowResult(scores=found))
+            if last not in chosen:
+                results.append(RowResult(is_late=row.samples, scores=found))
                 continue
             logprob = found.pop(0) if params.logprobs is not None else None
             digest = digest_of(logits[last].float()) if params.digests else None
@@ -98,7 +100,11 @@ class Sampler:
     def _choose(
         self, logits: torch.Tensor, greedy: list[int], asked: list[tuple[int, ScheduledSequence]]
     ) -> tuple[dict[int, int], dict[int, str]]:
-        """(row of the logits -> the token that is chosen from it; first row of a sequence -> why none is)."""
+        """(row of the logits -> the token that is chosen from it; first row of a sequence -> why none can be).
+
+        A row whose mask is not there is in neither.
+        """
+        deadline = time.monotonic() + MASK_PATIENCE
         chosen: dict[int, int] = {}
         failed: dict[int, str] = {}
         draws: list[Draw] = []
@@ -109,9 +115,12 @@ class Sampler:
             ask = self.ask(start + row.num_logits - 1, row)
             if row.sequence.params.changes_logits:
                 try:
-                    change = self._rules_of(row.sequence, logits.shape[1]).change(ask.row)
+                    rules = self._rules_of(row.sequence, logits.shape[1])
+                    change = rules.change(ask.row, max(0.0, deadline - time.monotonic()))
                 except GrammarFailed as failure:
                     failed[start] = str(failure)
+                    continue
+                except MaskLate:
                     continue
                 if change is not None:
                     changes.append((start, ask, change))
@@ -195,8 +204,10 @@ def _questions(start: int, row: ScheduledSequence, chosen: dict[int, int]) -> li
     start: the first of its rows of the logits.
     """
     params, last = row.sequence.params, start + row.num_logits - 1
-    of_chosen = [Question(last, chosen[last], params.logprobs)] if row.samples and params.logprobs is not None else []
-    return of_chosen + scored(row, last)
+    questions = scored(row, last)
+    if last in chosen and params.logprobs is not None:
+        questions.insert(0, Question(last, chosen[last], params.logprobs))
+    return questions
 
 
 def scored(row: ScheduledSequence, last: int) -> list[Question]:

@@ -73,6 +73,12 @@ class EngineMetrics(Protocol):
     def aborted(self) -> None:
         """A sequence was aborted, waiting or running."""
 
+    def mask_made(self, seconds: float) -> None:
+        """A token was chosen within a grammar, whose mask was there so long after it could be asked for."""
+
+    def sat_out(self, count: int) -> None:
+        """So many running sequences were not in a step, or came out of it without a token, for want of a mask."""
+
 
 class StepMetrics:
     """Gathers one step and reports it. Owner: the engine thread."""
@@ -92,6 +98,8 @@ class StepMetrics:
             self._metrics.first_token(now - sequence.arrived)
         elif delivered and sequence.last_token_at is not None:
             self._metrics.inter_token(now - sequence.last_token_at)
+        if sequence.params.grammar is not None and not sequence.params.forced:
+            self._metrics.mask_made(sequence.params.grammar.mask_seconds)
         if delivered:
             sequence.last_token_at = now
             self._generated[sequence.adapter] += 1
@@ -101,7 +109,7 @@ class StepMetrics:
         prompt: Counter[str | None] = Counter()
         for row in batch.rows:
             sequence = row.sequence
-            if sequence.background:
+            if sequence.background or row.repeats:
                 continue
             if row.first < len(sequence.prompt):
                 prompt[sequence.adapter] += row.num_tokens
@@ -122,6 +130,10 @@ class StepMetrics:
 
     def aborted(self) -> None:
         self._metrics.aborted()
+
+    def sat_out(self, count: int) -> None:
+        if count:
+            self._metrics.sat_out(count)
 
 
 class WorkRate:
@@ -176,3 +188,5 @@ class NoMetrics:
     def slot_loaded(self, seconds: float) -> None: ...
     def evicted(self, count: int) -> None: ...
     def aborted(self) -> None: ...
+    def mask_made(self, seconds: float) -> None: ...
+    def sat_out(self, count: int) -> None: ...

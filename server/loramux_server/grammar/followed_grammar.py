@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import time
-from concurrent.futures import Executor, Future
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Executor, Future
+from concurrent.futures import wait as wait_for
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from loramux_server.errors import GrammarFailed
+from loramux_server.errors import GrammarFailed, MaskLate
 from loramux_server.grammar.limits import GrammarLimits
 from loramux_server.grammar.reply_check import Normal, problem_of
 from loramux_server.grammar.vocabulary import Vocabulary
@@ -19,7 +21,17 @@ if TYPE_CHECKING:
     import llguidance
 
 _WHERE = re.compile(r"^at 1\(\d+\): (?:failed to compile JSON schema: )?|\s\d+ \| .*$")  # in a text that is ours
+_STOPS = "the server follows no grammar any more: it stops"
 _SHOWN = 300  # characters of a message of llguidance's
+SLOW_MASK = 0.005  # seconds of a processor for one mask, from which on a grammar counts as slow
+_QUICK_MASKS = 4  # in a row, after which it does not any more; twice as many each time that it has become slow again
+
+
+class Lanes(NamedTuple):
+    """Where masks are made. Slow grammars have threads of their own, so that nobody else's masks wait for theirs."""
+
+    quick: Executor
+    slow: Executor
 
 
 class Used:
@@ -36,8 +48,11 @@ class Used:
 class FollowedGrammar:
     """A `Grammar` of `engine/scheduling/sequence.py`: the engine's thread calls its methods.
 
-    The matcher belongs to the thread that makes a mask until that mask has been waited for, and to the engine's
-    otherwise. To take in a token costs the engine's thread a few microseconds.
+    The matcher, and how long its masks take, belong to the thread that makes a mask until that is done, and to the
+    engine's otherwise. To take in a token costs the engine's thread a few microseconds.
+
+    Attributes:
+        is_slow, mask_seconds: as in the protocol.
     """
 
     def __init__(
@@ -45,7 +60,7 @@ class FollowedGrammar:
         matcher: llguidance.LLMatcher,
         vocabulary: Vocabulary,
         schema: Normal | None,
-        workers: Executor,
+        lanes: Lanes,
         limits: GrammarLimits,
         used: Used | None = None,
     ) -> None:
@@ -54,14 +69,13 @@ class FollowedGrammar:
         Args:
             matcher: at the start of its grammar, and nobody else's.
             schema: that a complete reply is valid under; None where the grammar alone says what it is.
-            workers: where masks are made.
             limits: on the time that masks take.
             used: of the matcher, kept up to date here.
         """
         self._matcher = matcher
         self._vocabulary = vocabulary
         self._schema = schema
-        self._workers = workers
+        self._lanes = lanes
         self._limits = limits
         self._spent = 0.0  # seconds of a processor, for this reply
         self._used = used or Used()
@@ -70,28 +84,44 @@ class FollowedGrammar:
         self._may_end = False
         self._ended = False
         self._failed: str | None = None
-        self._next: Future[npt.NDArray[np.uint32]] = workers.submit(self._make_mask)
+        self.is_slow = False
+        self._quick_masks = 0  # in a row
+        self._quick_needed = _QUICK_MASKS // 2
+        self.mask_seconds = 0.0
+        self._asked = 0.0
+        self._begun: float | None = None  # when a thread began with the next mask
+        self._next = self._ask()
 
     @property
     def ended(self) -> bool:
         """Nothing but the reply's end could follow what was chosen so far."""
         return self._ended
 
-    def mask(self) -> npt.NDArray[np.uint32]:
-        """[ceil(vocabulary / 32)]: what may come next, see the protocol. Waits for it. Raises GrammarFailed."""
+    @property
+    def is_ready(self) -> bool:
+        return self._failed is not None or self._next.done() or self._time_left() <= 0
+
+    def on_ready(self, call: Callable[[], None]) -> None:
+        self._next.add_done_callback(lambda _: call())
+
+    def mask(self, patience: float | None = None) -> npt.NDArray[np.uint32]:
+        """[ceil(vocabulary / 32)]: what may come next, see the protocol. Raises GrammarFailed or MaskLate."""
         if self._failed is not None:
             raise GrammarFailed(self._failed)
+        while not self._next.done():
+            left = self._time_left()
+            if left <= 0:
+                self._give_up()
+            wait_for([self._next], left if patience is None else min(left, patience))
+            if patience is not None and not self._next.done() and self._time_left() > 0:
+                raise MaskLate
         try:
-            return self._next.result(self._limits.mask_seconds)
+            return self._next.result()
         except GrammarFailed as error:
             self._failed = str(error)
             raise
-        except TimeoutError as error:
-            self._fail(
-                f"the grammar of this reply takes longer than {self._limits.mask_seconds:g} s to say what may come "
-                "next; make it simpler",
-                error,
-            )
+        except CancelledError as error:
+            self._fail(_STOPS, error)
         except Exception as error:  # of llguidance, or of threads that have been stopped: one row's, not the engine's
             self._fail(f"the grammar of this reply cannot be followed ({type(error).__name__})", error)
 
@@ -128,13 +158,51 @@ class FollowedGrammar:
                 self._fail(f"the reply cannot be completed: {wrong}")
             self._ended = True
             return
+        self._next = self._ask()
+
+    def _ask(self) -> Future[npt.NDArray[np.uint32]]:
+        """Has the next mask made. Raises GrammarFailed."""
+        self._asked, self._begun = time.monotonic(), None
         try:
-            self._next = self._workers.submit(self._make_mask)
+            return (self._lanes.slow if self.is_slow else self._lanes.quick).submit(self._make_mask)
         except RuntimeError as error:
-            self._fail("the server follows no grammar any more: it stops", error)
+            self._fail(_STOPS, error)
+
+    def _time_left(self) -> float:
+        """Seconds until the mask that is being made is given up."""
+        if self._begun is None:
+            return self._asked + self._limits.mask_queue_seconds - time.monotonic()
+        return self._begun + self._limits.mask_seconds - time.monotonic()
+
+    def _give_up(self) -> NoReturn:
+        if self._begun is None:
+            self._fail("the grammars of other replies keep the server from saying what may come next; try again later")
+        self._fail(
+            f"the grammar of this reply takes longer than {self._limits.mask_seconds:g} s to say what may come "
+            "next; make it simpler"
+        )
 
     def _make_mask(self) -> npt.NDArray[np.uint32]:
         """On another thread. Raises GrammarFailed."""
+        self._begun = time.monotonic()
+        begun = time.thread_time()
+        try:
+            return self._made_mask()
+        finally:
+            self._judge(time.thread_time() - begun)
+            self.mask_seconds = time.monotonic() - self._asked
+
+    def _judge(self, seconds: float) -> None:
+        """Of a processor, that a mask took."""
+        if seconds > SLOW_MASK:
+            if not self.is_slow:
+                self._quick_needed *= 2
+            self.is_slow, self._quick_masks = True, 0
+        elif self.is_slow:
+            self._quick_masks += 1
+            self.is_slow = self._quick_masks < self._quick_needed
+
+    def _made_mask(self) -> npt.NDArray[np.uint32]:
         mask = self._vocabulary.empty_mask()
         begun = time.thread_time()
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)

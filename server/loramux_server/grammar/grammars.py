@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loramux_server.errors import RequestError, ServerBusy
-from loramux_server.grammar.followed_grammar import FollowedGrammar, Used, shortened
+from loramux_server.grammar.followed_grammar import FollowedGrammar, Lanes, Used, shortened
 from loramux_server.grammar.limits import GrammarLimits
 from loramux_server.grammar.shape import Shape
 from loramux_server.grammar.source import GrammarSource, source_of
@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     import llguidance
 
     from loramux_server.base.tokenizer import BaseTokenizer
-    from loramux_server.engine.scheduling.sequence import Grammar
+    from loramux_server.engine.scheduling.grammar import Grammar
 
 _COMPILERS = 2  # threads; a grammar that takes long holds one of them, and no mask
 _MOST_WORKERS = 8
+_SLOW_WORKERS = 1  # threads for the masks of grammars that take long, however many there are
 _TRIED = 4  # tokens, of each new grammar
 _SMALLEST = 1024  # bytes that count for each kept grammar, however short
 
@@ -43,13 +44,17 @@ class Grammars:
     ) -> None:
         """
         Args:
-            num_workers: threads that make masks; None: half as many as this process has processors, at most 8.
+            num_workers: threads that make masks, beside one for those that take long; None: half as many as this
+                process has processors, at most 8.
         """
         self._tokenizer = tokenizer
         self._limits = limits or GrammarLimits()
         processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = num_workers or max(1, min(_MOST_WORKERS, processors // 2))
-        self._workers = ThreadPoolExecutor(workers, thread_name_prefix="grammar-mask")
+        self._lanes = Lanes(
+            quick=ThreadPoolExecutor(workers, thread_name_prefix="grammar-mask"),
+            slow=ThreadPoolExecutor(_SLOW_WORKERS, thread_name_prefix="grammar-slow-mask"),
+        )
         self._compilers = ThreadPoolExecutor(_COMPILERS, thread_name_prefix="grammar-compile")
         self._lock = threading.RLock()  # a grammar may be found to be gone at any time, also inside
         self._building = threading.Lock()
@@ -72,7 +77,7 @@ class Grammars:
         digest = sha256(source.text.encode(errors="surrogatepass")).digest()
         vocabulary = self.prepare()
         matcher, used = self._taken(digest) or (self._compiled(source, vocabulary, param), Used())
-        grammar = FollowedGrammar(matcher, vocabulary, source.schema, self._workers, self._limits, used)
+        grammar = FollowedGrammar(matcher, vocabulary, source.schema, self._lanes, self._limits, used)
         weakref.finalize(grammar, self._give_back, digest, len(source.text), matcher, used).atexit = False
         return grammar
 
@@ -86,7 +91,8 @@ class Grammars:
     def close(self) -> None:
         """No grammar is made or goes on after this."""
         self._compilers.shutdown(wait=False, cancel_futures=True)
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        for lane in self._lanes:
+            lane.shutdown(wait=False, cancel_futures=True)
 
     def _compiled(self, source: GrammarSource, vocabulary: Vocabulary, param: str) -> llguidance.LLMatcher:
         begun = threading.Event()

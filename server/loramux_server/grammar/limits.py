@@ -26,7 +26,8 @@ class GrammarLimits:
         states: of one sequence's automaton, each one or two kilobytes.
         compile_seconds: until a grammar is compiled, once it is begun.
         queue_seconds: until it is begun.
-        mask_seconds: that the engine waits for one mask.
+        mask_seconds: that one mask may take, from when it is begun,
+        mask_queue_seconds: and until it is begun, while others' are made.
         spent_seconds: of a processor's time, that one reply's masks may take,
         spent_seconds_per_token: and for each of its tokens.
         kept_bytes: of the sources of grammars that are kept compiled.
@@ -52,6 +53,7 @@ class GrammarLimits:
     compile_seconds: float = 5.0
     queue_seconds: float = 20.0
     mask_seconds: float = 2.0
+    mask_queue_seconds: float = 20.0
     spent_seconds: float = 0.5
     spent_seconds_per_token: float = 0.02
     kept_bytes: int = 2 * 1024 * 1024

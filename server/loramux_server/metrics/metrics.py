@@ -24,6 +24,7 @@ _FIRST_TOKEN = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 1.0, 1.5, 2.5, 5
 _STEP = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0, 10.0)
 _REQUEST = (0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 45.0, 60.0, 120.0, 240.0, 480.0, 960.0)
 _QUEUE = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
+_MASK = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0)
 _LOAD = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _PAUSE = (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0)
 _SEQUENCES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024)
@@ -36,7 +37,7 @@ _ADAPTERS = (0, 1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256)
 class Metrics:
     """One server's metrics, with a registry of their own. Every method may be called from any thread and is cheap.
 
-    The engine thread calls the methods up to `aborted`; the API calls the rest. A None adapter is the bare base.
+    The engine thread calls the methods up to `sat_out`; the API calls the rest. A None adapter is the bare base.
     """
 
     def __init__(self, adapter_labels: int = 100) -> None:
@@ -87,6 +88,14 @@ class Metrics:
         self._cancelled = Counter(
             "loramux_sequences_cancelled",
             "Sequences taken out of the engine before their end: the client left, or a stop string was found",
+            registry=registry,
+        )
+        self._mask = histogram(
+            "loramux_grammar_mask_seconds", "From a token of a reply held to a shape to the mask of the next", _MASK
+        )
+        self._sat_out = Counter(
+            "loramux_sequence_steps_sat_out",
+            "Steps that running sequences sat out, since their masks were not there",
             registry=registry,
         )
         self._aborts = Counter("loramux_aborts", "Requests whose client left before the end", registry=registry)
@@ -172,6 +181,14 @@ class Metrics:
     def aborted(self) -> None:
         """A sequence left the engine on request, before its end."""
         self._cancelled.inc()
+
+    def mask_made(self, seconds: float) -> None:
+        """A token was chosen from a mask that took so long."""
+        self._mask.observe(seconds)
+
+    def sat_out(self, count: int) -> None:
+        """So many sequences were in no step, or got no token from it, for want of a mask."""
+        self._sat_out.inc(count)
 
     # loader thread of the host cache
 

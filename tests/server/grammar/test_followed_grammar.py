@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loramux_server.errors import GrammarFailed
-from loramux_server.grammar.followed_grammar import FollowedGrammar
+from loramux_server.errors import GrammarFailed, MaskLate
+from loramux_server.grammar.followed_grammar import FollowedGrammar, Lanes
 from loramux_server.grammar.limits import GrammarLimits
 from loramux_server.grammar.schema import normal_schema
 from loramux_server.grammar.shape import Shape
@@ -26,7 +26,13 @@ class ScriptedMatcher:
     """In the place of llguidance's: every token may come, and it does what a test tells it."""
 
     def __init__(self, **told: Any) -> None:
-        self.told = {"error": "", "stopped": False, "accepting": False, "words": 0xFFFFFFFF, "seconds": 0.0} | told
+        self.told: dict[str, Any] = {
+            "error": "",
+            "stopped": False,
+            "accepting": False,
+            "words": 0xFFFFFFFF,
+            "seconds": 0.0,
+        } | told
 
     def unsafe_compute_mask_ptr(self, pointer: int, nbytes: int) -> None:
         time.sleep(self.told["seconds"])
@@ -69,7 +75,7 @@ def workers() -> Any:
 
 def followed(vocabulary: Vocabulary, workers: Any, *, schema: Any = None, limits: Any = None, **told: Any) -> Any:
     matcher: Any = ScriptedMatcher(**told)
-    return FollowedGrammar(matcher, vocabulary, schema, workers, limits or GrammarLimits())
+    return FollowedGrammar(matcher, vocabulary, schema, Lanes(workers, workers), limits or GrammarLimits())
 
 
 TEXTS = ["no", "not", "north", "yes", "yes!", "é"]
@@ -181,6 +187,69 @@ def test_a_mask_that_takes_too_long_fails_in_time(vocabulary: Vocabulary, worker
     assert time.monotonic() - begun < 0.8
 
 
+def test_a_mask_that_is_not_there_is_late_and_nobody_waits_longer_than_asked(
+    vocabulary: Vocabulary, workers: Any
+) -> None:
+    begin = threading.Event()
+    workers.submit(begin.wait, 10)
+    grammar = followed(vocabulary, workers)
+    called: list[int] = []
+    grammar.on_ready(lambda: called.append(1))
+    begun = time.monotonic()
+    for patience in (0.0, 0.02):
+        with pytest.raises(MaskLate):
+            grammar.mask(patience)
+    assert time.monotonic() - begun < 5 and not grammar.is_ready and not called
+    begin.set()
+    assert len(tokens_in(grammar.mask())) > 250 and grammar.is_ready
+    while not called:
+        time.sleep(0.001)
+    grammar.on_ready(lambda: called.append(2))
+    assert called == [1, 2] and grammar.mask_seconds > 0.02
+
+
+def test_a_mask_that_waits_too_long_for_those_of_others_fails_and_says_so(vocabulary: Vocabulary, workers: Any) -> None:
+    begin = threading.Event()
+    workers.submit(begin.wait, 10)
+    grammar = followed(vocabulary, workers, limits=replace(GrammarLimits(), mask_queue_seconds=0.02))
+    try:
+        with pytest.raises(GrammarFailed, match="grammars of other replies"):
+            grammar.mask()
+        assert grammar.is_ready
+        with pytest.raises(GrammarFailed, match="grammars of other replies"):
+            grammar.mask(0.0)
+    finally:
+        begin.set()
+
+
+def test_a_grammar_whose_masks_take_long_has_them_made_apart_until_they_are_quick_again(
+    vocabulary: Vocabulary, workers: Any
+) -> None:
+    class Busy(ScriptedMatcher):
+        def unsafe_compute_mask_ptr(self, pointer: int, nbytes: int) -> None:
+            names.append(threading.current_thread().name[:4])
+            begun = time.thread_time()
+            while time.thread_time() - begun < self.told["seconds"]:
+                pass
+            self._fill(pointer, nbytes)
+
+    names: list[str] = []
+    matcher: Any = Busy(seconds=0.02)
+    with ThreadPoolExecutor(1, "quick") as quick, ThreadPoolExecutor(1, "slow") as slow:
+        grammar = FollowedGrammar(matcher, vocabulary, None, Lanes(quick, slow), GrammarLimits())
+        seen = []
+        for place in range(20):
+            grammar.mask()
+            while not grammar.is_ready:
+                time.sleep(0.001)
+            seen.append(grammar.is_slow)
+            matcher.told["seconds"] = 0.02 if place == 7 else 0.0
+            grammar.advance(3)
+        grammar.mask()
+    assert seen == [True] * 4 + [False] * 4 + [True] * 8 + [False] * 4
+    assert names[:6] == ["quic", "slow", "slow", "slow", "slow", "quic"]
+
+
 def test_masks_that_take_long_together_fail() -> None:
     limits = replace(GrammarLimits(), spent_seconds=0.0, spent_seconds_per_token=0.0)
     from loramux_server.grammar.grammars import Grammars
@@ -211,7 +280,7 @@ def test_a_mask_is_made_while_the_caller_does_other_things(vocabulary: Vocabular
             self._fill(pointer, nbytes)
 
     matcher: Any = Watching()
-    grammar = FollowedGrammar(matcher, vocabulary, None, workers, GrammarLimits())
+    grammar = FollowedGrammar(matcher, vocabulary, None, Lanes(workers, workers), GrammarLimits())
     grammar.advance(3)
     grammar.mask()
     assert len(names) == 2

@@ -30,7 +30,7 @@ from loramux_server.api.http.dependencies import Dependencies, StoreLike
 from loramux_server.api.http.model_names import RequestedAdapter, resolve_model
 from loramux_server.api.http.worker_threads import run_in_thread
 from loramux_server.base.detokenizer import Detokenizer
-from loramux_server.engine.scheduling.sequence import Grammar
+from loramux_server.engine.scheduling.grammar import Grammar
 from loramux_server.engine.scheduling.sequence import Sequence as EngineSequence
 from loramux_server.errors import LoramuxError, RequestError
 from loramux_server.metrics.metrics import Metrics

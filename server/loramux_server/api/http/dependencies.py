@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from loramux_adapters.store.store import AdapterRecord, Lease, Published, Staging
     from loramux_server.api.http.model_names import RequestedAdapter
     from loramux_server.base.infill import Infill
-    from loramux_server.engine.scheduling.sequence import Grammar, TokenOutput
+    from loramux_server.engine.scheduling.grammar import Grammar
     from loramux_server.engine.scheduling.sequence import Sequence as EngineSequence
+    from loramux_server.engine.scheduling.sequence import TokenOutput
     from loramux_server.fingerprint.replay import ReplayOutcome
     from loramux_server.grammar.shape import Shape
     from loramux_server.publishing.hub_adapters import HubAdapters

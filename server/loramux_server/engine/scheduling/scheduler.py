@@ -15,8 +15,11 @@ Copies of adapters alone may be made beside the step under way, and are told whe
 
 A sequence starts only when there is a token for it, and each that runs has one in every batch, but for those that
 wait for the results of a step under way. So when the steps under way fail, no running sequence is left behind, and no
-slot half loaded. Background sequences alone may sit a step out, and take no more of a prompt at a time than
-`max_background_tokens` even when they count as ordinary ones; what they hold was loaded by a step that worked.
+slot half loaded. Two kinds may sit a step out, and what these hold was loaded by a step that worked: background
+sequences, which take no more of a prompt at a time than `max_background_tokens` even when they count as ordinary ones;
+and sequences whose grammar has not said yet what may come next (`Sequence.sits_out`). The mask of a grammar is usually
+made while the step runs whose logits it is for. Where it is not there in time, no token is chosen: the sequence reads
+its newest token again when it is, with the same bits, and nobody waits for it meanwhile. It keeps what it holds.
 
 Text that is scored (prompt logprobs, continuations) is read like a prompt, but logits are needed at each of its
 positions, so that a step takes at most `max_scored_tokens` of it, beside one for each sequence. Text whose mean state
@@ -78,6 +81,11 @@ class Scheduler:
     def running(self) -> ReadOnlyList[Sequence]:
         """Sequences that hold KV blocks, in order of admission."""
         return self._running
+
+    @property
+    def sitting_out(self) -> list[Sequence]:
+        """Those of `running` that are in no step before their masks are made."""
+        return [sequence for sequence in self._running if sequence.sits_out]
 
     @property
     def waiting(self) -> list[Sequence]:
@@ -160,8 +168,8 @@ class Scheduler:
     def schedule(self) -> Batch:
         """The next step, to be followed by `commit` or `roll_back`; one step before it may be under way.
 
-        A batch without rows needs neither: nothing can run until a load ends, something arrives or the step under way
-        is done.
+        A batch without rows needs neither: nothing can run until a load ends, a mask is made, something arrives or the
+        step under way is done.
         """
         assert len(self._steps) < 2, "the step before the last was neither committed nor rolled back"
         self._chosen_for = {row.sequence for row in self._steps[0].rows if row.samples} if self._steps else _NOBODY
@@ -202,15 +210,20 @@ class Scheduler:
         """Those that have something for the next step, as far as that is known while another is under way.
 
         A reply whose last token is being chosen has nothing more, and ends when it is known. Whose text is being
-        scored waits: what it reads next depends on the scores.
+        scored waits: what it reads next depends on the scores. So does whom a grammar holds: the mask of what comes
+        next depends on the token.
         """
+        running = [one for one in running if not one.sits_out]
         if not self._steps:
             return running
         scored = {row.sequence for row in self._steps[0].rows if row.num_scored}
         return [one for one in running if one not in scored and (one.in_prefill or self._chooses_more(one))]
 
     def _chooses_more(self, sequence: Sequence) -> bool:
-        return len(sequence.output) + (sequence in self._chosen_for) < sequence.params.max_tokens
+        is_chosen = sequence in self._chosen_for
+        if is_chosen and sequence.params.grammar is not None and not sequence.params.forced:
+            return False
+        return len(sequence.output) + is_chosen < sequence.params.max_tokens
 
     def _mark_idle(self, loads: Iterable[SlotLoad]) -> None:
         """Says which of these slots the step under way does not read.
@@ -240,11 +253,14 @@ class Scheduler:
         admitted.slot_loads += started.slot_loads
         return rows
 
-    def commit(self, batch: Batch) -> None:
+    def commit(self, batch: Batch, late: Set[Sequence] = _NOBODY) -> None:
         """The oldest step under way worked: its tokens are in the cache, its slot loads are resident.
 
         The results of steps before it are known, and written to `Sequence.output`. Rows of sequences that have ended
         since it was scheduled are passed over.
+
+        Args:
+            late: for whom no token was chosen, since their masks were not there. They read their last token again.
         """
         assert self._steps and self._steps[0] is batch, "not the oldest step under way"
         self._close(self._steps.pop(0))
@@ -252,7 +268,11 @@ class Scheduler:
         for row in batch.rows:
             if row.sequence.status is finished:
                 continue
-            self._publish(row)
+            is_late = row.sequence in late
+            if is_late:
+                row.sequence.num_computed -= 1
+                row.sequence.waits_for_mask = True
+            self._publish(row, row.first + row.num_tokens - is_late)
             if row.first < len(row.sequence.prompt) <= row.first + row.num_tokens:
                 self._waiting.release_held(row.sequence)
 
@@ -323,8 +343,9 @@ class Scheduler:
 
         `scored`: of text that is scored, so many tokens beside one.
         """
+        repeats, sequence.waits_for_mask = sequence.waits_for_mask, False
         if not sequence.in_prefill:
-            return ScheduledSequence(sequence, 1, samples=True, follows=sequence in self._chosen_for)
+            return ScheduledSequence(sequence, 1, True, follows=sequence in self._chosen_for, repeats=repeats)
         if sequence.background:
             tokens = min(tokens, self.config.max_background_tokens)
         unscored = max(0, sequence.logits_from - sequence.num_computed)
@@ -336,14 +357,17 @@ class Scheduler:
             samples=ends_prompt and sequence.params.max_tokens > 0,
             num_scored=max(0, count - unscored) if sequence.params.scores_text else 0,
             num_states=max(0, count - unscored) if sequence.params.pooling else 0,
+            repeats=repeats,
         )
 
-    def _publish(self, row: ScheduledSequence) -> None:
+    def _publish(self, row: ScheduledSequence, end: int) -> None:
         """Makes the blocks that this step completed known to those that come after; all tokens up to there are known.
+
+        end: behind the last position that no step writes again.
 
         Not what is behind a prompt with continuations: they are written over one another.
         """
-        size, end = self.blocks.block_size, row.first + row.num_tokens
+        size = self.blocks.block_size
         if row.first // size == end // size or not self.blocks.keeps_content:
             return
         sequence = row.sequence

@@ -6,13 +6,14 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
     from loramux_adapters.lora.slots import ScaledSlot, Slot
+    from loramux_server.engine.scheduling.grammar import Grammar
 
 
 Flow = tuple[str, ...]  # among whom the engine shares fairly: a path, from the outside in
@@ -35,27 +36,6 @@ class FinishReason(Enum):
 
 
 Pooling = Literal["last", "mean"]
-
-
-class Grammar(Protocol):
-    """What one sequence's reply may be, followed token by token."""
-
-    @property
-    def ended(self) -> bool:
-        """Nothing but the reply's end could follow what was chosen so far."""
-
-    def advance(self, token: int) -> None:
-        """Engine thread: this token was chosen. The mask of the next is made on another thread from now on.
-
-        Raises GrammarFailed.
-        """
-
-    def mask(self) -> npt.NDArray[np.uint32]:
-        """Waits for it: [ceil(vocabulary / 32)], bit i of word w is token 32 w + i, 1 where that may come next.
-
-        Tokens that end a reply may come where what was chosen so far is complete.
-        Raises GrammarFailed: nothing may come, or it takes too long to say what.
-        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +222,7 @@ class Sequence:
     # filled by the scheduler
     status: SequenceStatus = SequenceStatus.WAITING
     is_long: bool = False  # the base turns its positions as it does in long texts (kernels/layers/rotary.py)
+    waits_for_mask: bool = False  # a step read its newest token, and its mask was not there: it is to be read again
     promoted: bool = False  # a background sequence that has waited so long that it counts as an ordinary one
     slots: tuple[ScaledSlot, ...] = ()  # while it runs: one for each of `adapters`, in their order
     blocks: list[int] = field(default_factory=list)
@@ -271,6 +252,14 @@ class Sequence:
     def gives_way(self) -> bool:
         """It runs only where no ordinary sequence wants to."""
         return self.background and not self.promoted
+
+    @property
+    def sits_out(self) -> bool:
+        """What may come next is not known yet, so that a step could not choose it."""
+        grammar = None if self.params.forced else self.params.grammar
+        if grammar is None or not (self.waits_for_mask or (grammar.is_slow and not self.in_prefill)):
+            return False
+        return not grammar.is_ready
 
     @property
     def num_tokens(self) -> int:
@@ -398,6 +387,7 @@ class ScheduledSequence:
         num_scored: the logits at so many of the last positions score given text.
         num_states: at so many of the last positions is asked what the output head reads, and nothing else.
         follows: its one token is the one that the step before, which is not read yet, chooses for the sequence.
+        repeats: its one token was read before, by a step behind which the mask was not there.
         first: the sequence's `num_computed` before this step.
         reply_index: which token of the reply this step chooses.
     """
@@ -408,6 +398,7 @@ class ScheduledSequence:
     num_scored: int = 0
     num_states: int = 0
     follows: bool = False
+    repeats: bool = False
     first: int = field(init=False)
     reply_index: int = field(init=False)
 
@@ -460,6 +451,7 @@ class RowResult:
 
     Attributes:
         token_id: the token chosen for a row with `samples`.
+        is_late: none is chosen yet, since the mask of its grammar is not there; `scores` are.
         error: instead of all else, if that row alone failed.
         is_impossible: see `TokenOutput`.
         scores: in order of positions, those that `Sequence.scored_at` asks for.
@@ -468,6 +460,7 @@ class RowResult:
 
     token_id: int | None = None
     logprob: TokenLogprob | None = None
+    is_late: bool = False
     error: str | None = None
     is_impossible: bool = False
     digest: bytes | None = None
