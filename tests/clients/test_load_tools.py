@@ -14,9 +14,11 @@ from support.real_server import RealServer
 def test_guidellm_measures_it(ask: Ask, server: RealServer, base_directory: Path, tmp_path: Path) -> None:
     ask(
         "guidellm",
-        *("benchmark", "run", "--target", server.url, "--model", ADAPTER, "--processor", str(base_directory)),
-        *("--profile", "synchronous", "--max-requests", "4", "--data", "prompt_tokens=32,output_tokens=8"),
-        *("--output-dir", str(tmp_path), "--outputs", "json"),
+        *("run", "--backend", f"kind=openai_http,target={server.url},model={ADAPTER}"),
+        *("--tokenizer", f"kind=hf_auto,model={base_directory}"),
+        *("--profile", "kind=synchronous", "--constraint", "kind=max_requests,count=4"),
+        *("--data", "kind=synthetic_text,prompt_tokens=32,output_tokens=8"),
+        *("--output", f"kind=json,path={tmp_path / 'report.json'}", "--disable-console"),
         program="guidellm",
         parse=False,
     )

@@ -210,13 +210,13 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"n": 10**6}, "n", "invalid_value"),
     ({"prompt": ["a"] * 64, "n": 3}, "n", "invalid_value"),
     ({"best_of": 1, "n": 2}, "best_of", "invalid_value"),
-    ({"suffix": "."}, "suffix", "unsupported"),
+    ({"suffix": "."}, "suffix", "unsupported_value"),
     ({"frequency_penalty": 2.5}, "frequency_penalty", "invalid_value"),
     ({"logit_bias": {"50": 101}}, "logit_bias", "invalid_value"),
     ({"logit_bias": {"49152": 1}}, "logit_bias", "invalid_value"),
     ({"extra_body": {"guided_regex": "("}}, "guided_regex", "invalid_value"),
     ({"extra_body": {"guided_json": {"not": {}}}}, "guided_json", "unsupported_value"),
-    ({"extra_body": {"use_beam_search": True}}, "use_beam_search", "unsupported"),
+    ({"extra_body": {"use_beam_search": True}}, "use_beam_search", "unsupported_parameter"),
 ]
 
 

@@ -481,7 +481,7 @@ def make_server(
         base=ServedBase(BASE_NAME, base_id="ba5e" * 16, context=context, reply=reply or context, created=1_700_000_000),
         keys=keys or Keys(),
         limits=replace(Limits(), **limits),
-        grammars=grammars,
+        grammars=grammars or FakeGrammars(),
         lora_path_root=lora_path_root,
     )
     return Server(engine, store, check, tokenizer, deps.metrics, deps, create_app(deps))

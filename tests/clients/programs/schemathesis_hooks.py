@@ -12,7 +12,7 @@ MOST = 4  # tokens of a reply: what is tried is what the server takes, not how f
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens")
 
 # A refusal of one field for its form. A request that fits the schema never gets one of these.
-FORM = {"unknown_parameter", "missing_required_parameter", "unsupported"}
+FORM = {"unknown_parameter", "missing_required_parameter", "unsupported_parameter"}
 
 
 @schemathesis.hook

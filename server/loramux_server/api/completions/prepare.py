@@ -252,8 +252,6 @@ class Preparation:
         """Of one reply alone, since it follows what was chosen so far. Raises RequestError."""
         if asked is None:
             return None
-        if self._deps.grammars is None:
-            raise RequestError("this server cannot hold replies to a shape", param=asked.param, code="unsupported")
         try:
             return self._deps.grammars.of(asked.shape, asked.param)
         except RequestError as error:
@@ -302,7 +300,7 @@ class Preparation:
             raise RequestError(
                 "'suffix': this base has no tokens for filling in; it can only go on behind a text",
                 param="suffix",
-                code="unsupported",
+                code="unsupported_value",
             )
         if isinstance(prompt, str):
             self._check_characters(len(prompt) + len(suffix), "suffix")

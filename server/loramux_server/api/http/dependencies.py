@@ -287,7 +287,7 @@ class Dependencies:
 
     Attributes:
         check, prove, publish: the three stations of an upload, in this order.
-        grammars: hold replies to shapes; without it a request for one is refused.
+        grammars: hold replies to shapes.
         lora_path_root: loads adapters from this machine's disk for vLLM's calls; without it those routes do not exist.
         special_in_prompts: text in prompts of /v1/completions may become special tokens.
         connections: those that are open, and what was refused and cut.
@@ -304,9 +304,9 @@ class Dependencies:
     publish: AdapterPublish
     metrics: Metrics
     base: ServedBase
+    grammars: GrammarsLike
     keys: Keys = field(default_factory=Keys)
     limits: Limits = field(default_factory=Limits)
-    grammars: GrammarsLike | None = None
     lora_path_root: LoraPathRoot | None = None
     special_in_prompts: bool = True
     connections: Connections = field(default_factory=Connections)

@@ -63,7 +63,7 @@ def test_an_option_that_is_not_served_is_taken_where_it_changes_nothing(route: s
         if not option.takes(value):
             with pytest.raises(RequestError, match=f"'{option.name}'") as caught:
                 parse(route, **{option.name: value})
-            assert (caught.value.param, caught.value.code) == (option.name, "unsupported")
+            assert (caught.value.param, caught.value.code) == (option.name, "unsupported_parameter")
             assert option.about in str(caught.value)
 
 

@@ -142,10 +142,3 @@ async def test_a_shape_that_cannot_be_is_400_before_anything_begins(
         reply = await server.post(path, {"model": "pirate", **body, "guided_regex": "(", "stream": stream})
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, "guided_regex")
     assert server.engine.sequences == [] and server.store.leased == 0
-
-
-@pytest.mark.anyio
-async def test_a_server_without_grammars_says_so(tmp_path: Path) -> None:
-    server = make_server(tmp_path)
-    reply = await server.post(BODIES[0][0], {"model": BASE_NAME, **BODIES[0][1], "guided_regex": "a"})
-    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "guided_regex")

@@ -56,7 +56,7 @@ class Problems:
                 hint = suggest(name, names) if len(self.found) < _HINTED and len(name) <= _MAX_HINTED_NAME else ""
                 self._add(f"unknown parameter {quoted(param)}{hint}", param, "unknown_parameter")
             elif not option.takes(value):
-                self._add(option.refusal(place), place + name, "unsupported")
+                self._add(option.refusal(place), place + name, "unsupported_parameter")
         return rest
 
     def validated(self, kind: type[Model], fields: Mapping[str, Any]) -> Model:
