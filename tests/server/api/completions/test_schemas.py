@@ -257,7 +257,10 @@ def test_all_that_is_wrong_is_told_at_once_up_to_a_number() -> None:
         chat(watermarking=2, temprature=1, temperature=5, messages=[{"role": "user", "content": 5}] * 2048)
     message = str(caught.value)
     assert all(name in message for name in ("'watermarking'", "'temprature'", "'temperature'", "'messages.0.content'"))
-    assert "messages.1" not in message and (caught.value.param, caught.value.code) == ("watermarking", "unsupported_parameter")
+    assert "messages.1" not in message and (caught.value.param, caught.value.code) == (
+        "watermarking",
+        "unsupported_parameter",
+    )
     with pytest.raises(RequestError, match="; and 80 more$") as caught:
         chat(**{f"x{i}": 1 for i in range(100)})
     assert str(caught.value).count("unknown parameter") == 20
