@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from loramux_adapters.artifact.own_tokens import OwnTokens
     from loramux_adapters.lora.affine import BaseWeights
     from loramux_adapters.lora.weights import ConvertPairs
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterText:
+    """What an adapter brings for text; None: nothing but what the base has."""
+
+    chat_template: str | None = None
+    tokens: OwnTokens | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +34,8 @@ class BaseInfo:
         tensor_equals: (parameter name in the base, tensor) -> True only if the base holds exactly that tensor; used to
             accept, and then drop, copies of base weights that peft writes beside an adapter.
         weights: its layers as they are served, which some adapters change by more than A and B; None: not here.
-        own_template: directory -> the chat template that the adapter in it brings in place of the base's; raises
-            `AdapterRejected` for a tokenizer that is not the base's (chat/tokenizer_files.py).
+        own_text: directory -> what the adapter in it brings for text: a chat template in place of the base's, tokens
+            beside the base's; raises `AdapterRejected` for a tokenizer that is another one (chat/tokenizer_files.py).
         module_of: what an adapter calls a module -> its path here; None where it is of a part of the model that is not
             served (the vision tower of one that takes images). Its own paths stay as they are.
     """
@@ -35,6 +44,6 @@ class BaseInfo:
     linears: Mapping[str, tuple[int, int]]
     tensor_equals: Callable[[str, torch.Tensor], bool] = field(default=lambda name, tensor: False)
     convert: ConvertPairs | None = None
-    own_template: Callable[[Path], str | None] = field(default=lambda directory: None)
+    own_text: Callable[[Path], AdapterText] = field(default=lambda directory: AdapterText())
     module_of: Callable[[str], str | None] = field(default=lambda path: path)
     weights: BaseWeights | None = None

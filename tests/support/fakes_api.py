@@ -19,6 +19,7 @@ from fastapi import FastAPI
 
 from loramux_adapters.artifact.config import AdapterConfig
 from loramux_adapters.artifact.coverage import LayerCount
+from loramux_adapters.artifact.own_tokens import OwnTokens
 from loramux_adapters.errors import AdapterNotFound, PinRefused, RollbackImpossible
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.verify import Checked
@@ -73,6 +74,10 @@ class FakeTokenizer:
         self.special_texts = {256: b"<begin>", 257: b"<end>"}
         self.opening = ""
         self.spoken = Conventions(CallFormat("hermes"), "tools", writes_calls=True, takes_results=True)
+
+    def with_tokens(self, own: OwnTokens | None) -> FakeTokenizer:
+        assert own is None
+        return self
 
     def encode(self, text: str, *, special: bool = True, around: bool = True) -> list[int]:
         self.encoded.append(text)

@@ -11,7 +11,14 @@ from typing import Any, TypeVar
 
 from loramux_adapters.artifact.pattern_table import PatternTable
 from loramux_adapters.artifact.patterns import Budget, Pattern, PatternRefused
-from loramux_adapters.artifact.strict_json import StrictJSONError, is_empty, is_int, is_number, parse_object, quoted
+from loramux_adapters.artifact.reading.strict_json import (
+    StrictJSONError,
+    is_empty,
+    is_int,
+    is_number,
+    parse_object,
+    quoted,
+)
 from loramux_adapters.artifact.targets import ALL_LINEAR, Names, TargetRule
 from loramux_adapters.errors import AdapterRejected
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from io import BufferedReader
 from pathlib import Path
@@ -28,9 +28,10 @@ from loramux_adapters.artifact.generation_defaults import (
     GenerationDefaults,
     read_generation_defaults,
 )
-from loramux_adapters.artifact.own_files import open_regular
+from loramux_adapters.artifact.own_tokens import OWN_TOKENS_FILE, OwnTokens, read_own_tokens
+from loramux_adapters.artifact.reading.own_files import open_regular
+from loramux_adapters.artifact.reading.strict_json import quoted
 from loramux_adapters.artifact.safetensors_header import TensorSpec, read_header
-from loramux_adapters.artifact.strict_json import quoted
 from loramux_adapters.artifact.tensor_names import Kind, other_tool, role_of
 from loramux_adapters.errors import AdapterRejected
 
@@ -83,9 +84,18 @@ UPLOAD_PARTS: Mapping[str, str] = {  # of a form that carries an adapter, and th
     "vocab_txt": "vocab.txt",
     "merges": "merges.txt",
     "tokenizer_model": "tokenizer.model",
+    "own_tokens": OWN_TOKENS_FILE,
 }
-KNOWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, FINGERPRINT_FILE, CHAT_TEMPLATE_FILE, GENERATION_FILE)
-TOKENIZER_FILES = (  # looked at when an adapter comes in, and not kept
+KNOWN_FILES = (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    CARD_FILE,
+    FINGERPRINT_FILE,
+    CHAT_TEMPLATE_FILE,
+    GENERATION_FILE,
+    OWN_TOKENS_FILE,
+)
+TOKENIZER_FILES = (  # looked at when an adapter comes in; the last two are kept where they say something
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -96,6 +106,7 @@ TOKENIZER_FILES = (  # looked at when an adapter comes in, and not kept
     "tokenizer.model",
     "chat_template.json",
     CHAT_TEMPLATE_FILE,
+    OWN_TOKENS_FILE,
 )
 MAX_TEMPLATE_BYTES = 2**20
 MLX_WEIGHTS_FILE = "adapters.safetensors"
@@ -106,6 +117,7 @@ SOURCE_FILES = (  # what is taken of a directory that somebody else wrote
 
 _DIGEST_DOMAIN = b"loramux adapter 1\n"
 _CHUNK_BYTES = 2**20
+_SAVED, _BEFORE = ".modules_to_save.", ".original_module."
 _SHOWN_NAMES = 8
 _OF_TOKENS: tuple[Literal["embedding_A", "embedding_B", "tokens"], ...] = ("embedding_A", "embedding_B", "tokens")
 _BESIDE: tuple[Literal["magnitude", "lora_bias", "scale"], ...] = ("magnitude", "lora_bias", "scale")
@@ -149,6 +161,7 @@ class Layout:
         biases: module path -> those of `base_tensors` that are its bias.
         matrices: module path -> those of `base_tensors` that are its weight.
         of_tokens: module path -> what there is of the vocabulary's.
+        doubles: names of two tensors of which the second repeats the first, which is read.
         reasons: what does not fit together, one sentence each.
     """
 
@@ -158,6 +171,7 @@ class Layout:
     biases: dict[str, Vector] = field(default_factory=dict)
     matrices: dict[str, Vector] = field(default_factory=dict)
     of_tokens: dict[str, dict[VocabularyKind, Vector]] = field(default_factory=dict)
+    doubles: list[tuple[str, str]] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
 
     def vocabulary(self, config: AdapterConfig) -> dict[str, dict[VocabularyKind, Vector]]:
@@ -219,7 +233,7 @@ def read_chat_template(directory: Path) -> str | None:
 def pair_up(specs: Mapping[str, TensorSpec]) -> Layout:
     """Sort the tensors of a file into pairs and copies of base weights; never raises, see `Layout.reasons`."""
     layout = Layout()
-    for path, names in _halves(specs, layout.reasons).items():
+    for path, names in _halves(specs, layout).items():
         if "base" in names:
             layout.base_tensors[path] = name = names["base"]
             module, _, last = path.rpartition(".")
@@ -255,12 +269,18 @@ def pair_up(specs: Mapping[str, TensorSpec]) -> Layout:
     return layout
 
 
-def _halves(specs: Iterable[str], reasons: list[str]) -> dict[str, dict[Kind, str]]:
+def _halves(specs: Mapping[str, TensorSpec], layout: Layout) -> dict[str, dict[Kind, str]]:
     """Path -> kind -> name of the tensor. Empty if the file as a whole is not of one adapter, named as peft does it."""
+    reasons = layout.reasons
     halves: dict[str, dict[Kind, str]] = {}
     adapters: set[str] = set()
     foreign: dict[str, list[str]] = {}  # how a tool names tensors -> tensors named so
     for name in specs:
+        if (plain := name.replace(_BEFORE, ".")) != name and plain in specs:
+            continue  # what a saved module was before: peft writes it with resized vocabularies, and never reads it
+        if (plain := name.replace(_SAVED, ".")) != name and plain in specs:
+            layout.doubles.append((plain, name))
+            continue
         try:
             path, kind, adapter = role_of(name)
         except AdapterRejected as error:
@@ -325,6 +345,12 @@ class VersionDigest:
         if said is not None:
             self._hash.update(b"generation defaults %d\n" % len(said) + said)
 
+    def own_tokens(self, own: OwnTokens | None) -> None:
+        """After the defaults, as these are."""
+        if own is not None:
+            said = own.dump()
+            self._hash.update(b"own tokens %d\n" % len(said) + said)
+
     def chat_template(self, source: str | None) -> None:
         """At the end: a template that comes with them."""
         if source is not None:
@@ -355,6 +381,7 @@ def digest_of(config: AdapterConfig, directory: Path) -> str:
             digest.of_tokens(config, module, of_tokens, matrix.spec)
             _digest_bytes(digest, file, matrix.spec)
     digest.generation_defaults(read_generation_defaults(directory))
+    digest.own_tokens(read_own_tokens(directory))
     digest.chat_template(read_chat_template(directory))
     return digest.hexdigest()
 
@@ -373,6 +400,23 @@ def has_digest(directory: Path, digest: str) -> bool:
 def without_saved(config: AdapterConfig) -> AdapterConfig:
     """The config as it was read when modules that were saved whole did not count."""
     return replace(config, modules_to_save=())
+
+
+def doubles_that_differ(directory: Path, layout: Layout, specs: Mapping[str, TensorSpec]) -> list[str]:
+    """Why tensors that are said twice are not the same. Raises AdapterRejected: the file cannot be read."""
+    reasons = []
+    with open_regular(directory / WEIGHTS_FILE) as file:
+        for first, second in layout.doubles:
+            one, other = specs[first], specs[second]
+            if (one.dtype, one.shape) != (other.dtype, other.shape) or _content(file, one) != _content(file, other):
+                reasons.append(f"tensors {quoted(first)} and {quoted(second)} are the same weight with other numbers")
+    return reasons
+
+
+def _content(file: BufferedReader, spec: TensorSpec) -> str:
+    digest = VersionDigest()
+    _digest_bytes(digest, file, spec)
+    return digest.hexdigest()
 
 
 def _digest_bytes(digest: VersionDigest, file: BufferedReader, spec: TensorSpec) -> None:

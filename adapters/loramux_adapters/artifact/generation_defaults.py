@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from loramux_adapters.artifact.own_files import open_regular
-from loramux_adapters.artifact.strict_json import (
+from loramux_adapters.artifact.reading.own_files import open_regular
+from loramux_adapters.artifact.reading.strict_json import (
     StrictJSONError,
     is_empty,
     is_int,

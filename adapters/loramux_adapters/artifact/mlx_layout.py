@@ -25,9 +25,9 @@ from loramux_adapters.artifact.config import (
 )
 from loramux_adapters.artifact.coverage import in_words
 from loramux_adapters.artifact.format import MLX_WEIGHTS_FILE, WEIGHTS_FILE
-from loramux_adapters.artifact.own_files import open_regular
+from loramux_adapters.artifact.reading.own_files import open_regular
+from loramux_adapters.artifact.reading.strict_json import StrictJSONError, is_int, is_number, parse_object, quoted
 from loramux_adapters.artifact.safetensors_header import ITEM_BYTES, LENGTH_BYTES, TensorSpec, read_header
-from loramux_adapters.artifact.strict_json import StrictJSONError, is_int, is_number, parse_object, quoted
 from loramux_adapters.errors import AdapterRejected
 
 _HALVES = {".lora_a": "lora_A", ".lora_b": "lora_B"}

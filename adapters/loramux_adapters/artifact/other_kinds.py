@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from loramux_adapters.artifact.config import BASE_ID_KEY, CONFIG_FILE, CONVERTED_KEY, MAX_CONFIG_BYTES
 from loramux_adapters.artifact.format import WEIGHTS_FILE
-from loramux_adapters.artifact.own_files import open_regular
+from loramux_adapters.artifact.reading.own_files import open_regular
+from loramux_adapters.artifact.reading.strict_json import StrictJSONError, is_empty, is_number, parse_object, quoted
 from loramux_adapters.artifact.safetensors_header import LENGTH_BYTES, TensorSpec, read_header
-from loramux_adapters.artifact.strict_json import StrictJSONError, is_empty, is_number, parse_object, quoted
 from loramux_adapters.artifact.tensor_names import OUTPUT_SCALE
 from loramux_adapters.errors import AdapterRejected
 

@@ -16,8 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
-from loramux_adapters.artifact.own_files import open_regular
-from loramux_adapters.artifact.strict_json import StrictJSONError, is_int, parse_object, quoted
+from loramux_adapters.artifact.reading.own_files import open_regular
+from loramux_adapters.artifact.reading.strict_json import StrictJSONError, is_int, parse_object, quoted
 from loramux_adapters.errors import AdapterRejected
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}

@@ -12,7 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
+
+from loramux_adapters.artifact.own_tokens import (
+    ENDS,
+    MAX_TOKENS,
+    OWN_TOKENS_FILE,
+    OwnToken,
+    OwnTokens,
+    read_own_tokens,
+)
+from loramux_adapters.errors import AdapterRejected
 
 MAX_NAMED = 5  # tokens in one sentence
 MEMORY, SECONDS = 4 * 2**30, 60  # that the process may take
@@ -31,16 +41,19 @@ class Compared:
     Attributes:
         reasons: in what they differ, a sentence each; none if they mean the same.
         chat_template: that tokenizer_config.json or chat_template.json hold, as they hold it.
+        tokens: that are added to the base's.
     """
 
     reasons: list[str] = field(default_factory=list)
     chat_template: str | None = None
+    tokens: OwnTokens | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Base:
     """`names`: every token -> its id; `vocabulary`: those of the model alone; `loaded`: one tokenizer or several that
-    count as the base's; `ends`: bos_token and eos_token."""
+    count as the base's; `ends`: bos_token and eos_token; `own_ends`: those of the adapter that are tokens of its own;
+    `added`: the texts of those."""
 
     loaded: list[Tokenizer]
     names: Mapping[str, int]
@@ -48,6 +61,24 @@ class _Base:
     merges: list[str]
     ends: Mapping[str, str | None]
     directory: Path | None
+    own_ends: dict[str, str] = field(default_factory=dict)
+    added: frozenset[str] = frozenset()
+
+    def extend(self, tokens: list[OwnToken]) -> list[str]:
+        """With tokens that an adapter adds. Returns why it cannot be."""
+        first = len(self.names)
+        for tokenizer in self.loaded:
+            first = tokenizer.get_vocab_size()
+            elsewhere = add_tokens(tokenizer, tokens)
+            if elsewhere:
+                token = elsewhere[0]
+                return [
+                    f"its tokenizer adds {token.content!r} as token {token.id}; new ones have to follow the "
+                    f"base's, one after the other, from {first} on"
+                ]
+        self.names = {**self.names, **{token.content: token.id for token in tokens}}
+        self.added = frozenset(token.content for token in tokens)
+        return []
 
 
 def compare(directory: Path, base: str, base_directory: Path | None, ends: Mapping[str, str | None]) -> Compared:
@@ -60,6 +91,12 @@ def compare(directory: Path, base: str, base_directory: Path | None, ends: Mappi
     """
     found = Compared()
     known = _base_of(base, base_directory, ends)
+    try:
+        added = _added_by(directory, known)
+        if added:
+            found.reasons += known.extend(added)
+    except AdapterRejected as error:
+        return Compared(list(error.reasons))
     readers = {
         "tokenizer.json": _of_tokenizer,
         "tokenizer_config.json": _of_config,
@@ -70,6 +107,7 @@ def compare(directory: Path, base: str, base_directory: Path | None, ends: Mappi
         "merges.txt": _of_merges,
         "tokenizer.model": _of_sentencepiece,
         "chat_template.json": _of_config,
+        OWN_TOKENS_FILE: _of_own,
     }
     for name, reader in readers.items():
         path = directory / name
@@ -82,7 +120,42 @@ def compare(directory: Path, base: str, base_directory: Path | None, ends: Mappi
                 found.reasons.append(f"{name} {error}")
             except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError):
                 found.reasons.append(f"{name} is damaged")
+    if added and not found.reasons:
+        found.tokens = OwnTokens(tuple(added), tuple(sorted(known.own_ends.items())))
     return found
+
+
+def _added_by(directory: Path, base: _Base) -> list[OwnToken]:
+    """Tokens that its files describe and the base lacks, in the order of their ids. Raises AdapterRejected."""
+    found: dict[str, OwnToken] = {}
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        try:
+            said = _object((directory / name).read_bytes())
+            listed = said.get("added_tokens") or [
+                {**token, "id": int(number)} for number, token in (said.get("added_tokens_decoder") or {}).items()
+            ]
+            tokens = [OwnToken.of(token) for token in listed if token["content"] not in base.names]
+        except (OSError, ValueError, TypeError, AttributeError, KeyError):
+            continue  # what is wrong with it is found where it is compared
+        for token in tokens:
+            found.setdefault(token.content, token)
+    for kept in () if (own := read_own_tokens(directory)) is None else own.tokens:
+        found.setdefault(kept.content, kept)
+    if len(found) > MAX_TOKENS:
+        return []
+    return sorted(found.values(), key=lambda token: token.id)
+
+
+def add_tokens(tokenizer: Tokenizer, tokens: Iterable[OwnToken]) -> list[OwnToken]:
+    """Returns those that did not get their id there."""
+    elsewhere = []
+    for token in tokens:
+        flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
+        new = AddedToken(token.content, **flags)
+        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([new])
+        if tokenizer.token_to_id(token.content) != token.id:
+            elsewhere.append(token)
+    return elsewhere
 
 
 def _base_of(base: str, directory: Path | None, ends: Mapping[str, str | None]) -> _Base:
@@ -157,9 +230,19 @@ def _of_config(data: bytes, base: _Base, name: str) -> list[str]:
         reasons.append(_new(new))
     for key, word in (("bos_token", "first"), ("eos_token", "end")):
         theirs, ours = config.get(key), base.ends.get(key)
-        if theirs and _content(theirs) in base.names and _content(theirs) != ours:
+        if theirs and _content(theirs) in base.added:
+            base.own_ends[key] = _content(theirs)
+        elif theirs and _content(theirs) in base.names and _content(theirs) != ours:
             reasons.append(f"names another {word} token ({_content(theirs)!r}) than the base ({ours!r})")
     return reasons
+
+
+def _of_own(data: bytes, base: _Base, name: str) -> list[str]:
+    said = _object(data)
+    for key in ENDS:
+        if key in said:
+            base.own_ends[key] = str(said[key])
+    return _tokens({str(token["content"]): int(token["id"]) for token in said["tokens"]}, base.names)
 
 
 def _of_added(data: bytes, base: _Base, name: str) -> list[str]:
@@ -311,10 +394,11 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     asked = json.loads(sys.stdin.buffer.readline())
-    own = asked["base_directory"]
+    files = asked["base_directory"]
     base = sys.stdin.buffer.read().decode()
-    found = compare(Path(asked["directory"]), base, None if own is None else Path(own), asked["ends"])
-    json.dump({"reasons": found.reasons, "chat_template": found.chat_template}, sys.stdout)
+    found = compare(Path(asked["directory"]), base, None if files is None else Path(files), asked["ends"])
+    own = None if found.tokens is None else found.tokens.dump().decode()
+    json.dump({"reasons": found.reasons, "chat_template": found.chat_template, "tokens": own}, sys.stdout)
 
 
 if __name__ == "__main__":

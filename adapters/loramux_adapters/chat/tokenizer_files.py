@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from loramux_adapters.artifact.format import CHAT_TEMPLATE_FILE, TOKENIZER_FILES, read_chat_template
-from loramux_adapters.artifact.own_files import open_regular
+from loramux_adapters.artifact.own_tokens import parse_own_tokens
+from loramux_adapters.artifact.reading.own_files import open_regular
+from loramux_adapters.base_info import AdapterText
 from loramux_adapters.chat import compare
 from loramux_adapters.chat.encoder import TextEncoder, trial_conversations
 from loramux_adapters.chat.template import normal, same_template
@@ -41,8 +43,8 @@ class TokenizerFiles:
         self._directory = directory
         self._given = encoder
 
-    def own_template(self, directory: Path) -> str | None:
-        """The chat template that the adapter in `directory` brings in place of the base's; None if it brings none.
+    def own_text(self, directory: Path) -> AdapterText:
+        """The chat template and the tokens that the adapter in `directory` brings.
 
         Raises AdapterRejected: its tokenizer is another one, or its template cannot be used.
         """
@@ -52,12 +54,12 @@ class TokenizerFiles:
         own = read_chat_template(directory)
         source = normal(compared.chat_template if own is None else own)
         if source is None or same_template(source, self._encoder.base_template):
-            return None
+            return AdapterText(None, compared.tokens)
         try:
             self._try(source)
         except TemplateFailed as error:
             raise AdapterRejected([f"its chat template cannot be used: {error}"]) from error
-        return source
+        return AdapterText(source, compared.tokens)
 
     def _compare(self, directory: Path) -> compare.Compared:
         """In a process of its own, if there is anything to compare."""
@@ -89,7 +91,9 @@ class TokenizerFiles:
             found = json.loads(done.stdout)
         except (subprocess.SubprocessError, ValueError) as error:
             raise AdapterRejected([f"its tokenizer files cannot be read ({', '.join(there)})"]) from error
-        return compare.Compared(found["reasons"], found["chat_template"])
+        tokens = found["tokens"]
+        own = None if tokens is None else parse_own_tokens(tokens.encode())
+        return compare.Compared(found["reasons"], found["chat_template"], own)
 
     def _is_the_bases(self, path: Path) -> bool:
         """Byte for byte."""

@@ -18,8 +18,8 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from loramux_adapters.artifact.own_files import open_regular
-from loramux_adapters.artifact.strict_json import quoted
+from loramux_adapters.artifact.reading.own_files import open_regular
+from loramux_adapters.artifact.reading.strict_json import quoted
 from loramux_adapters.errors import AdapterRejected
 
 MAGIC = b"GGUF"

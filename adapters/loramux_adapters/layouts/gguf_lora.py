@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from loramux_adapters.artifact.strict_json import quoted
+from loramux_adapters.artifact.reading.strict_json import quoted
 from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.layouts.gguf_file import GGUFHeader, GGUFTensorSpec, read_gguf_header, read_rows
 from loramux_adapters.layouts.peft_files import LoraPair, Matrix, write_peft

@@ -14,9 +14,9 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-from loramux_adapters.artifact.own_files import open_regular
+from loramux_adapters.artifact.reading.own_files import open_regular
+from loramux_adapters.artifact.reading.strict_json import quoted
 from loramux_adapters.artifact.safetensors_header import TensorSpec, read_header
-from loramux_adapters.artifact.strict_json import quoted
 from loramux_adapters.artifact.tensor_names import other_tool
 from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.layouts.peft_files import LoraPair, Matrix, write_peft

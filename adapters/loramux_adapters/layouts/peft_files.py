@@ -10,8 +10,8 @@ from pathlib import Path
 
 from loramux_adapters.artifact.config import CONFIG_FILE, CONVERTED_KEY, MAX_ALPHA, MAX_NAMES, MAX_RANK
 from loramux_adapters.artifact.format import WEIGHTS_FILE
+from loramux_adapters.artifact.reading.strict_json import quoted
 from loramux_adapters.artifact.safetensors_header import ITEM_BYTES, LENGTH_BYTES
-from loramux_adapters.artifact.strict_json import quoted
 from loramux_adapters.errors import AdapterRejected
 
 _MAX_DIGITS = 6  # of a layer's number

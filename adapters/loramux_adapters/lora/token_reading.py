@@ -19,7 +19,7 @@ from loramux_adapters.artifact.format import (
     VocabularyKind,
     tokens_in_order,
 )
-from loramux_adapters.artifact.strict_json import quoted
+from loramux_adapters.artifact.reading.strict_json import quoted
 from loramux_adapters.base_info import BaseInfo
 from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.lora.token_rows import SIDES, BaseTokens, OwnRows, Side, TokenRows

@@ -21,6 +21,7 @@ from loramux_adapters.artifact.format import (
     Pair,
     Vectors,
     Vocabulary,
+    doubles_that_differ,
     pair_up,
     pickle_reason,
     read_config,
@@ -31,9 +32,10 @@ from loramux_adapters.artifact.generation_defaults import (
     GenerationDefaults,
     read_generation_defaults,
 )
-from loramux_adapters.artifact.own_files import open_regular
-from loramux_adapters.artifact.strict_json import StrictJSONError, parse_object, quoted
-from loramux_adapters.base_info import BaseInfo
+from loramux_adapters.artifact.own_tokens import OwnTokens
+from loramux_adapters.artifact.reading.own_files import open_regular
+from loramux_adapters.artifact.reading.strict_json import StrictJSONError, parse_object, quoted
+from loramux_adapters.base_info import AdapterText, BaseInfo
 from loramux_adapters.errors import AdapterRejected, BaseMismatch, VectorsNotServed
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.token_reading import side_of, token_reasons
@@ -60,6 +62,7 @@ class Checked:
         notes: what was accepted and is worth a word to whoever sent it, one sentence each.
         chat_template: that it brings in place of the base's; None if it brings none.
         generation: what requests that say nothing of it get, and how long its context may be.
+        own_tokens: that it adds to the base's tokenizer; None if it adds none.
     """
 
     config: AdapterConfig
@@ -71,6 +74,7 @@ class Checked:
     notes: list[str] = field(default_factory=list)
     chat_template: str | None = None
     generation: GenerationDefaults = NOTHING_SAID
+    own_tokens: OwnTokens | None = None
 
     @property
     def version(self) -> str:
@@ -87,7 +91,8 @@ def check_adapter(directory: Path, base: BaseInfo, max_rank: int, *, force: bool
     """Check a PEFT directory (adapter_config.json, adapter_model.safetensors, card.json?, fingerprint.json?,
     generation_config.json?).
 
-    Tokenizer files beside them have to mean what the base's mean; another chat template is part of what is returned.
+    Tokenizer files beside them have to mean what the base's mean, and may add tokens; these, and another chat template,
+    are part of what is returned.
 
     Every tensor must be half of a pair of a linear layer of the base, with that layer's shape and the configured rank,
     at most `max_rank`, and finite; or a copy of a base weight that PEFT wrote beside them. The files are only read, and
@@ -103,7 +108,7 @@ def check_adapter(directory: Path, base: BaseInfo, max_rank: int, *, force: bool
     config = _collect(reasons, lambda: read_config(directory))
     card = _collect(reasons, lambda: _read_metadata(directory / CARD_FILE))
     _collect(reasons, lambda: _read_metadata(directory / FINGERPRINT_FILE))
-    chat_template = _collect(reasons, lambda: base.own_template(directory))
+    own_text = _collect(reasons, lambda: base.own_text(directory)) or AdapterText()
     generation = _collect(reasons, lambda: read_generation_defaults(directory)) or NOTHING_SAID
     base_id = _collect(reasons, lambda: _base_id_of(config, card))
     if base_id is not None and base_id != base.base_id and not force:
@@ -116,6 +121,8 @@ def check_adapter(directory: Path, base: BaseInfo, max_rank: int, *, force: bool
     if specs is not None and not holds and not layout.reasons:
         reasons.append(f"{WEIGHTS_FILE} holds no LoRA weights")
     reasons += _layout_reasons(layout, config, base, max_rank)
+    if layout.doubles and specs is not None:
+        reasons += _collect(reasons, lambda: doubles_that_differ(directory, layout, specs)) or []
     vectors = {} if config is None else layout.vectors(config)
     if config is not None:
         reasons += _vector_reasons(vectors, layout, config, base)
@@ -130,9 +137,11 @@ def check_adapter(directory: Path, base: BaseInfo, max_rank: int, *, force: bool
         vectors=vectors,
         weights=base.weights,
         vocabulary=vocabulary,
-        chat_template=chat_template,
+        chat_template=own_text.chat_template,
+        own_tokens=own_text.tokens,
         generation=generation,
     )
+    reasons += _own_token_reasons(own_text.tokens, adapter, base)
     reasons += _foreign_tensors(directory, layout, vocabulary, config, base)
     reasons += [f"module {quoted(module)} has values that are not finite in bf16" for module in not_finite]
     elsewhere = [module for module in layout.pairs if base.module_of(module) is None]
@@ -149,6 +158,7 @@ def check_adapter(directory: Path, base: BaseInfo, max_rank: int, *, force: bool
         *_elsewhere_notes(elsewhere),
         *_weights_notes(layout, config, adapter),
         *coverage.notes,
+        *_own_token_notes(own_text.tokens),
     ]
     return Checked(
         config=config,
@@ -158,8 +168,9 @@ def check_adapter(directory: Path, base: BaseInfo, max_rank: int, *, force: bool
         base_verified=base_id == base.base_id,
         layers=coverage.layers,
         notes=_at_most(notes),
-        chat_template=chat_template,
+        chat_template=own_text.chat_template,
         generation=generation,
+        own_tokens=own_text.tokens,
     )
 
 
@@ -242,6 +253,32 @@ def _token_notes(adapter: HostAdapter) -> list[str]:
     notes = [f"it changes {' and '.join(counts)}, {own.nbytes / 2**20:.1f} MiB beside its layers"] if counts else []
     added = {side: size - own.base_sizes[side] for side, size in own.sizes.items() if size > own.base_sizes[side]}
     return notes + [f"it adds {max(added.values())} tokens to the base's"] if added else notes
+
+
+def _own_token_reasons(own: OwnTokens | None, adapter: HostAdapter, base: BaseInfo) -> list[str]:
+    """Tokens that no row of numbers stands for."""
+    if own is None:
+        return []
+    if adapter.tokens is not None:
+        rows = adapter.tokens.sizes["embedding"]
+    else:
+        rows = 0 if base.weights is None or base.weights.tokens is None else base.weights.tokens.size("embedding")
+    without = [token for token in own.tokens if token.id >= rows]
+    if not without:
+        return []
+    return [
+        f"its tokenizer adds {quoted(without[0].content, 60)} as token {without[0].id}, and there are embeddings for 0 "
+        f"to {rows - 1} only: save the resized embedding with the adapter (modules_to_save: embed_tokens and lm_head)"
+    ]
+
+
+def _own_token_notes(own: OwnTokens | None) -> list[str]:
+    if own is None:
+        return []
+    shown = ", ".join(quoted(token.content, 40) for token in own.tokens[:_SHOWN])
+    more = "" if len(own.tokens) <= _SHOWN else f" and {len(own.tokens) - _SHOWN} more"
+    ends = "".join(f"; {text!r} ends its replies too" for name, text in own.ends if name == "eos_token")
+    return [f"its tokenizer adds {shown}{more} to the base's{ends}"]
 
 
 def _in_the_base(adapter: HostAdapter, base: BaseInfo) -> HostAdapter:

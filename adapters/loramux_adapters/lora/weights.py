@@ -31,8 +31,13 @@ from loramux_adapters.artifact.format import (
     read_vector,
     without_saved,
 )
-from loramux_adapters.artifact.generation_defaults import NOTHING_SAID, GenerationDefaults, read_generation_defaults
-from loramux_adapters.artifact.own_files import open_regular
+from loramux_adapters.artifact.generation_defaults import (
+    NOTHING_SAID,
+    GenerationDefaults,
+    read_generation_defaults,
+)
+from loramux_adapters.artifact.own_tokens import OwnTokens, read_own_tokens
+from loramux_adapters.artifact.reading.own_files import open_regular
 from loramux_adapters.errors import AdapterRejected, VectorsNotServed
 from loramux_adapters.lora.affine import BaseWeights, affine_of, magnitude_scale
 from loramux_adapters.lora.host_cache import HostAdapter
@@ -89,6 +94,7 @@ def load_host_adapter(
         weights=weights,
         vocabulary=layout.vocabulary(config),
         chat_template=read_chat_template(directory),
+        own_tokens=read_own_tokens(directory),
         generation=read_generation_defaults(directory),
     )
     return adapter
@@ -104,6 +110,7 @@ def read_adapter(
     weights: BaseWeights | None = None,
     vocabulary: Vocabulary = MappingProxyType({}),
     chat_template: str | None = None,
+    own_tokens: OwnTokens | None = None,
     generation: GenerationDefaults = NOTHING_SAID,
 ) -> tuple[HostAdapter, Sequence[str]]:
     """What is computed with, and the modules of which some number is not finite.
@@ -113,7 +120,7 @@ def read_adapter(
     All modules lie in one block of memory, so that an eviction leaves no holes behind.
     `convert`: a kernel for it; None does it by tensors, with the same bits. `vectors`: what modules have beside their
     pairs. `weights`: of the base, which these need. `vocabulary`: of the file, which needs them too.
-    `chat_template`, `generation`: of its own.
+    `chat_template`, `own_tokens`, `generation`: of its own.
     Raises `AdapterRejected` if the file cannot be read, `VectorsNotServed` if there are vectors and no `weights`.
     """
     if vectors and weights is None:
@@ -155,6 +162,7 @@ def read_adapter(
         beside.finish(digest)
         tokens = read_tokens(file.fileno(), vocabulary, config, base_tokens, _sides(vocabulary, weights), digest)
     digest.generation_defaults(generation)
+    digest.own_tokens(own_tokens)
     digest.chat_template(chat_template)
     adapter = HostAdapter(
         version=digest.hexdigest(),

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loramux_adapters.artifact.format import KNOWN_FILES, has_digest
-from loramux_adapters.artifact.own_files import open_regular
+from loramux_adapters.artifact.reading.own_files import open_regular
 from loramux_adapters.durable_files import sync
 from loramux_adapters.errors import AdapterRejected, StoreUnavailable
 from loramux_adapters.store.quarantine import Quarantine

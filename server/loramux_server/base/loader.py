@@ -93,7 +93,7 @@ class BaseModel:
             linears=dict(self.linears),
             tensor_equals=tensor_equals,
             convert=self.kernels.convert,
-            own_template=files.own_template,
+            own_text=files.own_text,
             module_of=self.module_of,
             weights=self.weights,
         )

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from loramux_adapters.artifact.own_tokens import OwnTokens
+from loramux_adapters.chat.compare import add_tokens
 from loramux_adapters.chat.encoder import ChatTemplate, TextEncoder
 from loramux_adapters.errors import TemplateFailed, TokenizerMissing
 from loramux_server.base.infill import Infill, infill_of
@@ -14,6 +19,7 @@ from loramux_server.tools.calls import AddedTokens
 from loramux_server.tools.conventions import Conventions, conventions_of
 
 _KEPT = 64  # conventions of templates
+_EXTENDED = 8  # tokenizers with tokens of adapters; one takes 10 to 100 MB
 
 _MARK = "\u263a"  # no word begins with it
 
@@ -27,24 +33,35 @@ class BaseTokenizer:
     """
 
     def __init__(
-        self, tokenizer: Any, generation_config: Any, vocab_size: int, *, special_in_messages: bool = False
+        self,
+        tokenizer: Any,
+        generation_config: Any,
+        vocab_size: int,
+        *,
+        special_in_messages: bool = False,
+        further_special: Iterable[int] = (),
+        further_ends: Iterable[int] = (),
     ) -> None:
         """
         Args:
             generation_config: names further end tokens.
             vocab_size: the number of embeddings.
             special_in_messages: let what messages say become special tokens.
+            further_special, further_ends: ids beside those that the tokenizer names so.
         Raises:
             BaseModelError: the base has no fast tokenizer.
         """
-        self.stop_ids = stop_ids_of(tokenizer, generation_config)
+        self.stop_ids = stop_ids_of(tokenizer, generation_config) | frozenset(further_ends)
         try:
             self.encoder = TextEncoder(tokenizer, self.stop_ids, special_in_messages=special_in_messages)
         except TokenizerMissing as error:
             raise BaseModelError(str(error)) from error
         self._backend = self.encoder.tokens.tokenizer
         self.vocab_size = vocab_size
-        self.special_ids = frozenset(int(token) for token in tokenizer.all_special_ids)
+        self.special_ids = frozenset(int(token) for token in tokenizer.all_special_ids) | frozenset(further_special)
+        self._given = tokenizer, generation_config, special_in_messages
+        self._extended: OrderedDict[OwnTokens, BaseTokenizer] = OrderedDict()
+        self._extending = threading.Lock()
         decoder = self._backend.decoder
         described = b"" if decoder is None else decoder.__getstate__()
         self._byte_of = _byte_alphabet() if b"ByteLevel" in described else None
@@ -57,6 +74,36 @@ class BaseTokenizer:
         self.infill: Infill | None = infill_of(self._embedded_id)
         self._mark = self._ids(_MARK)
         self._pads = self._behind_mark("a") != self._ids("a")
+
+    def with_tokens(self, own: OwnTokens | None) -> BaseTokenizer:
+        """This tokenizer with what a version adds to it; itself if that is nothing.
+
+        The first time for some tokens takes up to a second; the last few are kept.
+        """
+        if own is None:
+            return self
+        with self._extending:
+            found = self._extended.get(own) or self._extend(own)
+            self._extended[own] = found
+            self._extended.move_to_end(own)
+            while len(self._extended) > _EXTENDED:
+                self._extended.popitem(last=False)
+            return found
+
+    def _extend(self, own: OwnTokens) -> BaseTokenizer:
+        base, generation_config, special_in_messages = self._given
+        tokenizer = copy.deepcopy(base)
+        add_tokens(tokenizer.backend_tokenizer, own.tokens)
+        for name, text in own.ends:
+            setattr(tokenizer, name, text)
+        return BaseTokenizer(
+            tokenizer,
+            generation_config,
+            max(self.vocab_size, own.size),
+            special_in_messages=special_in_messages,
+            further_special=self.special_ids | {token.id for token in own.tokens if token.special},
+            further_ends=self.stop_ids,
+        )
 
     def encode(self, text: str, *, special: bool = True, around: bool = True) -> list[int]:
         """A prompt's ids.

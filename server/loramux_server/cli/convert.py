@@ -22,8 +22,8 @@ from loramux_adapters.artifact.format import (
     pickle_reason,
     read_header,
 )
-from loramux_adapters.artifact.own_files import open_regular
-from loramux_adapters.artifact.strict_json import parse_object
+from loramux_adapters.artifact.reading.own_files import open_regular
+from loramux_adapters.artifact.reading.strict_json import parse_object
 from loramux_adapters.errors import AdapterRejected
 from loramux_server.cli import frame
 from loramux_server.client.transfer import check_target

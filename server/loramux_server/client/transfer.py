@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from loramux_adapters.artifact.format import MLX_WEIGHTS_FILE, PICKLES, UPLOAD_PARTS, pickle_reason
-from loramux_adapters.artifact.own_files import open_regular
+from loramux_adapters.artifact.reading.own_files import open_regular
 from loramux_adapters.errors import AdapterRejected
 from loramux_server.errors import CommandFailed
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loramux_adapters.artifact.format import FINGERPRINT_FILE
-from loramux_adapters.artifact.own_files import open_regular
+from loramux_adapters.artifact.reading.own_files import open_regular
 from loramux_adapters.chat.encoder import TextEncoder
 from loramux_adapters.errors import AdapterRejected
 from loramux_server.fingerprint.file import MAX_BYTES, parse

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loramux_adapters.artifact.config import check_base_id
-from loramux_adapters.artifact.strict_json import StrictJSONError, is_int, is_number, parse_object
+from loramux_adapters.artifact.reading.strict_json import StrictJSONError, is_int, is_number, parse_object
 from loramux_adapters.errors import AdapterRejected
 
 FORMAT = 1

@@ -23,7 +23,7 @@ from loramux_adapters.artifact.format import (
     WEIGHTS_FILE,
     pickle_reason,
 )
-from loramux_adapters.artifact.strict_json import StrictJSONError, parse_object, quoted
+from loramux_adapters.artifact.reading.strict_json import StrictJSONError, parse_object, quoted
 from loramux_adapters.errors import AdapterRejected, AdapterTooLarge
 from loramux_server.errors import HubUnreachable, NotOnHub
 from loramux_server.hub.hub_name import HubName

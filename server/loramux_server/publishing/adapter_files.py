@@ -2,7 +2,7 @@
 
 The copy is a PEFT directory, also where the files are mlx-lm's.
 
-Links are followed as `artifact/own_files.py` says: inside the adapter's own root, and no further.
+Links are followed as `artifact/reading/own_files.py` says: inside the adapter's own root, and no further.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from loramux_adapters.artifact.format import (
     pickle_reason,
 )
 from loramux_adapters.artifact.mlx_layout import convert_mlx
-from loramux_adapters.artifact.own_files import OwnDirectory, own_directory
+from loramux_adapters.artifact.reading.own_files import OwnDirectory, own_directory
 from loramux_adapters.errors import AdapterTooLarge
 
 # (name, device, inode, bytes, time of the last change in nanoseconds) of each file that is there.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loramux_adapters.artifact.format import CONFIG_FILE, KNOWN_FILES, WEIGHTS_FILE
-from loramux_adapters.artifact.strict_json import is_int, parse_object
+from loramux_adapters.artifact.reading.strict_json import is_int, parse_object
 from loramux_adapters.store.records import KeptVersion, UploadRow
 
 MANIFEST = "manifest.json"

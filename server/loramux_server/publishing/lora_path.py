@@ -6,7 +6,7 @@ import logging
 import re
 from pathlib import Path, PurePosixPath
 
-from loramux_adapters.artifact.own_files import LinkInTheWay
+from loramux_adapters.artifact.reading.own_files import LinkInTheWay
 from loramux_adapters.errors import AdapterNotFound, AdapterRejected
 from loramux_server.errors import ConfigError, RequestError
 from loramux_server.publishing.adapter_files import copy_adapter, is_complete, look_at, unread_weights

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from loramux_adapters.artifact.format import FINGERPRINT_FILE
-from loramux_adapters.artifact.own_files import open_regular
+from loramux_adapters.artifact.reading.own_files import open_regular
 from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.verify import Checked

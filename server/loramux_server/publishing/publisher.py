@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from loramux_adapters.artifact.format import CHAT_TEMPLATE_FILE, GENERATION_FILE
+from loramux_adapters.artifact.own_tokens import OWN_TOKENS_FILE
 from loramux_adapters.errors import AdapterCorrupt, AdapterNotFound, BaseMismatch
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.verify import Checked
@@ -102,11 +103,12 @@ class Publisher:
 
 
 def keep_own(directory: Path, checked: Checked) -> None:
-    """Leave a chat template and generation defaults among the files if they count, and none otherwise."""
+    """Leave a chat template, added tokens and generation defaults among the files if they count, and none otherwise."""
     template = checked.chat_template
     for name, content in (
         (CHAT_TEMPLATE_FILE, None if template is None else template.encode()),
         (GENERATION_FILE, checked.generation.dump()),
+        (OWN_TOKENS_FILE, None if checked.own_tokens is None else checked.own_tokens.dump()),
     ):
         path = directory / name
         path.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
+from loramux_adapters.artifact.own_tokens import OwnTokens, parse_own_tokens
 from loramux_adapters.chat import compare, tokenizer_files
 from loramux_adapters.chat.tokenizer_files import TokenizerFiles
 from loramux_adapters.errors import AdapterRejected
@@ -28,7 +29,7 @@ def files_of(name: str) -> TokenizerFiles:
 
 def reasons(directory: Path, name: str = "byte-level BPE") -> list[str]:
     with pytest.raises(AdapterRejected) as caught:
-        files_of(name).own_template(directory)
+        files_of(name).own_text(directory)
     return caught.value.reasons
 
 
@@ -42,8 +43,8 @@ def changed(name: str, change: Callable[[Spec], object]) -> str:
 def test_the_bases_own_files_are_accepted_as_transformers_saves_them(name: str, tmp_path: Path) -> None:
     family(name).save_pretrained(tmp_path)
     assert len(list(tmp_path.iterdir())) >= 3
-    assert files_of(name).own_template(tmp_path) is None
-    assert TokenizerFiles(family(name), tmp_path).own_template(tmp_path) is None
+    assert files_of(name).own_text(tmp_path).chat_template is None
+    assert TokenizerFiles(family(name), tmp_path).own_text(tmp_path).chat_template is None
 
 
 def other_spelling(spec: Spec) -> None:
@@ -72,7 +73,7 @@ def test_what_means_the_same_is_accepted_however_it_is_written(tmp_path: Path) -
         json.dumps({"pad_token": "<|im_end|>", "padding_side": "left", "model_max_length": 99, "chat_template": CHATML})
     )
     (tmp_path / "chat_template.jinja").write_text(CHATML + "\n")
-    assert files_of(name).own_template(tmp_path) is None
+    assert files_of(name).own_text(tmp_path).chat_template is None
 
 
 def sentencepiece_model(pieces: list[str]) -> bytes:
@@ -90,7 +91,7 @@ def test_a_sentencepiece_model_is_compared_by_its_pieces(tmp_path: Path) -> None
     pieces = sorted(vocabulary, key=vocabulary.__getitem__)
     path = tmp_path / "tokenizer.model"
     path.write_bytes(sentencepiece_model(pieces))
-    assert files_of("Llama 2").own_template(tmp_path) is None
+    assert files_of("Llama 2").own_text(tmp_path).chat_template is None
     path.write_bytes(sentencepiece_model([*pieces, "<new>"]))
     assert reasons(tmp_path, "Llama 2") == ["tokenizer.model adds tokens, which are not served: '<new>'"]
     path.write_bytes(sentencepiece_model(pieces)[:-3])
@@ -100,6 +101,54 @@ def test_a_sentencepiece_model_is_compared_by_its_pieces(tmp_path: Path) -> None
 def added(spec: Spec) -> None:
     for number, text in enumerate(["<one>", "<two>"], start=len(spec["model"]["vocab"]) + 2):
         spec["added_tokens"].append(spec["added_tokens"][0] | {"id": number, "content": text})
+
+
+def read_back(own: OwnTokens) -> OwnTokens:
+    return parse_own_tokens(own.dump())
+
+
+def test_tokens_that_follow_the_bases_are_the_adapters_own(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(changed("byte-level BPE", added), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<two>"}))
+    own = files_of("byte-level BPE").own_text(tmp_path).tokens
+    assert own is not None and own == read_back(own)
+    first = own.tokens[0].id
+    assert [(token.id, token.content, token.special) for token in own.tokens] == [
+        (first, "<one>", True),
+        (first + 1, "<two>", True),
+    ]
+    assert (own.end, own.size) == (first + 1, first + 2)
+
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "own_tokens.json").write_bytes(own.dump())
+    assert files_of("byte-level BPE").own_text(kept).tokens == own, "what is downloaded can be sent again"
+
+
+def test_tokens_with_other_ids_than_the_next_are_refused(tmp_path: Path) -> None:
+    said = {"added_tokens_decoder": {"9999": {"content": "<new>", "special": False}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    assert reasons(tmp_path)[0].startswith("its tokenizer adds '<new>' as token 9999; new ones have to follow")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {},
+        {"tokens": []},
+        {"tokens": [{"id": -1, "content": "x"}]},
+        {"tokens": [{"id": True, "content": "x"}]},
+        {"tokens": [{"id": 1, "content": ""}]},
+        {"tokens": [{"id": 1, "content": "x" * 257}]},
+        {"tokens": [{"id": 1, "content": "x", "special": 1}]},
+        {"tokens": [{"id": 2, "content": "x"}, {"id": 1, "content": "y"}]},
+        {"tokens": [{"id": 1, "content": "x"}], "eos_token": "y"},
+        {"tokens": [{"id": 1 + number, "content": str(number)} for number in range(4097)]},
+    ],
+)
+def test_a_damaged_list_of_tokens_is_refused(said: dict[str, object]) -> None:
+    with pytest.raises(AdapterRejected, match=r"own_tokens\.json is damaged"):
+        parse_own_tokens(json.dumps(said).encode())
 
 
 def unmarked(spec: Spec) -> None:
@@ -114,7 +163,6 @@ def swapped(spec: Spec) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (added, "adds tokens, which are not served: '<one>', '<two>'"),
         (lambda spec: spec["added_tokens"].pop(), "lacks tokens of the base: '<|im_end|>'"),
         (swapped, "gives 'a', 'b' other ids than the base does"),
         (unmarked, "treats '<|im_start|>' otherwise than the base does"),
@@ -170,12 +218,14 @@ def test_whatever_is_in_them_the_answer_is_a_refusal(name: str, content: bytes, 
 
 def test_another_chat_template_is_returned_wherever_it_stands(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": OTHER}))
-    assert files_of("byte-level BPE").own_template(tmp_path) == OTHER
+    assert files_of("byte-level BPE").own_text(tmp_path).chat_template == OTHER
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": OTHER + "\n"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    assert files_of("byte-level BPE").own_template(tmp_path) == OTHER
+    assert files_of("byte-level BPE").own_text(tmp_path).chat_template == OTHER
     (tmp_path / "chat_template.jinja").write_text("{{ messages[-1].content }}\n")
-    assert files_of("byte-level BPE").own_template(tmp_path) == "{{ messages[-1].content }}", "as in transformers"
+    assert files_of("byte-level BPE").own_text(tmp_path).chat_template == "{{ messages[-1].content }}", (
+        "as in transformers"
+    )
 
 
 @pytest.mark.parametrize(
@@ -192,13 +242,13 @@ def test_another_chat_template_is_returned_wherever_it_stands(tmp_path: Path) ->
 def test_a_template_that_cannot_be_used_is_refused_with_its_line(source: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text(source)
     with pytest.raises(AdapterRejected, match=f"its chat template cannot be used: .*{says}|{says}"):
-        files_of("byte-level BPE").own_template(tmp_path)
+        files_of("byte-level BPE").own_text(tmp_path)
 
 
 def test_a_template_may_refuse_a_system_message(tmp_path: Path) -> None:
     source = family("Gemma").chat_template
     (tmp_path / "chat_template.jinja").write_text(source)
-    assert files_of("byte-level BPE").own_template(tmp_path) == source
+    assert files_of("byte-level BPE").own_text(tmp_path).chat_template == source
 
 
 def test_sizes_are_bounded_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,12 +270,12 @@ def test_a_tokenizer_of_20_mb_holds_up_no_other_thread(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     assert (tmp_path / "tokenizer.json").stat().st_size > 15e6
     files = files_of("byte-level BPE")
-    files.own_template(tmp_path / "none")
+    files.own_text(tmp_path / "none")
     found: list[list[str]] = []
 
     def check() -> None:
         try:
-            files.own_template(tmp_path)
+            files.own_text(tmp_path)
         except AdapterRejected as error:
             found.append(error.reasons)
 
@@ -246,4 +296,6 @@ def test_the_comparison_is_the_same_in_this_process(tmp_path: Path) -> None:
     ends = {"bos_token": None, "eos_token": "<|im_end|>"}
     assert compare.compare(tmp_path, base, tmp_path, ends).reasons == []
     Tokenizer.from_str(changed("byte-level BPE", added)).save(str(tmp_path / "tokenizer.json"))
-    assert "'<one>', '<two>'" in compare.compare(tmp_path, base, None, ends).reasons[0]
+    found = compare.compare(tmp_path, base, None, ends)
+    assert found.tokens is not None and [token.content for token in found.tokens.tokens] == ["<one>", "<two>"]
+    assert found.tokens == read_back(found.tokens)

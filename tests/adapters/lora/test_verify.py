@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loramux_adapters.artifact.format import WEIGHTS_FILE, digest_of
-from loramux_adapters.base_info import BaseInfo
+from loramux_adapters.base_info import AdapterText, BaseInfo
 from loramux_adapters.errors import AdapterRejected, BaseMismatch
 from loramux_adapters.lora.verify import MAX_REASONS, check_adapter
 from loramux_adapters.lora.weights import load_host_adapter
@@ -196,12 +196,12 @@ def test_files_that_are_not_served_are_named(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_that_is_not_the_bases_is_a_reason_among_others(tmp_path: Path) -> None:
-    def refuse(directory: Path) -> str | None:
+    def refuse(directory: Path) -> AdapterText:
         raise AdapterRejected(["tokenizer.json adds tokens"])
 
     write_adapter(tmp_path, {})
     with pytest.raises(AdapterRejected) as caught:
-        check_adapter(tmp_path, replace(BASE, own_template=refuse), 256)
+        check_adapter(tmp_path, replace(BASE, own_text=refuse), 256)
     assert caught.value.reasons[0] == "tokenizer.json adds tokens"
     assert "no LoRA weights" in caught.value.reasons[1]
 
@@ -209,7 +209,7 @@ def test_a_tokenizer_that_is_not_the_bases_is_a_reason_among_others(tmp_path: Pa
 def test_a_chat_template_of_its_own_is_part_of_the_version(tmp_path: Path) -> None:
     write_adapter(tmp_path, TINY_LINEARS)
     plain = check_adapter(tmp_path, BASE, 256)
-    own = check_adapter(tmp_path, replace(BASE, own_template=lambda directory: "{{ messages }}"), 256)
+    own = check_adapter(tmp_path, replace(BASE, own_text=lambda directory: AdapterText("{{ messages }}")), 256)
     assert plain.chat_template is None and plain.version == digest_of(plain.config, tmp_path)
     assert own.chat_template == "{{ messages }}" and own.version != plain.version
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")

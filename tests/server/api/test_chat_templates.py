@@ -44,7 +44,7 @@ from support.publishing import unproved
 from support.tokenizer_families import CHATML, family
 
 TOKENIZER = family("byte-level BPE")
-BASE = BaseInfo("aa" * 32, TINY_LINEARS, own_template=TokenizerFiles(TOKENIZER).own_template)
+BASE = BaseInfo("aa" * 32, TINY_LINEARS, own_text=TokenizerFiles(TOKENIZER).own_text)
 OTHER = CHATML.replace("m.content", "m.content | trim")
 ENDLESS = "{{ messages[-1].content }}\n{% for x in range(10**9) %}{% endfor %}"
 

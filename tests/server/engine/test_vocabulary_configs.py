@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
+from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.lora.slots import ScaledSlot, Slot
 from loramux_adapters.lora.verify import check_adapter
 from loramux_server.base.loader import BaseModel, load_base_model
@@ -221,3 +223,24 @@ def test_a_token_that_only_the_adapter_knows_can_be_chosen_and_read_again(tmp_pa
                 row.sequence.output.append(result.token_id)
         chosen = own.output
     assert set(bare.output) == {5} and 320 in chosen
+
+
+def test_what_peft_writes_of_a_resized_vocabulary_unasked_is_the_same_version(tmp_path: Path) -> None:
+    directory = save_tiny_model(tmp_path / "base", "llama", tie_word_embeddings=False)
+    model: Any = load(directory, tmp_path / "cache", exact=True).model
+    model.resize_token_embeddings(325, mean_resizing=False)
+    settings = {"target_modules": ATTENTION, "modules_to_save": ["embed_tokens", "lm_head"]}
+    made = get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, **settings))
+    made.save_pretrained(tmp_path / "asked", save_embedding_layers=False)
+    made.save_pretrained(tmp_path / "unasked")
+    base = load(directory, tmp_path / "cache").info()
+    assert check_adapter(tmp_path / "unasked", base, 64).version == check_adapter(tmp_path / "asked", base, 64).version
+
+    file = tmp_path / "unasked" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    repeated = [name for name in tensors if ".modules_to_save." in name]
+    assert repeated, "peft writes them twice"
+    tensors[repeated[0]] = tensors[repeated[0]] + 1
+    save_file(tensors, file)
+    with pytest.raises(AdapterRejected, match="are the same weight with other numbers"):
+        check_adapter(tmp_path / "unasked", base, 64)

@@ -10,7 +10,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-from loramux_adapters.artifact.strict_json import quoted
+from loramux_adapters.artifact.reading.strict_json import quoted
 from loramux_adapters.errors import DataError
 from loramux_adapters.training.data.conversation import Example, LineError, Message
 

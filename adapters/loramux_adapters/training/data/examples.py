@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from loramux_adapters.artifact.strict_json import StrictJSONError, parse_object, quoted
+from loramux_adapters.artifact.reading.strict_json import StrictJSONError, parse_object, quoted
 from loramux_adapters.errors import DataError
 from loramux_adapters.training.data.columns import Columns, read_csv
 from loramux_adapters.training.data.conversation import ROLES, Example, LineError, Message, Skipped

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from loramux_adapters.artifact.strict_json import quoted
+from loramux_adapters.artifact.reading.strict_json import quoted
 from loramux_adapters.errors import DataError
 from loramux_adapters.training.data.examples import Example, ExampleSet
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from loramux_adapters.artifact.strict_json import StrictJSONError, parse_object, quoted
+from loramux_adapters.artifact.reading.strict_json import StrictJSONError, parse_object, quoted
 from loramux_server.api.completions.request.chat import ChatMessage
 from loramux_server.api.completions.request.tools import CallMade
 from loramux_server.api.http.json_object import MAX_NESTING, refuse_crowded

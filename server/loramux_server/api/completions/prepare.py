@@ -26,7 +26,7 @@ from loramux_server.api.completions.running.generation import Generation, give_b
 from loramux_server.api.completions.running.leases import AdapterLeases
 from loramux_server.api.completions.running.reading import Reading
 from loramux_server.api.completions.sampling import check_token_ids, sampling_of, seed_of
-from loramux_server.api.http.dependencies import Dependencies, StoreLike
+from loramux_server.api.http.dependencies import Dependencies, StoreLike, TokenizerLike
 from loramux_server.api.http.model_names import RequestedAdapter, resolve_model
 from loramux_server.api.http.worker_threads import run_in_thread
 from loramux_server.base.detokenizer import Detokenizer
@@ -113,16 +113,16 @@ class PromptPlan:
         room: for a reply, that a prompt which is cut leaves.
         continues: the reply continues the prompt's text.
         echoes: the reply begins with the prompt.
-        further_stops: tokens that end a reply, beside the base's and the request's.
+        fills_in: the reply is what stands in front of the prompt's end, and stops where that begins.
     """
 
-    prompts: Callable[[], Iterable[Prompt]]
+    prompts: Callable[[TokenizerLike], Iterable[Prompt]]
     param: str
     max_tokens: Callable[[list[int]], int]
     room: int
     continues: bool = False
     echoes: bool = False
-    further_stops: frozenset[int] = frozenset()
+    fills_in: bool = False
 
 
 @contextmanager
@@ -149,6 +149,10 @@ class Preparation:
         self._deps.metrics.request_started(leases.adapter)
         return leases
 
+    def tokenizer(self, leases: AdapterLeases) -> TokenizerLike:
+        """The base's, with what the adapters add to it. In a worker thread: the first time may take a second."""
+        return self._deps.tokenizer.with_tokens(leases.own_tokens)
+
     async def chat(self, body: ChatRequest, leases: AdapterLeases) -> Generation:
         """Owns the leases from now on: if it raises (RequestError), they are released."""
         base, own = self._deps.base, leases.defaults
@@ -158,7 +162,7 @@ class Preparation:
             return body.longest_reply or own.longest_reply(body, room) or min(base.reply, room)
 
         plan = PromptPlan(
-            prompts=lambda: [self.encoded_chat(body, leases)],
+            prompts=lambda tokenizer: [self.encoded_chat(body, leases, tokenizer)],
             param="messages",
             max_tokens=longest_reply,
             room=body.longest_reply or 1,
@@ -168,21 +172,21 @@ class Preparation:
 
     async def completion(self, body: CompletionRequest, leases: AdapterLeases) -> Generation:
         """Owns the leases from now on: if it raises (RequestError), they are released."""
-        base, own, infill = self._deps.base, leases.defaults, self._deps.tokenizer.infill
+        own = leases.defaults
 
         def longest_reply(prompt: list[int]) -> int:
             if body.max_tokens is not None:
                 return body.max_tokens
-            return own.longest_reply(body, own.context(base.context) - len(prompt)) or COMPLETION_MAX_TOKENS
+            return own.longest_reply(body, own.context(self._deps.base.context) - len(prompt)) or COMPLETION_MAX_TOKENS
 
         plan = PromptPlan(
-            prompts=lambda: (self._completion_prompt(body, prompt) for prompt in body.prompt),
+            prompts=lambda tokenizer: (self._completion_prompt(body, prompt, tokenizer) for prompt in body.prompt),
             param="prompt",
             max_tokens=longest_reply,
             room=COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens,
             continues=not body.suffix,
             echoes=bool(body.echo),
-            further_stops=infill.end_ids if body.suffix and infill is not None else frozenset(),
+            fills_in=bool(body.suffix),
         )
         return await self._prepare(body, leases, plan)
 
@@ -210,11 +214,16 @@ class Preparation:
         """Prompt by prompt, all replies to each. Raises RequestError."""
         own = leases.defaults
         body = own.filled(body)
-        params = sampling_of(body, self._deps.tokenizer)
-        params = replace(params, stop_token_ids=params.stop_token_ids | plan.further_stops)
+        tokenizer = self.tokenizer(leases)
+        params = sampling_of(body, tokenizer)
+        if plan.fills_in and tokenizer.infill is not None:
+            params = replace(params, stop_token_ids=params.stop_token_ids | tokenizer.infill.end_ids)
         # Each is checked before the next is encoded: the first that is too long ends it.
-        prompts = [self._limited(self._cut(prompt, body, plan.room, own), body, plan, own) for prompt in plan.prompts()]
-        own_ends = frozenset() if body.ignore_eos else self._deps.tokenizer.stop_ids
+        prompts = [
+            self._limited(self._cut(prompt, body, plan.room, own), body, plan, own)
+            for prompt in plan.prompts(tokenizer)
+        ]
+        own_ends = frozenset() if body.ignore_eos else tokenizer.stop_ids
         named_stops = frozenset(body.stop_token_ids or ()) - own_ends
         identity = uuid.uuid4().hex
         choices: list[Choice] = []
@@ -222,7 +231,7 @@ class Preparation:
             of_prompt = replace(params, max_tokens=limit)
             if not limit and params.prompt_logprobs is None:  # nothing but the prompt's text is wanted
                 of_prompt = replace(of_prompt, prompt_logprobs=0, prompt_logprobs_from=len(prompt.tokens))
-            echo = self._echo(prompt, body.alternatives) if plan.echoes else None
+            echo = _echo(prompt, body.alternatives, tokenizer) if plan.echoes else None
             asked = body.shape if prompt.reading is None else prompt.reading.shape(body.shape)
             first = f"{identity}-{len(choices)}"
             for place in range(body.candidates):
@@ -239,7 +248,7 @@ class Preparation:
                     Choice(
                         len(choices),
                         sequence,
-                        self._detokenizer(body, prompt, continues=plan.continues),
+                        _detokenizer(body, prompt, tokenizer, continues=plan.continues),
                         named_stops=named_stops,
                         shows_stop=bool(body.include_stop_str_in_output),
                         echo=echo,
@@ -259,43 +268,16 @@ class Preparation:
                 raise
             raise reading.blamed(error) from error
 
-    def _detokenizer(self, body: GenerationRequest, prompt: Prompt, *, continues: bool) -> Detokenizer:
-        tokenizer = self._deps.tokenizer
-        shown = frozenset() if prompt.reading is None else prompt.reading.shown_ids
-        skip = frozenset() if body.skip_special_tokens is False else tokenizer.special_ids - shown
-        return Detokenizer(
-            tokenizer.decode if skip == tokenizer.special_ids else partial(tokenizer.decode, special=True),
-            stop=body.stop,
-            skip=skip,
-            context=prompt.tokens[-_CONTEXT_TOKENS:] if continues else (),
-            min_tokens=body.min_tokens or 0,
-            include_stop=bool(body.include_stop_str_in_output),
-        )
-
-    def _echo(self, prompt: Prompt, alternatives: int | None) -> Echo:
-        """A prompt's text, and where its tokens begin in it, counted from its end: what a base expects around a text
-        stands before it.
-        """
-        detokenizer = Detokenizer(partial(self._deps.tokenizer.decode, special=True))
-        parts, offsets = [], []
-        for token in prompt.tokens:
-            offsets.append(detokenizer.position)
-            parts.append(detokenizer.add(token))
-        decoded = "".join(parts) + detokenizer.flush()
-        text = decoded if prompt.text is None else prompt.text
-        before = len(decoded) - len(text)
-        return Echo(text, [max(0, offset - before) for offset in offsets], alternatives)
-
-    def _completion_prompt(self, body: CompletionRequest, prompt: str | list[int]) -> Prompt:
+    def _completion_prompt(self, body: CompletionRequest, prompt: str | list[int], tokenizer: TokenizerLike) -> Prompt:
         """Raises RequestError."""
         if body.suffix:
-            return Prompt(self._infill(prompt, body.suffix))
+            return Prompt(self._infill(prompt, body.suffix, tokenizer))
         around = body.add_special_tokens is not False
-        return Prompt(self.encoded(prompt, around=around), prompt if isinstance(prompt, str) else None)
+        return Prompt(self.encoded(prompt, tokenizer, around=around), prompt if isinstance(prompt, str) else None)
 
-    def _infill(self, prompt: str | list[int], suffix: str) -> list[int]:
+    def _infill(self, prompt: str | list[int], suffix: str, tokenizer: TokenizerLike) -> list[int]:
         """The prompt that asks for what stands between a text and a suffix. Raises RequestError."""
-        tokenizer, special = self._deps.tokenizer, self._deps.special_in_prompts
+        special = self._deps.special_in_prompts
         if tokenizer.infill is None:
             raise RequestError(
                 "'suffix': this base has no tokens for filling in; it can only go on behind a text",
@@ -303,11 +285,11 @@ class Preparation:
                 code="unsupported_value",
             )
         if isinstance(prompt, str):
-            self._check_characters(len(prompt) + len(suffix), "suffix")
+            self._check_characters(len(prompt) + len(suffix), "suffix", tokenizer)
             before = tokenizer.encode(prompt, special=special, around=False)
         else:
-            self._check_characters(len(suffix), "suffix")
-            before = self.encoded(prompt)
+            self._check_characters(len(suffix), "suffix", tokenizer)
+            before = self.encoded(prompt, tokenizer)
         after = tokenizer.encode_piece(suffix, special=special)
         begin = tokenizer.encode("", special=special)
         return begin[:1] + tokenizer.infill.prompt(before, after)
@@ -323,15 +305,17 @@ class Preparation:
         kept = prompt.tokens[:most] if body.truncation_side == "right" else prompt.tokens[len(prompt.tokens) - most :]
         return Prompt(kept, reading=prompt.reading)
 
-    def encoded_chat(self, body: TemplateOptions, leases: AdapterLeases) -> Prompt:
+    def encoded_chat(self, body: TemplateOptions, leases: AdapterLeases, tokenizer: TokenizerLike) -> Prompt:
         """Messages as tokens, by the base's template or the adapters'. Raises RequestError.
 
         In a worker thread: it reads files, and may take long.
         """
-        calling, tokenizer = body.calling, self._deps.tokenizer
+        calling = body.calling
         tools = () if calling is None else calling.tools
-        self._check_characters(sum(message.characters for message in body.messages), "messages")
-        self._check_characters(sum(len(tool.description) + len(str(tool.parameters)) for tool in tools), "tools")
+        self._check_characters(sum(message.characters for message in body.messages), "messages", tokenizer)
+        self._check_characters(
+            sum(len(tool.description) + len(str(tool.parameters)) for tool in tools), "tools", tokenizer
+        )
         template = chat_template_of(self._deps.store, leases)
         conventions = tokenizer.conventions(template)
         turns, described = for_template(conventions, as_turns(body.messages), tools)
@@ -347,20 +331,22 @@ class Preparation:
         is_thinking = reasoning is not None and reasoning.opened_by(end)
         return Prompt(tokens, reading=Reading(conventions, calling, is_thinking))
 
-    def encoded(self, prompt: str | list[int], param: str = "prompt", *, around: bool = True) -> list[int]:
+    def encoded(
+        self, prompt: str | list[int], tokenizer: TokenizerLike, param: str = "prompt", *, around: bool = True
+    ) -> list[int]:
         """A prompt as tokens; `around`: with those that the base expects around a text.
 
         Raises RequestError; in a worker thread, since it may take long.
         """
         if isinstance(prompt, str):
-            self._check_characters(len(prompt), param)
-            return self._deps.tokenizer.encode(prompt, special=self._deps.special_in_prompts, around=around)
-        check_token_ids(prompt, param, self._deps.tokenizer)
+            self._check_characters(len(prompt), param, tokenizer)
+            return tokenizer.encode(prompt, special=self._deps.special_in_prompts, around=around)
+        check_token_ids(prompt, param, tokenizer)
         return prompt
 
-    def _check_characters(self, count: int, param: str) -> None:
+    def _check_characters(self, count: int, param: str, tokenizer: TokenizerLike) -> None:
         """Refuses a text that cannot fit, before the tokenizer spends seconds on it."""
-        context, longest = self._deps.base.context, self._deps.tokenizer.longest_token
+        context, longest = self._deps.base.context, tokenizer.longest_token
         if count > context * longest:
             raise RequestError(
                 f"the context holds {context} tokens of at most {longest} characters each, {context * longest} "
@@ -398,3 +384,31 @@ class Preparation:
                 code="invalid_value",
             )
         return prompt, limit
+
+
+def _detokenizer(body: GenerationRequest, prompt: Prompt, tokenizer: TokenizerLike, *, continues: bool) -> Detokenizer:
+    shown = frozenset() if prompt.reading is None else prompt.reading.shown_ids
+    skip = frozenset() if body.skip_special_tokens is False else tokenizer.special_ids - shown
+    return Detokenizer(
+        tokenizer.decode if skip == tokenizer.special_ids else partial(tokenizer.decode, special=True),
+        stop=body.stop,
+        skip=skip,
+        context=prompt.tokens[-_CONTEXT_TOKENS:] if continues else (),
+        min_tokens=body.min_tokens or 0,
+        include_stop=bool(body.include_stop_str_in_output),
+    )
+
+
+def _echo(prompt: Prompt, alternatives: int | None, tokenizer: TokenizerLike) -> Echo:
+    """A prompt's text, and where its tokens begin in it, counted from its end: what a base expects around a text
+    stands before it.
+    """
+    detokenizer = Detokenizer(partial(tokenizer.decode, special=True))
+    parts, offsets = [], []
+    for token in prompt.tokens:
+        offsets.append(detokenizer.position)
+        parts.append(detokenizer.add(token))
+    decoded = "".join(parts) + detokenizer.flush()
+    text = decoded if prompt.text is None else prompt.text
+    before = len(decoded) - len(text)
+    return Echo(text, [max(0, offset - before) for offset in offsets], alternatives)

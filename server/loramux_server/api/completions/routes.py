@@ -38,14 +38,14 @@ class CompletionRoutes:
             body = await parsed_off_loop(parse_chat, await self._read(request))
             leases = await self._preparation.leases(body.model, body.adapters)
         generation = await self._preparation.chat(body, leases)
-        return generation, ChatFormat(body, self._deps.tokenizer), bool(body.stream)
+        return generation, ChatFormat(body, self._preparation.tokenizer(leases)), bool(body.stream)
 
     async def _completion(self, request: Request) -> Asked:
         with refusals_counted(self._deps.metrics):
             body = await parsed_off_loop(parse_completion, await self._read(request))
             leases = await self._preparation.leases(body.model, body.adapters)
         generation = await self._preparation.completion(body, leases)
-        return generation, CompletionFormat(body, self._deps.tokenizer), bool(body.stream)
+        return generation, CompletionFormat(body, self._preparation.tokenizer(leases)), bool(body.stream)
 
     async def _read(self, request: Request) -> bytes:
         limits = self._deps.limits

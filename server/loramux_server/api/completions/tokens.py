@@ -36,7 +36,7 @@ class TokenRoutes:
 
     async def detokenize(self, request: Request) -> Response:
         body = await parsed_off_loop(parse_detokenize, await self._read(request))
-        return await self._answered(body.model, lambda leases: {"prompt": self._text(body.tokens)})
+        return await self._answered(body.model, lambda leases: {"prompt": self._text(body.tokens, leases)})
 
     async def _answered(self, model: str | None, made: Callable[[AdapterLeases], dict[str, object]]) -> Response:
         """What `made` returns, which is called in a worker thread; an adapter that is asked for must be there."""
@@ -55,11 +55,12 @@ class TokenRoutes:
         return await read_json(request, limit=limits.body_bytes, pace=limits.pace)
 
     def _tokenized(self, body: TokenizeChatRequest | TokenizePromptRequest, leases: AdapterLeases) -> dict[str, object]:
+        tokenizer = self._preparation.tokenizer(leases)
         if isinstance(body, TokenizeChatRequest):
-            tokens = self._preparation.encoded_chat(body, leases).tokens
+            tokens = self._preparation.encoded_chat(body, leases, tokenizer).tokens
         else:
-            tokens = self._preparation.encoded(body.prompt, around=body.add_special_tokens is not False)
-        token_bytes = self._deps.tokenizer.token_bytes
+            tokens = self._preparation.encoded(body.prompt, tokenizer, around=body.add_special_tokens is not False)
+        token_bytes = tokenizer.token_bytes
         return {
             "count": len(tokens),
             "max_model_len": leases.defaults.context(self._deps.base.context),
@@ -67,9 +68,9 @@ class TokenRoutes:
             "token_strs": [token_text(token_bytes(token)) for token in tokens] if body.return_token_strs else None,
         }
 
-    def _text(self, tokens: list[int]) -> str:
+    def _text(self, tokens: list[int], leases: AdapterLeases) -> str:
         """Special tokens are written out, though they never show in a reply."""
-        tokenizer = self._deps.tokenizer
+        tokenizer = self._preparation.tokenizer(leases)
         check_token_ids(tokens, "tokens", tokenizer)
 
         def text_of(is_special: bool, run: Sequence[int]) -> str:

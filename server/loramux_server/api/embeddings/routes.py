@@ -15,7 +15,6 @@ from fastapi import Request, Response
 
 from loramux_adapters.errors import AdapterError
 from loramux_server.api.completions.prepare import CONTEXT_EXCEEDED, Preparation
-from loramux_server.api.completions.request.adapter_defaults import RequestDefaults
 from loramux_server.api.completions.running.generation import give_back
 from loramux_server.api.completions.running.leases import AdapterLeases
 from loramux_server.api.embeddings.request import EmbeddingRequest, parse_embedding
@@ -53,7 +52,7 @@ class EmbeddingRoutes:
             raise
         started, outcome = time.monotonic(), "abort"
         try:
-            prompts = await run_in_thread(lambda: [self._encoded(prompt, leases.defaults) for prompt in body.input])
+            prompts = await run_in_thread(lambda: [self._encoded(prompt, leases) for prompt in body.input])
             vectors = await until_gone(request.receive, self._vectors(body, prompts, leases, started))
             outcome = "length"
         except Exception as error:
@@ -67,9 +66,10 @@ class EmbeddingRoutes:
         content = await run_in_thread(lambda: _reply(vectors, body, tokens))
         return Response(content, headers={VERSION: leases.version}, media_type="application/json")
 
-    def _encoded(self, prompt: str | list[int], own: RequestDefaults) -> list[int]:
+    def _encoded(self, prompt: str | list[int], leases: AdapterLeases) -> list[int]:
         """In a worker thread. Raises RequestError."""
-        tokens = self._preparation.encoded(prompt, "input")
+        own = leases.defaults
+        tokens = self._preparation.encoded(prompt, self._preparation.tokenizer(leases), "input")
         base = self._deps.base.context
         context = own.context(base)
         if not tokens:

@@ -17,6 +17,7 @@ from loramux_server.wire.connections import Connections
 from loramux_server.wire.pace import Pace
 
 if TYPE_CHECKING:
+    from loramux_adapters.artifact.own_tokens import OwnTokens
     from loramux_adapters.lora.verify import Checked
     from loramux_adapters.store.store import AdapterRecord, Lease, Published, Staging
     from loramux_server.api.http.model_names import RequestedAdapter
@@ -158,6 +159,10 @@ class TokenizerLike(Protocol):
     @property
     def infill(self) -> Infill | None:
         """How the base fills in what stands between two texts; None if it has no tokens for that."""
+        ...
+
+    def with_tokens(self, own: OwnTokens | None) -> TokenizerLike:
+        """This tokenizer with the tokens that an adapter adds to it; may take a second the first time."""
         ...
 
     def encode(self, text: str, *, special: bool = True, around: bool = True) -> list[int]:

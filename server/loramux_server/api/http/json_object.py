@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from loramux_adapters.artifact.strict_json import StrictJSONError, parse_object
+from loramux_adapters.artifact.reading.strict_json import StrictJSONError, parse_object
 from loramux_server.api.http.worker_threads import run_in_thread
 from loramux_server.errors import RequestError
 

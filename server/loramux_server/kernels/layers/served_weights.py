@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from loramux_adapters import nf4
-from loramux_adapters.artifact.strict_json import quoted
+from loramux_adapters.artifact.reading.strict_json import quoted
 from loramux_adapters.errors import AdapterRejected
 from loramux_server.kernels.compiled.abi import FloatMatrix
 from loramux_server.kernels.compiled.library import Compiled

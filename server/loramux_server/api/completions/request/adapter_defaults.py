@@ -13,8 +13,10 @@ from loramux_adapters.artifact.generation_defaults import (
     GenerationDefaults,
     read_generation_defaults,
 )
+from loramux_adapters.artifact.own_tokens import OwnTokens, read_own_tokens
 from loramux_adapters.errors import AdapterCorrupt, AdapterRejected
 from loramux_server.api.completions.request.generation import GenerationRequest
+from loramux_server.errors import RequestError
 
 if TYPE_CHECKING:
     from loramux_adapters.store.store import Lease
@@ -75,6 +77,32 @@ def _stored(store: StoreLike, lease: Lease) -> GenerationDefaults:
         return read_generation_defaults(store.directory(lease.version))
     except AdapterRejected as error:
         raise AdapterCorrupt(f"the stored files of version {lease.version[:12]} cannot be read as published") from error
+
+
+def own_tokens_of(store: StoreLike, leases: Sequence[Lease]) -> OwnTokens | None:
+    """Tokens that leased versions add to the base's tokenizer; all of one request that add some have to add the same.
+
+    Raises RequestError, AdapterCorrupt.
+    """
+    found: list[tuple[str, OwnTokens]] = []
+    for lease in leases:
+        try:
+            own = read_own_tokens(store.directory(lease.version))
+        except AdapterRejected as error:
+            raise AdapterCorrupt(
+                f"the stored files of version {lease.version[:12]} cannot be read as published"
+            ) from error
+        if own is not None:
+            found.append((lease.name, own))
+    for name, own in found[1:]:
+        if own != found[0][1]:
+            raise RequestError(
+                f"the adapters {found[0][0]} and {name} add different tokens to the base's tokenizer under "
+                "the same ids, so they cannot answer together; use one of them, or train both with the same tokens",
+                param="adapters",
+                code="invalid_value",
+            )
+    return found[0][1] if found else None
 
 
 def stored_defaults(directory: Path) -> GenerationDefaults:

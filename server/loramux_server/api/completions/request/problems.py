@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from loramux_adapters.artifact.strict_json import quoted
+from loramux_adapters.artifact.reading.strict_json import quoted
 from loramux_server.api.completions.request.options import Option
 from loramux_server.did_you_mean import suggest
 from loramux_server.errors import RequestError

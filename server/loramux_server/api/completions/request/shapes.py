@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field, PlainValidator
 
-from loramux_adapters.artifact.strict_json import StrictJSONError, parse_object
+from loramux_adapters.artifact.reading.strict_json import StrictJSONError, parse_object
 from loramux_server.api.completions.request.fields import RequestPart
 from loramux_server.grammar.shape import Shape
 

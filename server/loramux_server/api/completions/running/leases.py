@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from loramux_adapters.artifact.own_tokens import OwnTokens
 from loramux_adapters.errors import AdapterCorrupt, AdapterError
-from loramux_server.api.completions.request.adapter_defaults import RequestDefaults
+from loramux_server.api.completions.request.adapter_defaults import RequestDefaults, own_tokens_of
 from loramux_server.api.http.dependencies import StoreLike
 from loramux_server.api.http.model_names import RequestedAdapter
 from loramux_server.api.http.worker_threads import run_in_thread, run_in_thread_or_undo
@@ -28,18 +29,20 @@ class AdapterLeases:
         listed: the request named them one by one, in `adapters`; otherwise `model` named the only one.
         store: that they are of; None for the bare base.
         defaults: for what the request leaves unsaid.
+        own_tokens: that they add to the base's tokenizer; None if they add none.
     """
 
     leases: tuple[tuple[Lease, float], ...] = ()
     listed: bool = False
     store: StoreLike | None = None
     defaults: RequestDefaults = field(default_factory=RequestDefaults)
+    own_tokens: OwnTokens | None = None
 
     @classmethod
     async def acquire(cls, store: StoreLike, targets: tuple[RequestedAdapter, ...], *, listed: bool) -> AdapterLeases:
         """A reference on every target, or on none of them.
 
-        Raises AdapterNotFound, AdapterCorrupt, BaseMismatch, StoreUnavailable.
+        Raises AdapterNotFound, AdapterCorrupt, BaseMismatch, StoreUnavailable; RequestError: they add different tokens.
         """
 
         def acquire_all() -> AdapterLeases:
@@ -48,11 +51,12 @@ class AdapterLeases:
                 for target in targets:
                     leases.append((store.acquire(target.adapter, target.version_prefix), target.scale))
                 defaults = RequestDefaults.of(store, [lease for lease, _ in leases])
+                own_tokens = own_tokens_of(store, [lease for lease, _ in leases])
             except BaseException:
                 for lease, _ in leases:
                     lease.release()
                 raise
-            return cls(tuple(leases), listed, store, defaults)
+            return cls(tuple(leases), listed, store, defaults, own_tokens)
 
         return await run_in_thread_or_undo(cls._release, acquire_all) if targets else cls()
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from loramux_adapters.artifact import own_files
-from loramux_adapters.artifact.own_files import LinkInTheWay, open_regular, own_directory
+from loramux_adapters.artifact.reading import own_files
+from loramux_adapters.artifact.reading.own_files import LinkInTheWay, open_regular, own_directory
 from loramux_adapters.errors import AdapterRejected
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
-from loramux_adapters.artifact.strict_json import quoted
+from loramux_adapters.artifact.reading.strict_json import quoted
 from loramux_adapters.errors import AdapterRejected
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -1,0 +1,1 @@
+"""How files that strangers sent are opened and read: no links, strict JSON."""
