@@ -18,13 +18,16 @@ from tokenizers import AddedToken
 
 from loramux_adapters.artifact.format import UPLOAD_PARTS
 from loramux_adapters.device.cpu import CpuDevice
+from loramux_adapters.training.data.conversation import Example, Message
 from loramux_server.base.loader import load_base_model
 from loramux_server.base.source import EMBEDDED_NAME
+from loramux_server.engine.local_engine import LocalEngine
+from loramux_server.evaluation.local_scorer import LocalScorer
 from support.real_adapters import ADAPTERS
 from support.real_server import RealServer
 from support.replies import whole
 
-BASE, CALL, END = EMBEDDED_NAME, "<call>", "<|done|>"
+BASE, CALL, END = EMBEDDED_NAME, "@@call", "<|done|>"
 TEXT = f"Bread{CALL} is made of flour {CALL}water{END} and salt"
 MOST = 0.15  # of a token's log probability, to peft's
 
@@ -176,3 +179,13 @@ def test_tokens_that_do_not_follow_the_bases_are_refused_by_name(
     refused = sent_with_tokenizer(server, "far", directory)
     assert refused.status_code == 422
     assert "'<far>' as token 60000" in refused.text and "from 49152 on" in refused.text
+
+
+def test_held_out_answers_are_scored_with_its_tokens(made: Made, embedded_cache: Path) -> None:
+    base = load_base_model(EMBEDDED_NAME, device=CpuDevice(), cache_dir=embedded_cache, report=lambda line: None)
+    engine = LocalEngine.open(base, rows=4, tokens=1024, max_rank=16, check=False)
+    adapter = engine.load(made.directory)
+    example = Example((Message("user", f"What is {CALL}?"), Message("assistant", f"{CALL}water{CALL}")), 1)
+    own, bare = (LocalScorer(engine, each).ask([example], [], reply=False).tokens for each in (adapter, None))
+    assert own and bare and len(own[0]) == len(made.tokenizer(f"{CALL}water{CALL}").input_ids) + 1, "and its end token"
+    assert len(bare[0]) > len(own[0]), "to the base they are text"

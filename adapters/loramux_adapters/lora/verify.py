@@ -44,6 +44,10 @@ from loramux_adapters.lora.weights import read_adapter, read_tensor
 MAX_REASONS = 20  # and notes
 MAX_METADATA_BYTES = 4 * 2**20
 _SHOWN = 8  # names in a message
+NO_OWN_TOKENS = (
+    "its tokenizer adds tokens to the base's, which is served on the CPU only, and this server runs on a card; send it "
+    "without its tokenizer files if its prompts and replies need none of them"
+)
 
 
 T = TypeVar("T")
@@ -259,10 +263,12 @@ def _own_token_reasons(own: OwnTokens | None, adapter: HostAdapter, base: BaseIn
     """Tokens that no row of numbers stands for."""
     if own is None:
         return []
+    if base.weights is None or base.weights.tokens is None:
+        return [NO_OWN_TOKENS]
     if adapter.tokens is not None:
         rows = adapter.tokens.sizes["embedding"]
     else:
-        rows = 0 if base.weights is None or base.weights.tokens is None else base.weights.tokens.size("embedding")
+        rows = base.weights.tokens.size("embedding")
     without = [token for token in own.tokens if token.id >= rows]
     if not without:
         return []

@@ -29,6 +29,7 @@ class BaseTokenizer:
 
     Attributes:
         encoder: what turns text into ids.
+        source: transformers' tokenizer.
         infill: how the base fills in what stands between two texts; None if it has no tokens for that.
     """
 
@@ -59,7 +60,8 @@ class BaseTokenizer:
         self._backend = self.encoder.tokens.tokenizer
         self.vocab_size = vocab_size
         self.special_ids = frozenset(int(token) for token in tokenizer.all_special_ids) | frozenset(further_special)
-        self._given = tokenizer, generation_config, special_in_messages
+        self.source = tokenizer
+        self._given = generation_config, special_in_messages
         self._extended: OrderedDict[OwnTokens, BaseTokenizer] = OrderedDict()
         self._extending = threading.Lock()
         decoder = self._backend.decoder
@@ -91,8 +93,8 @@ class BaseTokenizer:
             return found
 
     def _extend(self, own: OwnTokens) -> BaseTokenizer:
-        base, generation_config, special_in_messages = self._given
-        tokenizer = copy.deepcopy(base)
+        generation_config, special_in_messages = self._given
+        tokenizer = copy.deepcopy(self.source)
         add_tokens(tokenizer.backend_tokenizer, own.tokens)
         for name, text in own.ends:
             setattr(tokenizer, name, text)

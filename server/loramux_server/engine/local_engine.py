@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from loramux_adapters.artifact.own_tokens import OwnTokens
 from loramux_adapters.errors import DataError
 from loramux_adapters.evaluation.scores import TokenScore
 from loramux_adapters.lora.host_cache import HostAdapter, LoadState
@@ -47,6 +48,7 @@ class LocalAdapter:
         version: the content digest that a store would give it.
         base_verified: it names the base it was loaded on.
         chat_template: that it brings in place of the base's.
+        own_tokens: that it adds to the base's tokenizer.
     """
 
     directory: Path
@@ -54,6 +56,7 @@ class LocalAdapter:
     rank: int
     base_verified: bool
     chat_template: str | None = None
+    own_tokens: OwnTokens | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +153,14 @@ class LocalEngine:
             self._host.add(checked.adapter)
         else:
             self._host.pin(checked.version)
-        return LocalAdapter(directory, checked.version, checked.rank, checked.base_verified, checked.chat_template)
+        return LocalAdapter(
+            directory,
+            checked.version,
+            checked.rank,
+            checked.base_verified,
+            checked.chat_template,
+            checked.own_tokens,
+        )
 
     def unload(self, adapter: LocalAdapter) -> None:
         """Lets the adapter go; once for each `load`."""

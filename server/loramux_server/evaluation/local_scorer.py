@@ -26,9 +26,11 @@ class LocalScorer:
         config = getattr(engine.base.model, "generation_config", None)
         self._engine = engine
         self._adapter = adapter
-        self._tokenizer = BaseTokenizer(engine.base.tokenizer, config, engine.base.vocabulary)
+        self._tokenizer = BaseTokenizer(engine.base.tokenizer, config, engine.base.vocabulary).with_tokens(
+            None if adapter is None else adapter.own_tokens
+        )
         self._renderer = Renderer(
-            engine.base.tokenizer,
+            self._tokenizer.source,
             engine.context - ROOM_FOR_REPLY,
             stop_ids=self._tokenizer.stop_ids,
             encoder=self._tokenizer.encoder,

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loramux_adapters.artifact.format import WEIGHTS_FILE, digest_of
+from loramux_adapters.artifact.own_tokens import OwnToken, OwnTokens
 from loramux_adapters.base_info import AdapterText, BaseInfo
 from loramux_adapters.errors import AdapterRejected, BaseMismatch
 from loramux_adapters.lora.verify import MAX_REASONS, check_adapter
@@ -214,6 +215,13 @@ def test_a_chat_template_of_its_own_is_part_of_the_version(tmp_path: Path) -> No
     assert own.chat_template == "{{ messages }}" and own.version != plain.version
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     assert own.version == digest_of(own.config, tmp_path) == load_host_adapter(tmp_path).version
+
+
+def test_own_tokens_are_refused_where_nothing_of_the_vocabulary_is_served(tmp_path: Path) -> None:
+    write_adapter(tmp_path, TINY_LINEARS)
+    own = AdapterText(None, OwnTokens((OwnToken(320, "<new>"),)))
+    with pytest.raises(AdapterRejected, match="adds tokens to the base's, which is served on the CPU only"):
+        check_adapter(tmp_path, replace(BASE, own_text=lambda directory: own), 256)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS_FILE, "card.json"])
