@@ -22,6 +22,7 @@ from loramux_adapters.artifact.own_tokens import (
     OwnTokens,
     read_own_tokens,
 )
+from loramux_adapters.chat.special_tokens import SpecialTokens
 from loramux_adapters.errors import AdapterRejected
 
 MAX_NAMED = 5  # tokens in one sentence
@@ -122,7 +123,25 @@ def compare(directory: Path, base: str, base_directory: Path | None, ends: Mappi
                 found.reasons.append(f"{name} is damaged")
     if added and not found.reasons:
         found.tokens = OwnTokens(tuple(added), tuple(sorted(known.own_ends.items())))
+        if not _kept_apart(known.loaded[0], found.tokens):
+            names = _listed([token.content for token in added])
+            found.reasons.append(f"its tokenizer adds tokens that cannot be told from other text: {names}")
     return found
+
+
+def _kept_apart(tokenizer: Tokenizer, own: OwnTokens) -> bool:
+    """Whether each is itself, here and where text of messages is read; tried, since a normalizer may change one."""
+    try:
+        tokens = SpecialTokens(tokenizer, [] if own.end is None else [own.end])
+        for token in own.tokens:
+            name = tokens.marked(token.content)
+            if token.id not in tokens.encode_marked(f"a {name} b", around=False):
+                return False
+            if token.id not in tokens.encode(f"a {token.content} b", around=False):
+                return False
+    except (AssertionError, ValueError, KeyError, RecursionError):
+        return False
+    return True
 
 
 def _added_by(directory: Path, base: _Base) -> list[OwnToken]:

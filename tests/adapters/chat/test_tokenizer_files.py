@@ -3,6 +3,7 @@ refused by name."""
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 import time
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer
 
 from loramux_adapters.artifact.own_tokens import OwnTokens, parse_own_tokens
 from loramux_adapters.chat import compare, tokenizer_files
+from loramux_adapters.chat.encoder import TextEncoder
 from loramux_adapters.chat.tokenizer_files import TokenizerFiles
 from loramux_adapters.errors import AdapterRejected
 from support.tokenizer_families import CHATML, NAMES, family
@@ -123,6 +125,46 @@ def test_tokens_that_follow_the_bases_are_the_adapters_own(tmp_path: Path) -> No
     kept.mkdir()
     (kept / "own_tokens.json").write_bytes(own.dump())
     assert files_of("byte-level BPE").own_text(kept).tokens == own, "what is downloaded can be sent again"
+
+
+ODD = [
+    " ",
+    "\n",
+    "\0",
+    " x",
+    "e\u0301",
+    "\ufb01",
+    "\u200b",
+    "\U000f0001",
+    "<|im_start|> ",
+    "A" * 256,
+    "<a",
+    "</s>x",
+    "\u0130",
+]
+
+
+@pytest.mark.parametrize("name", ["byte-level BPE", "Llama 2", "WordPiece"])
+@pytest.mark.parametrize("special", [True, False])
+def test_odd_tokens_are_served_or_refused_and_break_nothing(name: str, special: bool, tmp_path: Path) -> None:
+    first = max(family(name).get_vocab().values()) + 1
+    served = 0
+    for content in ODD:
+        for normalized in (True, False):
+            token = {"content": content, "special": special, "normalized": normalized, "lstrip": content == "<a"}
+            said = {"added_tokens_decoder": {str(first): token}}
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+            try:
+                own = files_of(name).own_text(tmp_path).tokens
+            except AdapterRejected:
+                continue
+            assert own is not None
+            extended = copy.deepcopy(family(name))
+            compare.add_tokens(extended.backend_tokenizer, own.tokens)
+            encoder = TextEncoder(extended)
+            assert first in encoder.encode(f"a {content} b", around=False)
+            served += 1
+    assert served > len(ODD) // 2
 
 
 def test_tokens_with_other_ids_than_the_next_are_refused(tmp_path: Path) -> None:
