@@ -167,14 +167,13 @@ def _added_by(directory: Path, base: _Base) -> list[OwnToken]:
 
 def add_tokens(tokenizer: Tokenizer, tokens: Iterable[OwnToken]) -> list[OwnToken]:
     """Returns those that did not get their id there."""
-    elsewhere = []
-    for token in tokens:
-        flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
-        new = AddedToken(token.content, **flags)
-        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([new])
-        if tokenizer.token_to_id(token.content) != token.id:
-            elsewhere.append(token)
-    return elsewhere
+    tokens = list(tokens)
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    # all in one call: each makes the search for all of them anew
+    tokenizer.add_tokens(
+        [AddedToken(token.content, **{name: getattr(token, name) for name in flags}) for token in tokens]
+    )
+    return [token for token in tokens if tokenizer.token_to_id(token.content) != token.id]
 
 
 def _base_of(base: str, directory: Path | None, ends: Mapping[str, str | None]) -> _Base:
