@@ -67,7 +67,6 @@ class _Base:
 
     def extend(self, tokens: list[OwnToken]) -> list[str]:
         """With tokens that an adapter adds. Returns why it cannot be."""
-        first = len(self.names)
         for tokenizer in self.loaded:
             first = tokenizer.get_vocab_size()
             elsewhere = add_tokens(tokenizer, tokens)

@@ -16,7 +16,7 @@ from functools import partial
 from loramux_adapters.artifact.format import read_chat_template
 from loramux_adapters.errors import AdapterError
 from loramux_server.api.completions.conversation import as_turns
-from loramux_server.api.completions.request.adapter_defaults import RequestDefaults
+from loramux_server.api.completions.request.adapter_defaults import RequestDefaults, same_of_all
 from loramux_server.api.completions.request.chat import ChatRequest, TemplateOptions
 from loramux_server.api.completions.request.completion import CompletionRequest
 from loramux_server.api.completions.request.generation import AdapterPart, GenerationRequest
@@ -76,15 +76,11 @@ def chat_template_of(store: StoreLike, leases: AdapterLeases) -> str | None:
     Reads their files. Raises RequestError if they do not agree: no template suits adapters that learned from two.
     """
     own = [(lease.name, read_chat_template(store.directory(lease.version))) for lease, _ in leases.leases]
-    for name, template in own[1:]:
-        if template != own[0][1]:
-            raise RequestError(
-                f"the adapters {own[0][0]} and {name} use different chat templates, so they cannot chat together; use "
-                "/v1/completions, or publish them with the same chat template",
-                param="adapters",
-                code="invalid_value",
-            )
-    return own[0][1] if own else None
+    return same_of_all(
+        own,
+        "use different chat templates, so they cannot chat together; use /v1/completions, or publish them with the "
+        "same chat template",
+    )
 
 
 @dataclass(frozen=True, slots=True)

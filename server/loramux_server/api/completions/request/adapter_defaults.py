@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from loramux_server.api.http.dependencies import StoreLike
 
 Body = TypeVar("Body", bound=GenerationRequest)
+Value = TypeVar("Value")
 _FILLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop")
 _LENGTHS = frozenset({"max_tokens", "max_completion_tokens"})
 
@@ -41,7 +42,7 @@ class RequestDefaults:
     @classmethod
     def of(cls, store: StoreLike, leases: Sequence[Lease]) -> RequestDefaults:
         """Reads files of leased versions. Raises AdapterCorrupt."""
-        own = [(lease.name, _stored(store, lease)) for lease in leases]
+        own = [(lease.name, _stored(store, lease, read_generation_defaults)) for lease in leases]
         if not own:
             return cls()
         limits = [(said.context, name) for name, said in own if said.context is not None]
@@ -72,9 +73,10 @@ class RequestDefaults:
         return f"the context of the adapter {self.limited_by}" if is_own else "the context"
 
 
-def _stored(store: StoreLike, lease: Lease) -> GenerationDefaults:
+def _stored(store: StoreLike, lease: Lease, read: Callable[[Path], Value]) -> Value:
+    """Of a leased version's files. Raises AdapterCorrupt."""
     try:
-        return read_generation_defaults(store.directory(lease.version))
+        return read(store.directory(lease.version))
     except AdapterRejected as error:
         raise AdapterCorrupt(f"the stored files of version {lease.version[:12]} cannot be read as published") from error
 
@@ -84,23 +86,20 @@ def own_tokens_of(store: StoreLike, leases: Sequence[Lease]) -> OwnTokens | None
 
     Raises RequestError, AdapterCorrupt.
     """
-    found: list[tuple[str, OwnTokens]] = []
-    for lease in leases:
-        try:
-            own = read_own_tokens(store.directory(lease.version))
-        except AdapterRejected as error:
-            raise AdapterCorrupt(
-                f"the stored files of version {lease.version[:12]} cannot be read as published"
-            ) from error
-        if own is not None:
-            found.append((lease.name, own))
+    found = [(lease.name, _stored(store, lease, read_own_tokens)) for lease in leases]
+    return same_of_all(
+        [(name, own) for name, own in found if own is not None],
+        "add different tokens to the base's tokenizer under the same ids, so they cannot answer together; use one of "
+        "them, or train both with the same tokens",
+    )
+
+
+def same_of_all(found: Sequence[tuple[str, Value]], differing: str) -> Value | None:
+    """What adapters, by name, have in common; None of none. Raises RequestError, which says of two: `differing`."""
     for name, own in found[1:]:
         if own != found[0][1]:
             raise RequestError(
-                f"the adapters {found[0][0]} and {name} add different tokens to the base's tokenizer under "
-                "the same ids, so they cannot answer together; use one of them, or train both with the same tokens",
-                param="adapters",
-                code="invalid_value",
+                f"the adapters {found[0][0]} and {name} {differing}", param="adapters", code="invalid_value"
             )
     return found[0][1] if found else None
 
