@@ -38,6 +38,7 @@ class BaseInfo:
             beside the base's; raises `AdapterRejected` for a tokenizer that is another one (chat/tokenizer_files.py).
         module_of: what an adapter calls a module -> its path here; None where it is of a part of the model that is not
             served (the vision tower of one that takes images). Its own paths stay as they are.
+        token_bytes: that one adapter may take here for rows of its own in embedding and output head; None: no bound.
     """
 
     base_id: str
@@ -47,3 +48,4 @@ class BaseInfo:
     own_text: Callable[[Path], AdapterText] = field(default=lambda directory: AdapterText())
     module_of: Callable[[str], str | None] = field(default=lambda path: path)
     weights: BaseWeights | None = None
+    token_bytes: int | None = None

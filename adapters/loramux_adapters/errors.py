@@ -4,7 +4,7 @@ AdapterError
 ├── InvalidAdapterName        the name breaks the naming rule
 ├── AdapterNotFound           no adapter of that name, or no version with that digest prefix
 ├── AdapterRejected           the files cannot be served on this base; carries every reason
-│   └── VectorsNotServed      they can, but not on this device
+│   └── VectorsNotServed      they can, but not with the room that there is here
 ├── AdapterTooLarge           more bytes than the operator allows
 ├── BaseMismatch              made for another base model
 ├── RollbackImpossible        there is no version to go back to, or it cannot be served
@@ -51,13 +51,13 @@ class AdapterRejected(AdapterError):
 
 
 class VectorsNotServed(AdapterRejected):
-    """It has magnitudes, biases or output scales, for which there are kernels on the CPU alone."""
+    """It has magnitudes, biases or output scales, for which slots have no room here."""
 
     def __init__(self) -> None:
         super().__init__(
             [
-                "the adapter has magnitudes (use_dora), biases or output scales, which are served on the CPU only, and "
-                "this server runs on a card"
+                "the adapter has magnitudes (use_dora), biases or output scales, for which a server on a card keeps "
+                "no room unless it is told to: start it with --adapter-vectors"
             ]
         )
 

@@ -189,3 +189,22 @@ def test_held_out_answers_are_scored_with_its_tokens(made: Made, embedded_cache:
     own, bare = (LocalScorer(engine, each).ask([example], [], reply=False).tokens for each in (adapter, None))
     assert own and bare and len(own[0]) == len(made.tokenizer(f"{CALL}water{CALL}").input_ids) + 1, "and its end token"
     assert len(bare[0]) > len(own[0]), "to the base they are text"
+
+
+def test_shapes_are_written_in_its_tokens_and_end_by_its_end(server: RealServer, made: Made, notes: list[str]) -> None:
+    body: dict[str, Any] = {
+        "prompt": "Bread is made of",
+        "max_tokens": 8,
+        "temperature": 0,
+        "guided_regex": f"({CALL})+",
+    }
+    bias = {"logit_bias": {made.first: 60}}
+    with server.client() as client:
+        asked = body | bias | {"model": "own", "return_token_ids": True}
+        said = client.post("/v1/completions", json=asked).json()["choices"][0]
+        assert (said["token_ids"], said["finish_reason"]) == ([made.first] * 8, "length")
+        asked["logit_bias"] = {made.first: 60, made.first + 1: 90}  # the end, as soon as the pattern lets it come
+        ended = client.post("/v1/completions", json=asked).json()["choices"][0]
+        assert (ended["text"], ended["finish_reason"]) == (CALL, "stop")
+        bare = client.post("/v1/completions", json=body | {"model": BASE}).json()["choices"][0]
+    assert CALL in bare["text"], "the base spells it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ class Paged:
         self, chunks: list[Chunk], params: AttentionParams, *, large_tiles: bool = True, **sizes: Any
     ) -> list[torch.Tensor]:
         """What each chunk's rows get, [rows, heads * dim]."""
-        tables = self.tables(chunks, large_tiles=large_tiles, **sizes)
+        tables, params = self.tables(chunks, large_tiles=large_tiles, **sizes), self.placed(params)
         for sequence, position, count in chunks:
             self.write(sequence, position + count)
         q = torch.cat([self.q[sequence][position : position + count] for sequence, position, count in chunks])
@@ -75,11 +76,15 @@ class Paged:
         attend(launch_now, out, q, self.k_cache, self.v_cache, tables, params, scratch, large_tiles=large_tiles)
         return list(out.split([count for *_, count in chunks]))
 
+    def placed(self, params: AttentionParams) -> AttentionParams:
+        """With sinks where all else lies."""
+        return params if params.sinks is None else replace(params, sinks=params.sinks.to(self.device))
+
     def scratch_shapes(self, sizes: AttentionSizes) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return attention_scratch(sizes, self.heads, self.dim)
 
     def reference(self, chunks: list[Chunk], params: AttentionParams) -> list[torch.Tensor]:
-        tables = self.tables(chunks)
+        tables, params = self.tables(chunks), self.placed(params)
         for sequence, position, count in chunks:
             self.write(sequence, position + count)
         q = torch.cat([self.q[sequence][position : position + count] for sequence, position, count in chunks])

@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM
 from loramux_adapters.lora.lora_linear import LoRALinear
 from loramux_adapters.lora.ops import LoraRows
 from loramux_adapters.lora.slots import ScaledSlot
+from loramux_server.base.architecture.experts import split_experts
 from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVCache
 from loramux_server.kernels.attention.paged_attention import AttentionStep, probe_kv_shape
 from loramux_server.kernels.choice import choose_kernels
+from loramux_server.kernels.layers.experts import PROJECTIONS, Experts
 from loramux_server.kernels.layers.nf4_linear import NF4Linear
 from loramux_server.kernels.layers.packed_embedding import PackedEmbedding
 from loramux_server.kernels.layers.packed_head import PackedHead, rows_of
@@ -78,6 +80,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "OLMo 2": ("olmo2", {}),
     "OLMo 3": ("olmo3", {"sliding_window": 8}),
     "SmolLM3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
+    "Qwen3-MoE": ("qwen3_moe", {"mlp_only_layers": [1], "num_experts": 6}),
+    "OLMoE": ("olmoe", {"num_key_value_heads": 4, "clip_qkv": 1.5}),
+    "Mixtral": ("mixtral", {}),
+    "gpt-oss": ("gpt_oss", {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
     "one key for all": ("llama", {"num_key_value_heads": 1, "head_dim": 64}),
     "long heads": ("gemma2", {"head_dim": 256, "num_attention_heads": 2, "num_key_value_heads": 1}),
 }
@@ -89,6 +95,14 @@ def random_model(family: str, **changes: Any) -> Any:
     torch.manual_seed(5)
     config = tiny_config(architecture, **SIZES | more | changes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    split_experts(model)
+    for path, module in model.named_modules():
+        if isinstance(module, Experts):
+            module.to_empty(device="cpu")
+            for parameter in module.parameters():
+                nn.init.normal_(parameter, std=SIZES["initializer_range"])
+        elif path.endswith((".gate", ".router")):
+            nn.init.normal_(module.weight, std=0.3)  # so that choices are clear
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data += torch.empty_like(parameter).uniform_(-0.4, 0.4)
@@ -121,13 +135,30 @@ def slow_twin(model: Any) -> Any:
     weights = {name.replace(".base_layer", ""): module for name, module in model.named_modules()}
     with torch.no_grad():
         for path, module in twin.named_modules():
+            if not any(True for _ in module.parameters()):
+                continue
             its = weights[path]
             if isinstance(its, LoRALinear):
                 its = its.base_layer
+            if isinstance(its, Experts):
+                _copy_experts(module, its)
+                continue
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     parameter.copy_(weight_of(its) if name == "weight" else getattr(its, name))
     return twin
+
+
+def _copy_experts(module: Any, its: Experts) -> None:
+    """Into transformers' module of all experts of a layer, which has them in one tensor."""
+    for number, expert in enumerate(its):
+        layers = [getattr(expert, name) for name in PROJECTIONS]
+        layers = [layer.base_layer if isinstance(layer, LoRALinear) else layer for layer in layers]
+        for what in ("", "_bias")[: 1 + its.form.bias]:
+            gate, up, down = ((layer.bias if what else weight_of(layer)).float() for layer in layers)
+            both = torch.stack([gate, up], dim=1).flatten(0, 1) if its.form.interleaved else torch.cat([gate, up])
+            for name, own in (("gate_up_proj", both), ("down_proj", down)):
+                getattr(module, name + what)[number] = own.t() if its.form.turned and not what else own
 
 
 def weight_of(module: Any) -> torch.Tensor:
@@ -135,6 +166,8 @@ def weight_of(module: Any) -> torch.Tensor:
     if isinstance(module, (PackedHead, PackedEmbedding)):
         rows = module.out_features if isinstance(module, PackedHead) else module.num_embeddings
         return rows_of(module.weight, module.scales, torch.arange(rows))
+    if (scores := getattr(module, "loramux_scores", None)) is not None:
+        return weight_of(scores)
     if isinstance(module, NF4Linear):
         return module.dequantized()
     if isinstance(module, Linear4bit):
@@ -168,6 +201,7 @@ class Served:
             for weights in (layer.arena.a, layer.arena.bt):
                 weights.copy_(torch.randn(weights.shape, generator=generator) * 0.1)
             layer.arena.targeted.fill_(1)
+        self._slots._some_picked = True  # experts' layers too, which nobody loaded
 
     def cache(self, blocks: int) -> KVCache:
         return KVCache(self.shape, blocks, CPU)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
 import shutil
 import threading
@@ -76,8 +77,12 @@ class FakeTokenizer:
         self.spoken = Conventions(CallFormat("hermes"), "tools", writes_calls=True, takes_results=True)
 
     def with_tokens(self, own: OwnTokens | None) -> FakeTokenizer:
-        assert own is None
-        return self
+        if own is None:
+            return self
+        extended = copy.copy(self)
+        extended.vocab_size = own.size
+        extended.special_texts = self.special_texts | {token.id: token.content.encode() for token in own.tokens}
+        return extended
 
     def encode(self, text: str, *, special: bool = True, around: bool = True) -> list[int]:
         self.encoded.append(text)
@@ -237,7 +242,7 @@ class FakeGrammars:
         self.asked: list[tuple[Shape, str]] = []
         self.threads: set[int] = set()
 
-    def of(self, shape: Shape, param: str) -> FreeGrammar:
+    def of(self, shape: Shape, param: str, own: OwnTokens | None = None) -> FreeGrammar:
         self.asked.append((shape, param))
         self.threads.add(threading.get_ident())
         if self.failure is not None:

@@ -48,6 +48,7 @@ class FakeHost:
         self.states: dict[str, LoadState] = {}
         self.requests: list[str] = []  # every load that was started
         self.broken: set[str] = set()  # versions whose load fails
+        self.beside: dict[str, int] = {}  # bytes of versions that take some beside their slot
 
     def request(self, version: str) -> LoadState:
         if version not in self.states:
@@ -69,6 +70,9 @@ class FakeHost:
     def unpin(self, version: str) -> None:
         assert self.pins[version] > 0, f"{version} is unpinned more often than pinned"
         self.pins[version] -= 1
+
+    def bytes_beside(self, version: str) -> int:
+        return self.beside.get(version, 0) if self.states.get(version) is LoadState.READY else 0
 
     @property
     def pinned(self) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from loramux_adapters.lora.slots import SlotTable
+from loramux_adapters.lora.slots import UNBOUNDED, SlotTable
 from loramux_server.engine.scheduling.admission import SchedulerConfig
 from loramux_server.engine.scheduling.kv_blocks import KVBlocks
 from loramux_server.engine.scheduling.scheduler import Scheduler
@@ -26,6 +26,7 @@ class Bench:
         config: SchedulerConfig | None = None,
         *,
         rows: int = 32,
+        beside: int = UNBOUNDED,
         num_blocks: int = 64,
         block_size: int = 4,
         max_kept: int = 0,
@@ -36,7 +37,7 @@ class Bench:
         self.clock = FakeClock()
         self.host = FakeHost(instant=instant)
         self.blocks = KVBlocks(num_blocks, block_size, max_kept=max_kept)
-        self.slots = SlotTable(rows)
+        self.slots = SlotTable(rows, beside)
         self.scheduler = Scheduler(config or SchedulerConfig(), self.blocks, self.slots, self.host, self.clock)
         self.runner = FakeRunner(rows, self.blocks, self.host, ahead=ahead)
         self._under_way: tuple[Batch, FakeStep] | None = None

@@ -12,7 +12,7 @@ from torch import nn
 from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.device.device import ON_CARD, Device
 from loramux_adapters.lora.lora_linear import AdapterSlots, head_path
-from loramux_adapters.lora.ops import LoraRows, add_lora_segments
+from loramux_adapters.lora.ops import HAS_AFFINE, HAS_DELTA, LoraRows, add_lora_segments
 from loramux_adapters.lora.slot_copy import copy_slot
 from loramux_adapters.lora.slots import ScaledSlot, Slot
 from loramux_server.kernels.attention.kv_cache import KVCache, KVShape
@@ -81,7 +81,14 @@ class TinySteps:
     """
 
     def __init__(
-        self, device: Device, *, sequences: int = 3, samples: int = 6, heads: int = 2, vocabulary: int = 300
+        self,
+        device: Device,
+        *,
+        sequences: int = 3,
+        samples: int = 6,
+        heads: int = 2,
+        vocabulary: int = 300,
+        affine: bool = False,
     ) -> None:
         self.device = device
         self.model = random_model("Llama", **(SIZES | {"num_attention_heads": heads, "vocab_size": vocabulary}))
@@ -94,7 +101,13 @@ class TinySteps:
             _put(self.model, device)
             shape = KVShape(2, 1, 32, device.activations)
             self.slots = AdapterSlots(
-                self.model, 32, add_lora_segments, copy_slot, head=head_path(self.model), device=device
+                self.model,
+                32,
+                add_lora_segments,
+                copy_slot,
+                head=head_path(self.model),
+                device=device,
+                affine=affine,
             )
             asked = [AttentionParams(32**-0.5), AttentionParams(32**-0.5, window=20)]
             description = describe(self.model, shape, asked, kinds_of(device.activations))
@@ -106,13 +119,20 @@ class TinySteps:
         self.tables = torch.arange(sequences * BLOCKS, dtype=torch.int32).view(sequences, BLOCKS).flip(0).contiguous()
 
     def load(self) -> None:
-        """Random adapters into all slots."""
+        """Random adapters into all slots; where there is room, the first has gain and shift too, the second
+        nothing else.
+        """
         generator = torch.Generator().manual_seed(2)
         with self.device.used(), torch.inference_mode():
             for layer in self.slots.layers.values():
                 for weights in (layer.arena.a, layer.arena.bt):
                     weights.copy_(torch.randn(weights.shape, generator=generator).to(weights.dtype) * 0.1)
-                layer.arena.targeted.fill_(1)
+                layer.arena.targeted.fill_(HAS_DELTA)
+                affine = layer.arena.affine
+                if affine is not None:
+                    affine.copy_(torch.randn(affine.shape, generator=generator) * 0.1)
+                    layer.arena.targeted[0] = HAS_DELTA | HAS_AFFINE
+                    layer.arena.targeted[1] = HAS_AFFINE
 
     def given(self, rows: Sequence[Row], adapters: Sequence[tuple[ScaledSlot, ...]]) -> tuple[Any, ...]:
         """What `GpuDecoder.start` is given; all but the last is what `forward` is."""

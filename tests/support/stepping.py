@@ -54,11 +54,13 @@ class Stepper:
         graph_bytes: int = 0,
         config: SchedulerConfig = STEPS,
         module_of: Callable[[str], str | None] = lambda path: path,
+        affine: bool | None = None,
     ) -> None:
         """`kernels`: another set than the device's own; `attend`, `add_lora`: other parts than the set's.
 
         The cache holds floats where `attend` is given. `graph_bytes`: that graphs of steps may take; 0 captures none.
         `config`: the largest step follows from it. `module_of`: as a base has it.
+        `affine`: slots have room for gain and shift; None: on the CPU alone.
         """
         whole_numbers = attend is None and choose_kernels(device, kernels).whole_numbers
         shape = probe_kv_shape(model, device, whole_numbers=whole_numbers)
@@ -80,7 +82,7 @@ class Stepper:
             head=head_path(model),
             device=device,
             module_of=module_of,
-            affine=device.is_host,
+            affine=device.is_host if affine is None else affine,
         )
         self.runner = ModelRunner(
             model,

@@ -26,6 +26,8 @@ COMMON: dict[str, Any] = {
     "initializer_range": 0.2,  # large enough that positions and masks show in the logits
 }
 
+_GRANITE = {"attention_multiplier": 0.1, "logits_scaling": 2.0, "residual_multiplier": 0.5}
+
 # architecture -> what its config says beyond COMMON
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -41,15 +43,32 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 32},
     "phi3": {},
-    "granite": {"attention_multiplier": 0.1, "logits_scaling": 2.0, "residual_multiplier": 0.5},
+    "granite": _GRANITE,
     "olmo2": {},
     "smollm3": {},
     "starcoder2": {"sliding_window": 8},
     "gpt_neox": {},
 }
 
+# that turn neighbours, and whose norms take off the mean: as above
+NEIGHBOURS: dict[str, dict[str, Any]] = {"cohere": {}, "cohere2": {"sliding_window": 8}}
+
 # mixtures of experts: as above
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_CORRECTED = {  # by sigmoids that are corrected, in groups
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "n_shared_experts": 1,
+    "num_shared_experts": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.5,
+}
 MIXTURES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**_EXPERTS, "norm_topk_prob": True},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -61,6 +80,98 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     },
+    "qwen2_moe": {**_EXPERTS, "norm_topk_prob": False, "shared_expert_intermediate_size": 128},
+    "glm4_moe": {**_CORRECTED, "use_qk_norm": True},
+    "dots1": {
+        **_CORRECTED,
+        "sliding_window": 8,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "exaone_moe": {
+        **_CORRECTED,
+        "sliding_window": 8,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "is_moe_layer": [False, True, True],
+    },
+    "ernie4_5_moe": {
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": 64,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 0,
+        "moe_layer_end_index": 1,
+    },
+    "solar_open": _CORRECTED,
+    "flex_olmo": {**_EXPERTS, "norm_topk_prob": False},
+    "granitemoe_swa": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        **_GRANITE,
+    },
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, **_GRANITE},
+    "granitemoeshared": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 64,
+        **_GRANITE,
+    },
+}
+
+# attention of other kinds than keys and values of one width of all tokens before: as above
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 64,
+    "q_lora_rank": 64,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 32,
+    "head_dim": 32,
+    "v_head_dim": 32,
+}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,
+    "original_max_position_embeddings": 32,
+}
+_LLAMA4 = {
+    "num_hidden_layers": 3,
+    "intermediate_size_mlp": 128,
+    "no_rope_layers": [1, 0, 1],
+    "attention_chunk_size": 20,
+    "floor_scale": 8,
+    "attn_scale": 0.5,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+_DENSE = {"first_k_dense_replace": 3}  # of its layers, which are fewer
+ATTENTIONS: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {**_LATENT, "q_lora_rank": None, "rope_parameters": _YARN, **_DENSE},
+    "deepseek_v3": {**_LATENT, "rope_parameters": _YARN, **_DENSE},
+    "minicpm3": {**_LATENT, "scale_emb": 2, "scale_depth": 1.4, "dim_model_base": 32},
+    "youtu": _LATENT,
+    "llama4_text": {**_LLAMA4, "moe_layers": []},
+}
+# and with experts: name -> changes of the above
+ATTENTION_MIXTURES: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {
+        **_CORRECTED,
+        **_LATENT,
+        "topk_method": "group_limited_greedy",
+        "norm_topk_prob": False,
+    },
+    "deepseek_v3": {**_CORRECTED, **_LATENT, "rope_parameters": _YARN},
+    "glm4_moe_lite": {**_CORRECTED, **_LATENT, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "llama4_text": {**_LLAMA4, "moe_layers": [0, 2], "num_local_experts": 4, "num_experts_per_tok": 1},
 }
 
 CHAT_TEMPLATE = (
@@ -70,7 +181,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_config(architecture: str, **changes: Any) -> Any:
-    own = (ARCHITECTURES | MIXTURES).get(architecture, {})
+    own = (ARCHITECTURES | NEIGHBOURS | MIXTURES | ATTENTIONS).get(architecture, {})
     return AutoConfig.for_model(architecture, **(COMMON | own | changes))
 
 
@@ -78,9 +189,9 @@ def save_tiny_model(directory: Path, architecture: str = "llama", *, seed: int =
     """Writes a random model with a byte-level tokenizer; `changes` go into its config."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(architecture, **changes), dtype=torch.bfloat16)
-    for name, parameter in model.named_parameters():
-        if name.endswith((".gate.weight", ".router.weight", ".router.bias", ".sinks", "_bias")):
-            nn.init.normal_(parameter, std=0.5)  # where all is zero nobody sees that it counts
+    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
+        if name.endswith((".gate.weight", ".router.weight", ".router.bias", ".sinks", "_bias", "_gate.weight")):
+            nn.init.normal_(parameter, std=0.25)  # where all is zero nobody sees that it counts
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     model.save_pretrained(directory)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers import logging as transformers_logging
 
-from support.tiny_models import COMMON, tiny_tokenizer
+from support.tiny_models import ATTENTIONS, COMMON, tiny_tokenizer
 
 _VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 _QWEN_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
@@ -64,12 +64,44 @@ MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"vision_config": {"image_size": 32, "patch_size": 16, **_VISION}, "image_token_id": 300, "scale_factor": 2},
         {"model_type": "llama"},
     ),
+    "llama4": (
+        {
+            "vision_config": {
+                "image_size": 32,
+                "patch_size": 16,
+                "projector_input_dim": 32,
+                "projector_output_dim": 32,
+                "vision_output_dim": 32,
+                **_VISION,
+            },
+            "image_token_index": 300,
+            "boi_token_index": 301,
+            "eoi_token_index": 302,
+        },
+        {"model_type": "llama4_text", **ATTENTIONS["llama4_text"]},
+    ),
+}
+
+# those whose language part is a mixture of experts
+MIXED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "qwen3_vl_moe": (
+        {
+            "vision_config": {**_QWEN_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+            **_IMAGE_TOKENS,
+        },
+        {
+            "rope_parameters": _M_ROPE | {"mrope_interleaved": True},
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 128,
+        },
+    ),
 }
 
 
 def multimodal_config(kind: str, *, tied: bool = False, **changes: Any) -> Any:
     """`changes` go into the language part's config."""
-    whole, text = MULTIMODAL[kind]
+    whole, text = (MULTIMODAL | MIXED)[kind]
     return AutoConfig.for_model(
         kind, **whole, text_config=COMMON | text | changes, tie_word_embeddings=tied, bos_token_id=256, eos_token_id=257
     )

@@ -64,7 +64,7 @@ _HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "lora_fa")
 # They take the first A and B out of the base's weights, so the file is a difference to a base that nobody serves.
 _RESIDUAL_INITS = re.compile("pissa(_niter_[0-9]+)?|olora|corda|lora_ga|loftq")
-_HOW_TO_CONVERT = (
+HOW_TO_CONVERT = (
     "which was trained on a base without its first A and B: have peft write it as a difference to the base itself, "
     "model.save_pretrained(directory, path_initial_model_for_weight_conversion=...) with the adapter as it was before "
     "training"
@@ -215,7 +215,7 @@ class _ConfigReader:
             )
         elif not any(init is plain or (isinstance(init, str) and init == plain) for plain in _PLAIN_INITS):
             known = isinstance(init, str) and _RESIDUAL_INITS.fullmatch(init) is not None
-            why = _HOW_TO_CONVERT if known else "which changes the base or is not known"
+            why = HOW_TO_CONVERT if known else "which changes the base or is not known"
             self._refuse("init_lora_weights", f"is {quoted(str(init), 40)}, {why}")
 
     def _trains_biases(self) -> bool:

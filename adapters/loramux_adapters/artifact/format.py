@@ -386,6 +386,16 @@ def digest_of(config: AdapterConfig, directory: Path) -> str:
     return digest.hexdigest()
 
 
+def most_rows(directory: Path) -> int:
+    """The largest number of tokens that an adapter's saved embedding or output head has rows for; 0: it saves none.
+
+    A matrix of another layer that is saved whole counts too: it has fewer rows than a vocabulary has tokens.
+    Raises `AdapterRejected` if the files cannot be read.
+    """
+    vocabulary = pair_up(read_header(directory / WEIGHTS_FILE)).vocabulary(read_config(directory))
+    return max((parts["whole"].spec.shape[0] for parts in vocabulary.values() if "whole" in parts), default=0)
+
+
 def has_digest(directory: Path, digest: str) -> bool:
     """Whether a stored version's files have this digest, or had it when modules that were saved whole did not count.
 

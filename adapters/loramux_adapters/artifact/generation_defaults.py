@@ -170,7 +170,7 @@ class _Reader:
         return self._int(name, 1, "1")
 
     def context(self) -> int | None:
-        value = self.count("max_length")
+        value = self._int("max_length", 2, "2 (a token of a prompt and one of a reply)")
         if value == _UNSAID_LENGTH:
             self._unsaid.append(
                 f"{GENERATION_FILE}: a max_length of {value} is what transformers writes unasked, and limits nothing"

@@ -22,6 +22,7 @@ class SizeDefaults:
             the context.
         graphs: bytes for captured steps, at most ...
         graphs_part: ... and no more than such a part of the device.
+        tokens: bytes for what adapters have of their own for tokens, where there is room.
     """
 
     sequences: int
@@ -34,6 +35,7 @@ class SizeDefaults:
     requests: int | None
     graphs: int
     graphs_part: int
+    tokens: int
 
 
 # A CPU's step takes time by its tokens, and its memory is for other programs too.
@@ -48,6 +50,7 @@ HOST_SIZES = SizeDefaults(
     requests=None,
     graphs=0,
     graphs_part=1,
+    tokens=1024 * MIB,
 )
 # A graph of a whole step of an 8B model takes some 24 MiB (vLLM's issue 50780 and pull request 22897 have figures).
 CARD_SIZES = SizeDefaults(
@@ -61,4 +64,5 @@ CARD_SIZES = SizeDefaults(
     requests=16,
     graphs=2048 * MIB,
     graphs_part=32,
+    tokens=1024 * MIB,
 )

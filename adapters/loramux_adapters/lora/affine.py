@@ -32,10 +32,14 @@ class BaseWeights(Protocol):
 
     Attributes:
         tokens: its embedding and its output head; None: adapters cannot change them.
+        vectors: slots have room for gain and shift, so that adapters may have some.
     """
 
     @property
     def tokens(self) -> BaseTokens | None: ...
+
+    @property
+    def vectors(self) -> bool: ...
 
     def __contains__(self, module: object) -> bool:
         """Whether the base has a linear layer at this path."""

@@ -149,6 +149,12 @@ class HostCache:
         with self._lock:
             return version in self._entries
 
+    def bytes_beside(self, version: str) -> int:
+        """Bytes of a version's rows of tokens, which its slot does not hold; 0 if it is not here."""
+        with self._lock:
+            adapter = self._entries.get(version)
+        return 0 if adapter is None or adapter.tokens is None else adapter.tokens.nbytes
+
     def pin(self, version: str) -> None:
         """Keep the version from being evicted, now or once it is loaded. Pins are counted."""
         with self._lock:

@@ -61,6 +61,9 @@ class PicksRows(nn.Module):
         """Which adapter each token row of the coming forward uses."""
         self._rows = rows
 
+    def layers_changed(self) -> None:
+        """Others have taken the place of its layers."""
+
     def pick(self, rows: torch.Tensor, layers: Sequence[nn.Module]) -> None:
         """These layers run on these rows next, [some] int64 in ascending order."""
         picked = None if self._rows is None else self._rows.picked(rows.tolist())
@@ -123,7 +126,7 @@ class AdapterSlots:
                 if path not in self._picked:
                     self.layers[path] = self._wrap(model, path, linear, self._arenas(linear, 1)[0], add_lora)
 
-    def _wrap_alike(self, model: nn.Module, path: str, picker: nn.Module, add_lora: AddLora) -> None:
+    def _wrap_alike(self, model: nn.Module, path: str, picker: PicksRows, add_lora: AddLora) -> None:
         """Wraps the layers below a module, those of one shape in one piece of memory: there may be thousands."""
         alike: dict[tuple[int, int], list[tuple[str, nn.Linear]]] = {}
         for inner, linear in list(linears(picker)):
@@ -132,6 +135,7 @@ class AdapterSlots:
             for (whole, linear), arena in zip(layers, self._arenas(layers[0][1], len(layers)), strict=True):
                 self.layers[whole] = self._wrap(model, whole, linear, arena, add_lora)
                 self._picked.add(whole)
+        picker.layers_changed()
 
     def _arenas(self, linear: nn.Linear, count: int) -> list[Arena]:
         """For so many layers of the shape of this one."""
@@ -171,13 +175,23 @@ class AdapterSlots:
             del self._tokens[held]
         self._copy(slot, [(self.layers[path].arena, weights) for path, weights in filling], in_use=in_use)
         if adapter.tokens is not None:
-            self._tokens[slot] = adapter.version, adapter.tokens
+            self._tokens[slot] = adapter.version, adapter.tokens.on(self._device)
         for path in fitting:
             self._written[path][groups] = True
         for group in range(groups.start, groups.stop):
             self._targets[group] = set(fitting)
         self._some_picked = any(not targets.isdisjoint(self._picked) for targets in self._targets)
         self._affine |= {(path, groups.start) for path, weights in fitting.items() if weights.affine is not None}
+
+    def forget(self, version: str) -> None:
+        """Lets go of what a version has of its own for tokens: it has no slot any more, or is about to get another."""
+        for held in [held for held, (its, _) in self._tokens.items() if its == version]:
+            del self._tokens[held]
+
+    def token_bytes(self, elsewhere: Callable[[str], bool]) -> int:
+        """Bytes of what is held here for tokens, but for versions of which the same rows are held `elsewhere` too."""
+        held = [*self._tokens.values()]
+        return sum(own.device_bytes if elsewhere(version) else own.nbytes for version, own in held)
 
     def token_uses(self, slots: Sequence[ScaledSlot]) -> tuple[TokenUse, ...]:
         """What those in these slots have of their own for tokens; most have nothing."""

@@ -12,11 +12,13 @@ windows of a smaller one below it, as in a buddy allocator:
 
 from __future__ import annotations
 
-from collections.abc import Collection, KeysView, Mapping
+from collections.abc import Callable, Collection, KeysView, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from loramux_adapters.lora.windows import UNTOUCHABLE, Windows, key_of
 
+UNBOUNDED = 2**63
 SMALLEST_RANK = 8  # rows of the smallest slot; every slot's rank is this times a power of two
 
 
@@ -60,6 +62,7 @@ class _Resident:
     pins: int
     used: int  # the table's clock at the last acquire or release
     retired: bool = False  # leaves with its last pin
+    beside: int = 0  # bytes that it takes beside the arena
 
 
 def bucket_of(rank: int) -> int:
@@ -75,11 +78,21 @@ class SlotTable:
     A call takes time by the logarithm of the rows, and for each adapter that it moves; never by how many there are.
     """
 
-    def __init__(self, rows: int) -> None:
-        """`rows`: rank rows of the arena; what exceeds a multiple of SMALLEST_RANK stays unused."""
+    def __init__(
+        self, rows: int, beside: int = UNBOUNDED, on_gone: Callable[[str], None] = lambda version: None
+    ) -> None:
+        """
+        Args:
+            rows: rank rows of the arena; what exceeds a multiple of SMALLEST_RANK stays unused.
+            beside: bytes that residents may take together beside the arena (lora/token_rows.py).
+            on_gone: is told of each resident that leaves, and of each that is placed anew.
+        """
         if rows < 0:
             raise ValueError(f"the arena cannot have {rows} rows")
         self.rows = rows
+        self.beside = beside
+        self._on_gone = on_gone
+        self._beside: dict[str, int] = {}  # what residents take there, of those that take something
         self.rows_used = 0  # held by residents, pinned or not
         self.evictions = 0  # since the start, as are these two: acquired versions that were resident, and that were not
         self.hits = self.misses = 0
@@ -108,8 +121,17 @@ class SlotTable:
         """
         return None if (acquired := self.acquire_all({version: rank})) is None else acquired[version]
 
-    def acquire_all(self, wanted: Mapping[str, int]) -> dict[str, Acquired] | None:
+    def fits_beside(self, *nbytes: int) -> bool:
+        """True if adapters that take so much beside the arena could be resident together. Reads constants only."""
+        return sum(nbytes) <= self.beside
+
+    def acquire_all(
+        self, wanted: Mapping[str, int], beside: Mapping[str, int] = MappingProxyType({})
+    ) -> dict[str, Acquired] | None:
         """Pins a slot for each of these versions (version -> rank), or changes nothing and returns None.
+
+        `beside`: bytes that those that are not resident take beside the arena. Where there are too many, who nobody
+        pins leaves, least recently used first.
 
         A version of theirs that is resident stays where it is if the others find room around it. Else those of them
         that nobody pins are placed anew with the rest, and are `is_new` again: so whatever `fits` is placed as soon as
@@ -121,12 +143,25 @@ class SlotTable:
             assert rank == bucket_of(wanted[version]), f"{version} is resident with another rank"
         if len(present) == len(wanted):
             return {version: self._pin(version) for version in wanted}
+        takes = {version: self._beside.get(version, beside.get(version, 0)) for version in wanted}
+        pinned_beside = sum(
+            nbytes
+            for version, nbytes in self._beside.items()
+            if version not in wanted and self._residents[version].pins
+        )
+        if not self.fits_beside(pinned_beside, *takes.values()):
+            return None
         pinned = [version for version in present if self._residents[version].pins]
         placed = self._place_beside(present, wanted)
         if placed is None and len(pinned) < len(present):
             placed = self._place_beside(pinned, wanted)
         if placed is None:
             return None
+        for version in placed:
+            self._residents[version].beside = takes[version]
+            if takes[version]:
+                self._beside[version] = takes[version]
+        self._make_room_beside(wanted)
         return placed | {version: self._pin(version) for version in wanted if version not in placed}
 
     def release(self, version: str) -> None:
@@ -137,6 +172,7 @@ class SlotTable:
         self._touch(version)
         if resident.retired and not resident.pins:
             self._remove(version)
+            self._on_gone(version)
 
     def retire(self, version: str) -> None:
         """Nobody will ask for this version again: it leaves now, or with its last pin. Acquiring it takes that back."""
@@ -161,6 +197,7 @@ class SlotTable:
         resident = self._residents.get(version)
         if resident is not None and resident.pins == 0:
             self._remove(version)
+            self._on_gone(version)
 
     def __len__(self) -> int:
         """How many versions are resident."""
@@ -199,6 +236,8 @@ class SlotTable:
             windows.occupy(*_window_of(slot), self._key(version))
         assert {resident.slot.offset: version for version, resident in self._residents.items()} == self._at
         assert len(taken) * SMALLEST_RANK == self.rows_used
+        beside = {version: resident.beside for version, resident in self._residents.items() if resident.beside}
+        assert beside == self._beside and sum(beside.values()) <= self.beside
         assert windows.keys() == self._windows.keys(), "the windows are out of date"
 
     def _place_beside(self, staying: Collection[str], wanted: Mapping[str, int]) -> dict[str, Acquired] | None:
@@ -232,11 +271,26 @@ class SlotTable:
             self._renew(version)
         if not is_complete:
             return None
+        for version in removed:
+            self._on_gone(version)
         for version in placed:
             self._touch(version)
         self.evictions += len(removed) - moved
         self.misses += len(placed)
         return placed
+
+    def _make_room_beside(self, staying: Collection[str]) -> None:
+        """Removes who takes bytes beside the arena, until there are few enough; those kept only if it must be."""
+        if sum(self._beside.values()) <= self.beside:
+            return
+        free = [version for version in self._beside if version not in staying and not self._residents[version].pins]
+        free.sort(key=lambda version: (version in self._kept, self._residents[version].used))
+        for version in free:
+            self._remove(version)
+            self._on_gone(version)
+            self.evictions += 1
+            if sum(self._beside.values()) <= self.beside:
+                return
 
     def _pin(self, version: str) -> Acquired:
         resident = self._residents[version]
@@ -284,11 +338,14 @@ class SlotTable:
     def _put(self, version: str, resident: _Resident, key: int | None = None) -> None:
         self._residents[version] = resident
         self._at[resident.slot.offset] = version
+        if resident.beside:
+            self._beside[version] = resident.beside
         self.rows_used += resident.slot.rank
         self._windows.occupy(*_window_of(resident.slot), self._key(version) if key is None else key)
 
     def _remove(self, version: str) -> _Resident:
         resident = self._residents.pop(version)
+        self._beside.pop(version, None)
         del self._at[resident.slot.offset]
         self.rows_used -= resident.slot.rank
         self._windows.vacate(*_window_of(resident.slot))

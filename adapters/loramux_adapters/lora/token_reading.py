@@ -26,7 +26,7 @@ from loramux_adapters.lora.token_rows import SIDES, BaseTokens, OwnRows, Side, T
 
 NO_TOKENS = (
     "the adapter changes the embedding or the output head (modules_to_save, trainable_token_indices, LoRA on an "
-    "embedding), which is served on the CPU only, and this server runs on a card"
+    "embedding), and nothing is known here of the base's: a server of this base has to check it"
 )
 MAX_BYTES = 2**30  # of one adapter's rows
 _MIB = 2**20

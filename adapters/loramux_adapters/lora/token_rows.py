@@ -13,12 +13,14 @@ in fp32; of a token that the base does not know, the base's part is zero. Differ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from loramux_adapters.device.device import Device
 
 Side: TypeAlias = Literal["embedding", "head"]
 SIDES: tuple[Side, ...] = ("embedding", "head")
@@ -51,10 +53,20 @@ class BaseTokens(Protocol):
 
 
 class OwnRows(NamedTuple):
-    """`tokens` [n] int32, ascending; `rows` [n, hidden] bf16: how much each is more than the base's."""
+    """`tokens` [n] int32, ascending; `rows` [n, hidden] bf16: how much each is more than the base's.
+
+    Where the rows lie on a device, `places` are the tokens there.
+    """
 
     tokens: npt.NDArray[np.int32]
     rows: torch.Tensor
+    places: torch.Tensor | None = None
+
+    def on(self, device: Device) -> OwnRows:
+        """Themselves where the device's memory is the host's. Raises DeviceFull."""
+        if device.is_host:
+            return self
+        return OwnRows(self.tokens, device.put(self.rows), device.put(torch.from_numpy(self.tokens)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,6 +91,15 @@ class TokenRows:
         rows = [own.rows for own in (self.embedding, self.head) if own is not None]
         parts = [*rows, *(part for part in (self.a, self.b) if part is not None)]
         return sum(part.nbytes for part in parts) + sum(4 * len(part) for part in rows)
+
+    @property
+    def device_bytes(self) -> int:
+        """Of them, those on a device with memory of its own."""
+        return 0 if self.head is None or self.head.places is None else self.head.rows.nbytes + self.head.places.nbytes
+
+    def on(self, device: Device) -> TokenRows:
+        """With the rows of the head, which steps multiply with, on the device. Raises DeviceFull."""
+        return self if self.head is None else replace(self, head=self.head.on(device))
 
     def embeddings(self, tokens: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float32]]:
         """(which of tokens [n] have an embedding of their own; what it has more than the base's, [n, hidden] fp32).
@@ -203,7 +224,7 @@ def add_token_logits_reference(y: torch.Tensor, wide: torch.Tensor, x: torch.Ten
     In `wide` minus infinity means that there is no logit yet.
     """
     vocabulary = y.shape[1]
-    rows, tokens = own.own.rows.float(), torch.from_numpy(own.own.tokens).long()
+    rows, tokens = own.own.rows.float(), torch.from_numpy(own.own.tokens).long().to(y.device)
     known = tokens < vocabulary
     for at, scale in zip(own.at.tolist(), own.scales.tolist(), strict=True):
         products = (rows @ x[at].float() * scale).to(y.dtype)

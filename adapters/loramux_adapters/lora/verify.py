@@ -45,7 +45,7 @@ MAX_REASONS = 20  # and notes
 MAX_METADATA_BYTES = 4 * 2**20
 _SHOWN = 8  # names in a message
 NO_OWN_TOKENS = (
-    "its tokenizer adds tokens to the base's, which is served on the CPU only, and this server runs on a card; send it "
+    "its tokenizer adds tokens to the base's, and nothing is known here of the base's embedding; send it "
     "without its tokenizer files if its prompts and replies need none of them"
 )
 
@@ -145,6 +145,7 @@ def check_adapter(directory: Path, base: BaseInfo, max_rank: int, *, force: bool
         own_tokens=own_text.tokens,
         generation=generation,
     )
+    reasons += _token_memory_reasons(adapter, base)
     reasons += _own_token_reasons(own_text.tokens, adapter, base)
     reasons += _foreign_tensors(directory, layout, vocabulary, config, base)
     reasons += [f"module {quoted(module)} has values that are not finite in bf16" for module in not_finite]
@@ -257,6 +258,16 @@ def _token_notes(adapter: HostAdapter) -> list[str]:
     notes = [f"it changes {' and '.join(counts)}, {own.nbytes / 2**20:.1f} MiB beside its layers"] if counts else []
     added = {side: size - own.base_sizes[side] for side, size in own.sizes.items() if size > own.base_sizes[side]}
     return notes + [f"it adds {max(added.values())} tokens to the base's"] if added else notes
+
+
+def _token_memory_reasons(adapter: HostAdapter, base: BaseInfo) -> list[str]:
+    own, most = adapter.tokens, base.token_bytes
+    if own is None or most is None or own.nbytes <= most:
+        return []
+    return [
+        f"its own rows of embedding and output head take {own.nbytes / 2**20:.1f} MiB, and this server has "
+        f"{most / 2**20:.1f} MiB for those of all adapters: raise --token-memory-mib, or train fewer tokens"
+    ]
 
 
 def _own_token_reasons(own: OwnTokens | None, adapter: HostAdapter, base: BaseInfo) -> list[str]:
@@ -414,7 +425,7 @@ def _vector_reasons(vectors: Vectors, layout: Layout, config: AdapterConfig, bas
                 )
             elif kind == "bias" and base.weights is not None and base.weights.bias(module) is None:
                 reasons.append(f"tensor {quoted(vector.name)} is a bias, and the base has none there")
-    if vectors and base.weights is None:
+    if vectors and (base.weights is None or not base.weights.vectors):
         reasons += VectorsNotServed().reasons
     return reasons
 
@@ -437,7 +448,7 @@ def _foreign_tensors(
                 what = "a trained bias of what is no linear layer, which is not served"
             if saved & {*parameter.split(".")}:
                 what = "a fully trained module (modules_to_save) that is no embedding and no output head: not served"
-                if base.weights is None:
+                if base.weights is None or base.weights.tokens is None:
                     what = "a fully trained module (modules_to_save), which is not served here"
             elif side_of(base, parameter.removesuffix(".weight")):
                 what = "another embedding or output head than the base's, and modules_to_save does not name it"

@@ -121,9 +121,9 @@ def read_adapter(
     `convert`: a kernel for it; None does it by tensors, with the same bits. `vectors`: what modules have beside their
     pairs. `weights`: of the base, which these need. `vocabulary`: of the file, which needs them too.
     `chat_template`, `own_tokens`, `generation`: of its own.
-    Raises `AdapterRejected` if the file cannot be read, `VectorsNotServed` if there are vectors and no `weights`.
+    Raises `AdapterRejected` if the file cannot be read, `VectorsNotServed` if there are vectors and no room for them.
     """
-    if vectors and weights is None:
+    if vectors and (weights is None or not weights.vectors):
         raise VectorsNotServed
     values = sum(pair.rank * (pair.a.shape[1] + pair.b.shape[0]) for pair in pairs.values())
     block = mapping(values * torch.bfloat16.itemsize).view(torch.bfloat16)

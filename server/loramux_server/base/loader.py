@@ -22,6 +22,7 @@ from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.device.device import Device, in_host_memory
 from loramux_adapters.errors import AdapterRejected, DeviceFull
 from loramux_adapters.lora.affine import BaseWeights
+from loramux_adapters.lora.lora_linear import output_head
 from loramux_server.base.architecture.checkpoint_names import CheckpointNames
 from loramux_server.base.architecture.experts import has_experts, put_expert, split_experts
 from loramux_server.base.architecture.language_part import LanguagePart, language_part_of
@@ -32,7 +33,7 @@ from loramux_server.base.originals import original_tensor
 from loramux_server.base.packed import Packing, missing_names, packable, packed_once
 from loramux_server.base.quantized import quantization_constants, quantized_once
 from loramux_server.base.source import BaseSource, Report, resolve_base
-from loramux_server.base.support import is_quantized, unsupported_config, unsupported_modules
+from loramux_server.base.support import is_quantized, refuse_to_train, unsupported_config, unsupported_modules
 from loramux_server.errors import BaseModelError
 from loramux_server.kernels.choice import Kernels, choose_kernels, why_not_compiled
 from loramux_server.kernels.compiled.library import native_library
@@ -56,8 +57,7 @@ class BaseModel:
         packed: name -> shape of the head's weight where it lies in whole numbers, and of an embedding that reads it.
         bytes_16bit: what all weights take in 16 bit.
         names: where the checkpoint has its parameters.
-        weights: its linear layers as adapters that need them are given them; None on a card, which has no kernels for
-            such.
+        weights: its linear layers as adapters that need them are given them; None: they are given none.
         stages: (what, seconds) of each part of loading.
     """
 
@@ -166,6 +166,7 @@ def load_base_model(
     training: bool = False,
     exact: bool = False,
     kernels: Kernels | None = None,
+    vectors: bool = True,
 ) -> BaseModel:
     """The base in NF4 with double quantization, ready to run. Quantized once, then kept in the cache.
 
@@ -181,6 +182,7 @@ def load_base_model(
         exact: as what serves it is compared with, on the CPU: every number of its weights as it is, computed with in
             fp32 by transformers' own code on the slow reference's kernels. The NF4 weights are those that are kept.
         kernels: what it is to run on; the device's own if None, and not asked for if `exact`.
+        vectors: slots on a card are to have room for gain and shift, so that adapters may have some; a CPU's always do.
     Raises:
         BaseModelError: it cannot be found, read or served correctly.
     """
@@ -208,11 +210,8 @@ def load_base_model(
     layout = CompiledLayout(library.best) if library else kernels.layout
     if quantize != "nf4" or layout is None or not packable(skeleton, layout):
         layout = None
-    if training and quantize == "nf4" and has_experts(skeleton):
-        raise BaseModelError(
-            f"base {source.name} is a mixture of experts: adapters for it are served, and not trained here; train with "
-            "peft, on its attention or its experts' layers one by one, and push the adapter"
-        )
+    if training:
+        refuse_to_train(source.name, config)
     if layout is None and quantize == "nf4" and has_experts(skeleton):
         raise BaseModelError(
             f"base {source.name} is a mixture of experts, and these need kernels of our own, and layers of a multiple "
@@ -257,7 +256,12 @@ def load_base_model(
         packed=_packed_shapes(model),
         bytes_16bit=_bytes_16bit(model),
         names=names,
-        weights=ServedWeights(model, module_of=names.module_of) if device.is_host else None,
+        weights=ServedWeights(
+            model,
+            module_of=names.module_of,
+            device=device,
+            vectors=device.is_host or vectors,
+        ),
         stages=stages,
     )
 
@@ -461,8 +465,9 @@ def _kept_floats(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _packed_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     shapes: dict[str, tuple[int, int]] = {}
+    head = output_head(model)[1]
     for path, module in model.named_modules():
-        if isinstance(module, PackedHead):
+        if module is head and isinstance(module, PackedHead):
             shapes[f"{path}.weight"] = module.out_features, module.in_features
         elif isinstance(module, PackedEmbedding):
             shapes[f"{path}.weight"] = module.num_embeddings, module.embedding_dim

@@ -22,7 +22,7 @@ def original_weights(directory: Path, names: Callable[[str], Iterable[str]]) -> 
         names: of a parameter of the model, what the checkpoint may call it.
     Raises:
         BaseModelError: the checkpoint's list of files cannot be read. The function raises it too, for a layer that is
-            not in the files under its own name.
+            not in the files under its own name, or that was quantized before.
     """
     files = _files(directory)
 
@@ -33,7 +33,7 @@ def original_weights(directory: Path, names: Callable[[str], Iterable[str]]) -> 
                 return _read(directory, files, each)
             except (OSError, SafetensorError):
                 continue
-        raise BaseModelError(f"the base's checkpoint holds no {name}, which init loftq starts from; use init default")
+        raise BaseModelError(f"the base's checkpoint holds no {name} by that name")
 
     return read
 
@@ -70,6 +70,6 @@ def _read(directory: Path, files: dict[str, str] | None, name: str) -> torch.Ten
     file = directory / (_WHOLE if files is None else files.get(name, ""))
     with safe_open(file, "pt") as opened:
         weight: torch.Tensor = opened.get_tensor(name)
-    if not weight.is_floating_point():
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise BaseModelError(f"the base's {name} was quantized before: there are no 16-bit weights of it")
     return weight

@@ -40,6 +40,7 @@ from loramux_server.base.packed_file import (
 )
 from loramux_server.base.source import Report
 from loramux_server.errors import BaseModelError
+from loramux_server.kernels.layers.mixture import SharedGate
 from loramux_server.kernels.layers.nf4_layout import SCALES, WEIGHT, Nf4Layout, Nf4Numbers, Shapes
 from loramux_server.kernels.layers.packed_embedding import PackedEmbedding, factor_of, put, tied_embedding
 from loramux_server.kernels.layers.packed_head import PackedHead, head_fits, head_shapes
@@ -255,17 +256,23 @@ def assembled(skeleton: nn.Module, tensors: Tensors, layout: Nf4Layout) -> nn.Mo
 
 
 def missing_names(skeleton: nn.Module, weights: Weights) -> list[str]:
-    """Parameters of a model that the checkpoint does not hold, under any of the names that are one weight."""
-    return sorted(names[0] for names in _names(skeleton).values() if not any(weights.holds(name) for name in names))
+    """Parameters of a model that the checkpoint does not hold, under any of the names that are one weight, and buffers
+    that transformers would write into one."""
+    missing = [names[0] for names in _names(skeleton).values() if not any(weights.holds(name) for name in names)]
+    for path, module in skeleton.named_modules():
+        kept = [name for name, each in module._buffers.items() if each is not None]
+        names = [f"{path}.{name}" if path else name for name in kept if name not in module._non_persistent_buffers_set]
+        missing += [name for name in names if not weights.holds(name)]
+    return sorted(missing)
 
 
 def _linears(skeleton: nn.Module) -> dict[str, nn.Linear]:
-    """Path -> layer of all but the output head."""
+    """Path -> layer of all but the output head, and what is kept in 16 bits."""
     head = output_head(skeleton)[1]
     return {
         path: module
         for path, module in skeleton.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        if isinstance(module, nn.Linear) and not isinstance(module, SharedGate) and module is not head
     }
 
 
@@ -318,16 +325,28 @@ def _fill_buffers(skeleton: Any, weights: Weights) -> None:
         if not own:
             continue
         for name, each in own.items():
-            module._buffers[name] = torch.full(
-                each.shape, torch.nan if each.is_floating_point() else 0, dtype=each.dtype
-            )
+            module._buffers[name] = torch.full(each.shape, _unknown(each.dtype), dtype=each.dtype)
         skeleton._init_weights(module)
         for name in own:
             full = f"{path}.{name}" if path else name
             if weights.holds(full):
                 module._buffers[name].copy_(weights.dense(full))
-            elif not own[name].is_floating_point() or bool(module._buffers[name].isnan().any()):
+            elif _is_unknown(module._buffers[name]):
                 raise BaseModelError(f"the base's checkpoint holds no {full}, and transformers does not make it")
+
+
+def _unknown(dtype: torch.dtype) -> float:
+    """What stands in a buffer that nobody gave numbers yet."""
+    if dtype.is_floating_point:
+        return torch.nan
+    return 0 if dtype == torch.bool else torch.iinfo(dtype).min
+
+
+def _is_unknown(buffer: torch.Tensor) -> bool:
+    """Whether some of its numbers were given by nobody, or may have been."""
+    if buffer.is_floating_point():
+        return bool(buffer.isnan().any())
+    return buffer.dtype == torch.bool or bool((buffer == torch.iinfo(buffer.dtype).min).any())
 
 
 def _only_head_reads(skeleton: nn.Module, head: nn.Linear) -> bool:

@@ -7,17 +7,41 @@ from typing import TYPE_CHECKING, Any
 
 from loramux_server.base.architecture.language_part import has_language_part, takes_more_than_text
 from loramux_server.base.architecture.published_form import is_mxfp4
+from loramux_server.errors import BaseModelError
 
 if TYPE_CHECKING:
     from torch import nn
 
 # Position encodings that have other angles in long texts: known where all layers have the same.
 _ROPE_BY_LENGTH = {"longrope", "su"}
-# Mixtures of experts whose routers and experts are known here.
 _RECURRENT = {"rwkv", "xlstm"}  # those whose config names no kinds of layers
+# Mixtures of experts whose routers and experts are known here.
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_EXPERTS_SUPPORTED = {"gpt_oss", "mixtral", "olmoe", "qwen3_moe"}
-_LAYERS_SUPPORTED = {"full_attention", "sliding_attention"}
+_EXPERTS_SUPPORTED = {
+    "deepseek_v2",
+    "deepseek_v3",
+    "dots1",
+    "ernie4_5_moe",
+    "exaone_moe",
+    "flex_olmo",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "gpt_oss",
+    "granitemoe",
+    "granitemoe_swa",
+    "granitemoeshared",
+    "llama4_text",
+    "mixtral",
+    "olmoe",
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3_vl_moe_text",
+    "solar_open",
+}
+CHUNKED = "chunked_attention"  # a kind of layer, as configs name it
+_LAYERS_SUPPORTED = {"full_attention", "sliding_attention", CHUNKED}
+# Latent attention that transformers brings into the form of ordinary keys and values, of all tokens before one.
+_LATENT_SUPPORTED = {"deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"}
 
 
 def unsupported_config(config: Any) -> list[str]:
@@ -45,8 +69,11 @@ def unsupported_config(config: Any) -> list[str]:
     if experts and get("model_type") not in _EXPERTS_SUPPORTED:
         known = ", ".join(sorted(_EXPERTS_SUPPORTED))
         reasons.append(f"it is a mixture of experts ({experts[0]}) of another kind than those that are served: {known}")
-    if get("kv_lora_rank"):
-        reasons.append("it uses multi-head latent attention (kv_lora_rank)")
+    if get("kv_lora_rank") and get("model_type") not in _LATENT_SUPPORTED:
+        known = ", ".join(sorted(_LATENT_SUPPORTED))
+        reasons.append(
+            f"it uses multi-head latent attention (kv_lora_rank) of another kind than those that are served: {known}"
+        )
     if get("alibi") or get("position_embedding_type") == "alibi" or get("model_type") in {"bloom", "mpt"}:
         reasons.append("it uses ALiBi position biases")
     if get("model_type") in _RECURRENT:
@@ -58,7 +85,7 @@ def unsupported_config(config: Any) -> list[str]:
     if odd:
         reasons.append(
             f"it has layers of type {', '.join(odd)}, and only such are served whose attention sees all tokens before "
-            f"it or a window of them ({', '.join(sorted(_LAYERS_SUPPORTED))})"
+            f"it, or a window or a chunk of them ({', '.join(sorted(_LAYERS_SUPPORTED))})"
         )
     return reasons
 
@@ -74,6 +101,27 @@ def trained_context(config: Any) -> int:
     if not _ROPE_BY_LENGTH & _rope_types(rope):
         return context
     return min(context, int(rope.get("original_max_position_embeddings") or context))
+
+
+def refuse_to_train(name: str, config: Any) -> None:
+    """Raises BaseModelError: the base of this name and config, transformers' own, has attention or experts that a
+    training step does not compute."""
+    text = config.get_text_config()
+    if getattr(text, "kv_lora_rank", None):
+        what = "multi-head latent attention"
+    elif CHUNKED in (getattr(text, "layer_types", None) or []):
+        what = "attention over chunks of a text"
+    elif any(getattr(text, count, None) for count in _EXPERT_COUNTS):
+        raise BaseModelError(
+            f"base {name} is a mixture of experts: adapters for it are served, and not trained here; train with peft, "
+            "on its attention or its experts' layers one by one, and push the adapter"
+        )
+    else:
+        return
+    raise BaseModelError(
+        f"base {name} has {what}: adapters for it are served, and not trained here; train with peft, and push the "
+        "adapter"
+    )
 
 
 def is_quantized(config: Any) -> bool:

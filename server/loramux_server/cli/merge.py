@@ -54,7 +54,8 @@ class Drift:
         merged: the checkpoint as it is, in 16 bit.
         quantized: the checkpoint with its weights put into NF4 once more, as `loramux serve` does with any base. Small
             changes of weights that lie on NF4's grid already are rounded away by that.
-        bare: the base without the adapter, to see how much a difference is.
+        bare: the base without the adapter, to see how much a difference is; about what it knows: nothing of replies
+            from the first token on that the adapter adds.
         exact: the adapter beside its base in fp32, to see how much of one is served arithmetic; None if not asked for.
     """
 
@@ -68,12 +69,12 @@ class Drift:
     @property
     def unlike(self) -> bool:
         """Even in 16 bit it answers less like the adapter than halfway from the base without it."""
-        return not self.merged.mean <= self.bare.mean / 2
+        return self.bare.tokens > 0 and not self.merged.mean <= self.bare.mean / 2
 
     @property
     def undone(self) -> bool:
         """NF4 takes more than half of the way back to the base without the adapter."""
-        return not self.quantized.mean <= self.bare.mean / 2
+        return self.bare.tokens > 0 and not self.quantized.mean <= self.bare.mean / 2
 
 
 def merge(config: MergeConfig, ctx: typer.Context) -> int:
@@ -180,6 +181,7 @@ class _Merge:
         from loramux_adapters.lora.verify import check_adapter
         from loramux_adapters.training.model.merge import (
             add_generation_defaults,
+            add_own_tokens,
             bytes_to_write,
             merge_into,
             weight_merged_onto,
@@ -220,6 +222,8 @@ class _Merge:
             self._bar.told("writing", min(count // MIB, total), total, "MiB")
 
         with self._stage("write the checkpoint"), growth_told(directory, written, every=LOOK_SECONDS):
+            if checked.own_tokens is not None:
+                add_own_tokens(checked.own_tokens, base.model, base.tokenizer)
             if checked.chat_template is not None:
                 base.tokenizer.chat_template = checked.chat_template
             write_checkpoint(base.model, base.tokenizer, directory)
@@ -229,14 +233,15 @@ class _Merge:
     def measure(self, directory: Path) -> Drift:
         """Asks the adapter beside its base, then the checkpoint twice."""
         from loramux_server.fingerprint.drift import drift_prompts
-        from loramux_server.fingerprint.fingerprint import compare, witness
+        from loramux_server.fingerprint.fingerprint import Agreement, as_far_as, compare, witness
 
         with self._stage("ask the adapter"):
             engine = self._engine(self._source, self._trained_on, check=True)
             adapter = engine.load(self._adapter)
             prompts = drift_prompts(self._adapter, engine.base.tokenizer, adapter.chat_template)
             said = witness(engine, prompts, adapter, max_tokens=REPLY_TOKENS)
-            bare = compare(engine, said, None)
+            plain_said = as_far_as(said, engine.base.vocabulary)
+            bare = compare(engine, plain_said, None) if plain_said else Agreement()
             del engine
         exact = None
         if self._config.fidelity:
@@ -290,18 +295,20 @@ class _Merge:
 
 def _lines(config: MergeConfig, merged: Merged, onto: str, drift: Drift, from_gguf: bool) -> Sequence[str]:
     weights = "the weights as NF4 holds them" if onto == "nf4" else "the 16-bit weights"
+    rows = f" and {merged.rows} rows of embeddings and output head" if merged.rows else ""
     lines = [
-        f"{config.out}: {merged.layers} layers changed by {100 * merged.delta:.2f} % of their norm, on {weights}",
+        f"{config.out}: {merged.layers} layers{rows} changed by {100 * merged.delta:.2f} % of their norm, on {weights}",
         f"against the adapter itself, {drift.prompts} prompts, {drift.tokens} tokens:",
         f"  this checkpoint in 16 bit: {drift.merged.words()}",
         f"  put into NF4 once more, as `loramux serve` does: {drift.quantized.words()}",
-        f"  for scale, the base without the adapter: {drift.bare.words()}",
     ]
+    if drift.bare.tokens:
+        lines.append(f"  for scale, the base without the adapter: {drift.bare.words()}")
     if drift.exact is not None:
         lines.append(f"  and the adapter itself in fp32 instead of as it is served: {drift.exact.words()}")
     if merged.head_untied:
         lines.append(
-            "the adapter changes the output head, so it has a matrix of its own now, apart from the embeddings"
+            "the adapter does not change embeddings and output head alike, so each has a matrix of its own now"
         )
     if onto == "16bit" and from_gguf:
         lines.append("this base came from a GGUF file: its 16-bit weights are dequantized ones, not the original ones")

@@ -35,12 +35,13 @@ from loramux_server.base.loader import (
 )
 from loramux_server.base.originals import original_weights
 from loramux_server.base.source import BaseSource
+from loramux_server.base.support import refuse_to_train
 from loramux_server.cli.frame import show
 from loramux_server.cli.screen import LineBar
 from loramux_server.cli.train_data import Prepared, data_lines, render
 from loramux_server.config.environment import kernels_of
 from loramux_server.config.train import TrainConfig
-from loramux_server.errors import CommandFailed
+from loramux_server.errors import BaseModelError, CommandFailed
 from loramux_server.kernels.choice import choose_kernels
 from loramux_server.kernels.training import training_kernels
 from loramux_server.longrun.interrupt import interruptible
@@ -81,6 +82,7 @@ def _run_on(
     recipe = config.recipe()
     with stages.stage("look at the base's layers"):
         skeleton_config, skeleton = skeleton_of(prepared.source)
+        refuse_to_train(prepared.source.name, skeleton_config)
         target_names(skeleton, recipe)  # refuses layers that there are not
         if prepared.base_there is not None:
             served = quantization_recipe(skeleton_config, recipe.quantize)
@@ -181,6 +183,8 @@ def _add_adapter(base: BaseModel, config: TrainConfig) -> LoraModel:
     try:
         ops = training_kernels(base.model, base.device)
         return LoraModel.build(base.model, recipe, originals=originals, ops=ops, device=base.device)
+    except BaseModelError as error:
+        raise BaseModelError(f"{error}, and init loftq starts from it; use init default") from error
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise MemoryShort(
             f"an adapter of rank {recipe.rank} does not fit into memory; lower --rank, or name fewer --target-modules"

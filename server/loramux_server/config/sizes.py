@@ -63,6 +63,14 @@ class AsksForSizes(Settings):
         between=(1, 1 << 20),
         unset="a quarter of it",
     )
+    token_memory_mib: int | None = setting(
+        None,
+        "most memory for what adapters change in the embedding and the output head (trained or added tokens, "
+        "modules_to_save), in MiB; not part of --device-memory-mib; an adapter that has more is refused",
+        group="Adapters",
+        between=(0, 1 << 20),
+        unset="1024; on a card at most half of what everything else leaves free",
+    )
     max_lora_rank: int = setting(256, "largest rank an adapter may have", group="Adapters", between=(1, 4096))
     max_summed_rank: int | None = setting(
         None,
@@ -71,6 +79,14 @@ class AsksForSizes(Settings):
         group="Adapters",
         between=(16, 1 << 15),
         unset="512 on a card, or --max-lora-rank if that is more; on a CPU what the memory of adapters holds",
+    )
+
+    adapter_vectors: bool = setting(
+        False,
+        "on a card, serve adapters that have more than LoRA's two matrices: DoRA's magnitudes, trained biases, (IA)3's "
+        "scales; every adapter, with or without them, then takes about a quarter more of --adapter-memory-mib; without "
+        "this flag a card refuses such adapters, a CPU serves them always",
+        group="Adapters",
     )
 
     @model_validator(mode="after")

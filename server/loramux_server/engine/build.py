@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from loramux_adapters.errors import MemoryShort
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.lora_linear import AdapterSlots, head_path
-from loramux_adapters.lora.slots import SlotTable
+from loramux_adapters.lora.slots import UNBOUNDED, SlotTable
 from loramux_server.base.loader import BaseModel
 from loramux_server.engine.engine import Engine, EngineMetrics
 from loramux_server.engine.inbox import Inbox
@@ -86,7 +86,7 @@ class DeviceSide:
                 head=head_path(base.model),
                 device=base.device,
                 module_of=base.module_of,
-                affine=base.weights is not None,
+                affine=base.weights is not None and base.weights.vectors,
             )
             cache = KVCache(shape, num_blocks, base.device, spare=kernels.spare_block)
             longest = -(-(context or base.context_length) // BLOCK_SIZE)
@@ -106,7 +106,7 @@ class DeviceSide:
                 f"there is no room on {base.device} for a cache of {num_blocks * BLOCK_SIZE} tokens and adapters of "
                 f"{arena_rows} ranks together"
             ) from error
-        numerics = numerics_id(base.model, base.device, kernels, whole_step=runner.decoder is not None)
+        numerics = numerics_id(base.model, base.device, kernels, runner.decoder)
         checked = NOT_CHECKED
         if check:
             checked = Checker(
@@ -128,6 +128,7 @@ class DeviceSide:
         metrics: EngineMetrics,
         *,
         kept_blocks: int,
+        token_bytes: int = UNBOUNDED,
         watchdog_timeout: float = 60.0,
     ) -> Engine:
         """The one engine of this device. Everything on it belongs to the engine's thread from now on.
@@ -135,10 +136,12 @@ class DeviceSide:
         Args:
             host: where the scheduler has adapters loaded, the same that `host_adapter` reads.
             kept_blocks: blocks of the cache that may be kept for their content while no sequence uses them.
+            token_bytes: that the adapters on the device may have together of rows of their own for tokens.
             watchdog_timeout: seconds for one step.
         """
         blocks = KVBlocks(self.cache.num_blocks, BLOCK_SIZE, max_kept=kept_blocks)
-        scheduler = Scheduler(self.config, blocks, SlotTable(self.slots.rows), host)
+        slots = SlotTable(self.slots.rows, token_bytes, on_gone=self.slots.forget)
+        scheduler = Scheduler(self.config, blocks, slots, host)
         return Engine(scheduler, self.runner, inbox, metrics, watchdog_timeout=watchdog_timeout)
 
 

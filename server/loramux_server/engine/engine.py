@@ -14,7 +14,8 @@ Failures have three levels. One row (`RowResult.error`) ends that sequence. A st
 its batch, and those of the step that was started on top of it; what they held is freed and what they loaded is
 forgotten. Where a step cannot even be started, the one under way ends as it would have, before the sequences of the
 other are ended. Anything else, or `MAX_FAILED_STEPS` failures in a row, ends the engine, and with it every sequence it
-has.
+has. A step that copies adapters to a device which has no room for them is none of these failures: that is about the
+adapters, and who asks for one again and again must not end what the others have.
 
 A sequence whose grammar has not said yet what may come next sits steps out (`Scheduler`); the thread waits for a mask
 when nothing else is left to do, and otherwise a few milliseconds at most.
@@ -29,6 +30,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
+from loramux_adapters.errors import DeviceFull
 from loramux_server.engine.inbox import ENDED, EngineState, Inbox
 from loramux_server.engine.scheduling.scheduler import Scheduler
 from loramux_server.engine.scheduling.sequence import (
@@ -91,12 +93,14 @@ class _Started(NamedTuple):
 
     Attributes:
         running: None if it could not be started.
+        is_full: it could not, since the device had no room, and it was to copy adapters there.
         since: when it was started.
     """
 
     batch: Batch
     running: Running | None
     since: float
+    is_full: bool = False
 
     @property
     def ahead(self) -> bool:
@@ -291,17 +295,21 @@ class Engine:
 
     def _start(self, batch: Batch, now: float) -> _Started:
         running: Running | None = None
+        is_full = False
         try:
             running = self._runner.start(batch)
+        except DeviceFull:
+            is_full = bool(batch.slot_loads)
+            _log_failure(batch)
         except Exception:
             _log_failure(batch)
-        return _Started(batch, running, now)
+        return _Started(batch, running, now, is_full)
 
     def _read(self, step: _Started) -> bool:
         """Waits for the step and turns its results into outputs. False if it failed."""
         results = self._results(step)
         if results is None:
-            self._fail()
+            self._fail(step)
             return False
         now = self._clock()
         seconds, self._read_at = now - max(step.since, self._read_at), now  # the device was busy before, with another
@@ -322,10 +330,13 @@ class Engine:
             return None
         return list(zip(rows, results, strict=True))
 
-    def _fail(self) -> None:
+    def _fail(self, step: _Started) -> None:
+        why = "the step failed" + (": the device has no room for an adapter of it" if step.is_full else "")
         for sequence in self._scheduler.roll_back():
-            error = "the step failed; the request may be sent again"
+            error = f"{why}; the request may be sent again"
             self._emit(sequence, TokenOutput(finish_reason=FinishReason.ERROR, error=error))
+        if step.is_full:
+            return
         self._failed_steps += 1
         if self._failed_steps == MAX_FAILED_STEPS:
             raise EngineDead(f"{MAX_FAILED_STEPS} steps in a row failed")

@@ -333,6 +333,10 @@ class LoadedAdapters:
             del self._pins[version]
             self._held.pop(version, None)
 
+    def bytes_beside(self, version: str) -> int:
+        adapter = self._held.get(version)
+        return 0 if adapter is None or adapter.tokens is None else adapter.tokens.nbytes
+
 
 def _longest(continuations: list[Tokens]) -> list[Tokens]:
     """In order, those that are not the beginning of another: their scores hold those of all."""

@@ -39,10 +39,11 @@ class LogitRules:
         if params.allowed_token_ids is not None:
             self._allowed = bits_of((*params.allowed_token_ids, *params.stop_token_ids), vocabulary)
 
-    def change(self, at: int, patience: float | None = None) -> RowChange | None:
+    def change(self, at: int, unknown: int = 0, patience: float | None = None) -> RowChange | None:
         """What is to be done to row `at` of the logits before the next token is chosen from it; None: nothing.
 
         Args:
+            unknown: how many tokens the reply has that are not known yet; none where `changes_by_tokens`.
             patience: seconds to wait for the grammar's mask at most; None: as long as it may take.
         Raises:
             GrammarFailed: no token may follow within the grammar, or it takes too long to say which.
@@ -53,7 +54,7 @@ class LogitRules:
             self._node = self._bad_words.after(self._node, token)
         self._read = len(self._output)
         forbidden = self._bad_words.forbidden(self._node)
-        if self._read < self._min_tokens:
+        if self._read + unknown < self._min_tokens:
             forbidden = np.concatenate([forbidden, self._stop])
         allowed, edits = self._mask(patience), self._edits.known
         if allowed is None and not len(edits) and not len(forbidden):
@@ -66,7 +67,8 @@ class LogitRules:
         mask, words = np.ascontiguousarray(self._grammar.mask(patience), dtype=np.uint32), words_for(self._vocabulary)
         if len(mask) < words:  # logits of a base may be more than its tokens
             mask = np.concatenate([mask, np.zeros(words - len(mask), dtype=np.uint32)])
-        return mask if self._allowed is None else mask[:words] & self._allowed
+        mask = mask[:words]  # an adapter may name tokens that its head has no row for
+        return mask if self._allowed is None else mask & self._allowed
 
 
 class _Edits:

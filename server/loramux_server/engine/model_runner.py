@@ -106,6 +106,7 @@ class ModelRunner:
             self._chooser = self.decoder
             sampling = AskedSampling(self.decoder.answer, self.decoder.changed, self.decoder.most_asks)
         self._sampler = Sampler(sampling)
+        self._of_wide = Sampler(kernels.sampling)  # of rows with more logits than the whole step chooses among
 
     def start(self, batch: Batch) -> StartedStep:
         """Starts one step.
@@ -120,9 +121,9 @@ class ModelRunner:
                 load.seconds = time.perf_counter() - started
             rows = [row for row in batch.rows if row.num_logits]
             pooled = [row for row in batch.rows if row.num_states]
-            chooser = self._chooser
+            chooser = None if self._has_own(batch.rows) else self._chooser
             if chooser is not None and not pooled and all(map(can_be_asked, rows)):
-                questions = StepQuestions(rows, self._sampler)
+                questions = StepQuestions(rows, self._sampler, chooser.description.vocabulary)
                 if len(questions.asks) <= chooser.most_asks:
                     return self._started(chooser, batch, questions)
             results = self._pooled(batch, rows, pooled) if pooled else self._finished(batch, rows)
@@ -131,35 +132,43 @@ class ModelRunner:
 
     def _started(self, chooser: ChoosingStep, batch: Batch, questions: StepQuestions) -> StartedStep:
         tokens, _, heads, step, lora, head, _ = self._inputs(batch)
-        answers = chooser.start(tokens, heads, step, lora, head, questions.asks)
+        changed = questions.changed if questions.changes else None
+        answers = chooser.start(tokens, heads, step, lora, head, questions.asks, changed)
         self._places = questions.places
 
         def results() -> list[RowResult]:
             with self._device.used():
                 return questions.results(answers)
 
-        return StartedStep(results, ahead=True)
+        return StartedStep(results, ahead=questions.ahead)
 
     def _finished(self, batch: Batch, rows: list[ScheduledSequence]) -> list[RowResult]:
-        own = any(self._slots.token_uses(row.sequence.slots) for row in batch.rows)
+        own = self._has_own(batch.rows)
         if isinstance(self.decoder, Decoder) and rows and not own and all(map(asks_first_token, rows)):
             logits, first = self._first_tokens(self.decoder, batch)
             return self._sampler.results(logits, rows, first)
         return self._chosen(self.forward(batch), rows)
+
+    def _has_own(self, rows: list[ScheduledSequence]) -> bool:
+        """Whether an adapter of some row has something of its own for tokens."""
+        return any(self._slots.token_uses(row.sequence.slots) for row in rows)
 
     def _chosen(self, logits: torch.Tensor, rows: list[ScheduledSequence]) -> list[RowResult]:
         """Each row has the logits of its own vocabulary, whatever that of others is."""
         uses = [self._slots.token_uses(row.sequence.slots) for row in rows]
         base = next((use.own.base_sizes["head"] for each in uses for use in each), logits.shape[1])
         sizes = [max([base, *(use.own.sizes["head"] for use in each)]) for each in uses]
-        if len({*sizes, logits.shape[1]}) <= 1:
+        if len({base, *sizes, logits.shape[1]}) <= 1:
             return self._sampler.results(logits, rows) if rows else []
         starts = list(accumulate((row.num_logits for row in rows), initial=0))
         results: dict[int, RowResult] = {}
         for size in set(sizes):
             places = [place for place, its in enumerate(sizes) if its == size]
             of_rows = [at for place in places for at in range(starts[place], starts[place] + rows[place].num_logits)]
-            found = self._sampler.results(logits[of_rows, :size], [rows[place] for place in places])
+            sampler, some = self._sampler, logits[of_rows, :size]
+            if size != base and self._chooser is not None:
+                sampler, some = self._of_wide, self._device.take(some)
+            found = sampler.results(some, [rows[place] for place in places])
             results.update(zip(places, found, strict=True))
         return [results[place] for place in range(len(rows))]
 

@@ -30,7 +30,7 @@ class ModuleTokens:
         if not len(self._own.unknown):
             return tokens
         tokens = tokens.clone()
-        tokens[0, torch.from_numpy(self._own.unknown)] = 0
+        tokens[0, torch.from_numpy(self._own.unknown).to(tokens.device)] = 0
         return tokens
 
     @contextmanager
@@ -52,19 +52,19 @@ class ModuleTokens:
 
     def _embed(self, embedding: Any, given: Any, output: torch.Tensor) -> torch.Tensor:
         base = embedding_rows(embedding, given[0][0])
-        base[torch.from_numpy(self._own.unknown)] = 0.0
-        which = torch.from_numpy(self._own.embedding_of)
+        base[torch.from_numpy(self._own.unknown).to(base.device)] = 0.0
+        which = torch.from_numpy(self._own.embedding_of).to(base.device)
         own = which >= 0
         changed = output.clone()
         if own.any():
-            more = torch.from_numpy(self._own.embeddings)[which[own]]
+            more = torch.from_numpy(self._own.embeddings).to(base.device)[which[own]]
             changed[0, own] = ((base[own] + more) * embedding_factor(embedding)).to(output.dtype)
         return changed
 
     def _logits(self, _: Any, given: Any, output: torch.Tensor) -> torch.Tensor:
         self._vocabulary = output.shape[-1]
         rows = output.shape[1] - self._states
-        self._wide = never(output.shape[1], self._own.more).to(output.dtype)
+        self._wide = never(output.shape[1], self._own.more).to(output.device, output.dtype)
         if rows:
             x = given[0][0, :rows].float().contiguous()
             for each in self._own.logits:

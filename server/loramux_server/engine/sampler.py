@@ -79,6 +79,21 @@ class Sampler:
             results.append(RowResult(chosen[last], logprob, digest=digest, scores=found))
         return results
 
+    def change(self, at: int, row: ScheduledSequence, vocabulary: int, deadline: float) -> RowChange | None:
+        """How row `at` of the logits is changed before the next token of a sequence is chosen; None: it is not.
+
+        Args:
+            deadline: of `time.monotonic`, until when its grammar's mask is waited for.
+        Raises:
+            GrammarFailed: no token may follow within its grammar, or it takes too long to say which.
+            MaskLate: the mask is not there; this may be asked again.
+        """
+        if not row.sequence.params.changes_logits:
+            return None
+        unknown = row.reply_index - len(row.sequence.output)
+        patience = max(0.0, deadline - time.monotonic())
+        return self._rules_of(row.sequence, vocabulary).change(at, unknown, patience)
+
     def ask(self, at: int, row: ScheduledSequence) -> Ask:
         """How the next token of a sequence is chosen, by whomever; `at`: its row of the logits."""
         params = row.sequence.params
@@ -104,7 +119,7 @@ class Sampler:
 
         A row whose mask is not there is in neither.
         """
-        deadline = time.monotonic() + MASK_PATIENCE
+        deadline = mask_deadline()
         chosen: dict[int, int] = {}
         failed: dict[int, str] = {}
         draws: list[Draw] = []
@@ -113,18 +128,16 @@ class Sampler:
             if not row.samples:
                 continue
             ask = self.ask(start + row.num_logits - 1, row)
-            if row.sequence.params.changes_logits:
-                try:
-                    rules = self._rules_of(row.sequence, logits.shape[1])
-                    change = rules.change(ask.row, max(0.0, deadline - time.monotonic()))
-                except GrammarFailed as failure:
-                    failed[start] = str(failure)
-                    continue
-                except MaskLate:
-                    continue
-                if change is not None:
-                    changes.append((start, ask, change))
-                    continue
+            try:
+                change = self.change(ask.row, row, logits.shape[1], deadline)
+            except GrammarFailed as failure:
+                failed[start] = str(failure)
+                continue
+            except MaskLate:
+                continue
+            if change is not None:
+                changes.append((start, ask, change))
+                continue
             if ask.token is not None:
                 chosen[ask.row] = ask.token
             elif ask.draw is None:
@@ -176,6 +189,11 @@ class Sampler:
         if sequence.params.seed is not None:
             return sequence.params.seed
         return int.from_bytes(hashlib.blake2b(sequence.id.encode(), key=self._secret, digest_size=8).digest(), "big")
+
+
+def mask_deadline() -> float:
+    """Of `time.monotonic`: until when a step that begins to wait for its masks now does so."""
+    return time.monotonic() + MASK_PATIENCE
 
 
 def asks_first_token(row: ScheduledSequence) -> bool:

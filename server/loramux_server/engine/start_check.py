@@ -23,7 +23,7 @@ from loramux_server.engine.scheduling.admission import LEAST_COUNTED, SchedulerC
 from loramux_server.engine.scheduling.sequence import Batch, SamplingParams, ScheduledSequence, Sequence
 from loramux_server.errors import BaseModelError
 from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE
-from loramux_server.kernels.attention.paged_attention import ATTENTION_NAME
+from loramux_server.kernels.attention.paged_attention import use_eager_attention, use_our_attention
 
 # A wrong mask, position or scale is off by as much as the logits' spread itself. In bf16 our attention and
 # transformers' eager one round differently by up to a tenth of it on random tokens. In fp32 they differ by what keys
@@ -36,9 +36,15 @@ _PROMPTS = (_LENGTH, 7, 1, 3 * BLOCK_SIZE, 19)
 _LARGEST_RANK = 32
 _SCALES = (0.7, -0.45)  # of the two adapters, in the row that has both
 
-BLOCKS_TO_CHECK = sum(-(-length // BLOCK_SIZE) for length in _PROMPTS)  # of the KV cache, at least
-
 Slots = tuple[ScaledSlot, ...]
+
+
+def _blocks(tokens: int) -> int:
+    """Of the KV cache, that so many tokens of a sequence take."""
+    return -(-tokens // BLOCK_SIZE)
+
+
+BLOCKS_TO_CHECK = sum(map(_blocks, _PROMPTS))  # of the KV cache, at least: one of each prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,18 +127,19 @@ class Checker:
 
     def _difference_to_transformers(self) -> tuple[float, float]:
         """(difference, how much is allowed), over the ends of all chunks of a prompt longer than a short window."""
-        window = getattr(self._model.config, "sliding_window", None) or 0
+        config = self._model.config
+        window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or 0
         length = _LENGTH if window > _LONGEST_WINDOW else max(_LENGTH, -(-(window + 2 * _CHUNK) // _CHUNK) * _CHUNK)
         chunk = min(_CHUNK, self._tokens)
         prompt = self._prompt(min(length, self._num_blocks * BLOCK_SIZE) // chunk * chunk)
         ours = torch.stack(list(self._logits_in_chunks(prompt, chunk, ()))).float()
-        self._model.set_attn_implementation("eager")
+        use_eager_attention(self._model)
         try:
             with torch.inference_mode(), self._device.used():
                 tokens = self._device.put(torch.tensor([prompt]))
                 theirs = self._device.take(self._model(input_ids=tokens, use_cache=False).logits[0, chunk - 1 :: chunk])
         finally:
-            self._model.set_attn_implementation(ATTENTION_NAME)
+            use_our_attention(self._model)
         difference = (ours - theirs.float()).square().mean().sqrt() / theirs.float().std()
         return float(difference), TOLERANCES.get(theirs.dtype, max(TOLERANCES.values()))
 
@@ -147,8 +154,7 @@ class Checker:
             alone = [
                 list(self._logits_in_chunks(p, min(5 + i, self._tokens), each))[-1] for i, (p, each) in enumerate(kinds)
             ]
-            per_round = sum(_blocks(length) for length in _PROMPTS)
-            most = len(kinds) * (self._num_blocks // per_round)
+            most = len(kinds) * (self._num_blocks // BLOCKS_TO_CHECK)
             company = list(islice(cycle(range(len(kinds))), min(self._sequences, most)))
             company.sort(key=lambda kind: slots.index(kinds[kind][1]))
             return self._all_equal(company, kinds, alone)
@@ -238,7 +244,3 @@ class Checker:
         sequence.slots = slots
         self._touched = max(self._touched, first_block + len(sequence.blocks))
         return sequence
-
-
-def _blocks(tokens: int) -> int:
-    return -(-tokens // BLOCK_SIZE)

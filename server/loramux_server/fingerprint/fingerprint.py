@@ -8,7 +8,7 @@ fingerprint's own tokens are scored one after the other (teacher-forced), and re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loramux_adapters.evaluation.scores import TokenScore
@@ -89,6 +89,16 @@ def witness(
         Witness(decode(list(ids)), tuple(ids), decode(reply.tokens), tuple(reply.tokens), tuple(reply.logprobs))
         for ids, reply in zip(prompts, replies, strict=True)
     )
+
+
+def as_far_as(witnesses: Sequence[Witness], vocabulary: int) -> tuple[Witness, ...]:
+    """What a model of so many tokens can be asked about: of each reply what is before the first further token."""
+    found = []
+    for said in witnesses:
+        known = next((place for place, token in enumerate(said.tokens) if token >= vocabulary), len(said.tokens))
+        if known and max(said.ids) < vocabulary:
+            found.append(replace(said, tokens=said.tokens[:known], logprobs=said.logprobs[:known]))
+    return tuple(found)
 
 
 def compare(engine: LocalEngine, witnesses: Sequence[Witness], adapter: LocalAdapter | None) -> Agreement:

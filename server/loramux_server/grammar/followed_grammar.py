@@ -15,6 +15,7 @@ import numpy.typing as npt
 from loramux_server.errors import GrammarFailed, MaskLate
 from loramux_server.grammar.limits import GrammarLimits
 from loramux_server.grammar.reply_check import Normal, problem_of
+from loramux_server.grammar.shared_masks import Mask, SharedMasks
 from loramux_server.grammar.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class FollowedGrammar:
         lanes: Lanes,
         limits: GrammarLimits,
         used: Used | None = None,
+        shared: SharedMasks | None = None,
     ) -> None:
         """Starts the first mask.
 
@@ -71,6 +73,7 @@ class FollowedGrammar:
             schema: that a complete reply is valid under; None where the grammar alone says what it is.
             limits: on the time that masks take.
             used: of the matcher, kept up to date here.
+            shared: masks of the pattern that is all of the grammar, with no schema; None where nobody shares them.
         """
         self._matcher = matcher
         self._vocabulary = vocabulary
@@ -79,6 +82,9 @@ class FollowedGrammar:
         self._limits = limits
         self._spent = 0.0  # seconds of a processor, for this reply
         self._used = used or Used()
+        self._shared = shared
+        self._place = None if shared is None else shared.start  # None: it cannot be told, masks are the matcher's
+        self._unmoved = b""  # the newest token's text, where `_place` is still that before it
         self._allowance = limits.spent_seconds
         self._reply = bytearray()
         self._may_end = False
@@ -151,7 +157,11 @@ class FollowedGrammar:
         self._allowance += self._limits.spent_seconds_per_token
         if not taken:
             self._fail(f"the reply has left its grammar: {shortened(self._matcher.get_error())}")
-        self._reply += self._vocabulary.text(token)
+        text = self._vocabulary.text(token)
+        self._reply += text
+        if self._shared is not None and self._place is not None:
+            moved = self._shared.moved(self._place, text)
+            self._place, self._unmoved = (self._place, text) if moved is None else (moved[0], b"")
         if self._matcher.is_stopped():
             wrong = self._problem() if self._matcher.is_accepting() else "its grammar ends before it is complete"
             if wrong is not None:
@@ -163,6 +173,11 @@ class FollowedGrammar:
     def _ask(self) -> Future[npt.NDArray[np.uint32]]:
         """Has the next mask made. Raises GrammarFailed."""
         self._asked, self._begun = time.monotonic(), None
+        if (known := self._known()) is not None:
+            self.mask_seconds = 0.0
+            there: Future[npt.NDArray[np.uint32]] = Future()
+            there.set_result(known)
+            return there
         try:
             return (self._lanes.slow if self.is_slow else self._lanes.quick).submit(self._make_mask)
         except RuntimeError as error:
@@ -202,9 +217,26 @@ class FollowedGrammar:
             self._quick_masks += 1
             self.is_slow = self._quick_masks < self._quick_needed
 
+    def _known(self) -> npt.NDArray[np.uint32] | None:
+        """The next mask, if another reply, or this one, has had it made."""
+        if self._shared is None or self._place is None or self._unmoved:
+            return None
+        known = self._shared.known(self._place)
+        if known is None:
+            return None
+        self._may_end = known.may_end
+        return known.bits
+
+    def _move(self) -> None:
+        if self._shared is not None and self._place is not None and self._unmoved:
+            self._place, self._unmoved = self._shared.move(self._place, self._unmoved), b""
+
     def _made_mask(self) -> npt.NDArray[np.uint32]:
-        mask = self._vocabulary.empty_mask()
         begun = time.thread_time()
+        self._move()
+        if (known := self._known()) is not None:
+            return known
+        mask = self._vocabulary.empty_mask()
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         self._spend(time.thread_time() - begun)
         if self._matcher.is_error():  # such a mask says that the reply may end, whatever was wrong
@@ -222,6 +254,8 @@ class FollowedGrammar:
             mask = others
         if not mask.any():
             raise GrammarFailed("the reply cannot go on within its grammar: no token of the base may come next")
+        if self._shared is not None and self._place is not None:
+            self._shared.keep(self._place, Mask(mask, self._may_end))
         return mask
 
     def _spend(self, seconds: float) -> None:

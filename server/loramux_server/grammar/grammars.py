@@ -8,7 +8,7 @@ import weakref
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import sha256
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -16,12 +16,14 @@ from loramux_server.errors import RequestError, ServerBusy
 from loramux_server.grammar.followed_grammar import FollowedGrammar, Lanes, Used, shortened
 from loramux_server.grammar.limits import GrammarLimits
 from loramux_server.grammar.shape import Shape
+from loramux_server.grammar.shared_masks import PatternMasks
 from loramux_server.grammar.source import GrammarSource, source_of
 from loramux_server.grammar.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import llguidance
 
+    from loramux_adapters.artifact.own_tokens import OwnTokens
     from loramux_server.base.tokenizer import BaseTokenizer
     from loramux_server.engine.scheduling.grammar import Grammar
 
@@ -30,6 +32,22 @@ _MOST_WORKERS = 8
 _SLOW_WORKERS = 1  # threads for the masks of grammars that take long, however many there are
 _TRIED = 4  # tokens, of each new grammar
 _SMALLEST = 1024  # bytes that count for each kept grammar, however short
+_OF_ADAPTERS = 4  # vocabularies of adapters with tokens of their own; one takes some 10 MB
+
+_Digest: TypeAlias = tuple[int, bytes]  # of a grammar: the number of its vocabulary, and what its source digests to
+
+
+class _Spoken(NamedTuple):
+    """What replies are made of.
+
+    Attributes:
+        number: no other vocabulary has it, also none that is gone.
+        patterns: masks of its tokens.
+    """
+
+    number: int
+    vocabulary: Vocabulary
+    patterns: PatternMasks
 
 
 class Grammars:
@@ -58,35 +76,63 @@ class Grammars:
         self._compilers = ThreadPoolExecutor(_COMPILERS, thread_name_prefix="grammar-compile")
         self._lock = threading.RLock()  # a grammar may be found to be gone at any time, also inside
         self._building = threading.Lock()
-        self._vocabulary: Vocabulary | None = None
-        self._idle: OrderedDict[bytes, list[tuple[llguidance.LLMatcher, Used]]] = (
-            OrderedDict()
-        )  # by digest, last used last
-        self._sizes: dict[bytes, int] = {}  # of their sources
+        self._spoken: OrderedDict[OwnTokens | None, _Spoken] = OrderedDict()  # last used last; None: the base's
+        self._read = 0  # vocabularies so far
+        self._idle: OrderedDict[_Digest, list[tuple[llguidance.LLMatcher, Used]]] = OrderedDict()  # last used last
+        self._sizes: dict[_Digest, int] = {}  # of their sources
 
-    def of(self, shape: Shape, param: str) -> Grammar:
+    def of(self, shape: Shape, param: str, own: OwnTokens | None = None) -> Grammar:
         """A grammar for one sequence; its first mask is on the way. In a worker thread: it may take seconds.
 
         Args:
             param: the request's field that asks for this shape.
+            own: tokens that the sequence's adapters add to the base's, and its end token.
         Raises:
             RequestError: it cannot be parsed, is not supported, or is too large.
             ServerBusy: others' grammars are compiled.
         """
         source = source_of(shape, param, self._limits)
-        digest = sha256(source.text.encode(errors="surrogatepass")).digest()
-        vocabulary = self.prepare()
+        number, vocabulary, patterns = self._spoken_with(own)
+        digest = number, sha256(source.text.encode(errors="surrogatepass")).digest()
         matcher, used = self._taken(digest) or (self._compiled(source, vocabulary, param), Used())
-        grammar = FollowedGrammar(matcher, vocabulary, source.schema, self._lanes, self._limits, used)
+        shared = patterns.of(shape.value, vocabulary.texts) if shape.kind == "regex" else None
+        grammar = FollowedGrammar(matcher, vocabulary, source.schema, self._lanes, self._limits, used, shared)
         weakref.finalize(grammar, self._give_back, digest, len(source.text), matcher, used).atexit = False
         return grammar
 
     def prepare(self) -> Vocabulary:
         """Reads the base's tokens, once. The first `of` does it otherwise. Raises RequestError: see `Vocabulary`."""
+        return self._spoken_with(None).vocabulary
+
+    def _spoken_with(self, own: OwnTokens | None) -> _Spoken:
+        """The first time for some tokens takes a second; those of the last few adapters are kept."""
+        with self._lock:
+            known = self._used(own)
+        if known is not None:
+            return known
         with self._building:
-            if self._vocabulary is None:
-                self._vocabulary = Vocabulary(self._tokenizer)
-            return self._vocabulary
+            with self._lock:
+                known = self._used(own)
+            if known is None:
+                vocabulary = Vocabulary(self._tokenizer.with_tokens(own))
+                with self._lock:
+                    known = self._spoken[own] = _Spoken(self._read, vocabulary, PatternMasks())
+                    self._read += 1
+                    self._forget_the_oldest()
+            return known
+
+    def _used(self, own: OwnTokens | None) -> _Spoken | None:
+        if own in self._spoken:
+            self._spoken.move_to_end(own)
+        return self._spoken.get(own)
+
+    def _forget_the_oldest(self) -> None:
+        """Adapters' vocabularies that are too many, and the grammars that are kept of their tokens."""
+        of_adapters = [own for own in self._spoken if own is not None]
+        for own in of_adapters[:-_OF_ADAPTERS]:
+            gone = self._spoken.pop(own).number
+            for digest in [digest for digest in self._idle if digest[0] == gone]:
+                del self._idle[digest], self._sizes[digest]
 
     def close(self) -> None:
         """No grammar is made or goes on after this."""
@@ -162,15 +208,17 @@ class Grammars:
         if not matcher.is_error():
             matcher.reset()
 
-    def _taken(self, digest: bytes) -> tuple[llguidance.LLMatcher, Used] | None:
+    def _taken(self, digest: _Digest) -> tuple[llguidance.LLMatcher, Used] | None:
         with self._lock:
             idle = self._idle.get(digest)
             return idle.pop() if idle else None
 
-    def _give_back(self, digest: bytes, size: int, matcher: llguidance.LLMatcher, used: Used) -> None:
+    def _give_back(self, digest: _Digest, size: int, matcher: llguidance.LLMatcher, used: Used) -> None:
         if used.seconds > self._limits.kept_spent_seconds or matcher.is_error() or not matcher.reset():
             return
         with self._lock:
+            if all(spoken.number != digest[0] for spoken in self._spoken.values()):
+                return
             idle = self._idle.setdefault(digest, [])
             self._idle.move_to_end(digest)
             self._sizes[digest] = size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +35,34 @@ class _Tokens:
         return self._encode(text)
 
 
+class TokenTexts:
+    """The bytes of tokens, for questions about all of them at once. Immutable."""
+
+    def __init__(self, texts: Iterable[bytes]) -> None:
+        kept = [text for text in texts if text]
+        self._lengths = np.array([len(text) for text in kept], dtype=np.int64)
+        self._starts = np.cumsum(self._lengths) - self._lengths
+        self._bytes = np.frombuffer(b"".join(kept), dtype=np.uint8)
+        self._pairs = self._bytes.astype(np.uint16)  # each byte with the one before it, 256 of which count one
+        self._pairs[1:] += self._bytes[:-1].astype(np.uint16) << 8
+
+    def longest(self, inside: int, beside: Sequence[int]) -> int:
+        """Bytes of the longest one that has bytes of `inside` alone, each followed by one that is beside it; 0: none.
+
+        Args:
+            inside: bit i for byte i.
+            beside: for each byte, those that may follow it, in the same way.
+        """
+        follows = _bits_of(b"".join(each.to_bytes(32, "little") for each in beside))[self._pairs]
+        follows[self._starts] = _bits_of(inside.to_bytes(32, "little"))[self._bytes[self._starts]]
+        whole = np.logical_and.reduceat(follows, self._starts) if len(self._starts) else np.zeros(0, dtype=np.bool_)
+        return int(self._lengths[whole].max(initial=0))
+
+
+def _bits_of(packed: bytes) -> npt.NDArray[np.bool_]:
+    return np.unpackbits(np.frombuffer(packed, dtype=np.uint8), bitorder="little").astype(np.bool_)
+
+
 class Vocabulary:
     """Immutable. Building it takes a third of a second for 50,000 tokens.
 
@@ -45,6 +73,7 @@ class Vocabulary:
         tokenizer: llguidance's. It has one token more than the base where none of the base's ends a reply.
         size: the number of embeddings.
         stop_ids: tokens that end a reply.
+        texts: of all tokens.
     """
 
     def __init__(self, tokenizer: BaseTokenizer) -> None:
@@ -54,6 +83,7 @@ class Vocabulary:
         self.size = tokenizer.vocab_size
         self.stop_ids = frozenset(token for token in tokenizer.stop_ids if token < self.size)
         self._bytes_of = [tokenizer.token_bytes(token) for token in range(self.size)]
+        self.texts = TokenTexts(self._bytes_of)
         if not self._joined(tokenizer):
             raise RequestError(
                 "this base's tokenizer does not write text as its tokens' bytes, one after the other, so a reply "

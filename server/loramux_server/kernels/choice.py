@@ -6,7 +6,8 @@
     modules-<set>   CPU: the same on a slower instruction set
     tensor          any device: PyTorch's and bitsandbytes' operations; what an installation without a compiler runs on
     reference       any device: the slow loops that the others are tested against
-    triton          graphics processors: our own kernels in Triton (gpu/), a whole step launched by one program
+    triton          graphics processors: our own kernels in Triton (gpu/), a whole step launched by one program; for
+                    bases that have none, under their products and their attention
     cuda            graphics processors without Triton: bitsandbytes' products, the library's grouped products and
                     attention where they agree with the tensor path
 
@@ -240,26 +241,30 @@ def _in_fp32_on(device: Device) -> Callable[[nn.Module], None]:
     return run_in_fp32 if device.is_host else as_it_is
 
 
-def _why_no_triton(device: Device) -> str:
-    """Empty where the kernels in Triton run."""
+def _why_no_triton(device: Device, *, again: bool = False) -> str:
+    """Empty where the kernels in Triton run; `again`: as `why_no_triton` has it."""
     if device.kernels != "triton":
         return f"they are for graphics processors, and the device is {device}"
     if native_library() is None:
         return f"they need the compiled library beside them, for angles: {why_unusable()}"
-    return why_no_triton(device)
+    return why_no_triton(device, again=again)
 
 
 def _triton(device: Device, shape: KVShape | None) -> Kernels:
-    if why := _why_no_triton(device):
+    if why := _why_no_triton(device, again=shape is not None):
         raise _Unavailable(why)
     from loramux_server.kernels.gpu.check.compile import compile_gpu_step
     from loramux_server.kernels.gpu.loading.nf4_layout import TritonLayout
+    from loramux_server.kernels.gpu.step.module_attention import triton_attend
     from loramux_server.kernels.gpu.step.nf4_linear import pack as pack_for_triton
 
     plain = _cuda(device, shape)
+    attend = None if shape is None else triton_attend(device, shape)
     return replace(
         plain,
         name="triton",
+        attend=attend or plain.attend,
+        attention=attend.name if attend else plain.attention,
         layout=TritonLayout(device),
         lay_out=partial(pack_for_triton, device=device),
         use_ops=partial(_recognized, device=device),

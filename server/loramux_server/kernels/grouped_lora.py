@@ -2,13 +2,15 @@
 
 Semantics are those of lora/ops.py. However many adapters a step uses, there are two products for each rank and each
 place in a row's sum: an arena seen as [slots of that rank, rank, width] has one group of rows for each slot, most of
-them empty. Intermediates are rounded to bf16 where `add_lora_segments` rounds them.
+them empty. Gain and shift are gathered row by row. Intermediates are rounded to bf16 where `add_lora_segments` rounds
+them.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ import torch
 from torch.nn.functional import grouped_mm
 
 from loramux_adapters.device.device import Device
-from loramux_adapters.lora.ops import Arena, LoraRows, add_lora_segments, check_rows
+from loramux_adapters.lora.ops import HAS_AFFINE, HAS_DELTA, Arena, LoraRows, add_lora_segments, check_rows
 from loramux_adapters.lora.slots import SMALLEST_RANK, ScaledSlot, Slot
 
 _ALIGNED = 8  # numbers of bf16 in the 16 bytes that the library wants rows to be a multiple of
@@ -46,13 +48,23 @@ class Part:
         slots = len(self.ends)
         a, bt = (stack[: slots * self.rank].view(slots, self.rank, -1) for stack in (arena.a, arena.bt))
         h = grouped_mm(x.index_select(0, self.rows), a.transpose(1, 2), offs=self.ends)
-        targeted = arena.targeted[self.unit].bool()[:, None]  # elsewhere the slot holds what another adapter left
-        h = torch.where(targeted, h * self.scale, 0.0).to(x.dtype)
+        h = torch.where(self._has(HAS_DELTA, arena), h * self.scale, 0.0).to(x.dtype)
         return grouped_mm(h, bt, offs=self.ends)
+
+    def change(self, y: torch.Tensor, arena: Arena) -> torch.Tensor:
+        """[n, out] fp32: what gain and shift add to y [rows, out], of the layer itself."""
+        assert arena.affine is not None
+        gain, shift = arena.affine[self.unit].unbind(1)
+        change = self.scale * (y.index_select(0, self.rows).float() * gain + shift)
+        return torch.where(self._has(HAS_AFFINE, arena), change, 0.0)
+
+    def _has(self, what: int, arena: Arena) -> torch.Tensor:
+        """[n, 1] bool; elsewhere the slot holds what another adapter left."""
+        return (arena.targeted[self.unit] & what != 0)[:, None]
 
 
 class GroupedAddLora:
-    """`AddLora` by grouped products. Widths that are no multiple of 8, and gain and shift, take the tensor path."""
+    """`AddLora` by grouped products. Widths that are no multiple of 8 take the tensor path."""
 
     name = "grouped"
 
@@ -60,16 +72,19 @@ class GroupedAddLora:
         self._plans: deque[tuple[LoraRows, list[list[Part]]]] = deque(maxlen=_KEPT)
 
     def __call__(self, y: torch.Tensor, x: torch.Tensor, arena: Arena, rows: LoraRows) -> None:
-        if arena.affine is not None or arena.a.shape[1] % _ALIGNED or arena.bt.shape[1] % _ALIGNED:
+        if arena.a.shape[1] % _ALIGNED or arena.bt.shape[1] % _ALIGNED:
             add_lora_segments(y, x, arena, rows)
             return
         check_rows(y, x, rows)
         places = self._plan_of(rows, arena.a.shape[0], x.device)
-        if len(places) == 1:
+        if len(places) == 1 and arena.affine is None:
             for part in places[0]:
                 y.index_add_(0, part.rows, part.delta(x, arena))
             return
         total = torch.zeros(y.shape, dtype=torch.float32, device=y.device)
+        if arena.affine is not None:
+            for part in chain.from_iterable(places):
+                total.index_add_(0, part.rows, part.change(y, arena))
         for place in places:  # in the order of the sums
             for part in place:
                 total.index_add_(0, part.rows, part.delta(x, arena).float())
@@ -127,7 +142,10 @@ def grouped_add_lora(device: Device) -> GroupedAddLora | None:
     """This path if the device's library has it and it agrees there with the tensor path; None otherwise."""
     random = torch.Generator().manual_seed(0)
     a, bt = (device.put(torch.randn(64, 64, generator=random).to(torch.bfloat16)) / 8 for _ in range(2))
-    arena = Arena(a, bt, device.put(torch.ones(len(a) // SMALLEST_RANK, dtype=torch.uint8)))
+    has = torch.full((len(a) // SMALLEST_RANK,), HAS_DELTA, dtype=torch.uint8)
+    has[2] |= HAS_AFFINE  # of the slot at row 16
+    affine = device.put(torch.randn(len(has), 2, 64, generator=random) / 8)
+    arena = Arena(a, bt, device.put(has), affine)
     slots = [(ScaledSlot(Slot(0, 16)),), (ScaledSlot(Slot(16, 8)), ScaledSlot(Slot(32, 32), 0.5)), ()]
     rows = LoraRows.build([(used, count) for used, count in zip(slots, (3, 2, 1), strict=True)])
     assert rows is not None

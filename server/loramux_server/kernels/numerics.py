@@ -17,20 +17,23 @@ from loramux_adapters.device.device import Device
 from loramux_server.kernels.attention.kv_cache import KVCache, KVShape
 from loramux_server.kernels.attention.paged_attention import AttentionStep, use_our_attention
 from loramux_server.kernels.choice import Kernels
+from loramux_server.kernels.decoder.whole_step import WholeStep
 from loramux_server.kernels.layers.nf4_linear import NF4Linear, four_bit_layers
 from loramux_server.kernels.layers.operations import compiled_ops
 from loramux_server.kernels.layers.packed_head import PackedHead
+from loramux_server.kernels.layers.rotary import turns_neighbours
 
 _LIBRARIES = ("torch", "bitsandbytes", "transformers")
 _KERNELS = 4  # goes up whenever one of our own kernels gives other bits than before
 _CPU_FEATURES = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16")  # what PyTorch's kernels choose their path by
+_ACCUMULATE = 3  # place of this argument of index_put
 # operations whose floats are the same on every processor: they move numbers, or round each once as IEEE 754 says
 _EXACT = frozenset(
     "_to_copy alias as_strided cat clone copy detach embedding expand gather index index_select lift_fresh narrow "
     "permute repeat reshape select slice split split_with_sizes squeeze stack t transpose unbind unsafe_split "
     "_unsafe_view unsqueeze view chunk constant_pad_nd contiguous empty empty_like empty_strided full full_like "
     "new_empty new_zeros ones ones_like scalar_tensor zero zeros zeros_like fill masked_fill where to abs add "
-    "clamp clamp_max clamp_min div maximum minimum mul neg relu sub".split()
+    "clamp clamp_max clamp_min div maximum minimum mul neg relu sub index_put sort view_as_complex view_as_real".split()
 )
 
 
@@ -55,7 +58,7 @@ def kernel_paths(model: nn.Module, device: Device) -> str:
     return f"{products_of(model, device)}; compiled {compiled_ops(model)}"
 
 
-def numerics_id(model: nn.Module, device: Device, kernels: Kernels, *, whole_step: bool) -> str:
+def numerics_id(model: nn.Module, device: Device, kernels: Kernels, step: WholeStep | None) -> str:
     """What decides the bits of a reply besides base and adapter: versions, kernel paths, and the kind of device.
 
     Compiled kernels give the same bits on every processor, so a processor is named only where PyTorch or bitsandbytes
@@ -63,19 +66,23 @@ def numerics_id(model: nn.Module, device: Device, kernels: Kernels, *, whole_ste
 
     Args:
         model: the base, as it was laid out for these kernels. No adapters are set.
-        whole_step: it runs on the compiled step, in which all is ours; else its modules are tried here.
+        step: what runs it whole, where all is ours but for what it says; None: its modules are tried here.
     """
     versions = " ".join([*(f"{name} {metadata.version(name)}" for name in _LIBRARIES), f"kernels {_KERNELS}"])
     if not device.is_host:
         kind = device.name
-    elif kernels.lora == kernels.attention == "native" and (whole_step or not library_operations(model)):
+    elif kernels.lora == kernels.attention == "native" and (step is not None or not library_operations(model)):
         kind = "any cpu"
     else:
         found = torch.cpu.get_capabilities()
         kind = "cpu " + "+".join([str(found.get("architecture", "")), *(f for f in _CPU_FEATURES if found.get(f))])
     paths = f"{kernel_paths(model, device)}; attention {kernels.attention}; LoRA {kernels.lora}"
-    if whole_step and not device.is_host:  # there it has other bits than the modules
+    if step is not None and not device.is_host:  # there it has other bits than the modules
         paths = f"{products_of(model, device)}; whole step in Triton {metadata.version('triton')}"
+        if step.replaced:  # other cards of this name may do without: another driver, another compiler
+            paths += f", but {', '.join(step.replaced)} by PyTorch"
+    if turns_neighbours(model):  # such bases had other bits when kernels 4 began, and wrong ones
+        paths += "; neighbours turned"
     return f"{versions}; {paths}; {kind}"
 
 
@@ -122,5 +129,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **given)
         if any(isinstance(leaf, torch.Tensor) and leaf.is_floating_point() for leaf in tree_leaves(result)):
             name = func.overloadpacket.__name__.removesuffix("_")
+            if name == "index_put" and (given.get("accumulate") or len(args) > _ACCUMULATE and args[_ACCUMULATE]):
+                name = "index_put that adds"
             self.seen.add(name if given.get("alpha", 1) == 1 else f"{name} with a factor")
         return result

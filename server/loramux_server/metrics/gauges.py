@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-POOLS = ("base", "adapter_device", "adapter_host", "kv", "overhead")
+POOLS = ("base", "adapter_device", "adapter_host", "adapter_tokens", "kv", "overhead")
 LOOKUPS = tuple((tier, result) for tier in ("device", "host") for result in ("hit", "miss"))
 
 

@@ -134,7 +134,7 @@ class Prover:
         """
         fingerprint = await asyncio.to_thread(_read_fingerprint, directory)
         if fingerprint is not None:
-            self._check_fits(fingerprint)
+            self._check_fits(fingerprint, checked)
         was_there = self._is_resident(checked.version)  # then some name has it already
         try:
             with self._holding(checked.adapter):
@@ -273,10 +273,17 @@ class Prover:
             raise AdapterRejected(["its output on the probe prompts is not finite"])
         raise SequenceFailed(f"the adapter could not be tried out: {last.error or 'the engine ended the attempt'}")
 
-    def _check_fits(self, fingerprint: Fingerprint) -> None:
+    def _check_fits(self, fingerprint: Fingerprint, checked: Checked) -> None:
+        tokens = checked.adapter.tokens
+        sizes = {} if tokens is None else tokens.sizes
+        # What is read has an embedding, what is said a row of the head; an adapter may add to either.
+        reads, says = (max(self._vocabulary, sizes.get(side, 0)) for side in ("embedding", "head"))
         reasons = []
-        if any(token >= self._vocabulary for said in fingerprint.prompts for token in (*said.ids, *said.tokens)):
-            reasons.append(f"fingerprint.json holds tokens that a vocabulary of {self._vocabulary} does not have")
+        if any(
+            max(said.ids, default=0) >= reads or max(said.tokens, default=0) >= min(reads, says)
+            for said in fingerprint.prompts
+        ):
+            reasons.append(f"fingerprint.json holds tokens that a vocabulary of {min(reads, says)} does not have")
         if any(len(said.ids) + len(said.tokens) > self._context for said in fingerprint.prompts):
             reasons.append(f"fingerprint.json holds a prompt and reply longer than the context of {self._context}")
         if reasons:

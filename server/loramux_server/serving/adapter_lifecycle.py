@@ -6,18 +6,23 @@ look at what other processes changed in the store.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
+from loramux_adapters.artifact.config import HOW_TO_CONVERT
 from loramux_adapters.artifact.other_kinds import convert_kind
 from loramux_adapters.base_info import BaseInfo
 from loramux_adapters.errors import AdapterRejected, BaseMismatch
 from loramux_adapters.lora.host_cache import HostCache
 from loramux_adapters.lora.verify import Checked, check_adapter
 from loramux_adapters.store.store import AdapterStore
+from loramux_server.base.originals import original_weights
 from loramux_server.config.serve import ServeConfig
 from loramux_server.engine.inbox import Inbox
+from loramux_server.errors import BaseModelError
 from loramux_server.hub.repository import fetch
 from loramux_server.metrics.metrics import Metrics
 from loramux_server.publishing.hub_adapters import HubAdapters
@@ -28,6 +33,7 @@ from loramux_server.publishing.publisher import Publisher
 from loramux_server.publishing.repeated import RepeatedTask
 from loramux_server.publishing.watch import DirectoryWatch
 from loramux_server.serving.device_sizes import MIB
+from loramux_server.serving.residual_adapters import ResidualAdapters
 
 REFRESH_SECONDS = 1.0  # how soon what another process deleted leaves the memories
 
@@ -43,12 +49,17 @@ class CountedCheck:
     The directory is the server's own: kinds of adapters that can be written as LoRA become so there.
     """
 
-    def __init__(self, base: BaseInfo, max_rank: int, metrics: Metrics) -> None:
+    def __init__(
+        self, base: BaseInfo, max_rank: int, metrics: Metrics, original: Callable[[str], torch.Tensor]
+    ) -> None:
+        """`original`: as `convert_residual` wants it."""
         self._base, self._max_rank, self._metrics = base, max_rank, metrics
+        self._residual = ResidualAdapters(base, max_rank, original)
 
     def __call__(self, directory: Path, *, force: bool = False) -> Checked:
         try:
             convert_kind(directory, self._base.linears, self._max_rank)
+            self._residual.convert(directory)
             checked = check_adapter(directory, self._base, self._max_rank, force=force)
         except BaseMismatch:
             self._metrics.verified("base_mismatch")
@@ -60,12 +71,31 @@ class CountedCheck:
         self._metrics.verified("verified" if checked.base_verified else "forced" if is_forced else "unverified")
         return checked
 
+    def stop(self) -> None:
+        """Adapters whose conversion takes long are given up."""
+        self._residual.stop()
+
+
+def original_for_adapters(directory: Path, names: Callable[[str], Iterable[str]]) -> Callable[[str], torch.Tensor]:
+    """`original_weights` for adapters that were trained beside a part of them. It raises `AdapterRejected`."""
+
+    def read(path: str) -> torch.Tensor:
+        try:
+            return original_weights(directory, names)(path)
+        except BaseModelError as error:
+            raise AdapterRejected(
+                [f"converting it takes the base's 16-bit weights, and {error}: {HOW_TO_CONVERT}"]
+            ) from error
+
+    return read
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterLifecycle:
     """What is built of it.
 
     Attributes:
+        check: of everything that comes in.
         lora_path_root: what vLLM's calls may load; None: there are no such calls.
         hub: fetches adapters when they are first asked for; None fetches none.
         work: repeated from `start` to `stop`.
@@ -74,6 +104,7 @@ class AdapterLifecycle:
     pins: Pins
     prover: Prover
     publisher: Publisher
+    check: CountedCheck
     lora_path_root: LoraPathRoot | None
     hub: HubAdapters | None = None
     work: Sequence[RepeatedTask] = field(default_factory=list)
@@ -123,7 +154,7 @@ class AdapterLifecycle:
             hub = HubAdapters(
                 store, publisher, config.hub_adapter_list, fetch, limit=limit, seconds=config.upload_timeout
             )
-        return cls(pins, prover, publisher, lora_path_root, hub, work)
+        return cls(pins, prover, publisher, check, lora_path_root, hub, work)
 
     def start(self) -> None:
         """On the event loop, when the engine takes sequences."""
@@ -133,6 +164,7 @@ class AdapterLifecycle:
 
     def stop(self) -> None:
         """Blocks until the work that is under way has ended."""
+        self.check.stop()
         if self.hub is not None:
             self.hub.stop()
         for work in self.work:

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -42,7 +42,7 @@ from loramux_server.metrics.gauges import GaugeReadings
 from loramux_server.metrics.metrics import Metrics
 from loramux_server.publishing.preload import preload
 from loramux_server.publishing.proof import Prover
-from loramux_server.serving.adapter_lifecycle import AdapterLifecycle, CountedCheck, pin_bytes
+from loramux_server.serving.adapter_lifecycle import AdapterLifecycle, CountedCheck, original_for_adapters, pin_bytes
 from loramux_server.serving.device_sizes import MIB, BaseSizes, Room, Sizes, sizes_of
 from loramux_server.serving.loop_pauses import LoopPauses
 from loramux_server.serving.memory_plan import summary
@@ -115,7 +115,14 @@ def build(config: ServeConfig, source: BaseSource, stages: Stages, connections: 
     cache_dir = cache_dir_of(config.cache_dir, os.environ)
     kernels = choose_kernels(device, kernels_of(os.environ))
     with stages.stage("load the base"), returning_memory():
-        base = load_base_model(source, device=device, cache_dir=cache_dir, report=stages.note, kernels=kernels)
+        base = load_base_model(
+            source,
+            device=device,
+            cache_dir=cache_dir,
+            report=stages.note,
+            kernels=kernels,
+            vectors=config.adapter_vectors,
+        )
         shape = probe_kv_shape(base.model, device, whole_numbers=kernels.whole_numbers)
         tokenizer = BaseTokenizer(
             base.tokenizer,
@@ -144,7 +151,9 @@ def build(config: ServeConfig, source: BaseSource, stages: Stages, connections: 
         sizes = _sizes(config, base, shape)
         with stages.stage("check the base through the engine's own path"):
             parts = Parts.build(config, base, shape, store, metrics, sizes, stages.progress)
-        check = CountedCheck(base.info(tokenizer.encoder), sizes.max_rank, metrics)
+        original = original_for_adapters(base.source.directory, base.names.whole_tensors)
+        info = replace(base.info(tokenizer.encoder), token_bytes=sizes.tokens)
+        check = CountedCheck(info, sizes.max_rank, metrics, original)
 
         def build_prover(forget: Callable[[str], None]) -> Prover:
             return Prover(
@@ -281,6 +290,7 @@ class Parts:
             inbox,
             metrics,
             kept_blocks=sizes.kept_blocks,
+            token_bytes=sizes.tokens,
             watchdog_timeout=config.watchdog_timeout,
         )
         return cls(device, host_cache, inbox, EngineClient(engine, in_host=host_cache.holds))
@@ -291,6 +301,7 @@ class Parts:
             "base": base_bytes,
             "adapter_device": self.device.slots.held_bytes,
             "adapter_host": self.host_cache.stats().nbytes,
+            "adapter_tokens": self.device.slots.token_bytes(elsewhere=self.host_cache.holds),
             "kv": self.device.cache.held_bytes(max(self.client.stats().kv_blocks_peak, self.device.checked.blocks)),
         }
 
@@ -301,7 +312,13 @@ def _sizes(config: ServeConfig, base: BaseModel, shape: KVShape) -> Sizes:
     form = DecoderForm.of_skeleton(base.model) if base.kernels.name == "triton" else None
     return sizes_of(
         config,
-        BaseSizes(base.linears, shape, base.context_length, form),
+        BaseSizes(
+            base.linears,
+            shape,
+            base.context_length,
+            form,
+            vectors=config.adapter_vectors and not base.device.is_host,
+        ),
         Room(memory.total, memory.free, base.device.sizes),
         reply=config.default_max_tokens,
         max_background_tokens=config.proof_tokens,

@@ -5,6 +5,7 @@
     graphs        steps that are captured, at most
     pool          of the rest 90 %, or what --device-memory-mib says: adapters and KV cache; less where the check of the
                   kernels, which is over when graphs are captured, needs more than graphs and the rest
+    tokens        what adapters have of their own for tokens: if it is not set, half of what is left, at most 1 GiB
     left          what nobody gets: for libraries, and for what is there for a moment
 
 A CPU's memory is not shared out: what is reserved there is taken as it fills, so its pool is a number of its own.
@@ -17,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loramux_adapters.device.defaults import SizeDefaults
-from loramux_adapters.lora.lora_linear import row_bytes
+from loramux_adapters.lora.lora_linear import affine_bytes, row_bytes
 from loramux_adapters.lora.slots import SMALLEST_RANK, bucket_of
 from loramux_server.config.sizes import AsksForSizes, nothing_for_the_cache
 from loramux_server.engine.build import limits_of
@@ -43,17 +44,20 @@ class BaseSizes:
         kv: what a token takes in the cache.
         context: most tokens that the base was built for.
         form: of a whole step; None where its modules run one by one.
+        vectors: slots have room for gain and shift, which is reserved with them.
     """
 
     linears: Mapping[str, tuple[int, int]]
     kv: KVShape
     context: int
     form: DecoderForm | None
+    vectors: bool = False
 
     @property
     def row_bytes(self) -> int:
         """Of one rank row over all layers."""
-        return row_bytes(dict(self.linears))
+        beside = affine_bytes(sum(outputs for _, outputs in self.linears.values())) if self.vectors else 0
+        return row_bytes(dict(self.linears)) + beside // SMALLEST_RANK
 
     def workspace(self, limits: StepLimits) -> int:
         """Bytes that the largest step works in: exact for a whole step, else an estimate."""
@@ -113,6 +117,7 @@ class Sizes:
         max_rank: of one adapter.
         num_blocks, kept_blocks: of the KV cache, and of these most that are kept for their content.
         workspace, graphs, arena, cache: bytes.
+        tokens: bytes for what adapters have of their own for tokens.
         left: bytes of the device that nobody gets; 0 where memory is taken as it fills.
     """
 
@@ -127,6 +132,7 @@ class Sizes:
     graphs: int
     arena: int
     cache: int
+    tokens: int
     left: int
 
 
@@ -163,6 +169,7 @@ def needed_bytes(asked: AsksForSizes, base: BaseSizes, room: Room, context: int)
     """Bytes that must be free on a card, beside the base, so that `sizes_of` gives a request of this length a place."""
     config = _scheduler(asked, room.defaults, {})
     work, graphs = base.workspace(limits_of(config, -(-context // BLOCK_SIZE))), _graphs(asked, room)
+    work += _tokens_set(asked)
     cache = (max(BLOCKS_TO_CHECK, -(-context // BLOCK_SIZE)) + 1) * base.kv.block_bytes
     smallest = SMALLEST_RANK * base.row_bytes
     arena = None if asked.adapter_memory_mib is None else asked.adapter_memory_mib * MIB
@@ -180,7 +187,7 @@ def _shared_out(
     on_host = room.defaults.memory is not None
     workspace = 0 if on_host else base.workspace(limits_of(config, -(-context // BLOCK_SIZE)))
     graphs = _graphs(asked, room)
-    pool = _pool(asked, room, workspace, graphs, base.check())
+    pool = _pool(asked, room, workspace + (0 if on_host else _tokens_set(asked)), graphs, base.check())
     arena = pool // 4 if asked.adapter_memory_mib is None else asked.adapter_memory_mib * MIB
     if arena >= pool:
         raise ConfigError(
@@ -205,6 +212,10 @@ def _shared_out(
         )
     context = min(context, blocks * BLOCK_SIZE)
     kept = room.defaults.kept if asked.prefix_cache_mib is None else asked.prefix_cache_mib * MIB
+    left = 0 if on_host else room.free - workspace - graphs - pool
+    tokens = room.defaults.tokens if on_host else min(room.defaults.tokens, left // 2)
+    if asked.token_memory_mib is not None:
+        tokens = asked.token_memory_mib * MIB
     return Sizes(
         # 2: a slot of 8 rows counts as 16
         scheduler=config if room.defaults.ranks or asked.max_summed_rank else replace(config, max_ranks=2 * rows),
@@ -218,7 +229,8 @@ def _shared_out(
         graphs=graphs,
         arena=rows * base.row_bytes,
         cache=blocks * base.kv.block_bytes,
-        left=0 if on_host else room.free - workspace - graphs - pool,
+        tokens=tokens,
+        left=0 if on_host else left - tokens,
     )
 
 
@@ -255,6 +267,11 @@ def _graphs(asked: AsksForSizes, room: Room) -> int:
     if asked.graph_memory_mib is not None:
         return asked.graph_memory_mib * MIB
     return min(room.defaults.graphs, room.total // room.defaults.graphs_part)
+
+
+def _tokens_set(asked: AsksForSizes) -> int:
+    """Bytes that nobody else gets; where nothing is said, what is left has room for some."""
+    return 0 if asked.token_memory_mib is None else asked.token_memory_mib * MIB
 
 
 def _pool(asked: AsksForSizes, room: Room, workspace: int, graphs: int, check: int) -> int:

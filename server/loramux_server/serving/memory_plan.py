@@ -87,6 +87,8 @@ def memory_table(base: BaseModel, sizes: Sizes, host_cache: int, overhead: int) 
     """
     nf4, row = resident_bytes(base.model), sizes.arena // sizes.arena_rows
     full = sizes.num_blocks // -(-sizes.context // BLOCK_SIZE)
+    reserved = not base.device.is_host and base.weights is not None and base.weights.vectors
+    layers = "with DoRA or biases" if reserved else "on every layer"
     in_host = [
         ("adapters in host memory", host_cache, "up to"),
         ("everything else", overhead, "libraries, tokenizer, work of a full step; just measured"),
@@ -105,14 +107,15 @@ def memory_table(base: BaseModel, sizes: Sizes, host_cache: int, overhead: int) 
         (
             "adapters",
             sizes.arena,
-            f"up to; {sizes.arena_rows // 16} of rank 16 on every layer, {16 * row / MIB:.1f} MiB each",
+            f"up to; {sizes.arena_rows // 16} of rank 16 {layers}, {16 * row / MIB:.1f} MiB each",
         ),
     ]
+    of_tokens = ("tokens of adapters", sizes.tokens, "up to; trained tokens, saved embeddings and output heads")
     if base.device.is_host:
         outputs = sum(shape[1] for shape in base.linears.values())
         size = sizes.arena_rows // SMALLEST_RANK * affine_bytes(outputs)
         table.append(("magnitudes and biases", size, "up to; taken as adapters with DoRA or biases come"))
-        table += in_host
+        table += [of_tokens, *in_host]
         table.append(("together", sum(size for _, size, _ in table), "at most"))
     else:
         steps = sizes.scheduler
@@ -124,6 +127,7 @@ def memory_table(base: BaseModel, sizes: Sizes, host_cache: int, overhead: int) 
                 f"up to {steps.max_num_seqs} sequences, {steps.max_batch_tokens:,} tokens",
             ),
             ("graphs of steps", sizes.graphs, "up to"),
+            of_tokens,
         ]
         together = sum(size for _, size, _ in table)
         table.append(("together", together, f"of {memory.total / MIB:,.0f} MiB on the device"))

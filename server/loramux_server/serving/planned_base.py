@@ -13,6 +13,7 @@ from loramux_adapters.nf4 import BLOCK
 from loramux_adapters.training.run.plan import SCALE_BLOCK
 from loramux_server.kernels.attention.kv_cache import KVShape
 from loramux_server.kernels.gpu.step.form import DecoderForm
+from loramux_server.kernels.layers.mixture import SharedGate
 from loramux_server.serving.device_sizes import BaseSizes
 
 _TABLES = 4 * (16 + 256) + 4  # of a layer that bitsandbytes keeps: values of codes and of scale codes, an offset
@@ -41,10 +42,14 @@ class PlannedBase:
         return self.nf4 + self.head + self.others
 
 
-def planned_base(skeleton: Any) -> PlannedBase:
-    """`skeleton`: transformers' causal language model on the meta device."""
+def planned_base(skeleton: Any, *, vectors: bool = False) -> PlannedBase:
+    """
+    Args:
+        skeleton: transformers' causal language model on the meta device.
+        vectors: slots have room for gain and shift.
+    """
     head, embedding = skeleton.get_output_embeddings(), skeleton.get_input_embeddings()
-    in_nf4 = [layer for _, layer in linears(skeleton) if layer is not head]
+    in_nf4 = [layer for _, layer in linears(skeleton) if layer is not head and not isinstance(layer, SharedGate)]
     dense = {id(module.weight): module.weight for module in (head, embedding) if module is not None}
     counted = {id(layer.weight) for layer in in_nf4} | dense.keys()
     rest = [parameter for parameter in skeleton.parameters() if id(parameter) not in counted]
@@ -67,13 +72,21 @@ def planned_base(skeleton: Any) -> PlannedBase:
             kv=KVShape(
                 layers=int(text.num_hidden_layers),
                 kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
-                head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
+                head_dim=_head_width(text, heads),
                 dtype=torch.bfloat16,
             ),
             context=int(getattr(skeleton.config, "max_position_embeddings", 0) or 1 << 20),
             form=DecoderForm.of_skeleton(skeleton),
+            vectors=vectors,
         ),
     )
+
+
+def _head_width(text: Any, heads: int) -> int:
+    """Numbers of a head in the cache. Of latent attention, whose keys and values differ, the wider ones'."""
+    if getattr(text, "kv_lora_rank", None):
+        return int(max(text.qk_nope_head_dim + text.qk_rope_head_dim, text.v_head_dim))
+    return int(getattr(text, "head_dim", None) or text.hidden_size // heads)
 
 
 def _nf4_bytes(layer: nn.Linear) -> int:

@@ -192,7 +192,7 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def in_daemon_thread(work: Callable[[], T]) -> Future[T]:
+def in_daemon_thread(work: Callable[[], T], name: str = "startup") -> Future[T]:
     """Runs the work in a thread that does not keep the process alive when everything else has ended."""
     future: Future[T] = Future()
 
@@ -202,5 +202,5 @@ def in_daemon_thread(work: Callable[[], T]) -> Future[T]:
         except BaseException as error:  # handed over, whatever it is: the waiting side raises it
             future.set_exception(error)
 
-    threading.Thread(target=body, name="startup", daemon=True).start()
+    threading.Thread(target=body, name=name, daemon=True).start()
     return future

@@ -96,6 +96,7 @@ def test_what_is_not_applied_is_told() -> None:
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"max_new_tokens": 2**31}, "max_new_tokens"),
         ({"max_length": "4096"}, "max_length"),
+        ({"max_length": 1}, "max_length"),
         ({"do_sample": 1}, "do_sample"),
         ({"stop_strings": [""]}, "stop_strings"),
         ({"stop_strings": ["x" * 257]}, "stop_strings"),

@@ -322,12 +322,13 @@ def test_with_gain_and_shift_a_row_has_the_same_bits_alone_on_every_instruction_
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-@pytest.mark.parametrize("path", NATIVE)
-def test_room_for_gain_and_shift_changes_no_bit_of_adapters_without(path: str) -> None:
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("summed", [False, True], ids=["one adapter a row", "sums"])
+def test_room_for_gain_and_shift_changes_no_bit_of_adapters_without(path: str, summed: bool) -> None:
     plain, roomy = make_arena(576, 192), make_arena(576, 192, affine=True)
     roomy.targeted.fill_(HAS_DELTA)
-    rows = make_sums(POPULARITY["zipf"], RANKS)
-    x, y = torch.randn(rows.num_rows, 576), torch.randn(rows.num_rows, 192)
+    rows = make_sums(POPULARITY["zipf"], RANKS) if summed else make_rows(POPULARITY["zipf"])
+    x, y = rows_for(path, rows.num_rows, 576), rows_for(path, rows.num_rows, 192)
     first, second = y.clone(), y.clone()
     paths()[path](first, x, plain, rows)
     paths()[path](second, x, roomy, rows)

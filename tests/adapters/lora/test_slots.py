@@ -444,3 +444,43 @@ def test_who_is_found_does_not_depend_on_how_many_rows_there_are() -> None:
         steps.append(lines_run(partial(table.acquire, "new", 64)))
         assert table.evictions == 8
     assert steps[1] < 5 * steps[0]
+
+
+def test_who_takes_too_much_beside_the_arena_has_others_leave_and_waits_for_those_that_are_pinned() -> None:
+    gone: list[str] = []
+    table = SlotTable(64, beside=10, on_gone=gone.append)
+    for version, nbytes in (("a", 4), ("b", 5), ("plain", 0)):
+        assert table.acquire_all({version: 8}, {version: nbytes})
+    assert table.acquire_all({"c": 8}, {"c": 2}) is None, "both are pinned"
+    assert table.resident == ["a", "b", "plain"] and not gone
+    for version in ("b", "a", "plain"):
+        table.release(version)
+    table.keep(["b"])
+    assert table.acquire_all({"c": 8}, {"c": 2}) and gone == ["a"], "b is kept, though it was used before a"
+    assert table.acquire_all({"d": 8, "b": 8}, {"d": 4}) is None, "b's own and c's are too much with it"
+    table.release("c")
+    assert table.acquire_all({"d": 8, "b": 8}, {"d": 5}) and gone == ["a", "c"]
+    assert not table.fits_beside(6, 5) and table.fits_beside(5, 5)
+    for version in ("d", "b"):
+        table.release(version)
+    table.retire("b")
+    assert gone == ["a", "c", "b"] and table.evictions == 2
+    assert table.acquire_all({"e": 32, "f": 32}, {"e": 9, "f": 1}) and set(gone[3:]) == {"d", "plain"}
+    table.check_integrity()
+
+
+def test_one_that_is_placed_anew_takes_as_much_beside_as_before_and_is_told_of() -> None:
+    gone: list[str] = []
+    table = SlotTable(32, beside=10, on_gone=gone.append)
+    assert table.acquire_all({"pinned": 8}) and table.acquire_all({"a": 8}, {"a": 7})
+    assert table.acquire_all({"other": 16})
+    for version in ("a", "pinned", "other"):
+        table.release(version)
+    acquired = table.acquire_all({"a": 8, "b": 16, "c": 8}, {"b": 3})
+    assert acquired is not None
+    table.check_integrity()
+    if acquired["a"].is_new:
+        assert "a" in gone
+    for version in acquired:
+        table.release(version)
+    assert table.acquire_all({"d": 8}, {"d": 1}) is not None and ("a" in gone or "b" in gone)

@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
+from loramux_adapters.artifact.own_tokens import OwnToken, OwnTokens
 from loramux_adapters.errors import AdapterNotFound, StoreUnavailable
 from loramux_server.api.completions.request.chat import parse_chat
 from loramux_server.engine.scheduling.sequence import AdapterUse
 from loramux_server.errors import RequestError
-from support.fakes_api import BASE_NAME, VERSION, Server, make_server, record_of
+from support.adapter_files import MINIMAL_CONFIG
+from support.fakes_api import BASE_NAME, VERSION, FakeTokenizer, Server, make_server, record_of
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 OTHER = hashlib.sha256(b"other").hexdigest()
@@ -176,3 +180,57 @@ async def test_a_sum_counts_once_under_composed(server: Server) -> None:
     assert server.metric('loramux_requests_total{adapter="composed",outcome="stop"}') == 1
     assert server.metric('loramux_requests_total{adapter="pirate",outcome="stop"}') == 1
     assert server.metric('loramux_requests_total{adapter="other",outcome="stop"}') == 0
+
+
+def published(server: Server, version: str, rows: int, own: bytes | None = None) -> None:
+    """Files of a version that saved an embedding of so many rows whole."""
+    directory = server.store.directory(version)
+    directory.mkdir()
+    (directory / "adapter_config.json").write_text(json.dumps(MINIMAL_CONFIG | {"modules_to_save": ["embed_tokens"]}))
+    name = "base_model.model.model.embed_tokens.weight"
+    save_file({name: torch.zeros(rows, 2)}, directory / "adapter_model.safetensors")
+    if own is not None:
+        (directory / "own_tokens.json").write_bytes(own)
+
+
+KNOWN = FakeTokenizer.vocab_size
+CALL, ASK = (OwnTokens((OwnToken(KNOWN, text),)).dump() for text in ("<call>", "<ask>"))
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("rows", "own", "refused"),
+    [
+        ((KNOWN, KNOWN), (None, None), None),
+        ((KNOWN + 1, KNOWN), (CALL, None), None),
+        ((KNOWN + 1, KNOWN + 1), (CALL, CALL), None),
+        ((KNOWN + 1, KNOWN + 1), (CALL, ASK), "add different tokens"),
+        ((KNOWN + 1, KNOWN + 1), (CALL, None), "other came without the files of its tokenizer"),
+        ((KNOWN + 1, KNOWN + 9), (None, None), "pirate came without the files of its tokenizer"),
+    ],
+)
+async def test_adapters_that_add_tokens_answer_together_only_if_these_are_known_to_be_the_same(
+    server: Server, rows: tuple[int, int], own: tuple[bytes | None, bytes | None], refused: str | None
+) -> None:
+    for version, its_rows, its_own in zip((VERSION, OTHER), rows, own, strict=True):
+        published(server, version, its_rows, its_own)
+    reply = await server.post(CHAT, chat(PIRATE, THE_OTHER))
+    if refused is None:
+        assert reply.status_code == 200, reply.text
+    else:
+        error = reply.json()["error"]
+        assert (reply.status_code, error["param"], error["code"]) == (400, "adapters", "invalid_value")
+        assert refused in error["message"] and "pirate and other" in error["message"]
+    assert (await server.post(CHAT, chat(PIRATE, THE_OTHER | {"scale": 0}))).status_code == 200, "it adds nothing"
+    assert (await server.post(CHAT, chat(PIRATE))).status_code == 200
+    server.store.known["other"] = record_of("other", VERSION)
+    assert (await server.post(CHAT, chat(PIRATE, THE_OTHER))).status_code == 200, "two names of one version"
+    assert server.store.leased == 0
+
+
+@pytest.mark.anyio
+async def test_an_adapter_with_the_factor_0_lends_a_prompt_no_tokens(server: Server) -> None:
+    published(server, VERSION, KNOWN + 1, CALL)
+    body = {"model": BASE_NAME, "prompt": [1, KNOWN]}
+    assert (await server.post(COMPLETIONS, body | {"adapters": [PIRATE]})).status_code == 200
+    assert (await server.post(COMPLETIONS, body | {"adapters": [PIRATE | {"scale": 0}]})).status_code == 400

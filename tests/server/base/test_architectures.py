@@ -12,9 +12,9 @@ from loramux_adapters.device.cpu import CpuDevice
 from loramux_server.base.loader import load_base_model
 from loramux_server.base.support import unsupported_config
 from loramux_server.errors import BaseModelError
-from loramux_server.kernels.attention.paged_attention import ATTENTION_NAME
+from loramux_server.kernels.attention.paged_attention import ATTENTION_NAME, probe_kv_shape
 from support.stepping import Stepper, relative_difference
-from support.tiny_models import ARCHITECTURES, save_tiny_model, tiny_config
+from support.tiny_models import ARCHITECTURES, NEIGHBOURS, save_tiny_model, tiny_config
 
 CPU = CpuDevice()
 
@@ -28,7 +28,7 @@ def eager_logits(model: Any, tokens: list[int]) -> torch.Tensor:
     return logits
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *NEIGHBOURS])
 def test_a_tiny_model_answers_as_transformers_does_in_chunks_and_token_by_token(
     architecture: str, tmp_path: Path
 ) -> None:
@@ -59,13 +59,17 @@ def test_the_sliding_window_is_felt_so_the_test_above_would_notice_its_absence(
 @pytest.mark.parametrize(
     ("architecture", "changes", "reason"),
     [
-        ("qwen2_moe", {"num_experts": 4}, "mixture of experts"),
+        ("phimoe", {"num_local_experts": 4}, "mixture of experts"),
         ("bloom", {}, "ALiBi"),
         ("rwkv", {}, "keeps a state of its own"),
         ("falcon_mamba", {}, "linear_attention"),
-        ("llama4_text", {"num_local_experts": 0}, "chunked_attention"),
+        (
+            "llama4_text",
+            {"layer_types": ["chunked_attention", "full_attention", "linear_attention"]},
+            "linear_attention",
+        ),
         ("t5", {}, "encoder-decoder"),
-        ("deepseek_v3", {}, "latent attention"),
+        ("glm_moe_dsa", {}, "latent attention"),
     ],
 )
 def test_what_cannot_be_served_correctly_is_named_from_its_config(
@@ -78,7 +82,7 @@ def test_what_cannot_be_served_correctly_is_named_from_its_config(
     ("architecture", "changes", "reason"),
     [
         ("gpt2", {"n_embd": 64, "n_head": 4, "n_layer": 1, "n_inner": 128}, "Conv1D"),
-        ("qwen2_moe", {"num_experts": 2, "num_experts_per_tok": 1}, "mixture of experts"),
+        ("phimoe", {"num_local_experts": 2, "num_experts_per_tok": 1}, "mixture of experts"),
     ],
 )
 def test_such_a_base_is_refused_at_start_with_the_reason(
@@ -87,6 +91,18 @@ def test_such_a_base_is_refused_at_start_with_the_reason(
     directory = save_tiny_model(tmp_path / "base", architecture, **changes)
     with pytest.raises(BaseModelError, match=reason):
         load_base_model(str(directory), device=CPU, cache_dir=tmp_path / "cache", report=lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"), [("bert", {}), ("gemma3_text", {"use_bidirectional_attention": True})]
+)
+def test_a_model_whose_tokens_see_those_behind_them_is_refused_at_start(
+    architecture: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    directory = save_tiny_model(tmp_path / "base", architecture, **changes)
+    base = load_base_model(str(directory), device=CPU, cache_dir=tmp_path / "cache", report=lambda line: None)
+    with pytest.raises(BaseModelError, match="see those behind them"):
+        probe_kv_shape(base.model, CPU, whole_numbers=True)
 
 
 def test_odd_shapes_run_on_the_unpacked_kernel(tmp_path: Path) -> None:

@@ -138,6 +138,9 @@ def test_help_on_a_terminal_is_drawn_and_says_the_same(
 def test_wrong_command_lines_are_usage_errors_that_say_what_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
     assert usage_error([], capsys) == "loramux: missing command; see `loramux --help`\n"
     assert usage_error(["sevre"], capsys) == "loramux: there is no command sevre; did you mean serve?\n"
+    base = usage_error(["plan", "./base"], capsys)
+    assert "`loramux plan serve ./base`" in base and "`loramux plan train --base ./base`" in base
+    assert "there is no command sreve" in usage_error(["plan", "sreve"], capsys)
     unknown = usage_error(["serve", "--prot", "1"], capsys)
     assert unknown == "loramux: unknown argument --prot; did you mean --port?\n"
     assert "unknown argument --jsn; did you mean --json?" in usage_error(["adapters", "list", "--jsn"], capsys)

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from loramux_adapters.artifact.own_tokens import OwnToken, OwnTokens
 from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.errors import BaseMismatch, CheckpointError
 from loramux_adapters.training.model import merge as model_merge
@@ -83,6 +85,34 @@ def test_a_merged_checkpoint_answers_like_the_adapter_and_the_report_says_how_mu
     assert load(tmp_path, tmp_path / "out").base_id != load(tmp_path, base).base_id
 
 
+def test_tokens_that_an_adapter_adds_are_the_checkpoints(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = adapter(tmp_path, base, base_id=load(tmp_path, base).base_id, targets=["q_proj"])
+    config = json.loads((found / "adapter_config.json").read_text())
+    config["modules_to_save"] = ["embed_tokens", "lm_head"]
+    (found / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(found / "adapter_model.safetensors")
+    torch.manual_seed(0)
+    for name, weight in load_file(base / "model.safetensors").items():
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            more = weight[:2] + 0.3 * weight.float().std() * torch.randn(2, weight.shape[1])
+            tensors[f"base_model.model.{name}"] = torch.cat([weight, more.to(weight.dtype)])
+    save_file(tensors, found / "adapter_model.safetensors")
+    first = len(tiny_tokenizer())
+    own = OwnTokens((OwnToken(first, "@@call"), OwnToken(first + 1, "<|done|>")), (("eos_token", "<|done|>"),))
+    (found / "own_tokens.json").write_bytes(own.dump())
+
+    assert run(*arguments(tmp_path, base, found), "--no-fidelity") == 0
+
+    report = json.loads((tmp_path / "out" / "merge.json").read_text())
+    assert report["rows"] == 4 and "and 4 rows of embeddings and output head" in capsys.readouterr().out
+    assert report["drift"]["merged"]["mean"] < 0.1 * report["drift"]["bare"]["mean"]
+    served = load(tmp_path, tmp_path / "out")
+    assert served.config.vocab_size == 322 and served.tokenizer.eos_token == "<|done|>"
+    assert served.tokenizer("@@call", add_special_tokens=False).input_ids == [first]
+
+
 def test_an_adapter_of_the_16_bit_base_is_merged_onto_it(tmp_path: Path, base: Path) -> None:
     found = adapter(tmp_path, base, base_id=load(tmp_path, base, "none").base_id)
 
@@ -122,7 +152,7 @@ def drift(quantized: float, bare: float, merged: float = 0.01) -> cli_merge.Drif
 
 def test_it_is_said_when_nf4_takes_the_adapter_away_again() -> None:
     config = cli_merge.MergeConfig(adapter="a", out=Path("out"))
-    merged = Merged(layers=1, rounded=1, head_untied=True, delta=0.03)
+    merged = Merged(layers=1, rounded=1, rows=0, head_untied=True, delta=0.03)
 
     undone = "\n".join(cli_merge._lines(config, merged, "nf4", drift(1.5, 2.0), from_gguf=False))
     kept = "\n".join(cli_merge._lines(config, merged, "16bit", drift(0.2, 2.0), from_gguf=True))
@@ -136,7 +166,7 @@ def test_it_is_said_when_nf4_takes_the_adapter_away_again() -> None:
 )
 def test_a_checkpoint_that_answers_unlike_the_adapter_is_not_recommended(onto: str, hint: str) -> None:
     config = cli_merge.MergeConfig(adapter="a", out=Path("out"))
-    merged = Merged(layers=1, rounded=1, head_untied=False, delta=0.001)
+    merged = Merged(layers=1, rounded=1, rows=0, head_untied=False, delta=0.001)
 
     said = cli_merge._lines(config, merged, onto, drift(0.09, 0.2, merged=0.33), from_gguf=False)
 

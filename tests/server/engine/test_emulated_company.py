@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from loramux_server.engine.scheduling.admission import SchedulerConfig
 from loramux_server.engine.scheduling.kv_blocks import KVBlocks
 from loramux_server.engine.scheduling.scheduler import Scheduler
 from loramux_server.engine.scheduling.sequence import (
+    NOTHING_ALLOWED,
     Batch,
     FinishReason,
     RowResult,
@@ -37,9 +39,11 @@ from loramux_server.engine.scheduling.sequence import (
 )
 from loramux_server.engine.start_check import Checker
 from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE
+from loramux_server.kernels.compiled.logit_changes import MOST_CHANGES
+from loramux_server.kernels.gpu.cuts import ChangeSizes
 from support.emulated import EmulatedDevice
 from support.fakes_engine import FakeHost, FakeMetrics
-from support.grammars import FakeGrammar
+from support.grammars import FakeGrammar, LateGrammar
 from support.stepping import Stepper
 from support.tiny_models import save_tiny_model
 
@@ -76,7 +80,7 @@ def stepper_of(files: Path, rows: int, config: SchedulerConfig) -> Stepper:
     """On a base of its own. `rows`: of the adapters' memory."""
     device = EmulatedDevice(kernels="triton")
     base = load_base_model(str(files / "base"), device=device, cache_dir=files / "cache", report=lambda _: None)
-    return Stepper(base.model, rows=rows, blocks=32, device=device, config=config)
+    return Stepper(base.model, rows=rows, blocks=64, device=device, config=config)
 
 
 @pytest.fixture(scope="module")
@@ -118,19 +122,133 @@ def test_a_row_whose_logits_are_changed_is_told_the_same_alone_and_in_company(st
         assert alone[0].logprob is not None and alone[0].logprob.top == (alone[4].logprob or alone[0].logprob).top[:2]
 
 
-def replies(stepper: Stepper, asked: dict[str, SamplingParams]) -> dict[str, list[TokenOutput]]:
-    """Of prompts that an engine works off together, with what each token was told."""
+def many(rows: int) -> list[SamplingParams]:
+    """With more edits than one launch takes, log probabilities, draws, and rows for which nothing is left."""
+    random = torch.Generator().manual_seed(3)
+    biases = (torch.randn(rows, VOCABULARY, generator=random) * 2).tolist()
+    found = [
+        SamplingParams(
+            temperature=0.6 * (at % 3),
+            seed=at,
+            top_k=20 * (at % 2),
+            top_p=0.95,
+            logprobs=(None, 0, 3)[at % 3],
+            logit_bias=tuple(enumerate(its)),
+            repetition_penalty=1.0 + at % 2,
+            allowed_token_ids=ALLOWED if at % 4 else None,
+            max_tokens=8,
+        )
+        for at, its in enumerate(biases)
+    ]
+    found[5] = replace(found[5], allowed_token_ids=(5, 12), bad_words=((5,), (12,)))
+    found[9] = replace(found[9], grammar=FakeGrammar(VOCABULARY, {}))
+    return found
+
+
+def test_one_answer_for_many_changed_rows_is_what_the_host_finds_in_several(files: Path) -> None:
+    """More rows than are changed together; a row with digests has its whole step answered by the host's questions."""
+    count = 2 * MOST_CHANGES + 3
+    stepper = stepper_of(files, 0, SchedulerConfig(max_num_seqs=count + 1, max_batch_tokens=TOKENS * (count + 1)))
+    device = stepper.device
+    assert isinstance(device, EmulatedDevice)
+    begin = len(device.started)
+    found = told(stepper, 0, *many(count))
+    started = device.started[begin:]
+    assert [found[5].error, found[9].error] == [NOTHING_ALLOWED, "the grammar has come to a dead end behind None"]
+    assert [at for at, each in enumerate(found) if each.error is not None] == [5, 9]
+    assert all(found[at].is_impossible for at in (5, 9))
+    assert found == told(stepper, 0, *many(count), OF_THE_HOST[0])[:-1]
+    adopted = [at for at, work in enumerate(started) if work == ("launch", "_adopt")]
+    assert len(adopted) == 3
+    assert started[adopted[-1] + 1 :] == [("copy", "")], "one answer"
+    edits = [len(params.logit_bias) for params in many(count)]
+    assert sum(edits[:MOST_CHANGES]) > ChangeSizes(MOST_CHANGES, VOCABULARY).edits
+
+
+def test_a_row_whose_mask_is_late_tells_its_scores_and_no_token(stepper: Stepper) -> None:
+    """All masks of a step are waited for together; the other rows are what they are without it."""
+    grammars = [LateGrammar(VOCABULARY) for _ in range(2)]
+    late = [SamplingParams(temperature=0.0, prompt_logprobs=2, grammar=grammar) for grammar in grammars]
+    alone = told(stepper, 30, CHANGED[1])[0]
+    found = told(stepper, 30, CHANGED[1], *late)
+    assert found[0] == alone
+    for result, grammar in zip(found[1:], grammars, strict=True):
+        assert (result.is_late, result.token_id, result.error, grammar.late) == (True, None, None, 1)
+        grammar.open()
+    opened = told(stepper, 30, CHANGED[1], *late)
+    free = told(stepper, 30, replace(late[0], grammar=None))[0]
+    assert opened == [alone, free, free] and free.token_id is not None
+    assert [result.scores for result in found[1:]] == [free.scores] * 2 and len(free.scores) == TOKENS - 1
+    assert told(stepper, 30, replace(late[0], grammar=LateGrammar(VOCABULARY)), OF_THE_HOST[0])[0] == found[1]
+
+
+def test_who_sits_steps_out_on_a_device_has_the_reply_of_who_need_not(stepper: Stepper) -> None:
+    params = SamplingParams(temperature=0.9, seed=8, logprobs=1, max_tokens=6)
+    grammar, others = LateGrammar(VOCABULARY), SamplingParams(temperature=0.0, max_tokens=9)
+    alone = {name: replies(stepper, {name: its})[name] for name, its in (("held", params), ("other", others))}
+
+    def open_late(delivered: list[tuple[str, TokenOutput]]) -> None:
+        if sum(name == "other" for name, _ in delivered) and grammar.late:
+            grammar.open()
+
+    held = {"held": replace(params, grammar=grammar), "other": others}
+    assert replies(stepper, held, heard=open_late) == alone
+    assert grammar.late == 1 and len(grammar.heard) == 6
+
+
+def test_steps_that_are_changed_whatever_was_chosen_are_started_ahead(stepper: Stepper) -> None:
+    asked = {
+        "biased": SamplingParams(temperature=0.0, logprobs=1, max_tokens=6, logit_bias=((40, 3.0), (41, -100.0))),
+        "long": SamplingParams(
+            temperature=0.9, seed=3, max_tokens=6, min_tokens=4, stop_token_ids=frozenset(range(200))
+        ),
+        "few": SamplingParams(temperature=1.1, seed=4, max_tokens=6, allowed_token_ids=ALLOWED),
+    }
+    alone = {name: replies(stepper, {name: params})[name] for name, params in asked.items()}
+    runner, seen = stepper.runner, []
+
+    class Watching:
+        """A runner that tells which steps may be overtaken."""
+
+        def start(self, batch: Batch) -> StartedStep:
+            step = runner.start(batch)
+            seen.append((step.ahead, any(row.follows for row in batch.rows)))
+            return step
+
+    stepper.runner = Watching()  # type: ignore[assignment]
+    try:
+        assert replies(stepper, asked) == alone
+        assert all(ahead for ahead, _ in seen) and sum(follows for _, follows in seen) >= 5
+        seen.clear()
+        replies(stepper, {"penalty": replace(asked["biased"], presence_penalty=0.1)})
+        assert seen and not any(ahead or follows for ahead, follows in seen)
+    finally:
+        stepper.runner = runner
+    long = [one.token_id for one in alone["long"]]
+    assert len(long) >= 4 and all(token is not None and token >= 200 for token in long[:4])
+    assert all(one.token_id in ALLOWED for one in alone["few"])
+
+
+def replies(
+    stepper: Stepper,
+    asked: dict[str, SamplingParams],
+    heard: Callable[[list[tuple[str, TokenOutput]]], None] = lambda delivered: None,
+) -> dict[str, list[TokenOutput]]:
+    """Of prompts that an engine works off together, with what each token was told; `heard` is told of all as well."""
     blocks, slots = KVBlocks(32, BLOCK_SIZE), SlotTable(8)
     scheduler = Scheduler(STEPS, blocks, slots, FakeHost())
     engine = Engine(scheduler, stepper.runner, Inbox(8), FakeMetrics())
     outputs: dict[str, list[TokenOutput]] = {name: [] for name in asked}
     for name, params in asked.items():
-        grammar = None if params.grammar is None else FakeGrammar(VOCABULARY, GRAMMAR, ends_with=[300])
+        grammar = params.grammar
+        if isinstance(grammar, FakeGrammar) and not isinstance(grammar, LateGrammar):  # one of its own each time
+            grammar = FakeGrammar(VOCABULARY, GRAMMAR, ends_with=[300])
         engine.submit(Sequence(name, [7, len(name), 9], replace(params, grammar=grammar)))
 
     def deliver(delivered: list[tuple[str, TokenOutput]]) -> None:
         for name, output in delivered:
             outputs[name].append(output)
+        heard(delivered)
 
     engine.work_off(deliver)
     return {

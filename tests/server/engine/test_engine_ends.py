@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from loramux_adapters.errors import DeviceFull
 from loramux_server.engine.engine import MAX_FAILED_STEPS
 from loramux_server.engine.inbox import EngineState
 from loramux_server.engine.scheduling.admission import SchedulerConfig
@@ -92,6 +93,22 @@ def test_failed_steps_with_a_good_one_between_do_not_end_the_engine(rig: Rig) ->
         rig.engine.submit(sequence(str(i)))
         rig.deliveries.final(str(i))
     assert rig.engine.alive
+
+
+def test_an_adapter_for_which_the_device_has_no_room_ends_nobody_but_its_own_step(rig: Rig) -> None:
+    for i in range(2 * MAX_FAILED_STEPS):
+        rig.runner.start_failures = [DeviceFull("no room")]
+        rig.engine.submit(sequence(str(i), version="large"))
+        final = rig.deliveries.final(str(i))
+        assert final.finish_reason is ERROR and "no room for an adapter" in str(final.error)
+    assert rig.engine.alive
+    rig.engine.submit(sequence("base"))
+    assert rig.deliveries.reason("base") is LENGTH
+    for i in range(MAX_FAILED_STEPS):  # nothing is to be copied: the engine cannot work there
+        rig.runner.start_failures = [DeviceFull("no room")]
+        rig.engine.submit(sequence(f"of the base {i}"))
+        assert rig.deliveries.reason(f"of the base {i}") is ERROR
+    eventually(lambda: not rig.engine.alive)
 
 
 def test_a_bug_outside_the_step_ends_the_engine_and_every_sequence(monkeypatch: pytest.MonkeyPatch) -> None:

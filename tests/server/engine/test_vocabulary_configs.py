@@ -19,31 +19,14 @@ from loramux_server.engine.scheduling.sequence import Batch, SamplingParams, Sch
 from loramux_server.kernels.choice import available_kernels, choose_kernels
 from support.stepping import CPU, Stepper
 from support.tiny_models import save_tiny_model
+from support.vocabulary_adapters import ATTENTION, KINDS, PROMPT, TIED, write
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*tie.*:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*save_embedding_layers.*:UserWarning"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
-PROMPT = [3, 300, 7, *range(20, 33), 305, 3, 41]
 MEAN, MOST = 0.01, 0.15  # of the mean change of a log probability
-ATTENTION = ["q_proj", "v_proj"]
-KINDS: dict[str, dict[str, Any]] = {
-    "few tokens": {"target_modules": ATTENTION, "trainable_token_indices": [300, 3, 305]},
-    "tokens of both": {
-        "target_modules": ATTENTION,
-        "trainable_token_indices": {"embed_tokens": [300, 3], "lm_head": [7, 19, 8]},
-    },
-    "tokens of the head": {"target_modules": ATTENTION, "trainable_token_indices": {"lm_head": [7, 19, 8]}},
-    "saved head": {"target_modules": ATTENTION, "modules_to_save": ["lm_head"]},
-    "saved embedding": {"target_modules": ATTENTION, "modules_to_save": ["embed_tokens"]},
-    "saved both": {"target_modules": ATTENTION, "modules_to_save": ["embed_tokens", "lm_head"]},
-    "LoRA on the embedding": {"target_modules": [*ATTENTION, "embed_tokens"]},
-    "LoRA on both": {"target_modules": ["embed_tokens", "lm_head", "down_proj"]},
-    "LoRA on the embedding alone": {"target_modules": ["embed_tokens"]},
-    "LoRA on the embedding, saved head": {"target_modules": ["embed_tokens"], "modules_to_save": ["lm_head"]},
-}
-TIED = [kind for kind in KINDS if kind not in ("tokens of both", "LoRA on both")]
 
 
 def load(directory: Path, cache: Path, *, exact: bool = False, kernels: str | None = None) -> BaseModel:
@@ -62,27 +45,6 @@ def untrained_gradients() -> Iterator[None]:
     """peft wants gradients for what it makes."""
     with torch.enable_grad():
         yield
-
-
-def write(model: Any, directory: Path, settings: dict[str, Any], seed: int, prompt: list[int] = PROMPT) -> torch.Tensor:
-    """A random adapter of these settings, as peft writes it, and the logits [tokens, vocabulary] that it gives."""
-    torch.manual_seed(seed)
-    model.lm_head.__dict__.pop("forward", None)  # it would be the original's in peft's copy
-    made = get_peft_model(
-        model, LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", init_lora_weights=False, **settings)
-    ).eval()
-    with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            if "trainable_tokens_delta" in name:
-                parameter += 0.3 * parameter.std() * torch.randn_like(parameter)
-            elif ".modules_to_save." in name:
-                some = torch.rand(len(parameter)) < 0.4
-                some[[3, 300, 7]] = True
-                parameter[some] += 0.3 * parameter.std() * torch.randn_like(parameter[some])
-        logits: torch.Tensor = made(torch.tensor([prompt])).logits[0]
-    made.save_pretrained(directory, save_embedding_layers=False)
-    made.unload()
-    return logits
 
 
 @pytest.mark.parametrize("kernels", [None, "modules", "tensor"])

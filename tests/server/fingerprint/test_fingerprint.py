@@ -220,3 +220,13 @@ def test_a_written_fingerprint_is_read_back_as_it_was() -> None:
 def test_a_strangers_file_is_refused_with_the_reason(raw: bytes, why: str) -> None:
     with pytest.raises(AdapterRejected, match=why):
         parse(raw)
+
+
+def test_a_base_is_asked_about_nothing_behind_a_token_that_it_does_not_know() -> None:
+    said = [
+        Witness("a", (1, 2), "b", (3, 4), (-1.0, -2.0)),
+        Witness("a", (1, 2), "b", (3, 9, 4), (-1.0, -2.0, -3.0)),
+        Witness("a", (1, 9), "b", (3,), (-1.0,)),
+        Witness("a", (1,), "b", (9, 1), (-1.0, -2.0)),
+    ]
+    assert fingerprint.as_far_as(said, 9) == (said[0], Witness("a", (1, 2), "b", (3,), (-1.0,)))

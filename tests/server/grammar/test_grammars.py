@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loramux_adapters.artifact.own_tokens import OwnToken, OwnTokens
 from loramux_server.errors import GrammarFailed, RequestError, ServerBusy
 from loramux_server.grammar.grammars import Grammars
 from loramux_server.grammar.limits import GrammarLimits
@@ -279,3 +280,44 @@ def test_a_grammar_that_no_reply_can_begin_is_refused(grammars: Grammars) -> Non
     end = min(grammars.prepare().stop_ids)
     with pytest.raises(RequestError, match="no token of the base may come first"):
         grammars.of(Shape("lark", f'start: <[{end}]> "a"'), "guided_grammar")
+
+
+OWN = OwnTokens((OwnToken(258, "@@call"), OwnToken(259, "<|done|>", special=True)), (("eos_token", "<|done|>"),))
+
+
+@pytest.mark.parametrize("shape", [Shape("regex", "(@@call)+"), Shape("lark", 'start: "@@call"+')])
+def test_a_shape_is_written_in_the_tokens_of_the_adapter_and_ends_with_its_end(
+    grammars: Grammars, shape: Shape
+) -> None:
+    own, bare = grammars.of(shape, "p", OWN), grammars.of(shape, "p")
+    at, *others = bytes_tokenizer().encode("@@call", special=False)
+    assert tokens_in(own.mask()).tolist() == [at, 258]
+    assert tokens_in(bare.mask()).tolist() == [at]
+    own.advance(258)
+    for token in (at, *others):
+        bare.advance(token)
+    assert tokens_in(own.mask()).tolist() == [at, 257, 258, 259]
+    assert tokens_in(bare.mask()).tolist() == [at, 257], "to the base no other token ends a reply"
+
+
+def test_a_grammar_is_kept_for_the_tokens_it_was_made_for(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, shape = count_compiled(grammars, monkeypatch), Shape("choice", ["@@call"])
+    for own in (OWN, None, OWN, None):
+        grammars.of(shape, "p", own).mask()
+        gc.collect()
+    assert len(compiled) == 2
+
+
+def test_tokens_of_the_adapters_that_asked_last_are_kept_and_their_grammars_with_them(grammars: Grammars) -> None:
+    shape = Shape("regex", "a+")
+    several = [OwnTokens((OwnToken(258, f"@@{number}"),)) for number in range(7)]
+    running = grammars.of(shape, "p", several[0])
+    for own in (None, *several):
+        grammars.of(shape, "p", own).mask()
+        gc.collect()
+    assert len(grammars._spoken) == 5 and None in grammars._spoken
+    assert {number for number, _ in grammars._idle} == {spoken.number for spoken in grammars._spoken.values()}
+    write(running, "aa")  # what is in use goes on
+    del running
+    gc.collect()
+    assert {number for number, _ in grammars._idle} == {spoken.number for spoken in grammars._spoken.values()}

@@ -8,7 +8,7 @@ import pytest
 from loramux_server.base.tokenizer import BaseTokenizer
 from loramux_server.errors import RequestError
 from loramux_server.grammar.shape import Shape
-from loramux_server.grammar.vocabulary import Vocabulary
+from loramux_server.grammar.vocabulary import TokenTexts, Vocabulary
 from support.grammar_walks import Walk, bytes_tokenizer, family_tokenizer, grammars_of, tokens_in
 from support.tiny_models import tiny_tokenizer
 from support.tokenizer_families import NAMES
@@ -93,3 +93,18 @@ def test_a_tokenizer_may_know_more_tokens_than_the_base() -> None:
 
     assert tokens_in(vocabulary.choosable(everything)).max() == 199
     assert vocabulary.choosable(everything).shape == (7,)
+
+
+def test_the_longest_token_that_has_certain_bytes_side_by_side_is_found() -> None:
+    texts = TokenTexts([b"abc", b"", b"ab", b"aab", b"b", b"\xff\x00"])
+    beside = [0] * 256
+    beside[ord("a")] = 1 << ord("b")
+    a_and_b = 1 << ord("a") | 1 << ord("b")
+    assert texts.longest(a_and_b, beside) == 2
+    assert texts.longest(1 << ord("b"), beside) == 1
+    assert texts.longest(1 << ord("c"), beside) == 0
+    beside[ord("b")] = 1 << ord("c")
+    assert texts.longest(a_and_b, beside) == 3
+    beside[0xFF] = 1
+    assert texts.longest(1 << 0xFF, beside) == 2
+    assert TokenTexts([]).longest(1, beside) == 0

@@ -62,6 +62,9 @@ def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: AttentionPa
         scores = params.softcap * torch.tanh(scores / params.softcap)
     distance = torch.arange(len(q))[:, None] - torch.arange(len(q))[None]
     hidden = (distance < 0) | ((distance >= params.window) if params.window else torch.zeros_like(distance).bool())
+    if params.chunk:
+        of_chunk = torch.arange(len(q)) // params.chunk
+        hidden |= of_chunk[:, None] != of_chunk[None]
     scores = scores.masked_fill(hidden, float("-inf"))
     if params.sinks is not None:
         scores = torch.cat([scores, params.sinks.double()[:, None, None].expand(-1, len(q), 1)], dim=-1)
@@ -132,6 +135,40 @@ def test_every_path_gives_softmax_attention(
         rows = slice(start, start + length)
         expected = exact(case.q[rows], case.k[rows], case.v[rows], params)
         assert (out[rows].double() - expected).abs().max() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (8, 8, 16)])
+@pytest.mark.parametrize("chunk", [1, 7, 16, 40, 500])
+def test_every_path_sees_the_keys_of_a_rows_own_chunk(
+    path: str, heads: int, kv_heads: int, dim: int, chunk: int
+) -> None:
+    attend, dtype = paths()[path]
+    case, params = Case(heads, kv_heads, dim, dtype), AttentionParams(dim**-0.5, chunk=chunk)
+    out = case.run(attend, case.cache(), ALL, params)
+    for start, length in zip(case.starts, LENGTHS, strict=True):
+        rows = slice(start, start + length)
+        expected = exact(case.q[rows], case.k[rows], case.v[rows], params)
+        assert (out[rows].double() - expected).abs().max() < TOLERANCE[dtype]
+    cache, which = case.cache(), len(LENGTHS) - 1  # over a chunk's edge, in pieces
+    pieces = [case.run(attend, cache, [(which, first, 10)], params) for first in range(0, LENGTHS[which], 10)]
+    whole = out[case.starts[which] :]
+    assert torch.equal(torch.cat(pieces), whole) if "varlen" not in path else torch.allclose(torch.cat(pieces), whole)
+
+
+@pytest.mark.parametrize("chunk", [7, 40])
+def test_chunks_have_the_same_bits_on_every_instruction_set_and_in_company(chunk: int) -> None:
+    case, params = Case(9, 3, 64, WHOLE), AttentionParams(0.125, chunk=chunk)
+    whole = [case.run(paths()[path][0], case.cache(), ALL, params) for path in NATIVE]
+    assert all(torch.equal(out, whole[0]) for out in whole)
+    for which, start in enumerate(case.starts):
+        alone = case.run(paths()[NATIVE[0]][0], case.cache(), [(which, 0, LENGTHS[which])], params)
+        assert torch.equal(alone, whole[0][start : start + LENGTHS[which]])
+
+
+def test_a_layer_with_chunks_and_a_window_is_refused() -> None:
+    with pytest.raises(BaseModelError, match="chunks and a window"):
+        AttentionParams(0.125, window=7, chunk=40)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ ADAPTERS = [
     (ScaledSlot(Slot(0, 8)), ScaledSlot(Slot(32, 32), -0.7)),
     (ScaledSlot(Slot(32, 32)),),
 ]
+WHOLE_MIXTURES = ("qwen3_moe", "mixtral", "olmoe", "flex_olmo", "gpt_oss")
 CAPPED = {"Gemma 2", "long heads"}  # PyTorch's own tanh is the last thing that their modules do
 
 
@@ -167,7 +169,14 @@ def mutations(decoder: Decoder) -> Iterator[tuple[str, Any, str, Any]]:
         yield f"scaling {index}", layer, "scaling", layer.scaling * 1.0001
         yield f"softcap {index}", layer, "softcap", 0 if layer.softcap else 50
         yield f"window {index}", layer, "window", layer.window + 1 if layer.window else 15
-        yield f"gelu {index}", layer, "gelu", 1 - layer.gelu
+        if layer.experts.layers:
+            yield from mutations_of_mixture(index, layer)
+        else:
+            yield f"gelu {index}", layer, "gelu", 1 - layer.gelu
+        if layer.sinks:
+            yield f"no sinks {index}", layer, "sinks", None
+        if layer.clip:
+            yield f"clip {index}", layer, "clip", layer.clip * 0.9
         yield f"rotary {index}", layer, "rotary", 0 if layer.rotary < 0 else -1
         for name in ("before_attention", "q_norm", "k_norm", "after_attention", "before_mlp", "after_mlp"):
             norm = getattr(layer, name)
@@ -179,6 +188,19 @@ def mutations(decoder: Decoder) -> Iterator[tuple[str, Any, str, Any]]:
                 yield f"no bias of {name} {index}", getattr(layer, name), "bias", None
     if len(decoder.description.angles) > 1:
         yield "the other table", layers[0], "rotary", 1 - layers[0].rotary
+
+
+def mutations_of_mixture(index: int, layer: Any) -> Iterator[tuple[str, Any, str, Any]]:
+    """Of all but the limit, which random numbers do not reach."""
+    experts, router = layer.experts, layer.router
+    yield f"gelu of experts {index}", experts, "gelu", 1 - experts.gelu
+    yield f"alpha {index}", experts, "alpha", experts.alpha * 1.01
+    yield f"above {index}", experts, "above", experts.above + 0.01
+    yield f"chosen {index}", experts, "chosen", experts.chosen - 1
+    yield f"fewer experts {index}", experts, "count", experts.count - 1
+    yield f"normalized {index}", router, "normalized", 1 - router.normalized
+    if router.bias:
+        yield f"no bias of the router {index}", router, "bias", None
 
 
 def test_every_mistake_in_a_description_is_seen_at_the_start(family: tuple[str, Served]) -> None:
@@ -230,6 +252,10 @@ def with_another_kind_of_rotation(model: Any) -> None:
     model.model.rotary_emb.rope_type = ["default"]
 
 
+def with_a_clip_in_its_config(model: Any) -> None:
+    model.config.clip_qkv = 100.0  # more than the trial's random tokens reach
+
+
 REFUSED: list[tuple[Callable[[Any], None], str]] = [
     (with_scale, "layer 1 is made of .*scale"),
     (with_sinks, "the attention of layer 1 is made of .*sinks"),
@@ -238,6 +264,7 @@ REFUSED: list[tuple[Callable[[Any], None], str]] = [
     (with_another_activation, r"the MLP of layer 0 \(LlamaMLP\) has no compiled forward"),
     (with_a_bias_of_the_head, r"its head \(Linear\) has no compiled kernel"),
     (with_more_after_the_body, "it is not made of a body and an output head"),
+    (with_a_clip_in_its_config, "its queries, keys and values may be cut off"),
     (with_another_kind_of_rotation, r"the rotation of its positions is another one \(LlamaRotaryEmbedding\)"),
 ]
 
@@ -300,6 +327,9 @@ def test_sizes_that_do_not_fit_one_another_are_refused() -> None:
     ):
         with changed(owner, name, other), pytest.raises(NotOfThisShape, match=reason):
             describe(served.model, served.shape, asked, KINDS)
+    chunks = [asked[0], replace(asked[1], chunk=20), asked[2]]
+    with pytest.raises(NotOfThisShape, match="layer 1 sees chunks of a text"):
+        describe(served.model, served.shape, chunks, KINDS)
     with pytest.raises(NotOfThisShape, match="it has 3 layers and 2 attentions"):
         describe(served.model, served.shape, asked[:2], KINDS)
 
@@ -333,7 +363,7 @@ def test_logits_are_the_callers_to_keep() -> None:
     assert equal(first, kept)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *WHOLE_MIXTURES])
 def test_a_base_from_the_loader_runs_in_one_call_where_it_can(architecture: str, tmp_path: Path) -> None:
     directory = save_tiny_model(tmp_path / "base", architecture)
     base = load_base_model(str(directory), device=CPU, cache_dir=tmp_path / "cache", report=lambda line: None)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama4.modeling_llama4 import Llama4TextL2Norm
 
 from loramux_adapters.device.cpu import CpuDevice
 from loramux_server.kernels.compiled.library import native_library
 from loramux_server.kernels.layers.operations import use_compiled_ops
-from loramux_server.kernels.layers.recognition import recognize
+from loramux_server.kernels.layers.recognition import TensorFormulas, norm_of, recognize
 
 FAMILIES = ["llama", "gemma", "gemma2", "qwen3", "phi3", "granite", "olmo2"]
 MARKS = ("loramux_norm", "loramux_mlp", "loramux_embedding")
@@ -80,3 +81,37 @@ def test_what_computes_something_else_is_not_recognized() -> None:
     assert "loramux_norm" not in layer.input_layernorm.__dict__
     assert layer.post_attention_layernorm.loramux_norm.eps == 0.5, "what it says is taken where it is true"
     assert "loramux_norm" in other.input_layernorm.__dict__
+
+
+@torch.inference_mode()
+def test_a_norm_without_a_weight_is_recognized_and_takes_rows_of_any_width() -> None:
+    library = native_library()
+    assert library is not None
+    norm = Llama4TextL2Norm(eps=0.02)
+    found = norm_of(norm, TensorFormulas())
+    assert found is not None and (found.eps, found.weight.numel()) == (0.02, 0)
+    own = norm.forward
+    use_compiled_ops(norm, library.best)
+    for width in (16, 128, 24):
+        x = torch.randn(2, 5, width)
+        torch.testing.assert_close(norm(x), own(x), rtol=1e-5, atol=1e-6)
+        assert torch.equal(norm(x)[1, 4:], norm(x[1, 4:])), "its bits do not depend on its place"
+    assert norm(torch.randn(3, 16).bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_norm_of_one_width_without_a_weight_keeps_its_own_code() -> None:
+    assert norm_of(nn.RMSNorm(64, eps=1e-5, elementwise_affine=False), TensorFormulas()) is None
+
+
+def test_what_has_an_epsilon_and_computes_something_else_is_no_norm() -> None:
+    class Other(nn.Module):
+        def __init__(self, what: str) -> None:
+            super().__init__()
+            self.eps, self.what = 0.02, what
+
+        def forward(self, x: torch.Tensor) -> object:
+            if self.what == "raises":
+                raise RuntimeError("rows of 32")
+            return (x, x) if self.what == "two" else x * (x.square().sum(-1, keepdim=True) + self.eps).rsqrt()
+
+    assert [norm_of(Other(what), TensorFormulas()) for what in ("raises", "two", "sum")] == [None] * 3

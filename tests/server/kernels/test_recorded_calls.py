@@ -21,12 +21,15 @@ import numpy as np
 import pytest
 import torch
 
+from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.lora.ops import Arena, LoraRows
 from loramux_adapters.lora.slot_copy import LayerWeights
 from loramux_adapters.lora.slots import ScaledSlot, Slot
 from loramux_adapters.lora.token_rows import OwnLogits, OwnRows, add_token_logits_reference
 from loramux_adapters.lora.weights import PlacedPair
 from loramux_adapters.training.model.row_layout import PackedRows
+from loramux_server.kernels.attention.kv_cache import KVCache, KVShape
+from loramux_server.kernels.attention.paged_attention import AttentionParams, AttentionStep, NativeAttend
 from loramux_server.kernels.compiled.abi import FUNCTIONS, VectorIsa
 from loramux_server.kernels.compiled.adapter_kernels import NativeAddLora, NativeConvertPairs, NativeCopySlot
 from loramux_server.kernels.compiled.library import LIBRARY, Compiled, native_library
@@ -34,6 +37,7 @@ from loramux_server.kernels.compiled.logit_changes import EDIT, RowChange, bits_
 from loramux_server.kernels.compiled.sampling import Draw, NativeSampling
 from loramux_server.kernels.compiled.token_logits import NativeTokenLogits, never
 from loramux_server.kernels.decoder.decoder import Decoder as CompiledDecoder
+from loramux_server.kernels.layers.experts import ExpertForm
 from loramux_server.kernels.layers.nf4_linear import NF4Linear
 from loramux_server.kernels.layers.nf4_quantizer import quantize_into
 from loramux_server.kernels.layers.packed_head import PackedHead
@@ -42,8 +46,10 @@ from loramux_server.kernels.training import CompiledTraining
 from support.decoders import Served, random_model
 from support.exact_models import Decoder, Linear, at
 from support.exact_steps import SHAPES, feed
+from support.random_experts import random_experts
 from support.recorded_calls import RecordingLibrary
 
+CPU = CpuDevice()
 ROOT = Path(__file__).parents[3]
 CSRC = ROOT / "server/loramux_server/kernels/compiled/csrc"
 REPLAY = Path(__file__).parent / "replay" / "replay.cpp"
@@ -87,7 +93,9 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     record_sampling(recorder, vocabulary=3000)
     record_token_logits(recorder, vocabulary=300)
     record_routing(recorder)
-    record_models(recorder, ["Qwen3"])
+    record_chunks(recorder)
+    record_experts(recorder)
+    record_models(recorder, ["Qwen3", "OLMoE", "gpt-oss"])
     assert {call.name for call in recorder.calls} == FUNCTIONS.keys() - NOT_RECORDED, "record the function that is new"
     return Recording.of(recorder, tmp_path_factory.mktemp("recording") / "calls")
 
@@ -114,6 +122,24 @@ def record_routing(recorder: RecordingLibrary) -> None:
     for experts in (5, 64):
         scores = torch.randn(7, experts, generator=torch.Generator().manual_seed(4)) * 5
         torch.testing.assert_close(routing.softmax(scores), scores.softmax(-1))
+
+
+def record_experts(recorder: RecordingLibrary) -> None:
+    """Of every form, with adapters beside some of their layers; a row is no number."""
+    compiled = Compiled(recorder, VectorIsa.PORTABLE)
+    generator = torch.Generator().manual_seed(6)
+    for form in (
+        ExpertForm(6, 128, 64),
+        ExpertForm(6, 64, 128, bias=True, alpha=1.702, limit=3.0, above=1.0),
+        ExpertForm(6, 64, 64, gelu=True),
+    ):
+        experts = random_experts(form, compiled, ranks=16, affine=form.bias)
+        for rows in (1, 19):
+            weights, index = torch.randn(rows, 6, generator=generator).softmax(-1).topk(2)
+            x = torch.randn(rows, form.outer, generator=generator)
+            x[7:8, 5] = torch.nan
+            experts.set_lora(LoraRows.build([((), rows // 2), ((ScaledSlot(Slot(8, 8), 0.5),), rows - rows // 2)]))
+            experts(x, index, weights)
 
 
 def record_steps(recorder: RecordingLibrary, names: list[str], lengths: list[int]) -> None:
@@ -183,6 +209,22 @@ def record_training(recorder: RecordingLibrary, counts: list[int], vocabulary: i
         options: dict[str, Any] = {"scaling": 0.3, "softcap": softcap, "window": window}
         out, stats = ops.attend(q, k, v, rows_of, **options)
         ops.attend_gradient(d_out, (q, k, v, out, stats), rows_of, **options)
+
+
+def record_chunks(recorder: RecordingLibrary) -> None:
+    """Of attention over chunks of a text, whose edges lie within and between tiles, in pieces that cross them."""
+    attend, cache = (
+        NativeAttend(Compiled(recorder, VectorIsa.PORTABLE)),
+        KVCache(KVShape(1, 2, 32, torch.int16), 4, CPU),
+    )
+    random = torch.Generator().manual_seed(6)
+    tables, owner = torch.tensor([[2, 0, 3]], dtype=torch.int32), torch.zeros(45, dtype=torch.int32)
+    for chunk in (7, 16, 20):
+        q, k, v = (torch.randn(45, heads, 32, generator=random) for heads in (4, 2, 2))
+        for first in (0, 15, 30):
+            rows, place = slice(first, first + 15), torch.arange(first, first + 15, dtype=torch.int32)
+            step = AttentionStep(cache, attend, tables, owner[rows], place, ((0, 0, 15, first),))
+            attend(q[rows], k[rows], v[rows], 0, step, AttentionParams(0.2, chunk=chunk))
 
 
 def record_models(recorder: RecordingLibrary, families: list[str]) -> None:
@@ -311,6 +353,7 @@ def test_avx_vnni_gives_the_same_bits_also_on_a_processor_that_has_to_be_helped(
     recorder = RecordingLibrary()  # of little: each emulated instruction takes microseconds
     record_steps(recorder, ["Llama", "Gemma 3", "Phi-3"], [2, 1])
     record_products(recorder, [1, 3])
+    record_experts(recorder)
     record_training(recorder, [1, 3], vocabulary=67, lengths=(3, 2))
     record_sampling(recorder, vocabulary=300)
     program = replay_of(tmp_path, LIBRARY, "g++")

@@ -10,12 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from transformers import AutoConfig
+from transformers.models.cohere.modeling_cohere import CohereRotaryEmbedding
+from transformers.models.deepseek_v2 import modeling_deepseek_v2
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.llama4 import modeling_llama4
 
 from loramux_server.errors import BaseModelError
 from loramux_server.kernels.compiled.library import NativeLibrary, native_library
-from loramux_server.kernels.layers.rotary import LONG, Angles, settle_angles, tables_of, use_angles
+from loramux_server.kernels.layers.rotary import LONG, Angles, Turn, settle_angles, tables_of, use_angles
 
 LONGEST = 1 << 20
 SCALED: list[dict[str, Any]] = [
@@ -203,3 +206,51 @@ def test_a_second_time_changes_nothing(library: NativeLibrary) -> None:
     tables = tables_of(module)
     use_angles(module, library)
     assert tables_of(module) is tables
+
+
+def test_angles_that_lie_twice_in_a_row_stay_so_and_an_unknown_order_is_refused(library: NativeLibrary) -> None:
+    """Cohere's turn neighbours; a table of halves would be wrong for them, and none would notice."""
+    config = AutoConfig.for_model("cohere", hidden_size=64, num_attention_heads=4, num_hidden_layers=1)
+    own, module = CohereRotaryEmbedding(config), CohereRotaryEmbedding(config)
+    use_angles(nn.Sequential(module), library)
+    x, positions = torch.zeros(1), torch.arange(40)[None]
+    for ours, theirs in zip(module(x, positions), own(x, positions), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+    class Backwards(CohereRotaryEmbedding):
+        def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+            return tuple(part.flip(-1) * torch.arange(part.shape[-1]) for part in super().forward(x, position_ids))
+
+    with pytest.raises(BaseModelError, match=r"Backwards gives angles in an order"):
+        use_angles(nn.Sequential(Backwards(config)), library)
+
+
+@pytest.mark.parametrize(
+    ("family", "module", "rotate"),
+    [
+        ("deepseek_v2", modeling_deepseek_v2.DeepseekV2RotaryEmbedding, modeling_deepseek_v2.apply_rotary_emb),
+        ("llama4_text", modeling_llama4.Llama4TextRotaryEmbedding, modeling_llama4.apply_rotary_emb),
+    ],
+)
+def test_complex_angles_turn_by_real_products_and_a_row_has_its_bits_at_any_place(
+    library: NativeLibrary, family: str, module: Any, rotate: Any
+) -> None:
+    config = AutoConfig.for_model(family, rope_parameters=SCALED[3], qk_rope_head_dim=6, head_dim=6)
+    ours, own = module(config), module(config)
+    use_angles(ours, library)
+    positions = torch.tensor([[5, 0, 700, 3, 2000, 9, 8]])
+    turn, angles = ours(torch.empty(1), positions), own(torch.empty(1), positions)
+    assert isinstance(turn, Turn) and angles.is_complex() and turn.cos.dtype == torch.float32
+    rows, generator = positions.shape[1], torch.Generator().manual_seed(2)
+    shape = (1, 1, rows, 6) if family == "deepseek_v2" else (1, rows, 1, 6)  # where heads stand
+    x = torch.randn(shape, generator=generator)
+    got, expected = rotate(x, 2 * x, turn), rotate(x, 2 * x, angles)
+    for first, second in zip(got, expected, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=2e-4)  # their angles are rounded products
+    re, im = x[..., 0::2].flatten(0, -2), x[..., 1::2].flatten(0, -2)
+    exact = torch.stack([re * turn.cos[0] - im * turn.sin[0], re * turn.sin[0] + im * turn.cos[0]], -1)
+    assert torch.equal(got[0].flatten(0, -2), exact.flatten(1))
+    for row in range(rows):
+        place = x.select(x.dim() - 2 if family == "deepseek_v2" else 1, row).reshape(1, 1, 1, 6)
+        alone, _ = rotate(place, place, ours(torch.empty(1), positions[:, row : row + 1]))
+        assert torch.equal(alone.flatten(), exact[row].flatten())

@@ -15,6 +15,7 @@ import pytest
 from loramux_adapters.artifact.format import digest_of, read_config
 from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.lora.host_cache import HostAdapter
+from loramux_adapters.lora.token_rows import SIDES, Side, TokenRows
 from loramux_adapters.lora.verify import Checked
 from loramux_server.engine.scheduling.sequence import NOT_FINITE, FinishReason, Sequence, TokenLogprob, TokenOutput
 from loramux_server.errors import SequenceFailed, ServerBusy
@@ -194,6 +195,25 @@ async def test_a_fingerprint_that_the_base_cannot_run_is_refused_before_anything
     with pytest.raises(AdapterRejected, match="fingerprint.json holds"):
         await rig.prover.prove(rig.directory, rig.checked, force=True)
     assert rig.engine.sequences == []
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("ids", "tokens", "fits"),
+    [((1, 301), (301,), True), ((1, 302), (4,), False), ((1, 2), (302,), False), ((301,), (303,), False)],
+)
+async def test_a_fingerprint_may_hold_tokens_that_the_adapter_adds(
+    rig: Rig, ids: tuple[int, ...], tokens: tuple[int, ...], fits: bool
+) -> None:
+    sizes: dict[Side, int] = {"embedding": VOCABULARY + 2, "head": VOCABULARY + 4}
+    own = TokenRows(None, None, None, None, sizes, dict.fromkeys(SIDES, VOCABULARY))
+    checked = replace(rig.checked, adapter=replace(rig.checked.adapter, tokens=own))
+    rig.write_fingerprint(prompts=(Witness("p", ids, "r", tokens, (-0.5,)),))
+    if fits:
+        assert await rig.prover.prove(rig.directory, checked) == "exact"
+    else:
+        with pytest.raises(AdapterRejected, match="a vocabulary of 302 does not have"):
+            await rig.prover.prove(rig.directory, checked)
 
 
 @pytest.mark.anyio

@@ -60,12 +60,23 @@ def test_a_cpu_takes_what_it_always_took() -> None:
     assert CpuDevice().sizes is HOST_SIZES
 
 
+def test_room_for_gain_and_shift_is_counted_where_it_is_reserved() -> None:
+    """8 bytes an output for each 8 rank rows of a layer: a quarter more, and no adapter's memory less."""
+    roomy = replace(BASE, vectors=True)
+    assert roomy.row_bytes - BASE.row_bytes == sum(outputs for _, outputs in LINEARS.values())
+    assert 1.2 < roomy.row_bytes / BASE.row_bytes < 1.3
+    room = Room(24 * GIB, 24 * GIB - SMALL, CARD_SIZES)
+    plain, larger = (sizes_of(Asked(), base, room) for base in (BASE, roomy))
+    assert larger.arena_rows == plain.arena // roomy.row_bytes // 8 * 8
+    assert (larger.workspace, larger.cache) == (plain.workspace, plain.cache)
+
+
 @pytest.mark.parametrize("gib", [7, 8, 12, 16, 24, 48, 80, 141])
 def test_a_card_is_never_given_away_twice(gib: int) -> None:
     room, sizes = card(gib)
     assert 0 < taken(sizes) <= room.free
     tenth = 0.1 * (room.free - sizes.workspace - sizes.graphs)
-    assert sizes.left == pytest.approx(max(tenth, BASE.check() - sizes.graphs), rel=0.01)
+    assert sizes.left + sizes.tokens == pytest.approx(max(tenth, BASE.check() - sizes.graphs), rel=0.01)
     assert room.free - sizes.workspace - sizes.arena - sizes.cache >= BASE.check(), "which is over before the graphs"
     assert (sizes.scheduler.max_num_seqs, sizes.scheduler.max_batch_tokens) == (256, 2048)
     most = min(131072, sizes.num_blocks * BLOCK_SIZE)
@@ -105,6 +116,7 @@ def test_every_number_can_be_set() -> None:
         adapter_memory_mib=1024,
         max_lora_rank=32,
         max_summed_rank=100,
+        token_memory_mib=300,
     )
     scheduler = sizes.scheduler
     assert (scheduler.max_num_seqs, scheduler.max_batch_tokens, scheduler.max_ranks) == (16, 512, 112)
@@ -112,7 +124,8 @@ def test_every_number_can_be_set() -> None:
     assert sizes.arena_rows == 1024 * MIB // BASE.row_bytes // 8 * 8
     assert sizes.num_blocks == 3072 * MIB // BASE.kv.block_bytes - 1
     assert sizes.kept_blocks == 64 * MIB // BASE.kv.block_bytes
-    assert sizes.left == room.free - sizes.workspace - sizes.graphs - 4096 * MIB
+    assert sizes.tokens == 300 * MIB
+    assert sizes.left == room.free - sizes.workspace - sizes.graphs - 4096 * MIB - sizes.tokens
     assert card(24)[1].workspace > sizes.workspace
 
 
@@ -169,3 +182,11 @@ def test_the_workspace_of_a_step_bounds_what_it_is_made_for() -> None:
     for name in ("rows", "samples", "sequences", "blocks", "ranks"):
         more = replace(limits, **{name: 2 * getattr(limits, name)})
         assert BASE.workspace(more) > BASE.workspace(limits), name
+
+
+def test_a_card_keeps_half_of_what_is_left_for_tokens_of_adapters_and_a_gibibyte_at_most() -> None:
+    small, large = card(12)[1], card(141)[1]
+    assert 0 < small.tokens <= small.left + 1 and large.tokens == 1024 * MIB < large.left
+    without, more = card(24, token_memory_mib=0)[1], card(24, token_memory_mib=2048)[1]
+    assert without.tokens == 0 and more.tokens == 2048 * MIB
+    assert more.cache < without.cache and more.left <= without.left

@@ -16,6 +16,7 @@ from loramux_server.kernels import choice
 from loramux_server.kernels.attention.kv_cache import KVShape
 from loramux_server.kernels.choice import Kernels, choose_kernels
 from loramux_server.kernels.compiled.library import native_library
+from loramux_server.kernels.layers.served_weights import ServedWeights
 from loramux_server.serving.device_sizes import MIB, BaseSizes, Room, sizes_of
 from loramux_server.serving.memory_plan import compiled_lines, how_a_step_runs, memory_table, unpacked_layers
 from support.emulated import EmulatedDevice
@@ -90,10 +91,10 @@ def test_a_card_without_our_kernels_says_why_and_what_that_means(monkeypatch: py
     monkeypatch.setattr(choice, "native_library", lambda: object())
     card = CudaDevice(torch.device("cuda"))
     assert compiled_lines(Kernels("triton"), card) == []
-    monkeypatch.setattr(choice, "why_no_triton", lambda device: "there is no C compiler: install gcc")
+    monkeypatch.setattr(choice, "why_no_triton", lambda device, again: "there is no C compiler: install gcc")
     first, second = compiled_lines(Kernels("cuda"), card)
     assert first == "NO kernels of our own: there is no C compiler: install gcc" and "one by one" in second
-    monkeypatch.setattr(choice, "why_no_triton", lambda device: "")
+    monkeypatch.setattr(choice, "why_no_triton", lambda device, again: "")
     assert compiled_lines(Kernels("cuda"), card)[0].endswith("LORAMUX_KERNELS asks for 'cuda'; unset it")
 
 
@@ -124,11 +125,14 @@ def test_a_card_is_told_what_steps_and_graphs_take_and_its_own_sum(tmp_path: Pat
     device = EmulatedDevice(total=1 << 30)
     lines = memory_table(replace(base, device=device), sizes, 64 * MIB, 100 * MIB)
     told = {line[2:26].strip(): float(line[26:36].replace(",", "")) for line in lines}
-    of_device = ("base in NF4", "KV cache", "adapters", "work of a step", "graphs of steps")
+    of_device = ("base in NF4", "KV cache", "adapters", "tokens of adapters", "work of a step", "graphs of steps")
     assert told["together"] == pytest.approx(sum(told[name] for name in of_device), abs=3)
     assert told["work of a step"] > 0 and told["graphs of steps"] == 32
-    assert "of 1,024 MiB on the device" in lines[5] and told["adapters in host memory"] == 64
+    assert "of 1,024 MiB on the device" in lines[6] and told["adapters in host memory"] == 64
     assert max(map(len, lines)) <= 100
+    assert "of rank 16 with DoRA or biases" in lines[2]
+    weights = ServedWeights(base.model, vectors=False)
+    assert "of rank 16 on every layer" in memory_table(replace(base, device=device, weights=weights), sizes, 0, 0)[2]
 
     on_cpu = memory_table(
         base, sizes_of(AskedSizes(), BaseSizes(base.linears, kv, 512, None), HOST), 64 * MIB, 100 * MIB

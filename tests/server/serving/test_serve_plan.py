@@ -172,8 +172,15 @@ def takes(base: BaseModel, shape: KVShape, sizes: Sizes) -> list[Any]:
     from loramux_server.kernels.gpu.step.nf4_linear import kinds_of
 
     device = base.device
+    assert base.weights is not None
     slots = AdapterSlots(
-        base.model, sizes.arena_rows, add_lora_segments, copy_slot, head=head_path(base.model), device=device
+        base.model,
+        sizes.arena_rows,
+        add_lora_segments,
+        copy_slot,
+        head=head_path(base.model),
+        device=device,
+        affine=base.weights.vectors,
     )
     cache = KVCache(shape, sizes.num_blocks, device, spare=True)
     asked = [AttentionParams(scaling=1.0) for _ in range(shape.layers)]
@@ -193,7 +200,8 @@ def takes(base: BaseModel, shape: KVShape, sizes: Sizes) -> list[Any]:
 
 
 @pytest.mark.skipif(not triton_interpreter.INSTALLED, reason="Triton is not installed")
-def test_a_server_takes_what_was_planned_and_never_more_than_there_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("vectors", [False, True], ids=["as it is", "with room for vectors"])
+def test_a_server_takes_what_was_planned_and_never_more_than_there_is(tmp_path: Path, vectors: bool) -> None:
     triton_interpreter.prepare()
     from support.emulated import EmulatedDevice
 
@@ -201,12 +209,18 @@ def test_a_server_takes_what_was_planned_and_never_more_than_there_is(tmp_path: 
     for mib in (64, 192):  # loading passes through a piece of 32
         device = EmulatedDevice(total=mib * MIB, kernels="triton")
         asked = Asked(max_num_seqs=8, max_batch_tokens=64, graph_memory_mib=0, max_lora_rank=32, max_summed_rank=64)
-        base = load_base_model(str(directory), device=device, cache_dir=tmp_path / "cache", report=lambda line: None)
+        base = load_base_model(
+            str(directory),
+            device=device,
+            cache_dir=tmp_path / "cache",
+            report=lambda line: None,
+            vectors=vectors,
+        )
         with device.used():
             shape = probe_kv_shape(base.model, device, whole_numbers=False)
             before = device.memory()
             form = DecoderForm.of_skeleton(base.model)
-            of_base = BaseSizes(base.linears, shape, base.context_length, form)
+            of_base = BaseSizes(base.linears, shape, base.context_length, form, vectors=vectors)
             sizes = sizes_of(asked, of_base, Room(before.total, before.free, device.sizes))
             taken = takes(base, shape, sizes)
             memory = device.memory()
@@ -217,7 +231,7 @@ def test_a_server_takes_what_was_planned_and_never_more_than_there_is(tmp_path: 
         assert memory.peak <= memory.total
 
         # The plan knows the config alone. What lies on the device before is the base, and what its start left there.
-        plan = planned_base(skeleton_of(base.config))
+        plan = planned_base(skeleton_of(base.config), vectors=vectors)
         assert plan.nbytes == pytest.approx(before.held, rel=0.01)
         of_config = sizes_of(asked, plan.sizes, Room(before.total, before.free, device.sizes))
         assert of_config == sizes

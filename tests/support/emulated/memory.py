@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +28,7 @@ class Blocks:
 
     def __init__(self) -> None:
         self._blocks: dict[int, _Block] = {}
+        self._lock = threading.Lock()  # adapters are read beside steps
         self._most = 0  # bytes held if none were freed since `held` counted them
         self.peak = 0
 
@@ -34,8 +36,9 @@ class Blocks:
         storage = tensor.untyped_storage()
         if not storage.nbytes():
             return
-        self._blocks[storage.data_ptr()] = _Block(StorageWeakRef(storage), kind, storage.nbytes())
-        self._most += storage.nbytes() if kind == "device" else 0
+        with self._lock:
+            self._blocks[storage.data_ptr()] = _Block(StorageWeakRef(storage), kind, storage.nbytes())
+            self._most += storage.nbytes() if kind == "device" else 0
         if self._most > self.peak:
             self.peak = max(self.peak, self.held)
 
@@ -54,9 +57,10 @@ class Blocks:
     @property
     def held(self) -> int:
         """Bytes on the device."""
-        self._blocks = {address: block for address, block in self._blocks.items() if not block.ref.expired()}
-        self._most = sum(block.nbytes for block in self._blocks.values() if block.kind == "device")
-        return self._most
+        with self._lock:
+            self._blocks = {address: block for address, block in self._blocks.items() if not block.ref.expired()}
+            self._most = sum(block.nbytes for block in self._blocks.values() if block.kind == "device")
+            return self._most
 
 
 class Address:

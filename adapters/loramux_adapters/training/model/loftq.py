@@ -5,7 +5,7 @@ Semantics, for one layer with original weight W and dequantized weight Q, both [
     A, B = argmin |W - (Q + scale * B A)|     over all A [rank, in], B [out, rank]
 
 With Q fixed the answer is the largest singular triples of W - Q, found at once; LoftQ's alternation would choose
-another Q, but all adapters share this one. B and A get the square root of the singular values each.
+another Q, but all adapters share this one.
 """
 
 from __future__ import annotations
@@ -18,27 +18,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from loramux_adapters.errors import RecipeError
+from loramux_adapters.lora.closest_pair import closest_pair
 from loramux_adapters.training.model.fused_linear import FrozenWeight
-
-
-def closest_pair(residual: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The A [rank, in] and B [out, rank], fp32, whose scale * B A is closest to `residual` [out, in].
-
-    The eigenvectors of the smaller Gram matrix are the singular vectors of its side, in a quarter of an SVD's time.
-    A rank above the smaller side is filled up with zeros.
-    """
-    tall = residual.shape[0] > residual.shape[1]
-    e = (residual.t() if tall else residual).double()
-    _, vectors = torch.linalg.eigh((e @ e.t()).float())
-    left = vectors.flip(1)[:, :rank].double()
-    right = left.t() @ e
-    singular = right.norm(dim=1)
-    split = (singular / scale).sqrt()
-    a = right / singular.clamp_min(torch.finfo(torch.float64).tiny)[:, None] * split[:, None]
-    b = left * split
-    missing = rank - len(split)
-    a, b = nn.functional.pad(a, (0, 0, 0, missing)).float(), nn.functional.pad(b, (0, missing)).float()
-    return (b.t().contiguous(), a.t().contiguous()) if tall else (a, b)
 
 
 @torch.no_grad()

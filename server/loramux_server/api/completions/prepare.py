@@ -141,7 +141,9 @@ class Preparation:
         """Leases on the versions that a request names. Raises RequestError or AdapterError."""
         targets = requested_adapters(model, adapters, self._deps.base.name)
         await self._deps.fetched(targets)
-        leases = await AdapterLeases.acquire(self._deps.store, targets, listed=adapters is not None)
+        leases = await AdapterLeases.acquire(
+            self._deps.store, targets, self._deps.tokenizer.vocab_size, listed=adapters is not None
+        )
         self._deps.metrics.request_started(leases.adapter)
         return leases
 
@@ -234,7 +236,11 @@ class Preparation:
                 sequence = EngineSequence(
                     f"{identity}-{len(choices)}",
                     prompt.tokens,
-                    replace(of_prompt, seed=seed_of(params.seed, place), grammar=self._grammar(asked, prompt.reading)),
+                    replace(
+                        of_prompt,
+                        seed=seed_of(params.seed, place),
+                        grammar=self._grammar(asked, prompt.reading, leases),
+                    ),
                     leases.uses(),
                     adapter=leases.adapter,
                     shares_prompt_with=first if place else None,
@@ -253,12 +259,12 @@ class Preparation:
                 )
         return choices
 
-    def _grammar(self, asked: AskedShape | None, reading: Reading | None) -> Grammar | None:
+    def _grammar(self, asked: AskedShape | None, reading: Reading | None, leases: AdapterLeases) -> Grammar | None:
         """Of one reply alone, since it follows what was chosen so far. Raises RequestError."""
         if asked is None:
             return None
         try:
-            return self._deps.grammars.of(asked.shape, asked.param)
+            return self._deps.grammars.of(asked.shape, asked.param, leases.own_tokens)
         except RequestError as error:
             if reading is None or asked.param != "tools":
                 raise

@@ -43,7 +43,7 @@ class TokenRoutes:
         base_name = self._deps.base.name
         targets = requested_adapters(model or base_name, None, base_name)
         await self._deps.fetched(targets)
-        leases = await AdapterLeases.acquire(self._deps.store, targets, listed=False)
+        leases = await AdapterLeases.acquire(self._deps.store, targets, self._deps.tokenizer.vocab_size, listed=False)
         try:
             content = await run_in_thread(lambda: json_in_pieces(made(leases), depth=2))
         finally:

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from loramux_server.api.description.replies import ChosenToken
+
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
 
@@ -19,7 +21,7 @@ class OutputText(_Reply):
     type: Literal["output_text"]
     text: str
     annotations: list[Any]
-    logprobs: list[Any]
+    logprobs: list[ChosenToken]
 
 
 class ReasoningText(_Reply):
@@ -123,7 +125,7 @@ class ResponseReply(_Reply):
     text: dict[str, Any]
     tool_choice: str | dict[str, Any]
     tools: list[dict[str, Any]]
-    top_logprobs: Literal[0]
+    top_logprobs: int
     top_p: float
     truncation: Literal["disabled"]
     user: None

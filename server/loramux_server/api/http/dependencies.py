@@ -216,8 +216,11 @@ class GrammarsLike(Protocol):
     Tests replace it: theirs needs no tokenizer of a base, and refuses on demand.
     """
 
-    def of(self, shape: Shape, param: str) -> Grammar:
-        """For one sequence. Raises RequestError, of this parameter: it cannot be parsed, or is not supported."""
+    def of(self, shape: Shape, param: str, own: OwnTokens | None = None) -> Grammar:
+        """For one sequence, whose adapters add `own` to the base's tokens.
+
+        Raises RequestError, of this parameter: it cannot be parsed, or is not supported.
+        """
         ...
 
 

@@ -26,6 +26,7 @@ from loramux_adapters.errors import (
     AdapterRejected,
     AdapterTooLarge,
     BaseMismatch,
+    DeviceFull,
     IndexLost,
     InvalidAdapterName,
     PinRefused,
@@ -141,6 +142,7 @@ _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (TemplateFailed, 400, INVALID, "chat_template"),
     (AdapterCorrupt, 500, SERVER, "adapter_corrupt"),
     (StoreUnavailable, 503, SERVER, "store_unavailable"),
+    (DeviceFull, 503, SERVER, "device_full"),
 )
 
 # Their own text may name files of the server; it is logged instead.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
 from functools import partial
@@ -10,6 +11,8 @@ from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_work = threading.local()  # .left: the event that says that the caller of the work in this thread was cancelled
 
 
 async def run_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -35,13 +38,33 @@ async def enter_in_thread(manager: AbstractContextManager[T]) -> AsyncIterator[T
         await run_in_thread(manager.__exit__, None, None, None)
 
 
+def abandonment() -> Callable[[], bool]:
+    """For work that takes long: whether whoever waited for it was cancelled; to be asked for in its own thread.
+
+    What this module did not start is never abandoned.
+    """
+    left: threading.Event | None = getattr(_work, "left", None)
+    return lambda: left is not None and left.is_set()
+
+
 async def _in_thread(function: Callable[[], T], undo: Callable[[T], object] | None) -> T:
+    left = threading.Event()
+
+    def work() -> T:
+        _work.left = left
+        try:
+            return function()
+        finally:
+            _work.left = None
+
     loop = asyncio.get_running_loop()
-    future = loop.run_in_executor(None, function)
+    future = loop.run_in_executor(None, work)
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
+        left.set()
         await asyncio.wait([future])
-        if undo is not None and future.exception() is None:
+        has_result = future.exception() is None  # asked for in any case: nobody else wants to know of a failure
+        if undo is not None and has_result:
             await asyncio.wait([loop.run_in_executor(None, undo, future.result())])
         raise

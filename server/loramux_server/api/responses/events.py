@@ -6,9 +6,10 @@ import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from loramux_server.api.completions.reply.reply_format import failed_stream
+from loramux_server.api.completions.reply.reply_format import ENTRY_CHARACTERS, failed_stream
 from loramux_server.api.completions.running.choice import Piece
 from loramux_server.api.completions.running.generation import Generation
+from loramux_server.api.http.dependencies import TokenizerLike
 from loramux_server.api.http.json_reply import json_in_pieces
 from loramux_server.api.http.worker_threads import run_in_thread
 from loramux_server.api.responses.reply import Growing
@@ -16,14 +17,14 @@ from loramux_server.api.responses.request import ResponsesRequest
 from loramux_server.engine.scheduling.sequence import FinishReason
 
 _SMALL = 64 * 2**10  # characters of a reply that is put together on the event loop: a thread would take longer
-_DEPTH_OF_PARTS = 5  # response, output, item, content, part
+_DEPTH_OF_PARTS = 7  # response, output, item, content, part, log probabilities, each
 
 
 class ResponsesFormat:
     """The format of one reply."""
 
-    def __init__(self, body: ResponsesRequest) -> None:
-        self._response = Growing(body)
+    def __init__(self, body: ResponsesRequest, tokenizer: TokenizerLike) -> None:
+        self._response = Growing(body, tokenizer)
         self._sent = 0
 
     async def whole(self, generation: Generation) -> bytes:
@@ -31,7 +32,7 @@ class ResponsesFormat:
         characters, finish = 0, None
         async for piece in generation.pieces:
             for told in self._response.add(piece):
-                characters += len(told.get("delta", ""))
+                characters += len(told.get("delta", "")) + ENTRY_CHARACTERS * len(told.get("logprobs", ()))
             finish = piece.finish
         response = self._response.snapshot(_status(finish), generation)
         if characters <= _SMALL:

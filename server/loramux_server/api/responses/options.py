@@ -10,10 +10,6 @@ _STATE = "the client holds the conversation: send all of it in `input`"
 _CALLER = "the caller's label"
 _LIMIT = "`max_output_tokens` is its name here"
 _ROUTE = ("responses",)
-_INCLUDED = Label(
-    {"type": "array", "items": {"enum": ["reasoning.encrypted_content"]}, "maxItems": 1},
-    lambda value: isinstance(value, list) and value in ([], ["reasoning.encrypted_content"]),
-)
 MAX_LABEL, MAX_LABELS = 512, 16
 TEXT = Label(
     {"type": "string", "maxLength": MAX_LABEL}, lambda value: isinstance(value, str) and len(value) <= MAX_LABEL
@@ -33,9 +29,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("background_options", "a response is sent to who asked for it", _ROUTE),
     Option("context_management", _STATE, _ROUTE, neutral=([],)),
     Option("prompt", "templates of prompts are not kept", _ROUTE),
-    Option("include", "reasoning is always in plain text; nothing else can be added", _ROUTE, label=_INCLUDED),
     Option("truncation", "a prompt that is too long is refused, never cut", _ROUTE, neutral=("disabled",)),
-    Option("top_logprobs", "responses carry none; use /v1/chat/completions", _ROUTE, neutral=(0,)),
     Option("max_tool_calls", "the server calls no tools", _ROUTE, label=_COUNT),
     Option("moderation", "nothing is moderated", _ROUTE),
     Option("access_programs", "there are none", _ROUTE),

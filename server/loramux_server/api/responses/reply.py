@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from loramux_server.api.completions.running.choice import Piece
 from loramux_server.api.completions.running.generation import Generation
+from loramux_server.api.http.dependencies import TokenizerLike
+from loramux_server.api.responses.logprobs import SaidTokens, in_events
 from loramux_server.api.responses.request import FunctionTool, ResponsesRequest
 from loramux_server.engine.scheduling.sequence import FinishReason
 from loramux_server.tools.calls import CallPart
@@ -22,17 +24,20 @@ class Growing:
     Items come one after the other: what was thought, what is said, and calls, in the order in which they were written.
     """
 
-    def __init__(self, body: ResponsesRequest) -> None:
+    def __init__(self, body: ResponsesRequest, tokenizer: TokenizerLike) -> None:
         self._head = _described(body)
+        self._tokens = SaidTokens(tokenizer) if body.tells_logprobs else None
         self._items: list[Json] = []
         self._open: Json | None = None  # the last item, while it grows
         self._text = ""  # of it
+        self._logprobs: list[Json] = []  # of its tokens, where they are asked for
 
     def add(self, piece: Piece) -> Iterator[Json]:
+        logprobs = [] if self._tokens is None else self._tokens.of(piece)
         if piece.reasoning:
             yield from self._grow("reasoning", piece.reasoning)
         if piece.text:
-            yield from self._grow("message", piece.text)
+            yield from self._grow("message", piece.text, logprobs)
         for call in piece.calls:
             if call.name is not None:
                 yield from self._close("completed")
@@ -57,22 +62,24 @@ class Growing:
             "completed_at": int(time.time()) if status == "completed" else None,
         }
 
-    def _grow(self, kind: str, text: str) -> Iterator[Json]:
+    def _grow(self, kind: str, text: str, logprobs: Sequence[Json] = ()) -> Iterator[Json]:
         if self._open is None or self._open["type"] != kind:
             yield from self._close("completed")
             yield from self._begin(_new_item(kind))
         self._text += text
+        self._logprobs += logprobs
         if kind == "message":
-            yield self._event("response.output_text.delta", content_index=0, delta=text, logprobs=[])
+            told = in_events(logprobs)
+            yield self._event("response.output_text.delta", content_index=0, delta=text, logprobs=told)
         else:
             yield self._event("response.reasoning_text.delta", content_index=0, delta=text)
 
     def _begin(self, item: Json) -> Iterator[Json]:
-        self._open, self._text = item, ""
+        self._open, self._text, self._logprobs = item, "", []
         self._items.append(item)
         yield {"type": "response.output_item.added", "output_index": len(self._items) - 1, "item": dict(item)}
         if item["type"] != "function_call":
-            yield self._event("response.content_part.added", content_index=0, part=_part(item["type"], ""))
+            yield self._event("response.content_part.added", content_index=0, part=_part(item["type"], "", []))
 
     def _close(self, status: str) -> Iterator[Json]:
         item, text = self._open, self._text
@@ -82,10 +89,11 @@ class Growing:
             item["arguments"] = text
             yield self._event("response.function_call_arguments.done", arguments=text)
         else:
-            part = _part(item["type"], text)
+            part = _part(item["type"], text, self._logprobs)
             item["content"] = [part]
             if item["type"] == "message":
-                yield self._event("response.output_text.done", content_index=0, text=text, logprobs=[])
+                told = in_events(self._logprobs)
+                yield self._event("response.output_text.done", content_index=0, text=text, logprobs=told)
             else:
                 yield self._event("response.reasoning_text.done", content_index=0, text=text)
             yield self._event("response.content_part.done", content_index=0, part=part)
@@ -109,10 +117,10 @@ def _new_call(call: CallPart) -> Json:
     return made | {"arguments": "", "status": "in_progress"}
 
 
-def _part(kind: str, text: str) -> Json:
+def _part(kind: str, text: str, logprobs: list[Json]) -> Json:
     if kind == "reasoning":
         return {"type": "reasoning_text", "text": text}
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
 
 def _id(prefix: str) -> str:
@@ -141,7 +149,7 @@ def _described(body: ResponsesRequest) -> Json:
         "text": {"format": {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_none=True)},
         "tool_choice": "auto" if body.tool_choice is None else body.tool_choice.sent,
         "tools": [_tool(tool) for tool in body.tools or ()],
-        "top_logprobs": 0,
+        "top_logprobs": body.top_logprobs or 0,
         "top_p": 1.0 if body.top_p is None else body.top_p,
         "truncation": "disabled",
         "user": None,

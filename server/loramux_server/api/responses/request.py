@@ -10,8 +10,8 @@ from pydantic import BeforeValidator, Field, PlainValidator
 
 from loramux_server.api.completions.request.chat import MAX_MESSAGES, MAX_PARTS, TemplateVariables
 from loramux_server.api.completions.request.fields import INT32_MAX, INT64_MAX, INT64_MIN, Limit, ModelName, RequestPart
-from loramux_server.api.completions.request.generation import MAX_ADAPTERS, AdapterPart, objects
-from loramux_server.api.completions.request.problems import Problems
+from loramux_server.api.completions.request.generation import MAX_ADAPTERS, MOST_ALTERNATIVES, AdapterPart, objects
+from loramux_server.api.completions.request.problems import Problems, Unsupported
 from loramux_server.api.completions.request.tools import MAX_ID, MAX_TOOLS, Parameters, ToolName
 from loramux_server.api.http.json_object import json_object
 from loramux_server.api.responses.options import (
@@ -34,6 +34,19 @@ _TAG = re.compile(
 MAX_KEY = 64  # characters of a name in `metadata`
 
 CallId = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
+LOGPROBS = "message.output_text.logprobs"
+MAX_INCLUDED = 16
+# The others ask for what no response from here has: reasoning is in plain text, and no tools or images are served.
+Included = Literal[
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
@@ -63,7 +76,8 @@ def _parse_said(value: object) -> str:
 def _parse_part(part: object) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(part, dict) or kind not in ("input_text", "output_text", "refusal"):
-        raise ValueError("only parts of type 'input_text', 'output_text' and 'refusal' are supported")
+        refused = Unsupported if isinstance(kind, str) else ValueError
+        raise refused("only parts of type 'input_text', 'output_text' and 'refusal' are supported")
     field = "refusal" if kind == "refusal" else "text"
     if not isinstance(part.get(field), str):
         raise ValueError(f"a part of type '{kind}' must have '{field}', a string")
@@ -250,6 +264,11 @@ class ResponsesRequest(RequestPart):
     max_output_tokens: Annotated[Limit, Field(description="of the reply, thoughts included")] = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    include: Annotated[list[Included] | None, Field(max_length=MAX_INCLUDED, description="what is told besides")] = None
+    top_logprobs: Annotated[
+        Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None,
+        Field(description="the likeliest tokens beside each of a message; asks for log probabilities by itself"),
+    ] = None
     metadata: Annotated[
         Annotated[dict[Label64, Label512], Field(max_length=MAX_LABELS)] | None,
         Field(description="the caller's labels, sent back with the response"),
@@ -262,6 +281,10 @@ class ResponsesRequest(RequestPart):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=INT64_MIN, le=INT64_MAX)] | None = None
     chat_template_kwargs: TemplateVariables | None = None
+
+    @property
+    def tells_logprobs(self) -> bool:
+        return LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
 
 
 def parse_response(raw: bytes) -> ResponsesRequest:

@@ -38,4 +38,4 @@ class ResponseRoutes:
             generation = await self._preparation.chat(chat, leases)
         except RequestError as error:
             raise told_here(error) from error
-        return generation, ResponsesFormat(body), bool(body.stream)
+        return generation, ResponsesFormat(body, self._preparation.tokenizer(leases)), bool(body.stream)

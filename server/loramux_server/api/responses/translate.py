@@ -38,6 +38,8 @@ def as_chat(body: ResponsesRequest) -> ChatRequest:
         fields["tool_choice"] = body.tool_choice.chat
     if body.max_output_tokens is not None:
         fields["max_completion_tokens"] = body.max_output_tokens
+    if body.tells_logprobs:
+        fields |= {"logprobs": True, "top_logprobs": body.top_logprobs or 0}
     if body.text is not None and (shape := _response_format(body.text)) is not None:
         fields["response_format"] = shape
     if body.reasoning is not None and body.reasoning.effort is not None:

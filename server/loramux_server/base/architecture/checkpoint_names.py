@@ -32,7 +32,8 @@ class CheckpointNames:
 
     def names(self, name: str) -> Iterator[str | TensorPiece]:
         """What a checkpoint may call a parameter of the model, or of which of its tensors it may be a piece."""
-        for own in (name,) if self.experts is None else expert_names(name, self.experts):
+        by_shape = self.part is not None and bool(self.part.converted_as)
+        for own in (name,) if self.experts is None else expert_names(name, self.experts, by_shape=by_shape):
             if self.part is None:
                 yield own
             elif isinstance(own, TensorPiece):

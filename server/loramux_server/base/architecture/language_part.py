@@ -23,19 +23,25 @@ from loramux_server.errors import BaseModelError
 # part does: it is refused.
 _LANGUAGE_PARTS = {
     **dict.fromkeys(
-        ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "mistral3", "llava", "llava_next", "internvl"),
+        ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "gemma3", "mistral3", "llava", "llava_next", "internvl"),
         "model.language_model",
     ),
     **dict.fromkeys(("idefics3", "smolvlm"), "model.text_model"),
+    "llama4": "language_model.model",
 }
-# what wrote them before: the language part was a whole model with a head
-_BEFORE = {"model.language_model": "language_model", "model.text_model": ""}
+# what wrote them before, and writes Llama 4 now: the language part is a whole model with a head
+_BEFORE = {"model.language_model": "language_model", "model.text_model": "", "language_model.model": "language_model"}
 # model_type of a language part that transformers has no causal language model for -> the one that it is
 _SAME_AS = {
     "qwen2_vl_text": "qwen2",
     "qwen2_5_vl_text": "qwen2",
     "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
 }
+# what a language part does always and the one that it is only where its config says so
+_ALWAYS: dict[str, dict[str, Any]] = {"qwen3_vl_moe_text": {"norm_topk_prob": True}}
+# those that may have experts' weights as [inputs, outputs], which transformers' readers of the one that it is don't
+_TURNED = {"qwen3_vl_moe"}
 _M_ROPE = {"mrope_section", "mrope_interleaved"}  # how positions of images are dealt out to frequencies
 _ORDINARY, _HEAD = "model", "lm_head"
 # first parts of module paths of what is left out, below "model" or without it
@@ -52,11 +58,14 @@ class LanguagePart:
         config: transformers' own, of the causal language model that it is.
         place: where transformers has it now ("model.language_model").
         before: where it was as a model with a head ("language_model"); "" if never.
+        converted_as: model_type by whose rules transformers turns what the checkpoint holds; "": by its own. Where
+            there is one, experts' weights may be [outputs, inputs] or [inputs, outputs], as their shape says.
     """
 
     config: Any
     place: str
     before: str
+    converted_as: str = ""
 
     def names(self, name: str) -> Iterator[str]:
         """What a checkpoint may call a parameter of the model, as it is written now first."""
@@ -104,13 +113,14 @@ def language_part_of(config: Any) -> LanguagePart | None:
     text = copy.deepcopy(config.get_text_config())
     if (same := _SAME_AS.get(text.model_type)) is not None:
         values = {key: value for key, value in text.to_dict().items() if key != "model_type"}
+        values |= _ALWAYS.get(text.model_type, {})
         values["rope_parameters"] = _ordinary_rope(values.get("rope_parameters"))
         try:
             text = AutoConfig.for_model(same, **values)
         except (TypeError, ValueError) as error:
             raise BaseModelError(f"the base's text_config is none of {same}: {error}") from error
     text.tie_word_embeddings = bool(config.tie_word_embeddings)
-    return LanguagePart(text, place, _BEFORE[place])
+    return LanguagePart(text, place, _BEFORE[place], config.model_type if config.model_type in _TURNED else "")
 
 
 def _ordinary_rope(parameters: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ def read_model(directory: Path, device: Device, part: LanguagePart | None, **opt
         untyped_mx: Any = Mxfp4Config
         options["quantization_config"] = untyped_mx(dequantize=True)
     if part is not None:
-        options |= {"config": part.config, "key_mapping": part.key_mapping()}
+        own = copy.deepcopy(part.config)
+        own.model_type = part.converted_as or own.model_type
+        options |= {"config": own, "key_mapping": part.key_mapping()}
     try:
         untyped: Any = AutoModelForCausalLM
         model, found = untyped.from_pretrained(
@@ -47,6 +50,8 @@ def read_model(directory: Path, device: Device, part: LanguagePart | None, **opt
         raise BaseModelError(f"the base cannot be loaded: {first_line(error)}") from error
     if missing := sorted(found["missing_keys"]):
         raise BaseModelError(f"the base's checkpoint holds no {missing[0]}")
+    if part is not None:
+        model.config.model_type = part.config.model_type
     return model.eval()
 
 

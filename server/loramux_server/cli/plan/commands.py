@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from loramux_server.cli import frame
+from loramux_server.plain_text import shortened
 
 COMMANDS = {
     "train": ("Say how much memory a training will take (the default).", "training"),
@@ -19,6 +21,17 @@ class _Plans(frame.Commands):
         is_named = bool(args) and (not args[0].startswith("-") or args[0] in ("-h", "--help"))
         parsed: list[str] = super().parse_args(ctx, args if is_named else ["train", *args])
         return parsed
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
+        word = args[0]
+        is_base = "/" in word or word.endswith(".gguf") or Path(word).is_dir()
+        if is_base and self.get_command(ctx, word) is None:
+            shown = shortened(word)
+            ctx.fail(
+                f"{shown} is no command; a base is planned for by `loramux plan serve {shown}` (what a server takes) "
+                f"or `loramux plan train --base {shown}` (what a training takes)"
+            )
+        return super().resolve_command(ctx, args)
 
 
 app = frame.new_app(

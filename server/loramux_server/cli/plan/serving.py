@@ -49,7 +49,7 @@ def plan(config: PlanServeConfig, ctx: typer.Context, spec: Base = None, json_: 
     cards = cards_of(config.card)
     with stages.stage("count its layers"):
         _, skeleton = skeleton_of(source)
-        wanted = Wanted(planned_base(skeleton), config, config.adapters, config.rank)
+        wanted = Wanted(planned_base(skeleton, vectors=config.adapter_vectors), config, config.adapters, config.rank)
         plans = [plan_on(card, wanted) for card in cards]
     if json_:
         print(json.dumps(_in_json(spec, wanted, plans), indent=2))
@@ -92,11 +92,12 @@ _NUMBER = 9  # characters of the widest number, tokens of a cache
 
 def _about(spec: str, wanted: Wanted) -> Sequence[str]:
     base = wanted.base
+    room = " with room for magnitudes and biases" if base.sizes.vectors else ""
     return [
         f"{spec}: {base.parameters:,} parameters, {base.nbytes / MIB:,.0f} MiB as it lies on a card; built for "
         f"{base.sizes.context:,} tokens",
-        f"an adapter of rank {wanted.rank} on every layer takes {wanted.adapter_bytes / MIB:,.1f} MiB, a token in the "
-        f"KV cache {base.sizes.kv.token_bytes / 1024:,.1f} KiB",
+        f"an adapter of rank {wanted.rank} on every layer takes {wanted.adapter_bytes / MIB:,.1f} MiB{room}, a token "
+        f"in the KV cache {base.sizes.kv.token_bytes / 1024:,.1f} KiB",
         "",
     ]
 
@@ -126,6 +127,7 @@ _PARTS = (
     ("graphs of steps, at most", "graphs"),
     ("adapters", "arena"),
     ("KV cache", "cache"),
+    ("trained tokens and heads, at most", "tokens"),
     ("left for what comes and goes", "left"),
 )
 
@@ -210,7 +212,9 @@ def _in_json(spec: str, wanted: Wanted, plans: Sequence[ServePlan]) -> dict[str,
 
 
 def _sizes_in_json(wanted: Wanted, sizes: Any) -> dict[str, Any]:
-    taken = {f"{name}_bytes": getattr(sizes, name) for name in ("workspace", "graphs", "arena", "cache", "left")}
+    taken = {
+        f"{name}_bytes": getattr(sizes, name) for name in ("workspace", "graphs", "arena", "cache", "tokens", "left")
+    }
     scheduler = dataclasses.asdict(sizes.scheduler)
     return {
         **taken,

@@ -55,6 +55,7 @@ def plan(config: PlanConfig, ctx: typer.Context) -> int:
         from loramux_adapters.training.run.plan import kv_bytes, plan_memory
         from loramux_server.base.device import device_of
         from loramux_server.base.loader import skeleton_of
+        from loramux_server.base.support import refuse_to_train
         from loramux_server.serving.cards import card_of
 
     if config.card is not None:
@@ -71,7 +72,8 @@ def plan(config: PlanConfig, ctx: typer.Context) -> int:
 
     learned = config.learned or max(1, config.seq // 4)
     with stages.stage("count its layers"):
-        _, skeleton = skeleton_of(source)
+        base_config, skeleton = skeleton_of(source)
+        refuse_to_train(source.name, base_config)
         plans = [planned(config.recipe(quantize)) for quantize in ("nf4", "none")]
     show("")
     for line in _about(config, plans[0]):

@@ -44,6 +44,7 @@ from loramux_server.errors import ConfigError
 
 LEAST_RANKS = 512  # that the adapters of one sequence may have together: two of the largest common rank
 LEAST_COUNTED = 16  # of them: a step's tables are made of tiles of so many ranks
+_MIB = 2**20
 _AT_LEAST_ONE = ("max_num_seqs", "max_batch_tokens", "max_prefetch", "max_prefetch_bytes", "max_background_tokens")
 
 
@@ -102,6 +103,9 @@ class HostView(Protocol):
         """Keeps the version once it is there; may be called before it is loaded."""
 
     def unpin(self, version: str) -> None: ...
+
+    def bytes_beside(self, version: str) -> int:
+        """What a version that is held takes on the device beside the memory of its rank."""
 
 
 class Lack(Enum):
@@ -200,6 +204,8 @@ class WaitingQueues:
             if LoadState.FAILED in line.loads.values():
                 reason = self._reason(line)
                 failed += [(entry, reason) for entry in line]
+            elif self._is_too_much_beside(line):
+                failed += [(entry, self._too_much_beside(line)) for entry in line]
         failed.sort(key=lambda one: one[0].number)
         sequences = self._leave([entry for entry, _ in failed])
         for line in self._lines.values():
@@ -369,6 +375,19 @@ class WaitingQueues:
             self._share.deactivate(line.flow)
         line.is_active = active
 
+    def _is_too_much_beside(self, line: Line) -> bool:
+        """What it needs is in host memory, and can never lie on the device together."""
+        if not all(state is LoadState.READY for state in line.loads.values()):
+            return False
+        return not self._slots.fits_beside(*map(self._host.bytes_beside, line.loads))
+
+    def _too_much_beside(self, line: Line) -> str:
+        together = sum(map(self._host.bytes_beside, line.loads))
+        return (
+            f"its own rows of embeddings and output head take {-(-together // _MIB)} MiB, and this server has "
+            f"{self._slots.beside // _MIB} MiB for those of all adapters (--token-memory-mib)"
+        )
+
     def _reason(self, line: Line) -> str:
         failed = [version for version, state in line.loads.items() if state is LoadState.FAILED]
         return self._host.failure(failed[0]) or "its adapter cannot be read"
@@ -383,7 +402,10 @@ class WaitingQueues:
         blocks = self._allocate(sequence)
         if blocks is None:
             return Lack.BLOCKS
-        acquired = self._slots.acquire_all({use.version: use.rank for use in sequence.adapters})
+        acquired = self._slots.acquire_all(
+            {use.version: use.rank for use in sequence.adapters},
+            {version: self._host.bytes_beside(version) for version in line.loads},
+        )
         if acquired is None:
             self._blocks.free(blocks)
             return Lack.SLOTS

@@ -107,6 +107,12 @@ class SamplingParams:
         return bool(penalties or self.logit_bias or limits) and not self.forced
 
     @property
+    def changes_by_tokens(self) -> bool:
+        """Whether what is changed depends on which tokens the reply has: on how many it has alone it may always."""
+        penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+        return self.changes_logits and bool(penalties or self.bad_words or self.grammar is not None)
+
+    @property
     def scores_text(self) -> bool:
         """Whether log probabilities of given text are asked for."""
         return self.prompt_logprobs is not None or bool(self.continuations)

@@ -4,9 +4,13 @@ Semantics, for token row t of a sequence at position p:
 
     out[t] = softmax(softcap(scaling * q[t] @ K[lo : p + 1].T)) @ V[lo : p + 1],  lo = max(0, p - window + 1)
 
-where K and V are all keys and values of that sequence so far, this step's included. A head with a sink has one more
-score in its softmax, without a value. Each row is computed alone, so its
-bits do not depend on how a prompt was cut into chunks or on what else is in the batch.
+where K and V are all keys and values of that sequence so far, this step's included. In layers that see chunks, lo is
+the largest multiple of the chunk's size that is not above p. A head with a sink has one more score in its softmax,
+without a value. Each row is computed alone, so its bits do not depend on how a prompt was cut into pieces or on what
+else is in the batch.
+
+The cache has keys and values of one width. Where a model's differ (multi-head latent attention: 192 and 128), the
+narrower ones are filled up with zeros and the result is cut: one form of cache, and every kernel takes it.
 """
 
 from __future__ import annotations
@@ -21,6 +25,12 @@ from transformers import AttentionInterface
 
 from loramux_adapters.device.device import Device
 from loramux_server.errors import BaseModelError
+from loramux_server.kernels.attention.by_position import (
+    chunk_of,
+    temperature_of,
+    use_our_temperature,
+    use_own_temperature,
+)
 from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVCache, KVShape
 from loramux_server.kernels.compiled.library import Compiled
 
@@ -69,12 +79,17 @@ class AttentionStep:
 
 @dataclass(frozen=True, slots=True)
 class AttentionParams:
-    """What a layer asks for: `softcap` 0 and `window` 0 mean none. `sinks`: [heads] of any float dtype, or None."""
+    """What a layer asks for: 0 of `softcap`, `window` and `chunk` means none. `sinks`: [heads] of any float dtype."""
 
     scaling: float
     softcap: float = 0.0
     window: int = 0
     sinks: torch.Tensor | None = None
+    chunk: int = 0
+
+    def __post_init__(self) -> None:
+        if self.window and self.chunk:
+            raise BaseModelError("a layer of this model sees chunks and a window of them at once; not supported")
 
 
 # (q [rows, heads, dim], k and v [rows, kv_heads, dim], layer, step, params) -> [rows, heads, dim]
@@ -104,10 +119,12 @@ def attend_reference(
         scores = torch.einsum("tkgd,skd->tkgs", grouped, keys) * params.scaling
         if params.softcap:
             scores = params.softcap * torch.tanh(scores / params.softcap)
-        distance = functional.pad(position[rows], (0, more))[:, None] - torch.arange(len(keys), device=q.device)[None]
-        hidden = distance < 0
+        place, key = functional.pad(position[rows], (0, more))[:, None], torch.arange(len(keys), device=q.device)[None]
+        hidden = key > place
         if params.window:
-            hidden |= distance >= params.window
+            hidden |= key <= place - params.window
+        if params.chunk:
+            hidden |= key < place - place % params.chunk
         scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
         if params.sinks is None:
             weights = scores.softmax(-1)
@@ -151,7 +168,7 @@ class NativeAttend:
             *(q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0)),
             *(cache.k[layer].data_ptr(), cache.v[layer].data_ptr(), cache.scales[layer].data_ptr()),
             *(step.tables.data_ptr(), step.tables.shape[1], step.sequence.data_ptr(), step.position.data_ptr()),
-            *(rows, heads, k.shape[1], dim, params.scaling, params.softcap, params.window),
+            *(rows, heads, k.shape[1], dim, params.scaling, params.softcap, params.window or -params.chunk),
             None if sinks is None else sinks.data_ptr(),
             *(self.isa, torch.get_num_threads()),
         )
@@ -172,13 +189,19 @@ def attention_forward(
     s_aux: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention function: query [1, heads, rows, dim], key and value [1, kv_heads, rows, dim].
+    """transformers' attention function: query [1, heads, rows, dim], key [1, kv_heads, rows, dim] and value
+    [1, kv_heads, rows, value dim] -> [1, rows, heads, value dim].
 
     Raises:
         BaseModelError: the model asks for a kind of attention that this function does not compute.
     """
     if loramux_step is None:
         raise BaseModelError("this model's code does not hand its keyword arguments down to its attention")
+    if not getattr(module, "is_causal", True) or others.get("is_causal") is False:
+        raise BaseModelError(
+            "this model's tokens see those behind them, as an encoder's do, so it does not write text token by token; "
+            "not supported"
+        )
     unknown = sorted(name for name, value in others.items() if value is not None and name not in _HARMLESS)
     if unknown or attention_mask is not None:
         raise BaseModelError(f"this model's attention needs {', '.join(unknown) or 'a mask'}, which is not supported")
@@ -187,18 +210,33 @@ def attention_forward(
         softcap=float(softcap or 0.0),
         window=int(sliding_window or 0),
         sinks=s_aux,
+        chunk=chunk_of(module),
     )
     layer: Any = module.layer_idx
-    out = loramux_step.attend(
-        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), layer, loramux_step, params
-    )
-    return out[None], None
+    if (temperature := temperature_of(module)) is not None:
+        query = query * temperature.factors(loramux_step.position)[:, None].to(query.dtype)
+    width = max(query.shape[-1], value.shape[-1])
+    q, k, v = (_as_wide(part[0].transpose(0, 1), width) for part in (query, key, value))
+    out = loramux_step.attend(q, k, v, layer, loramux_step, params)
+    return out[None, ..., : value.shape[-1]], None
+
+
+def _as_wide(x: torch.Tensor, width: int) -> torch.Tensor:
+    """x [rows, heads, dim] with zeros up to this width, which change no product."""
+    return x if x.shape[-1] == width else functional.pad(x, (0, width - x.shape[-1]))
 
 
 def use_our_attention(model: Any) -> None:
     """Switches a transformers model to `attention_forward`."""
     AttentionInterface.register(ATTENTION_NAME, attention_forward)
     model.set_attn_implementation(ATTENTION_NAME)
+    use_our_temperature(model)
+
+
+def use_eager_attention(model: Any) -> None:
+    """Switches it to transformers' own, which reads one text alone."""
+    model.set_attn_implementation("eager")
+    use_own_temperature(model)
 
 
 @torch.no_grad()
@@ -216,7 +254,7 @@ def probe_kv_shape(model: Any, device: Device, *, whole_numbers: bool) -> KVShap
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, step: AttentionStep, params: AttentionParams
     ) -> torch.Tensor:
         if v.shape != k.shape or layer in seen:
-            raise BaseModelError("this model's layers share keys and values, or these differ in size; not supported")
+            raise BaseModelError("this model's layers share keys and values; not supported")
         seen[layer] = (k.shape[1], k.shape[2], k.dtype)
         return torch.zeros_like(q)
 

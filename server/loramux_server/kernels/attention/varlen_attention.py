@@ -61,7 +61,7 @@ class VarlenAttend:
         step: AttentionStep,
         params: AttentionParams,
     ) -> torch.Tensor:
-        if params.softcap or params.sinks is not None:  # the kernel has none
+        if params.softcap or params.chunk or params.sinks is not None:  # the kernel has none
             return attend_reference(q, k, v, layer, step, params)
         step.store(layer, k, v)
         lengths = self._lengths_of(step)
@@ -120,15 +120,16 @@ def varlen_attend(kernel: Kernel, device: Device, shape: KVShape) -> VarlenAtten
     for paged in (True, False):
         path = VarlenAttend(kernel, paged=paged)
         try:
-            if _agrees(path, device, shape):
+            if agrees(path, device, shape, AttentionParams(shape.head_dim**-0.5), group=2):
                 return path
         except (RuntimeError, ValueError, TypeError):  # what the library says of a case it does not take
             continue
     return None
 
 
-def _agrees(path: Attend, device: Device, shape: KVShape) -> bool:
-    """A prompt in two chunks and one decode beside it, with a cache of its own that is full of NaN."""
+def agrees(path: Attend, device: Device, shape: KVShape, asked: AttentionParams, *, group: int) -> bool:
+    """Whether a way to attend gives what the reference gives: of a prompt in two chunks and one decode beside it, with
+    a cache of its own that is full of NaN. `group`: query heads of a kv head."""
     random = torch.Generator().manual_seed(0)
     small = KVShape(1, shape.kv_heads, shape.head_dim, shape.dtype)
     caches = [KVCache(small, 6, device) for _ in range(2)]
@@ -141,13 +142,13 @@ def _agrees(path: Attend, device: Device, shape: KVShape) -> bool:
         position = [first + i for _, _, count, first in runs for i in range(count)]
         q, k, v = (
             device.put(torch.randn(rows, heads, shape.head_dim, generator=random).to(shape.dtype))
-            for heads in (2 * shape.kv_heads, shape.kv_heads, shape.kv_heads)
+            for heads in (group * shape.kv_heads, shape.kv_heads, shape.kv_heads)
         )
         outs = []
         for attend, cache in zip((path, attend_reference), caches, strict=True):
             owner, place = (device.put(torch.tensor(them, dtype=torch.int32)) for them in (sequence, position))
             step = AttentionStep(cache, attend, tables, owner, place, runs)
-            outs.append(attend(q, k, v, 0, step, AttentionParams(shape.head_dim**-0.5)).float())
+            outs.append(device.take(attend(q, k, v, 0, step, asked)).float())
         if not torch.allclose(outs[0], outs[1], rtol=0.05, atol=0.05):
             return False
     return True

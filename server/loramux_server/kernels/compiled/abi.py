@@ -89,13 +89,31 @@ class ExactNorm(ctypes.Structure):
     _fields_ = [("weight", POINTER), ("eps", DOUBLE)]
 
 
+class ExactExperts(ctypes.Structure):
+    _fields_ = [
+        ("layers", POINTER),
+        *((name, SIZE) for name in ("count", "outer", "inner", "chosen", "gelu")),
+        *((name, DOUBLE) for name in ("alpha", "limit", "above")),
+    ]
+
+
+class ExactRouter(ctypes.Structure):
+    _fields_ = [
+        *((name, POINTER) for name in ("weight", "scales", "bias")),
+        *((name, SIZE) for name in ("padded", "normalized")),
+    ]
+
+
 class ExactLayer(ctypes.Structure):
     _fields_ = [
         *((name, ExactNorm) for name in ("before_attention", "q_norm", "k_norm", "after_attention")),
         *((name, ExactNorm) for name in ("before_mlp", "after_mlp")),
         *((name, ExactLinear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        ("experts", ExactExperts),
+        ("router", ExactRouter),
+        ("sinks", POINTER),
         *((name, SIZE) for name in ("whole_norms", "rotary", "window", "gelu")),
-        *((name, DOUBLE) for name in ("scaling", "softcap")),
+        *((name, DOUBLE) for name in ("scaling", "softcap", "clip")),
     ]
 
 
@@ -149,7 +167,7 @@ class FloatMatrix(ctypes.Structure):
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     *(LoraArena, LoraEntries, SlotWeights, FilePair),
     *(ExactLinear, TokenDraw, LogitEdit, LogitChange),
-    *(ExactNorm, ExactLayer, ExactModel, TokenLogits, ExactStep),
+    *(ExactNorm, ExactExperts, ExactRouter, ExactLayer, ExactModel, TokenLogits, ExactStep),
     *(TrainingRows, TrainingHeads, FloatMatrix),
 )
 
@@ -191,6 +209,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         ],
     ),
     "loramux_exact_add_lora": (None, [POINTER, SIZE, *[POINTER] * 3, INT, INT]),
+    "loramux_exact_experts": (None, [POINTER] * 6 + [SIZE, INT, INT]),
     "loramux_exact_token_logits": (None, [POINTER, SIZE, POINTER, SIZE, POINTER, POINTER, SIZE, SIZE, INT, INT]),
     "loramux_exact_scratch": (SIZE, [POINTER, SIZE]),
     "loramux_exact_step": (None, [POINTER] * 2 + [INT]),

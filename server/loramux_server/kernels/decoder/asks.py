@@ -20,7 +20,9 @@ MOST_LIKELY = 20  # of the likeliest tokens that an answer tells
 # `chosen` is the token that was asked for, the drawn one, or the first largest; `logprob` is its log probability,
 # `log_sum` the log of the sum of exp of the logits; `likeliest` and `logprobs` are the first tokens, in order, -1 where
 # the vocabulary has no more. Fields that were not asked for mean nothing. Where `finite` is 0 all but `greedy` mean
-# nothing, and that too where there is NaN.
+# nothing, and that too where there is NaN. Where it is NOTHING_LEFT the logits are finite, and no token may be chosen
+# from them as they were changed.
+NOTHING_LEFT = -1
 ANSWER = np.dtype(
     [("greedy", "i4"), ("finite", "i4"), ("chosen", "i4"), ("logprob", "f4"), ("log_sum", "f8")]
     + [("likeliest", "i4", MOST_LIKELY), ("logprobs", "f4", MOST_LIKELY)]
@@ -42,6 +44,20 @@ class Ask(NamedTuple):
     draw: Draw | None = None
     token: int | None = None
     top: int | None = None
+
+
+class ChangedAsk(NamedTuple):
+    """That a token is chosen from a changed row of logits, of which all else is told as it was before.
+
+    Attributes:
+        ask: the place among a step's asks of the one that chooses this token, and draws none itself.
+        draw: as `Ask` has it.
+        change: of the row that `ask` is about.
+    """
+
+    ask: int
+    draw: Draw | None
+    change: RowChange
 
 
 class Answers(Protocol):

@@ -40,12 +40,14 @@ class Decoder:
     Attributes:
         description: the model.
         exact: the description as the compiled code reads it.
-        in_words, notes, equal_bits: as `WholeStep` has them; no notes: the code is the same on every processor.
+        in_words, notes, equal_bits, replaced: as `WholeStep` has them; no notes: the code is the same on every
+            processor.
     """
 
     in_words = "a step is one compiled call"
     notes: tuple[str, ...] = ()
     equal_bits = True
+    replaced: tuple[str, ...] = ()
 
     def __init__(self, compiled: Compiled, description: Description) -> None:
         self.description = description

@@ -18,8 +18,11 @@ from loramux_adapters.lora.lora_linear import LoRALinear
 from loramux_adapters.lora.ops import Arena
 from loramux_server.kernels.attention.kv_cache import KVShape
 from loramux_server.kernels.attention.paged_attention import AttentionParams
+from loramux_server.kernels.layers.experts import PROJECTIONS, ExpertForm, Experts
+from loramux_server.kernels.layers.packed_head import PackedHead
 from loramux_server.kernels.layers.recognition import RMSNorm
 from loramux_server.kernels.layers.rotary import Angles, tables_of
+from loramux_server.kernels.layers.routing import Router
 
 _BODY = {"embed_tokens", "layers", "norm", "rotary_emb"}
 _LAYER = {"self_attn", "mlp"}  # and norms:
@@ -43,8 +46,16 @@ _MLP: tuple[dict[str, str], ...] = (
     {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"},
     {"gate_up_proj": "gate", "down_proj": "down"},
 )
+# names of who chooses experts
+_MIXTURE: tuple[dict[str, str], ...] = (
+    {"gate": "router", "experts": "experts"},
+    {"router": "router", "experts": "experts"},
+)
 _QK_NORMS: tuple[dict[str, str], ...] = ({}, {"q_norm": "q_norm", "k_norm": "k_norm"})
+_HEAD_NORMS = {"q_norm", "k_norm"}
 _ACTIVATIONS = {"act_fn", "activation_fn"}  # part of what an MLP's forward computes
+
+_CLIPPING = {"olmoe"}  # whose code does what a config's `clip_qkv` says; others keep it there and do nothing
 
 # (whose attribute, its name) -> the factor in Description; 1 or none where it is not there
 _FACTORS = (
@@ -80,6 +91,23 @@ class Linear:
         return int(self.layer.out_features)
 
 
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Experts in the place of a gated MLP, of which each row goes through a few.
+
+    Attributes:
+        form: of them.
+        layers: gate, up and down of each, one expert behind the other.
+        router, scores, bias: who chooses; its weight, and [experts] fp32 or None.
+    """
+
+    form: ExpertForm
+    layers: list[Linear]
+    router: Router
+    scores: PackedHead
+    bias: torch.Tensor | None
+
+
 @dataclass
 class Layer:
     """One layer: what is None or zero is not there.
@@ -95,6 +123,8 @@ class Layer:
         whole_norms: q_norm and k_norm are of all heads together, not of each.
         rotary: which table of angles; -1: none.
         gelu: the activation is GELU by tanh, else SiLU.
+        mixture: in the place of gate, up, down and activation.
+        clip: queries, keys and values are cut off at it, before they turn.
     """
 
     asked: AttentionParams
@@ -114,9 +144,11 @@ class Layer:
     whole_norms: bool = False
     rotary: int = -1
     gelu: bool = False
+    mixture: Mixture | None = None
+    clip: float = 0.0
 
     def linear(self, name: str) -> Linear:
-        """One that every layer has."""
+        """One that every layer has, or every layer without a mixture."""
         found: Linear | None = getattr(self, name)
         assert found is not None
         return found
@@ -131,12 +163,14 @@ class Kinds:
         head: the output head.
         cache: of keys and values.
         embedding: what the weight of one is kept in, where it is not read from the head.
+        mixtures: it takes layers with experts, and what attention of such bases has: sinks, and a clip.
     """
 
     linear: Callable[[nn.Module], str]
     head: Callable[[nn.Module], str]
     cache: Callable[[KVShape], str]
     embedding: torch.dtype = torch.bfloat16
+    mixtures: bool = False
 
 
 @dataclass
@@ -255,15 +289,22 @@ class _Reader:
         if attention is None or mlp is None:
             raise NotOfThisShape(f"layer {index} has {sorted(_parts(layer))} for its parts")
         norms = _choice(layer, f"layer {index}", _NORMS, _LAYER)
-        projections = _choice(attention, f"the attention of layer {index}", _ATTENTION, {"q_norm", "k_norm"})
-        head_norms = _choice(attention, f"the attention of layer {index}", _QK_NORMS, set(projections))
-        gated = _choice(mlp, f"the MLP of layer {index}", _MLP, _ACTIVATIONS)
-        found = Layer(asked)
-        for owner, names in ((attention, projections), (mlp, gated)):
-            for name, place in names.items():
-                setattr(found, place, self.linear(getattr(owner, name), f"{name} of layer {index}"))
+        if asked.chunk:
+            raise NotOfThisShape(f"layer {index} sees chunks of a text")
+        others = _HEAD_NORMS | ({"sinks"} if self.sinks(attention, asked) else set())
+        projections = _choice(attention, f"the attention of layer {index}", _ATTENTION, others)
+        head_norms = _choice(
+            attention, f"the attention of layer {index}", _QK_NORMS, {*projections, *others} - _HEAD_NORMS
+        )
+        found = Layer(asked, clip=self.clip())
+        for name, place in projections.items():
+            setattr(found, place, self.linear(getattr(attention, name), f"{name} of layer {index}"))
         for name, place in norms.items():
             setattr(found, place, self.norm(getattr(layer, name), f"{name} of layer {index}", self.hidden))
+        if isinstance(getattr(mlp, "experts", None), Experts):
+            found.mixture = self.mixture(index, mlp)
+        else:
+            self.mlp(index, mlp, found)
         self.check_sizes(index, found)
         heads = {"q_norm": found.linear("o").inputs, "k_norm": self.cache.kv_heads * dim}
         if head_norms:
@@ -271,17 +312,56 @@ class _Reader:
         for name, place in head_norms.items():
             width = heads[name] if found.whole_norms else dim
             setattr(found, place, self.norm(getattr(attention, name), f"{name} of layer {index}", width))
+        found.rotary = self.table(index, attention)
+        return found
+
+    def mlp(self, index: int, mlp: Any, found: Layer) -> None:
+        for name, place in _choice(mlp, f"the MLP of layer {index}", _MLP, _ACTIVATIONS).items():
+            setattr(found, place, self.linear(getattr(mlp, name), f"{name} of layer {index}"))
         kernel = getattr(mlp, "loramux_mlp", None)
         if kernel is None or kernel.fused != (found.up is None):
             raise NotOfThisShape(f"the MLP of layer {index} ({_kind(mlp)}) has no compiled forward")
         found.gelu = kernel.gelu
-        found.rotary = self.table(index, attention)
-        return found
+
+    def mixture(self, index: int, block: Any) -> Mixture:
+        """Of a block that is a router and experts, and nothing else."""
+        if not self.kinds.mixtures:
+            raise NotOfThisShape(f"layer {index} is a mixture of experts, which has no whole step here")
+        (chooser,) = _choice(block, f"the mixture of layer {index}", _MIXTURE, set()).keys() - {"experts"}
+        experts, module = block.experts, getattr(block, chooser)
+        router, scores = getattr(module, "loramux_router", None), getattr(module, "loramux_scores", None)
+        form, bias = experts.form, module._parameters.get("bias")
+        if router is None or router != Router(router.chosen, router.normalized):
+            raise NotOfThisShape(f"the router of layer {index} ({_kind(module)}) chooses in a way of its own")
+        if not isinstance(scores, PackedHead) or (scores.in_features, scores.out_features) != (self.hidden, form.count):
+            raise NotOfThisShape(f"the router of layer {index} ({_kind(module)}) has no compiled kernel")
+        if bias is not None and (bias.dtype != torch.float32 or bias.shape != (form.count,)):
+            raise NotOfThisShape(f"the router of layer {index} has a bias of {bias.dtype} {tuple(bias.shape)}")
+        layers = []
+        for number, expert in enumerate(experts):
+            for name in PROJECTIONS:
+                layers.append(self.linear(getattr(expert, name), f"{name} of expert {number} of layer {index}"))
+        return Mixture(form, layers, router, scores, bias)
+
+    def sinks(self, attention: Any, asked: AttentionParams) -> bool:
+        """Whether a layer's attention has sinks, which must be those that it asks for."""
+        if asked.sinks is None:
+            return False
+        if asked.sinks is not attention._parameters.get("sinks") or not self.kinds.mixtures:
+            raise NotOfThisShape("its attention has sinks, which have no whole step here")
+        return True
+
+    def clip(self) -> float:
+        """What queries, keys and values are cut off at: random tokens do not reach it, so a trial would not see it."""
+        clip = getattr(self.config, "clip_qkv", None)
+        if clip is not None and (not self.kinds.mixtures or self.config.model_type not in _CLIPPING):
+            raise NotOfThisShape("its queries, keys and values may be cut off, which has no whole step here")
+        return float(clip or 0.0)
 
     def check_sizes(self, index: int, layer: Layer) -> None:
         """The step trusts them: it would read beyond a weight's end."""
         hidden, kv, q = self.hidden, self.cache.kv_heads * self.cache.head_dim, layer.linear("o").inputs
-        inner = layer.linear("down").inputs
+        inner = layer.down.inputs if layer.down else 0
         expected = {
             "q": (hidden, q if layer.k else q + 2 * kv),
             "k": (hidden, kv),
@@ -291,8 +371,16 @@ class _Reader:
             "up": (hidden, inner),
             "down": (inner, hidden),
         }
-        for name, size in expected.items():
-            linear: Linear | None = getattr(layer, name)
+        found: list[tuple[str, Linear | None, tuple[int, int]]] = [
+            (name, getattr(layer, name), size) for name, size in expected.items()
+        ]
+        if layer.mixture is not None:
+            sizes = [(hidden, layer.mixture.form.inner)] * 2 + [(layer.mixture.form.inner, hidden)]
+            found += [
+                (f"{PROJECTIONS[number % 3]} of expert {number // 3}", linear, sizes[number % 3])
+                for number, linear in enumerate(layer.mixture.layers)
+            ]
+        for name, linear, size in found:
             if linear is not None and (linear.inputs, linear.outputs) != size:
                 raise NotOfThisShape(
                     f"{name} of layer {index} takes {linear.inputs} numbers to {linear.outputs}, "

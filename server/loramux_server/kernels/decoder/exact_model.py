@@ -12,9 +12,18 @@ from torch import nn
 from loramux_adapters.device.device import in_host_memory
 from loramux_adapters.lora.ops import Arena
 from loramux_server.kernels.attention.kv_cache import KVShape
-from loramux_server.kernels.compiled.abi import ExactLayer, ExactLinear, ExactModel, ExactNorm, LoraArena
+from loramux_server.kernels.compiled.abi import (
+    ExactExperts,
+    ExactLayer,
+    ExactLinear,
+    ExactModel,
+    ExactNorm,
+    ExactRouter,
+    LoraArena,
+)
 from loramux_server.kernels.compiled.adapter_kernels import arena_of
-from loramux_server.kernels.decoder.description import Description, Kinds, Layer, Linear, NotOfThisShape
+from loramux_server.kernels.decoder.description import Description, Kinds, Layer, Linear, Mixture, NotOfThisShape
+from loramux_server.kernels.layers.experts import exact_experts
 from loramux_server.kernels.layers.nf4_linear import NF4Linear, why_no_kernel
 from loramux_server.kernels.layers.packed_head import PackedHead
 from loramux_server.kernels.layers.recognition import RMSNorm
@@ -30,13 +39,13 @@ class ExactDescription:
 
     Attributes:
         padded: numbers of a row of logits that there are.
-        keep: the tensors that are pointed at.
+        keep: the tensors that are pointed at; and lists of experts' layers.
     """
 
     model: ExactModel
     layers: ctypes.Array[ExactLayer]
     padded: int
-    keep: list[torch.Tensor] = field(default_factory=list)
+    keep: list[torch.Tensor | ctypes.Array[ExactLinear]] = field(default_factory=list)
 
 
 def _why_not_linear(layer: nn.Module) -> str:
@@ -56,7 +65,7 @@ def _why_not_cache(shape: KVShape) -> str:
     return "" if fits else f"heads of {dim} numbers do not fit the cache of whole numbers"
 
 
-KINDS = Kinds(_why_not_linear, _why_not_head, _why_not_cache)
+KINDS = Kinds(_why_not_linear, _why_not_head, _why_not_cache, mixtures=True)
 
 
 def exact_model(of: Description) -> ExactDescription:
@@ -65,7 +74,7 @@ def exact_model(of: Description) -> ExactDescription:
     Raises:
         NotOfThisShape: one of them does not lie dense in host memory.
     """
-    keep: list[torch.Tensor] = []
+    keep: list[torch.Tensor | ctypes.Array[ExactLinear]] = []
 
     def place(tensor: torch.Tensor) -> int:
         if not tensor.is_contiguous() or not in_host_memory(tensor):
@@ -86,18 +95,35 @@ def exact_model(of: Description) -> ExactDescription:
         bias = None if layer.bias is None else place(layer.bias)
         return ExactLinear(place(layer.weight), place(layer.scales), bias, arena(its.arena), its.inputs, its.outputs)
 
+    def experts(its: Mixture) -> ExactExperts:
+        layers = (ExactLinear * len(its.layers))(*map(linear, its.layers))
+        keep.append(layers)
+        return exact_experts(its.form, its.router.chosen, layers)
+
+    def router(its: Mixture) -> ExactRouter:
+        bias = None if its.bias is None else place(its.bias)
+        scores = its.scores
+        return ExactRouter(place(scores.weight), place(scores.scales), bias, scores.padded, its.router.normalized)
+
+    def sinks(its: torch.Tensor | None) -> int | None:
+        return None if its is None else place(its.detach().float().contiguous())
+
     def exact_layer(its: Layer) -> ExactLayer:
         parts: dict[str, Any] = {name: norm(getattr(its, name)) for name in _NORMS}
         parts |= {name: linear(getattr(its, name)) for name in _LINEARS}
+        if its.mixture is not None:
+            parts |= {"experts": experts(its.mixture), "router": router(its.mixture)}
         asked = its.asked
         return ExactLayer(
             **parts,
+            sinks=sinks(asked.sinks),
             whole_norms=its.whole_norms,
             rotary=its.rotary,
             window=asked.window,
             gelu=its.gelu,
             scaling=asked.scaling,
             softcap=asked.softcap,
+            clip=its.clip,
         )
 
     layers = (ExactLayer * len(of.layers))(*map(exact_layer, of.layers))

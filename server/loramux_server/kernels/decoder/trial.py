@@ -109,7 +109,7 @@ class _FarOut:
             position_ids=device.put(position),
             logits_to_keep=device.put(torch.tensor([0])),
             use_cache=False,
-            loramux_step=replace(_on_device(step), attend=record),
+            loramux_step=replace(_on_device(step), attend=record, position=device.put(self._positions.int())),
         )
 
     def compare(self, description: Description) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -14,7 +14,7 @@ from loramux_adapters.lora.ops import LoraRows
 from loramux_adapters.lora.token_rows import StepTokens
 from loramux_server.kernels.attention.paged_attention import AttentionStep
 from loramux_server.kernels.compiled.logit_changes import RowChange
-from loramux_server.kernels.decoder.asks import Answers, Ask
+from loramux_server.kernels.decoder.asks import Answers, Ask, ChangedAsk
 from loramux_server.kernels.decoder.description import Description
 
 
@@ -55,6 +55,10 @@ class WholeStep(Protocol):
     in_words: str
     notes: tuple[str, ...]
     equal_bits: bool
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """Operations that a library computes here, since our kernels for them were found to be wrong."""
 
     def forward(
         self,
@@ -106,11 +110,14 @@ class ChoosingStep(WholeStep, Protocol):
         lora: LoraRows | None,
         head: LoraRows | None,
         asks: Sequence[Ask],
+        changed: Callable[[], Sequence[ChangedAsk]] | None = None,
     ) -> Answers:
         """As `forward`, but it answers `asks`, whose rows count in `heads`, and nobody waits.
 
         Args:
             tokens: a negative one, -(1 + i), stands for what ask i of the step before chose.
+            changed: tells which asks choose from changed logits, each ask once at most. It is called when the step
+                itself is under way, so that the device computes while it waits.
         """
 
     def answer(self, logits: torch.Tensor, asks: Sequence[Ask]) -> npt.NDArray[np.void]:

@@ -1,18 +1,20 @@
 """Attention of a packed batch over the paged cache: decode rows and chunks of prompts alike.
 
 Semantics, for token row t of a sequence at position p, head h, kv head g = h / (heads / kv heads), with keys and values
-K[j], V[j] of the sequence's positions j in its blocks, and lo = max(0, p - window + 1) where there is a window, else 0:
+K[j], V[j] of the sequence's positions j in its blocks, and lo = max(0, p - window + 1) where there is a window,
+p - p % chunk where there are chunks, else 0:
 
     score[j] = softcap(scaling * q[t, h] . K[j, g]),  softcap(z) = cap * tanh(z / cap) where there is one,  lo <= j <= p
-    out[t, h] = sum_j act(exp(score[j] - top)) * V[j, g] / sum_j act(exp(score[j] - top))
+    out[t, h] = sum_j act(exp(score[j] - top)) * V[j, g] / (sink + sum_j act(exp(score[j] - top)))
 
-act() rounds to the dtype of q and of the cache; all else is fp32. Keys are taken in turns of 16 to 64, and turns make
-up splits of some hundred: each split has its own top, sum and weighted values, as if there were no other, and these are
-merged in the order of positions. Turns and splits lie at multiples of their lengths, and what a row does not see adds
-exactly nothing, so a row's bits depend neither on how its prompt was cut into chunks nor on the rows beside it. One
-program merges the splits of a tile of rows itself, or a second kernel merges what one program for each split left: by
-the same operations in the same order. Sums of weights are products with ones, so that they too have the tensor core's
-order whichever threads hold the weights.
+with sink = exp(sinks[h] - top) where heads have sinks, else 0. act() rounds to the dtype of q and of the cache; all
+else is fp32. Keys are taken in turns of 16 to 64, and turns make up splits of some hundred: each split has its own top,
+sum and weighted values, as if there were no other, and these are merged in the order of positions. Turns and splits lie
+at multiples of their lengths, and what a row does not see adds exactly nothing, so a row's bits depend neither on how
+its prompt was cut into chunks nor on the rows beside it. One program merges the splits of a tile of rows itself, or a
+second kernel merges what one program for each split left: by the same operations in the same order, a head's sink as
+the last. Sums of weights are products with ones, so that they too have the tensor core's order whichever threads hold
+the weights.
 
 No key or value outside of [lo, p] of a tile's rows is read, whatever lies there. A value of a row that a program reads
 for other rows' sake counts zero times, so it must be finite; `rotate_and_write` sees to that.
@@ -33,6 +35,7 @@ from loramux_server.kernels.gpu.attention_tables import AttentionSizes, Attentio
 from loramux_server.kernels.gpu.launch import Launch
 
 _LOG2_E = 1.4426950408889634
+_LOG2 = tl.constexpr(_LOG2_E)
 _NO_WINDOW = 1 << 30
 _AT_ONCE = 16  # splits whose parts the second kernel asks memory for at once
 
@@ -85,6 +88,9 @@ def attend(
             f"heads of {sizes.head_dim}"
         )
     scale, cap, window = _numbers(params)
+    sinks = scratch.states if params.sinks is None else params.sinks
+    if params.sinks is not None and (sinks.shape != (heads,) or not sinks.is_contiguous()):
+        raise ValueError(f"{heads} heads have one sink each, and not {tuple(sinks.shape)}")
     large = [(tables.large_items, True)] if large_tiles and sizes.tensor_cores else []
     for items, is_large in (*large, (tables.small_items, False)):
         launch(
@@ -92,20 +98,21 @@ def attend(
             (tables.programs,),
             *(out, scratch.values, scratch.states, q, k_cache, v_cache),
             *(tables.positions, tables.starts, tables.blocks, items, tables.counts),
-            *(scale, cap, window),
+            *(sinks, scale, cap, window),
             **attend_constants(sizes, kv_heads, params, large=is_large),
         )
     launch(
         combine_kernel,
         (tables.programs,),
-        *(out, scratch.values, scratch.states, tables.combined, tables.counts, window),
-        **combine_constants(sizes, heads),
+        *(out, scratch.values, scratch.states, tables.combined, tables.counts, sinks, window),
+        **combine_constants(sizes, heads, params),
     )
 
 
 def _numbers(params: AttentionParams) -> tuple[float, float, int]:
-    """What turns a product into a score in base 2, the cap in base 2, and the window or one beyond all positions."""
-    window = params.window or _NO_WINDOW
+    """What turns a product into a score in base 2, the cap in base 2, and the window or the chunk, or a window beyond
+    all positions."""
+    window = params.window or params.chunk or _NO_WINDOW
     if params.softcap:
         return 2 * _LOG2_E * params.scaling / params.softcap, _LOG2_E * params.softcap, window
     return _LOG2_E * params.scaling, 0.0, window
@@ -125,14 +132,16 @@ def attend_constants(sizes: AttentionSizes, kv_heads: int, params: AttentionPara
         "TURN": turn if sizes.tensor_cores else 16,
         "KEYS": sizes.split,
         "PAGE": BLOCK_SIZE,
+        "SINKS": params.sinks is not None,
         "SOFTCAP": params.softcap != 0,
-        "WINDOW": params.window > 0,
+        "WINDOW": params.window + params.chunk > 0,
+        "CHUNKS": params.chunk > 0,
         "num_warps": 8 if large or (wide > 128 and not sizes.tensor_cores) else 4,
         "num_stages": 3 if sizes.tensor_cores else 1,
     }
 
 
-def combine_constants(sizes: AttentionSizes, heads: int) -> dict[str, Any]:
+def combine_constants(sizes: AttentionSizes, heads: int, params: AttentionParams) -> dict[str, Any]:
     """Constants and options of `combine_kernel`."""
     wide = triton.next_power_of_2(sizes.head_dim)
     return {
@@ -140,6 +149,8 @@ def combine_constants(sizes: AttentionSizes, heads: int) -> dict[str, Any]:
         "DIM": sizes.head_dim,
         "WIDE": wide,
         "KEYS": sizes.split,
+        "CHUNKS": params.chunk > 0,
+        "SINKS": params.sinks is not None,
         "AT_ONCE": min(_AT_ONCE, triton.cdiv(sizes.blocks * BLOCK_SIZE, sizes.split)),
         "num_warps": max(wide // 32, 1),  # a number for each thread, so that none waits for another
     }
@@ -163,6 +174,20 @@ def merged(x, kept, more, added):
 
 
 @triton.jit
+def first_seen(position, window, CHUNKS: tl.constexpr):
+    """Of positions that a row at this one sees. window: of the layer, or where it has CHUNKS their length."""
+    return position - position % window if CHUNKS else tl.maximum(position - window + 1, 0)
+
+
+@triton.jit
+def with_sink(top, total, sink):
+    """A row's largest score and sum of weights with its sink beside its keys: what the sum becomes, and what weighted
+    values are to be multiplied by. sink: of a float dtype, as it lies among a model's weights."""
+    _, kept, added = factors(top, sink.to(tl.float32) * _LOG2)
+    return tl.fma(total, kept, added), kept
+
+
+@triton.jit
 def attend_kernel(
     out,
     part_values,
@@ -175,6 +200,7 @@ def attend_kernel(
     blocks,
     items,
     counts,
+    sinks,
     scale,
     cap,
     window,
@@ -187,8 +213,10 @@ def attend_kernel(
     TURN: tl.constexpr,
     KEYS: tl.constexpr,
     PAGE: tl.constexpr,
+    SINKS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
     """Pieces of work for all kv heads: TILE query heads, those of a kv head of one row after the other, over the keys
     of one split, which leaves a part, or of all."""
@@ -208,7 +236,7 @@ def attend_kernel(
         queries = tl.load(q + place[:, None] * DIM + d[None, :], mask=ours, other=0)
         mine = position + row
         end = position + rows
-        seen_from = tl.maximum(position - window + 1, 0)
+        seen_from, mine_from = first_seen(position, window, CHUNKS), first_seen(mine, window, CHUNKS)
         begin = seen_from // TURN * TURN
         if split >= 0:
             begin, end = tl.maximum(begin, split * KEYS), tl.minimum(end, (split + 1) * KEYS)
@@ -233,7 +261,7 @@ def attend_kernel(
                 score = cap * (1.0 - 2.0 / (tl.exp2(score) + 1.0))
             seen = key[None, :] <= mine[:, None]
             if WINDOW:
-                seen &= key[None, :] > (mine - window)[:, None]
+                seen &= key[None, :] >= mine_from[:, None]
             score = tl.where(seen, score, float("-inf"))
             new = tl.maximum(top, tl.max(score, 1))
             base = tl.where(new == float("-inf"), 0.0, new)
@@ -259,6 +287,9 @@ def attend_kernel(
                 tl.store(part_states + part * 2, all_top, mask=row < rows)
                 tl.store(part_states + part * 2 + 1, sums, mask=row < rows)
             else:
+                if SINKS:
+                    sums, kept = with_sink(all_top, sums, tl.load(sinks + head))
+                    all_acc = all_acc * kept[:, None]
                 tl.store(out + place[:, None] * DIM + d[None, :], (all_acc / sums[:, None]).to(act), mask=ours)
 
 
@@ -269,11 +300,14 @@ def combine_kernel(
     part_states,
     combined,
     counts,
+    sinks,
     window,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     WIDE: tl.constexpr,
     KEYS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SINKS: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
     """Heads of rows one by one, from their parts."""
@@ -283,7 +317,7 @@ def combine_kernel(
         item, head = combined + work // HEADS * 4, work % HEADS
         row, first_part = tl.load(item), tl.load(item + 1)
         step, position = tl.load(item + 2), tl.load(item + 3)
-        begin, end = tl.maximum(position - window + 1, 0) // KEYS, position // KEYS + 1
+        begin, end = first_seen(position, window, CHUNKS) // KEYS, position // KEYS + 1
         top, total = tl.full((WIDE,), float("-inf"), tl.float32), tl.zeros((WIDE,), tl.float32)
         acc = total
         for some in range(begin, end, AT_ONCE):
@@ -296,6 +330,9 @@ def combine_kernel(
                 more_acc = tl.load(part_values + part * DIM + d, mask=there, other=0)
                 top, kept, added = factors(top, more_top)
                 total, acc = merged(total, kept, more_total, added), merged(acc, kept, more_acc, added)
+        if SINKS:
+            total, kept = with_sink(top, total, tl.load(sinks + head + d * 0))
+            acc = acc * kept
         place = (row.to(tl.int64) * HEADS + head) * DIM + d
         tl.store(out + place, (acc / total).to(out.dtype.element_ty), mask=d < DIM)
 
@@ -313,9 +350,15 @@ def attend_reference(
     for row in range(int(tables.counts[3])):
         position, start = int(tables.positions[row]), int(tables.starts[row])
         first = max(0, position - params.window + 1) if params.window else 0
+        first = position - position % params.chunk if params.chunk else first
         blocks = tables.blocks[start : start + position // BLOCK_SIZE + 1].long()
         keys, values = (cache[blocks].flatten(0, 1)[first : position + 1].double() for cache in (k_cache, v_cache))
         scores = torch.einsum("kgd,jkd->kgj", q[row].double().view(kv_heads, -1, dim), keys) * params.scaling
         if params.softcap:
             scores = params.softcap * torch.tanh(scores / params.softcap)
-        out[row] = torch.einsum("kgj,jkd->kgd", scores.softmax(-1), values).flatten().to(out.dtype)
+        sinks = params.sinks
+        if sinks is None:
+            weights = scores.softmax(-1)
+        else:
+            weights = torch.cat([scores, sinks.double().view(kv_heads, -1, 1)], -1).softmax(-1)[..., :-1]
+        out[row] = torch.einsum("kgj,jkd->kgd", weights, values).flatten().to(out.dtype)

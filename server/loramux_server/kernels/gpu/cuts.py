@@ -115,7 +115,11 @@ _EDITS = 256  # of a row, at a time; a launch takes those of all rows together
 
 @dataclass(frozen=True)
 class ChangeSizes:
-    """For how many rows of logits, of how many tokens, tables of changes are made."""
+    """For how many rows of logits, of how many tokens, tables of changes are made: of those that are changed together.
+
+    A table is one piece of 32-bit numbers: what is asked of the rows, which ask of the step each is, the rows, then
+    bits of as many as there are, then edits.
+    """
 
     rows: int
     vocabulary: int
@@ -136,9 +140,19 @@ class ChangeSizes:
         return self.rows * _EDITS
 
     @property
+    def heads(self) -> int:
+        """Numbers in front of the bits; these are aligned to 16 bytes, as edits are behind them."""
+        return aligned(self.rows * (2 * ASK_WORDS + 2))
+
+    @property
     def numbers(self) -> int:
         """Of 32 bits, of all tables."""
-        return self.rows * (1 + self.words) + self.edits * EDIT_WORDS
+        return self.heads + aligned(self.rows * self.words) + self.edits * EDIT_WORDS
+
+
+def aligned(numbers: int) -> int:
+    """As many numbers of 32 bits, up to the next 16 bytes."""
+    return -(-numbers // 4) * 4
 
 
 def _power_of_two(count: int) -> int:

@@ -1,12 +1,14 @@
 """LoRA deltas of a batch in which every row may use other adapters: two launches for a stack of projections.
 
-Semantics, for each row t and each target, over its entries e (adapters, in their order) whose adapter targets the
-layer, that is with targeted[offset[e] / 8] != 0, with o = offset[e] and r = rank[e]:
+Semantics, for each row t and each target, over its entries e (adapters, in their order), with o = offset[e],
+r = rank[e] and what targeted[o / 8] says that the adapter has for the layer (HAS_DELTA, HAS_AFFINE):
 
-    y[t, column : column + out] += sum_e (scale[e] * (x[t] @ a[o : o + r].T)) @ bt[o : o + r]
+    y[t, column : column + out] += sum_e scale[e] * (gain[o / 8] * y[t] + shift[o / 8])                HAS_AFFINE
+                                   + sum_e (scale[e] * (x[t] @ a[o : o + r].T)) @ bt[o : o + r]        HAS_DELTA
 
-x is of the activations' dtype (bf16, or fp16) and `a` is rounded to it; everything else is fp32, and y is rounded once,
-to its own dtype. This is `add_lora_loop` of loramux_adapters/lora/ops.py for up to three layers that read the same x.
+where y on the right is what the layer itself gives, bias included. x is of the activations' dtype (bf16, or fp16) and
+`a` is rounded to it; everything else is fp32, and y is rounded once, to its own dtype. This is `add_lora_loop` of
+loramux_adapters/lora/ops.py for up to three layers that read the same x.
 
 How. Both kernels are started as a fixed number of programs, which share out the work that the step's tables list
 (lora_tables.py): rows without adapters, and layers that an adapter does not change, cost nothing, and one captured
@@ -15,13 +17,16 @@ launch serves any mix of ranks and adapters.
     shrink   a turn: a tile of 16 ranks for a block of rows, one target, one part of the inputs -> h, fp32 scratch
     expand   a turn: some columns of y for a block; entry after entry, the parts of h in their order; no atomics
 
+Gains and shifts are read by the second launch, and only of entries that have them; where the arenas have no room for
+any (`Arena.affine` is None) it is compiled without a word of them.
+
 What limits. Each adapter is read once a step, 2 * rank * (in + out) bytes a target; all else is small beside it or
 comes from the cache. Turns of the first launch are the same work for any rank, 16 KB of A for each 512 inputs, so
 they share out evenly: an adapter of rank 16 has 24 of them for q, k and v of an 8B model, 64 such adapters have
 1,536. With few adapters it is the latency of a chain of loads (counts, table, targeted, weights).
 
 Equal bits. A row is one row of every product that it takes part in. Tiles, parts and the order of sums depend on the
-layer's shape and the row's own adapters.
+layer's shape and the row's own adapters. Room for gains and shifts changes no bit of rows whose adapters have none.
 
 The idea of applying many adapters to one batch by segments is Punica's (https://arxiv.org/abs/2310.18547) and
 S-LoRA's (https://arxiv.org/abs/2311.03285).
@@ -36,8 +41,8 @@ import torch
 import triton
 import triton.language as tl
 
-from loramux_adapters.lora.ops import Arena
-from loramux_adapters.lora.slots import SMALLEST_RANK
+from loramux_adapters.lora.ops import HAS_AFFINE, HAS_DELTA, Arena
+from loramux_adapters.lora.slots import SMALLEST_RANK, Slot
 from loramux_server.kernels.gpu.cuts import lora_parts_of
 from loramux_server.kernels.gpu.launch import Launch
 from loramux_server.kernels.gpu.lora_tables import BLOCK, BLOCK_ROWS, ENTRY, TILE, LoraTables
@@ -51,6 +56,7 @@ EXPAND_OPTIONS = {"num_warps": 4, "num_stages": 2}
 _ROWS = tl.constexpr(BLOCK_ROWS)
 _SMALLEST = tl.constexpr(SMALLEST_RANK)
 _BLOCK, _ENTRY, _TILE = tl.constexpr(BLOCK), tl.constexpr(ENTRY), tl.constexpr(TILE)
+_HAS_DELTA, _HAS_AFFINE = tl.constexpr(HAS_DELTA), tl.constexpr(HAS_AFFINE)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,10 +112,12 @@ def add_lora(
         STEP=STEP[x.dtype],
         **SHRINK_OPTIONS,
     )
+    # Where there is no room for gain and shift the kernel reads none, and is given any memory.
+    affine = [arena.targeted if arena.affine is None else arena.affine for arena in arenas]
     launch(
         expand_kernel,
         (min(tables.programs, sizes.blocks * sum(-(-out // WIDTH) for out in outs)),),
-        *(y, y.stride(0), scratch, *(arena.bt for arena in arenas), *(arena.targeted for arena in arenas)),
+        *(y, y.stride(0), scratch, *(arena.bt for arena in arenas), *(arena.targeted for arena in arenas), *affine),
         *(tables.counts, tables.blocks, tables.entries, sizes.units),
         **{f"OUT{i}": out for i, out in enumerate(outs)},
         **{f"COLUMN{i}": column for i, column in enumerate(columns)},
@@ -117,6 +125,7 @@ def add_lora(
         STORED=stored,
         WIDTH=WIDTH,
         HALVES=x.dtype == torch.bfloat16,
+        AFFINE=targets[0].arena.affine is not None,
         **EXPAND_OPTIONS,
     )
 
@@ -140,6 +149,14 @@ def check_stack(y: torch.Tensor, x: torch.Tensor, targets: Sequence[LoraTarget],
             )
         if not (arena.a.is_contiguous() and arena.bt.is_contiguous()):
             raise ValueError("an arena's rows have to lie close together")
+        if (arena.affine is None) is not (targets[0].arena.affine is None):
+            raise ValueError("all arenas of a stack have room for gain and shift, or none has")
+        if arena.affine is not None and not (
+            arena.affine.is_contiguous()
+            and arena.affine.dtype == torch.float32
+            and arena.affine.shape[1:] == (2, arena.bt.shape[1])
+        ):
+            raise ValueError(f"gain and shift are [groups, 2, {arena.bt.shape[1]}] fp32, close together")
 
 
 def add_lora_reference(y: torch.Tensor, x: torch.Tensor, targets: Sequence[LoraTarget], tables: LoraTables) -> None:
@@ -152,9 +169,14 @@ def add_lora_reference(y: torch.Tensor, x: torch.Tensor, targets: Sequence[LoraT
         for target in targets:
             arena, span = target.arena, slice(target.column, target.column + target.arena.bt.shape[1])
             total = y[rows, span].float()
-            for at in range(block[BLOCK_ROWS + 1] * ENTRY, block[BLOCK_ROWS + 2] * ENTRY, ENTRY):
+            of_block = range(block[BLOCK_ROWS + 1] * ENTRY, block[BLOCK_ROWS + 2] * ENTRY, ENTRY)
+            for at in of_block:
                 offset, rank = entries[at : at + 2].tolist()
-                if arena.targeted[offset // SMALLEST_RANK]:
+                if arena.has(Slot(offset, rank)) & HAS_AFFINE:
+                    total += scales[at + 2].item() * arena.changed(y[rows, span], Slot(offset, rank))
+            for at in of_block:
+                offset, rank = entries[at : at + 2].tolist()
+                if arena.has(Slot(offset, rank)) & HAS_DELTA:
                     a, bt = (weights[offset : offset + rank] for weights in (arena.a, arena.bt))
                     h = x[rows].float() @ a.to(x.dtype).float().T
                     total += (scales[at + 2].item() * h) @ bt.float()
@@ -205,7 +227,7 @@ def shrink_kernel(
         tile = tiles + turn // (STORED * TARGETS) * _TILE
         block = blocks + tl.load(tile + 2) * _BLOCK
         targeted = _of_target(target, targeted0, targeted1, targeted2, TARGETS)
-        if tl.load(targeted + tl.load(tile + 4)) != 0:
+        if (tl.load(targeted + tl.load(tile + 4)) & _HAS_DELTA) != 0:
             a = _of_target(target, a0, a1, a2, TARGETS)
             rows = tl.load(block + lane)
             has_row, has_rank = rows >= 0, lane < tl.load(tile + 1)
@@ -238,6 +260,9 @@ def expand_kernel(
     targeted0,  # [arena rows / 8] uint8
     targeted1,
     targeted2,
+    affine0,  # [arena rows / 8, 2, OUT0] fp32; not read without AFFINE
+    affine1,
+    affine2,
     counts,
     blocks,
     entries,
@@ -252,9 +277,12 @@ def expand_kernel(
     STORED: tl.constexpr,
     WIDTH: tl.constexpr,
     HALVES: tl.constexpr,
+    AFFINE: tl.constexpr,
 ):
-    """y[row, columns] += sum over entries of (scale * sum of the parts of h) @ bt
+    """y[row, columns] += sum over entries of scale * (gain * y + shift)
+                       + sum over entries of (scale * sum of the parts of h) @ bt
 
+    AFFINE: the arenas have room for gain and shift, and adapters may have some.
     HALVES: h goes into the product as the sum of two numbers of 16 bits, which keep 16 bits of it (bf16). Else the
     product is in fp32, without the tensor cores: h may be larger than fp16 can say.
     """
@@ -272,15 +300,18 @@ def expand_kernel(
         n = (piece - _of_target(target, 0, until1, until2, TARGETS)) * WIDTH + wide
         bt = _of_target(target, bt0, bt1, bt2, TARGETS)
         targeted = _of_target(target, targeted0, targeted1, targeted2, TARGETS)
+        affine = _of_target(target, affine0, affine1, affine2, TARGETS)
         rows, count = tl.load(block + lane), tl.load(block + _ROWS)
         has_row, has_column = (rows >= 0)[:, None], (n < out)[None, :]
+        first, last = tl.load(block + _ROWS + 1), tl.load(block + _ROWS + 2)
         sums = tl.zeros((_ROWS, WIDTH), tl.float32)
-        used = 0
-        for e in range(tl.load(block + _ROWS + 1), tl.load(block + _ROWS + 2)):
+        there = 0
+        for e in range(first, last):
             entry = entries + e * _ENTRY
             offset, rank = tl.load(entry), tl.load(entry + 1)
-            if tl.load(targeted + offset // _SMALLEST) != 0:
-                used = 1
+            has = tl.load(targeted + offset // _SMALLEST).to(tl.int32)
+            there |= has
+            if (has & _HAS_DELTA) != 0:
                 scale = tl.load(entry + 2).to(tl.float32, bitcast=True)
                 unit = (target * units + tl.load(entry + 3) + lane).to(tl.int64)
                 h_at = h + unit[:, None] * (STORED * _ROWS) + lane[None, :]
@@ -300,9 +331,20 @@ def expand_kernel(
                         sums = tl.dot(low, ws, sums)
                     else:
                         sums = tl.dot(hs, ws.to(tl.float32), sums, input_precision="ieee")
-        if used != 0:
-            y_at = y + rows.to(tl.int64)[:, None] * y_row + (to + n)[None, :]
+        if there != 0:
             keep = has_row & has_column
-            tl.store(
-                y_at, (tl.load(y_at, mask=keep, other=0.0).to(tl.float32) + sums).to(y.dtype.element_ty), mask=keep
-            )
+            y_at = y + rows.to(tl.int64)[:, None] * y_row + (to + n)[None, :]
+            before = tl.load(y_at, mask=keep, other=0.0).to(tl.float32)
+            total = before
+            if AFFINE:
+                # Behind the products, whose registers are free by now; what they came to is added last all the same.
+                for e in range(first, last):
+                    entry = entries + e * _ENTRY
+                    group = tl.load(entry) // _SMALLEST
+                    if (tl.load(targeted + group) & _HAS_AFFINE) != 0:
+                        scale = tl.load(entry + 2).to(tl.float32, bitcast=True)
+                        gain_at = affine + group.to(tl.int64) * (2 * out) + n
+                        gain = tl.load(gain_at, mask=n < out, other=0.0)[None, :]
+                        shift = tl.load(gain_at + out, mask=n < out, other=0.0)[None, :]
+                        total += scale * (gain * before + shift)
+            tl.store(y_at, (total + sums).to(y.dtype.element_ty), mask=keep)

@@ -103,6 +103,12 @@ class Nf4Weights:
         order = torch.tensor(ORDER, dtype=torch.uint8, device=self.codes.device)
         return order[halves.int()], self.scales.t().contiguous()
 
+    def as_multiplied(self, act: torch.dtype) -> torch.Tensor:
+        """[out, in] fp32: each weight as a product with rows of `act` counts it, its level rounded to `act`; a copy."""
+        codes, scales = self.unpacked()
+        levels = nf4.levels().to(act).float().to(codes.device)
+        return levels[codes.int()] * scales.repeat_interleave(BLOCK, dim=1)
+
 
 def _side_by_side(weights: list[Nf4Weights]) -> Nf4Weights | None:
     """The part of a wider weight that these are, one after another; None if they are not."""

@@ -9,6 +9,8 @@ Semantics, all in fp32, results rounded once to the dtype of the tensor that tak
     gather_rows     to[s] = x[row[s]]
     gate            out[t] = activation(first half of gate_up[t]) * second half
     add_bias        y[t] += bias
+    own_embeddings  x[row[i]] = (embedding[token[row[i]]] or 0 + more[i]) * factor
+    own_logits      logits[row[i], token[j]] += factor[i] * product[i, j]
     finish_logits   logits = tanh(logits / divisor / softcap) * softcap
 
 These are the steps of csrc/exact/decoder.h and elementwise.h. A row is the work of programs of its own, with the same
@@ -61,6 +63,76 @@ def embed(launch: Launch, x: torch.Tensor, tokens: torch.Tensor, embedding: torc
 
 def embed_reference(x: torch.Tensor, tokens: torch.Tensor, embedding: torch.Tensor, factor: float = 1.0) -> None:
     x.copy_(embedding[tokens.long()].float() * factor)
+
+
+def own_embeddings(
+    launch: Launch,
+    x: torch.Tensor,
+    at: torch.Tensor,
+    known: torch.Tensor,
+    more: torch.Tensor,
+    tokens: torch.Tensor,
+    embedding: torch.Tensor,
+    factor: float = 1.0,
+) -> None:
+    """Rows `at` [n] int32 of x [rows, hidden] fp32, each once, in place of what `embed` made of them.
+
+    known: [n] int32, 0 where the base has no such token and nothing of the base counts. more: [n, hidden] fp32.
+    tokens, embedding, factor: as for `embed`.
+    """
+    hidden = x.shape[1]
+    grid = (len(at), triton.cdiv(hidden, _PIECE))
+    launch(_own_embeddings, grid, x, at, known, more, tokens, embedding, hidden, float(factor), PIECE=_PIECE)
+
+
+def own_embeddings_reference(
+    x: torch.Tensor,
+    at: torch.Tensor,
+    known: torch.Tensor,
+    more: torch.Tensor,
+    tokens: torch.Tensor,
+    embedding: torch.Tensor,
+    factor: float = 1.0,
+) -> None:
+    rows = at.long()
+    base = embedding[tokens[rows].long()].float()
+    x[rows] = (torch.where(known[:, None] != 0, base, torch.zeros_like(base)) + more) * factor
+
+
+def own_logits(
+    launch: Launch,
+    logits: torch.Tensor,
+    wide: torch.Tensor,
+    products: torch.Tensor,
+    tokens: torch.Tensor,
+    at: torch.Tensor,
+    factors: torch.Tensor,
+) -> None:
+    """logits [rows, vocabulary] and wide [rows, more] fp32 += factors [n] fp32 * products [n, tokens] fp32.
+
+    at: [n] int32, rows, each once. tokens: [tokens] int32, each once; those behind the vocabulary are columns of
+    `wide`, where minus infinity is no logit yet. Rows of logits and wide may be apart, those of products are not.
+    """
+    uses, count = products.shape
+    sizes = count, logits.shape[1], logits.stride(0), wide.stride(0)
+    grid = (uses, triton.cdiv(count, _PIECE))
+    launch(_own_logits, grid, logits, wide, products, tokens, at, factors, *sizes, PIECE=_PIECE)
+
+
+def own_logits_reference(
+    logits: torch.Tensor,
+    wide: torch.Tensor,
+    products: torch.Tensor,
+    tokens: torch.Tensor,
+    at: torch.Tensor,
+    factors: torch.Tensor,
+) -> None:
+    both = torch.cat([logits, wide], 1)
+    place = at.long()[:, None], tokens.long()[None, :]
+    before = both[place]
+    both[place] = torch.where(before == -torch.inf, torch.zeros_like(before), before) + products * factors[:, None]
+    logits.copy_(both[:, : logits.shape[1]])
+    wide.copy_(both[:, logits.shape[1] :])
 
 
 def add_norm(
@@ -180,6 +252,36 @@ def _resolve_tokens(to, tokens, chosen, rows, stride, PIECE: tl.constexpr):
     # what was chosen where logits are not finite means nothing, but it must be a token: its row is fed, and dropped
     token = tl.where(unknown, tl.maximum(tl.load(chosen + (-1 - token) * stride, mask=unknown, other=0), 0), token)
     tl.store(to + i, token, mask=i < rows)
+
+
+@triton.jit
+def _own_embeddings(x, at, known, more, tokens, embedding, hidden, factor, PIECE: tl.constexpr):
+    which = tl.program_id(0)
+    i = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
+    row = tl.load(at + which).to(tl.int64)
+    is_known = tl.load(known + which) != 0
+    token = tl.load(tokens + row).to(tl.int64)
+    value = tl.load(embedding + token * hidden + i, mask=is_known & (i < hidden), other=0).to(tl.float32)
+    value += tl.load(more + which.to(tl.int64) * hidden + i, mask=i < hidden, other=0)
+    tl.store(x + row * hidden + i, value * factor, mask=i < hidden)
+
+
+@triton.jit
+def _own_logits(
+    logits, wide, products, tokens, at, factors, count, vocabulary, stride, wide_stride, PIECE: tl.constexpr
+):
+    use = tl.program_id(0)
+    i = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
+    row = tl.load(at + use).to(tl.int64)
+    token = tl.load(tokens + i, mask=i < count, other=0)
+    value = tl.load(products + use.to(tl.int64) * count + i, mask=i < count, other=0) * tl.load(factors + use)
+    known = (i < count) & (token < vocabulary)
+    here = logits + row * stride + token
+    tl.store(here, tl.load(here, mask=known, other=0) + value, mask=known)
+    beyond = (i < count) & (token >= vocabulary)
+    there = wide + row * wide_stride + token - vocabulary
+    before = tl.load(there, mask=beyond, other=0)
+    tl.store(there, tl.where(before == -float("inf"), 0.0, before) + value, mask=beyond)
 
 
 @triton.jit

@@ -179,7 +179,7 @@ def _is_filtered(ints, floats, doubles, ask, vocabulary):
 
 
 @triton.jit
-def _tell(answer_ints, answer_floats, ask, numbers, chosen, told, log_sum):
+def tell(answer_ints, answer_floats, ask, numbers, chosen, told, log_sum):
     """The chosen token, and its log probability where it is asked for."""
     tl.store(answer_ints + ask * _ANSWER + 2, chosen)
     if told:
@@ -319,7 +319,7 @@ def finish(
         a = (x - most) * factor
         until = tl.cumsum(tl.where(a >= cut, _weight_of(a), 0), 0) + tl.sum(tl.where(t < tile, mass, 0), 0)
         chosen = tl.minimum(tile * TILE + tl.sum((until <= threshold).to(tl.int32), 0), vocabulary - 1)
-    _tell(answer_ints, answer_floats, ask, numbers, tl.minimum(chosen, vocabulary - 1), told, log_sum)
+    tell(answer_ints, answer_floats, ask, numbers, tl.minimum(chosen, vocabulary - 1), told, log_sum)
 
 
 @triton.jit
@@ -445,4 +445,4 @@ def settle(
         passed += tl.sum(equal.to(tl.int64), 0)
     told = tl.load(ints + ask * _ASK + 9) >= 0
     log_sum = tl.load(answer_doubles + ask * (_ANSWER // 2) + 2)
-    _tell(answer_ints, answer_floats, ask, numbers, chosen, told, log_sum)
+    tell(answer_ints, answer_floats, ask, numbers, chosen, told, log_sum)

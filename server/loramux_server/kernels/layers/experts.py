@@ -6,11 +6,12 @@ gives them, with expert(x) = down(activation(gate(x)) * up(x)).
 transformers keeps the experts of a layer in one tensor. Here each has three linear layers of its own, under the names
 that checkpoints and adapters have for them ("experts.3.gate_proj"): they are quantized, kept and adapted as any other
 layer is. The rows of a batch are grouped by expert, and each expert multiplies its rows at once; which rows are in a
-group changes no bit of any of them.
+group changes no bit of any of them. On the CPU all of it is one call (csrc/exact/experts.h), with the same bits.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from loramux_adapters.lora.lora_linear import PicksRows
+from loramux_adapters.lora.lora_linear import LoRALinear, PicksRows
+from loramux_adapters.lora.ops import LoraRows
+from loramux_server.kernels.compiled.abi import ExactExperts, ExactLinear, LoraArena
+from loramux_server.kernels.compiled.adapter_kernels import arena_of, rows_of
+from loramux_server.kernels.compiled.library import Compiled
+from loramux_server.kernels.layers.nf4_linear import NF4Linear
 
 # (g [rows, inner], u [rows, inner]) -> activation(g) * u
 Gated = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -67,12 +73,18 @@ class Experts(PicksRows, nn.ModuleList):
 
     Attributes:
         gated: computes activation(g) * u; compiled code where there is some.
+        together: computes all of it in one call where there is one; with None, an expert after the other.
     """
 
     def __init__(self, form: ExpertForm, dtype: torch.dtype | None = None) -> None:
         super().__init__(Expert(form, dtype) for _ in range(form.count))
         self.form = form
         self.gated: Gated = _gelu_gated if form.gelu else _silu_gated
+        self.together: ExpertsTogether | None = None
+
+    def layers_changed(self) -> None:
+        if self.together is not None:
+            self.together.forget()
 
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """
@@ -83,6 +95,8 @@ class Experts(PicksRows, nn.ModuleList):
         Returns:
             [rows, outer].
         """
+        if self.together is not None:
+            return self.together(hidden, index, weights, self._rows)
         rows, chosen = index.shape
         flat = index.reshape(-1)
         order = flat.argsort(stable=True)
@@ -120,6 +134,73 @@ class Experts(PicksRows, nn.ModuleList):
             inner = inner / form.alpha
         result: torch.Tensor = expert.down_proj(inner)
         return result
+
+
+class ExpertsTogether:
+    """The experts of a layer in one call of the compiled CPU kernels; `Experts`' own loop is its reference. Owner: the
+    engine thread.
+    """
+
+    def __init__(self, experts: Experts, compiled: Compiled) -> None:
+        """Every layer of `experts` is an NF4Linear, or will be before the first call."""
+        self._experts = experts
+        self._call = compiled.function("loramux_exact_experts")
+        self._isa = compiled.isa
+        self._exact: ExactExperts | None = None
+        self._layers: ctypes.Array[ExactLinear] | None = None
+
+    def forget(self) -> None:
+        """Where the layers lie, or that adapters have no room beside them."""
+        self._exact = self._layers = None
+
+    def exact(self, chosen: int) -> ExactExperts:
+        """As the compiled code reads them, `chosen` for a row: valid until `forget`."""
+        if self._exact is None or self._exact.chosen != chosen:
+            layers = [_exact_linear(getattr(expert, name)) for expert in self._experts for name in PROJECTIONS]
+            self._layers = (ExactLinear * len(layers))(*layers)
+            self._exact = exact_experts(self._experts.form, chosen, self._layers)
+        return self._exact
+
+    def __call__(
+        self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, rows: LoraRows | None
+    ) -> torch.Tensor:
+        """As `Experts.forward`. `rows`: which adapters each row uses."""
+        hidden_at, index, weights = hidden.float().contiguous(), index.contiguous(), weights.float().contiguous()
+        y = torch.empty_like(hidden_at)
+        exact, layers = self.exact(index.shape[1]), self._layers
+        entries = None if rows is None else rows_of(rows)
+        self._call(
+            *(y.data_ptr(), hidden_at.data_ptr(), ctypes.addressof(exact), index.data_ptr(), weights.data_ptr()),
+            *(None if entries is None else ctypes.addressof(entries), len(y), self._isa, torch.get_num_threads()),
+        )
+        assert layers is self._layers  # they are in use until here
+        return y.to(hidden.dtype)
+
+
+def exact_experts(form: ExpertForm, chosen: int, layers: ctypes.Array[ExactLinear]) -> ExactExperts:
+    """Experts as compiled code reads them, as long as `layers` lives: gate, up and down of each."""
+    return ExactExperts(
+        layers=ctypes.addressof(layers),
+        count=form.count,
+        outer=form.outer,
+        inner=form.inner,
+        chosen=chosen,
+        gelu=form.gelu,
+        alpha=form.alpha,
+        limit=form.limit,
+        above=form.above,
+    )
+
+
+def _exact_linear(module: nn.Module) -> ExactLinear:
+    """Of a layer with room for adapters beside it, or without."""
+    layer, arena = module, LoraArena()
+    if isinstance(module, LoRALinear):
+        layer, arena = module.base_layer, arena_of(module.arena)
+    assert isinstance(layer, NF4Linear)
+    bias = None if layer.bias is None else layer.bias.data_ptr()
+    places = (layer.weight.data_ptr(), layer.scales.data_ptr(), bias)
+    return ExactLinear(*places, arena, layer.in_features, layer.out_features)
 
 
 def _silu_gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.models.llama4.modeling_llama4 import Llama4Router
 
 from loramux_adapters.device.process_memory import available_bytes
 from loramux_server.kernels.layers.nf4_linear import NF4Linear, four_bit_layers
@@ -67,7 +68,7 @@ def run_in_fp32(model: nn.Module, *, keep: nn.Parameter | None = None) -> None:
             parameter.data = parameter.data.float()
     keep_unpacked(model)
     for module in model.modules():
-        if isinstance(module, nn.Linear) and not isinstance(module, (NF4Linear, PackedHead)):
+        if isinstance(module, nn.Linear) and not isinstance(module, (NF4Linear, PackedHead, Llama4Router)):
             module.__dict__["forward"] = in_fours(module.forward)
     for _, layer in four_bit_layers(model):
         layer.compute_dtype, layer.compute_type_is_set = torch.float32, True

@@ -20,10 +20,11 @@ import torch
 from torch import nn
 
 from loramux_server.kernels.compiled.library import Compiled
-from loramux_server.kernels.layers.experts import Experts
+from loramux_server.kernels.layers.experts import Experts, ExpertsTogether
 from loramux_server.kernels.layers.fp32 import run_in_fp32
+from loramux_server.kernels.layers.mixture import use_compiled_gates
 from loramux_server.kernels.layers.packed_embedding import Widened, factor_of, widened
-from loramux_server.kernels.layers.recognition import GatedMLP, RMSNorm, gate_and_up, mlp_of, norm_of
+from loramux_server.kernels.layers.recognition import GatedMLP, RMSNorm, gate_and_up, last_layer, mlp_of, norm_of
 from loramux_server.kernels.layers.routing import CompiledRouting
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -37,11 +38,14 @@ def use_compiled_ops(model: Any, compiled: Compiled) -> None:
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     keep = embedding.weight if embedding is not None and _widen(embedding) else None
     run_in_fp32(model, keep=keep)
-    kernels = _CompiledOps(compiled)
-    CompiledRouting(compiled).use(model)
+    kernels = CompiledOps(compiled)
+    routing = CompiledRouting(compiled)
+    routing.use(model)
+    use_compiled_gates(model, compiled, routing.sigmoid)
     for module in model.modules():
         if isinstance(module, Experts):
             module.gated = partial(kernels.gated_dense, gelu=module.form.gelu)
+            module.together = ExpertsTogether(module, compiled)
         if not kernels.use_mlp(module):
             kernels.use_norm(module)
 
@@ -69,7 +73,7 @@ def _widen(module: Any) -> bool:
     return factor is not None
 
 
-class _CompiledOps:
+class CompiledOps:
     """The formulas that modules are compared with (recognition.py), by the kernels that take their place."""
 
     multiple = 16  # a vector
@@ -112,8 +116,26 @@ class _CompiledOps:
         return self.gated(g.contiguous(), u.contiguous(), gelu)
 
     def _norm_forward(self, norm: RMSNorm, own: Forward) -> Forward:
+        if not len(norm.weight):
+            return self._plain_norm_forward(norm, own)
+
         def forward(x: torch.Tensor) -> torch.Tensor:
             return self.norm(norm, x) if x.dtype == torch.float32 else own(x)
+
+        return forward
+
+    def _plain_norm_forward(self, norm: RMSNorm, own: Forward) -> Forward:
+        """Of one that multiplies with nothing."""
+        ones = torch.empty(0)
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            nonlocal ones
+            width = x.shape[-1]
+            if x.dtype != torch.float32 or width % self.multiple:
+                return own(x)
+            if len(ones) != width:
+                ones = torch.ones(width)
+            return self.norm(RMSNorm(ones, norm.eps), x)
 
         return forward
 
@@ -124,7 +146,6 @@ class _CompiledOps:
             if x.dtype != torch.float32:
                 other: torch.Tensor = own(x)
                 return other
-            y: torch.Tensor = module.down_proj(self.gated(*gate_and_up(module, found.fused, x), found.gelu))
-            return y
+            return last_layer(module, found, self.gated(*gate_and_up(module, found, x), found.gelu))
 
         return forward

@@ -24,6 +24,7 @@ from loramux_adapters.device.device import Device
 from loramux_server.kernels.layers.packed_embedding import Widened, factor_of
 
 _CPU = CpuDevice()
+_PLAIN = 64  # numbers of a row that a norm without a weight is tried on
 _NEAR = 1e-5  # relative difference of the same numbers, summed in another order
 _NEAR_PRODUCT = {
     torch.float32: 1e-3,
@@ -32,9 +33,21 @@ _NEAR_PRODUCT = {
 }  # of a whole MLP, by what it computes in
 
 
+# names of a gated MLP's linear layers, and of its activation
+_MLPS: tuple[tuple[str, ...], ...] = (
+    ("gate_up_proj", "down_proj"),
+    ("gate_proj", "up_proj", "down_proj"),
+    ("input_linear", "output_linear"),
+)
+_ACTIVATIONS = ("act_fn", "activation_fn", "activation")
+
+
 @dataclass(frozen=True, slots=True)
 class RMSNorm:
-    """Attribute `loramux_norm` of a norm: what it multiplies with [dim] fp32, and its epsilon."""
+    """Attribute `loramux_norm` of a norm: what it multiplies with [dim] fp32, and its epsilon.
+
+    One that takes rows of any width and multiplies them with nothing (Llama 4's, of queries and keys) has [0].
+    """
 
     weight: torch.Tensor
     eps: float
@@ -46,11 +59,16 @@ class GatedMLP:
 
     Attributes:
         gelu: its activation is GELU by tanh, else SiLU.
-        fused: `gate_up_proj` gives both, the gate first; else there are `gate_proj` and `up_proj`.
+        layers: names of its linear layers, as one of _MLPS has them.
     """
 
     gelu: bool
-    fused: bool
+    layers: tuple[str, ...]
+
+    @property
+    def fused(self) -> bool:
+        """Whether one layer gives both, the gate first; else there are two."""
+        return len(self.layers) == 2
 
 
 class Formulas(Protocol):
@@ -86,7 +104,11 @@ class TensorFormulas:
 def norm_of(module: Any, formulas: Formulas) -> RMSNorm | None:
     """What a norm in fp32 on the CPU computes; None for other modules, and for what it is not."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if list(module._parameters) != ["weight"] or module._modules or not isinstance(eps, float):
+    if module._modules or not isinstance(eps, float):
+        return None
+    if not module._parameters and not module._buffers:
+        return _plain_norm_of(module, eps, formulas)
+    if list(module._parameters) != ["weight"] or module.weight is None:
         return None
     weight = module.weight
     if weight.dim() != 1 or len(weight) % formulas.multiple or weight.dtype != torch.float32:
@@ -100,44 +122,61 @@ def norm_of(module: Any, formulas: Formulas) -> RMSNorm | None:
     return None
 
 
+def _plain_norm_of(module: Any, eps: float, formulas: Formulas) -> RMSNorm | None:
+    """Of one without a weight, whose rows may have any width."""
+    x = inputs(8, _PLAIN)
+    try:
+        expected = module.forward(x)
+    except (TypeError, ValueError, RuntimeError):  # it is no norm, and takes something else
+        return None
+    if not isinstance(expected, torch.Tensor):
+        return None
+    same = _agree(formulas.norm(RMSNorm(torch.ones(_PLAIN), eps), x), expected, expected)
+    return RMSNorm(torch.empty(0), eps) if same else None
+
+
 def mlp_of(
     module: Any, formulas: Formulas, dtype: torch.dtype = torch.float32, device: Device = _CPU
 ) -> GatedMLP | None:
     """What an MLP computes; None for other modules. `dtype`: of its rows; `device`: where its layers lie."""
-    activation = module._modules.get("act_fn", module._modules.get("activation_fn"))
-    fused = "gate_up_proj" in module._modules
-    gates = ("gate_up_proj",) if fused else ("gate_proj", "up_proj")
-    layers = [module._modules.get(name) for name in (*gates, "down_proj")]
-    if activation is None or not all(isinstance(layer, nn.Linear) for layer in layers):
+    activation = next((module._modules[name] for name in _ACTIVATIONS if name in module._modules), None)
+    names: tuple[str, ...] = next((names for names in _MLPS if names[0] in module._modules), ())
+    layers = [module._modules.get(name) for name in names]
+    if activation is None or not layers or not all(isinstance(layer, nn.Linear) for layer in layers):
         return None
-    inner = module.down_proj.in_features
-    if inner % formulas.multiple or layers[0].out_features != inner * (1 + fused):
+    gate, down = module._modules[names[0]], module._modules[names[-1]]
+    inner = down.in_features
+    if inner % formulas.multiple or gate.out_features != inner * (1 + (len(names) == 2)):
         return None
     g, u = inputs(8, inner), inputs(8, inner, seed=1)
     expected = activation(g) * u
     for gelu in (False, True):
-        found = GatedMLP(gelu, fused)
+        found = GatedMLP(gelu, names)
         if _agree(formulas.gated(g, u, gelu), expected, g * u) and _whole(module, found, formulas, dtype, device):
             return found
     return None
 
 
-def gate_and_up(module: Any, fused: bool, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def gate_and_up(module: Any, found: GatedMLP, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What an MLP's layers give; by name, since a layer may have been wrapped since."""
-    if fused:
-        g, u = module.gate_up_proj(x).contiguous().chunk(2, dim=-1)
-        return g, u
-    return module.gate_proj(x).contiguous(), module.up_proj(x).contiguous()
+    gates = [getattr(module, name)(x).contiguous() for name in found.layers[:-1]]
+    g, u = gates[0].chunk(2, dim=-1) if found.fused else gates
+    return g, u
+
+
+def last_layer(module: Any, found: GatedMLP, x: torch.Tensor) -> torch.Tensor:
+    """Of an MLP, by name as well: x [rows, inner] -> [rows, outer]."""
+    y: torch.Tensor = getattr(module, found.layers[-1])(x)
+    return y
 
 
 def _whole(module: Any, found: GatedMLP, formulas: Formulas, dtype: torch.dtype, device: Device) -> bool:
     """Whether the module as a whole computes this."""
     put, take = device.put, device.take
-    first = module.gate_up_proj if found.fused else module.gate_proj
-    x = put(inputs(4, first.in_features).to(dtype))
+    x = put(inputs(4, getattr(module, found.layers[0]).in_features).to(dtype))
     its = take(module.forward(x))
-    g, u = (take(part).float() for part in gate_and_up(module, found.fused, x))
-    ours = take(module.down_proj(put(formulas.gated(g, u, found.gelu).to(dtype))))
+    g, u = (take(part).float() for part in gate_and_up(module, found, x))
+    ours = take(last_layer(module, found, put(formulas.gated(g, u, found.gelu).to(dtype))))
     return bool((ours - its).norm() <= _NEAR_PRODUCT[dtype] * its.norm())
 
 

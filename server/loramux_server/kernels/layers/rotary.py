@@ -9,6 +9,10 @@ first trained on. Which of the two a sequence has depends on its own length alon
 has them from its first token on, whatever else is in a batch. Rows of long sequences are told from others by their
 positions, which are given to the model with `LONG` added. (Frequencies of the kind "dynamic" change only beyond the
 longest text that a base is served with.)
+
+DeepSeek-V2 and Llama 4 turn pairs of neighbours by multiplying complex numbers. PyTorch's product of these may round
+otherwise in a tensor's last few numbers than before them, so a row's bits could depend on its place in the batch. In
+place of complex angles their code is given a `Turn`, which multiplies by real products.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -31,10 +36,50 @@ _FEW = 8  # positions
 _POWER_ERROR = 1e-6  # relative, of PyTorch's powers in fp32
 _TABLES = "loramux_angles"  # attribute of a module whose forward is ours: its tables, by kind of layer
 _BY_LENGTH = "loramux_angles_by_length"  # attribute of one that has two tables
+_GIVEN = "loramux_given"  # attribute of both: in which form it gives angles
 _LONGROPE = "longrope"  # kind of rotary position with other frequencies for long texts
 LONG = 1 << 24  # beyond any position: added to those of a row whose sequence is long
 
-Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+class Given(Enum):
+    """In which form a rotary module gives angles."""
+
+    ONCE = "cosines and sines [..., pairs]"
+    TWICE = "cosines and sines [..., 2 * pairs], all angles and all of them again"
+    NEIGHBOURS = "cosines and sines [..., 2 * pairs], each angle twice in a row"
+    COMPLEX = "complex numbers [..., pairs]"
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What complex numbers are turned by; has as much of a complex tensor's surface as transformers' code uses.
+
+    Semantics: z * turn = (z.re * cos - z.im * sin) + i (z.re * sin + z.im * cos), each operation rounded once to fp32.
+
+    Attributes:
+        cos, sin: [..., pairs] fp32.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def to(self, device: torch.device) -> Turn:
+        return Turn(self.cos.to(device), self.sin.to(device))
+
+    def unsqueeze(self, dim: int) -> Turn:
+        return Turn(self.cos.unsqueeze(dim), self.sin.unsqueeze(dim))
+
+    def __getitem__(self, places: Any) -> Turn:
+        return Turn(self.cos[places], self.sin[places])
+
+    def __rmul__(self, numbers: torch.Tensor) -> torch.Tensor:
+        """numbers [..., pairs] complex64 -> the same, turned."""
+        re, im = torch.view_as_real(numbers).unbind(-1)
+        turned = re * self.cos - im * self.sin, re * self.sin + im * self.cos
+        return torch.view_as_complex(torch.stack(turned, dim=-1))
+
+
+Forward = Callable[..., tuple[torch.Tensor, torch.Tensor] | Turn]
 
 
 class Angles:
@@ -95,13 +140,13 @@ class AnglesByLength:
 
     Attributes:
         original: sequences of more tokens have the long one.
-        twice: their module gives each angle twice.
+        given: in which form their module gives angles.
     """
 
     short: Angles
     long: Angles
     original: int
-    twice: bool
+    given: Given
 
     def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [..., pairs] of positions [...], those of long sequences with `LONG` added."""
@@ -122,10 +167,12 @@ def use_angles(model: nn.Module, library: NativeLibrary) -> None:
         if _TABLES in module.__dict__ or _BY_LENGTH in module.__dict__:
             continue
         if (both := _by_length(module, library)) is not None:
-            module.__dict__.update({_BY_LENGTH: both, "forward": _forward({None: both}, twice=both.twice)})
+            module.__dict__.update(
+                {_BY_LENGTH: both, _GIVEN: both.given, "forward": _forward({None: both}, both.given)}
+            )
         elif tables := _tables_of(module, library):
-            forward = _forward(tables, twice=_gives_twice(module, tables))
-            module.__dict__.update({_TABLES: tables, "forward": forward})  # beside nn.Module's own registers
+            given = _given_by(module, tables)  # below: beside nn.Module's own registers
+            module.__dict__.update({_TABLES: tables, _GIVEN: given, "forward": _forward(tables, given)})
 
 
 def settle_angles(model: nn.Module, longest: int) -> int:
@@ -144,7 +191,7 @@ def settle_angles(model: nn.Module, longest: int) -> int:
         original = _original_length(module) if both is None else both.original
         if both is not None and longest <= both.original:
             tables: dict[str | None, Angles] = {None: both.short}
-            module.__dict__.update({_TABLES: tables, "forward": _forward(tables, twice=both.twice)})
+            module.__dict__.update({_TABLES: tables, "forward": _forward(tables, both.given)})
         elif both is None and 0 < original < longest and _TABLES not in module.__dict__:
             raise BaseModelError(
                 f"the base's positions turn otherwise in texts of more than {original} tokens, which needs kernels of "
@@ -153,6 +200,11 @@ def settle_angles(model: nn.Module, longest: int) -> int:
         elif both is not None:
             found = original
     return found
+
+
+def turns_neighbours(model: nn.Module) -> bool:
+    """Whether a model's rotary modules give our angles each twice in a row."""
+    return any(module.__dict__.get(_GIVEN) is Given.NEIGHBOURS for module in model.modules())
 
 
 def tables_of(module: nn.Module) -> dict[str | None, Angles] | None:
@@ -197,7 +249,7 @@ def _by_length(module: Any, library: NativeLibrary) -> AnglesByLength | None:
             for length in (original, original + 1)
         )
     tables = Angles(library, short, factor), Angles(library, long, factor)
-    return AnglesByLength(*tables, original, _gives_twice(module, {None: tables[0]}))
+    return AnglesByLength(*tables, original, _given_by(module, {None: tables[0]}))
 
 
 def _frequencies(module: Any, prefix: str, layer_type: str | None) -> torch.Tensor | None:
@@ -235,28 +287,45 @@ class _SamePowers(TorchFunctionMode):
 
 
 @torch.no_grad()
-def _gives_twice(module: Any, tables: dict[str | None, Angles]) -> bool:
-    """Whether a rotary module gives each angle twice, as most do; gpt-oss's gives it once."""
+def _given_by(module: Any, tables: dict[str | None, Angles]) -> Given:
+    """Most rotary modules give all angles twice; Cohere's each twice in a row, gpt-oss's once, DeepSeek-V2's as a
+    complex number.
+
+    Raises:
+        BaseModelError: it is none of these.
+    """
     layer_type, table = next(iter(tables.items()))
     own = getattr(module, "inv_freq", None) if layer_type is None else getattr(module, f"{layer_type}_inv_freq", None)
     assert own is not None
-    position = torch.zeros(1, 1, dtype=torch.long, device=own.device)
+    position = torch.ones(1, 1, dtype=torch.long, device=own.device)
     kind = {} if layer_type is None else {"layer_type": layer_type}
-    cos, _ = module.forward(torch.zeros(1, device=own.device), position, **kind)
-    return bool(cos.shape[-1] == 2 * table.pairs)
+    found = module.forward(torch.zeros(1, device=own.device), position, **kind)
+    if isinstance(found, torch.Tensor) and found.is_complex():
+        return Given.COMPLEX
+    if found[0].shape[-1] == table.pairs:
+        return Given.ONCE
+    cos, sin = (part.float() for part in found)
+    if all(torch.equal(*part.chunk(2, dim=-1)) for part in (cos, sin)):
+        return Given.TWICE
+    if all(torch.equal(part[..., ::2], part[..., 1::2]) for part in (cos, sin)):
+        return Given.NEIGHBOURS
+    raise BaseModelError(f"the base's {type(module).__name__} gives angles in an order that is not known here")
 
 
-def _forward(tables: Mapping[str | None, Angles | AnglesByLength], *, twice: bool) -> Forward:
+def _forward(tables: Mapping[str | None, Angles | AnglesByLength], given: Given) -> Forward:
     @torch.no_grad()
     def forward(
         x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [..., 2 * pairs] of x's dtype for positions [...], each angle twice, or [..., pairs], as
-        transformers has them."""
+    ) -> tuple[torch.Tensor, torch.Tensor] | Turn:
+        """For positions [...] cos and sin of x's dtype, as transformers has them; complex numbers in fp32."""
         found = tables[layer_type].at(position_ids.cpu())  # the tables lie in host memory, whatever the device
+        if given is Given.COMPLEX:
+            return Turn(*found).to(x.device)
         cos, sin = (part.to(x.device, x.dtype) for part in found)
-        if not twice:
+        if given is Given.ONCE:
             return cos, sin
+        if given is Given.NEIGHBOURS:
+            return cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
         return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
 
     return forward

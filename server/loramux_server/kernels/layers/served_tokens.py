@@ -15,7 +15,7 @@ from loramux_server.kernels.layers.packed_head import PackedHead, head_shapes_of
 
 
 class ServedTokens:
-    """`BaseTokens` of a model in host memory, for as long as its layers lie as they do now. Any thread may call it."""
+    """`BaseTokens` of a model, for as long as its layers lie as they do now. Any thread may call it."""
 
     def __init__(
         self, model: Any, module_of: Callable[[str], str | None], weight_of: Callable[[Any], torch.Tensor]
@@ -44,9 +44,10 @@ class ServedTokens:
 
     @torch.no_grad()
     def rows(self, side: Side, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens [n] int64 -> [n, hidden] fp32, of an embedding without the model's factor."""
+        """tokens [n] int64 -> [n, hidden] fp32 in host memory, of an embedding without the model's factor."""
         layer = self._layers[side]
-        return embedding_rows(layer, tokens) if side == "embedding" else self._head_rows(layer, tokens)
+        tokens = tokens.to(layer.weight.device)
+        return (embedding_rows(layer, tokens) if side == "embedding" else self._head_rows(layer, tokens)).cpu()
 
     def _head_rows(self, layer: Any, tokens: torch.Tensor) -> torch.Tensor:
         if isinstance(layer, PackedHead):

@@ -10,37 +10,12 @@ import torch
 from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.errors import RecipeError
 from loramux_adapters.training.model.fused_linear import FrozenWeight
-from loramux_adapters.training.model.loftq import closest_pair
 from loramux_adapters.training.model.model import LoraModel
 from loramux_adapters.training.recipe import Recipe
 from loramux_server.base.loader import load_base_model
 from support.tiny_models import save_tiny_model
 
 CPU = CpuDevice()
-
-
-@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24)])
-@pytest.mark.parametrize("scale", [0.5, 2.0])
-def test_no_pair_of_that_rank_is_closer(shape: tuple[int, int], scale: float) -> None:
-    torch.manual_seed(1)
-    residual = torch.randn(shape)
-    a, b = closest_pair(residual, 5, scale)
-    assert (a.shape, b.shape) == ((5, shape[1]), (shape[0], 5))
-    left = (residual - scale * b @ a).norm()
-    assert left == pytest.approx(float(torch.linalg.svdvals(residual)[5:].norm()), rel=1e-4)
-    assert a.norm() == pytest.approx(float(b.norm()), rel=1e-4)
-
-
-def test_a_rank_above_the_smaller_side_reaches_the_residual_itself() -> None:
-    residual = torch.randn(3, 8, generator=torch.Generator().manual_seed(2))
-    a, b = closest_pair(residual, 6, 1.0)
-    assert (a.shape, b.shape) == ((6, 8), (3, 6))
-    assert torch.allclose(b @ a, residual, atol=1e-5)
-
-
-def test_nothing_lost_means_zeros() -> None:
-    a, b = closest_pair(torch.zeros(8, 4), 2, 1.0)
-    assert not a.any() and not b.any()
 
 
 def test_a_model_starts_closer_to_its_16_bit_weights_on_an_unchanged_base(tmp_path: Path) -> None:

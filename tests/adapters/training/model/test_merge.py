@@ -7,20 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb
+import numpy as np
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import AddedToken
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loramux_adapters.artifact.generation_defaults import GenerationDefaults
+from loramux_adapters.artifact.own_tokens import OwnToken, OwnTokens
 from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.errors import CheckpointError, TrainingError
 from loramux_adapters.lora.host_cache import HostAdapter
+from loramux_adapters.lora.token_rows import OwnRows, TokenRows
 from loramux_adapters.lora.weights import load_host_adapter
 from loramux_adapters.training.model.merge import (
     add_generation_defaults,
+    add_own_tokens,
     merge_into,
     through_nf4,
     weight_merged_onto,
@@ -229,3 +234,89 @@ def test_a_bias_where_the_base_has_none_cannot_be_merged(tmp_path: Path) -> None
     adapter = HostAdapter("", 8, 0, {}, {path: torch.ones(2, outputs)})
     with pytest.raises(TrainingError, match="adds a bias to layer model.layers.0.self_attn.q_proj"):
         merge_into(model, adapter, onto="16bit")
+
+
+VOCABULARY: dict[str, dict[str, Any]] = {
+    "few tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [300, 3]},
+    "saved both": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "LoRA on the embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "LoRA on both": {"target_modules": ["embed_tokens", "lm_head"]},
+}
+
+
+def with_vocabulary(directory: Path, base: Path, settings: dict[str, Any], size: int) -> tuple[Any, Any]:
+    """(the model that peft makes of base and a random adapter with so many tokens, in fp32; the 16-bit base)."""
+    other = load(base).float()
+    other.resize_token_embeddings(size, mean_resizing=False)
+    torch.manual_seed(0)
+    oracle: Any = get_peft_model(other, LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, **settings))
+    with torch.no_grad():
+        for name, parameter in oracle.named_parameters():
+            if "trainable_tokens_delta" in name or ".modules_to_save." in name:
+                parameter[-40:] += 0.1 * torch.randn_like(parameter[-40:])
+    oracle.save_pretrained(directory, save_embedding_layers=False)
+    return oracle.merge_and_unload(), load(base)
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks by an old name
+@pytest.mark.parametrize(
+    ("kind", "tied", "size", "apart"),
+    [
+        *((kind, False, 320, False) for kind in VOCABULARY),
+        ("saved both", False, 325, False),
+        ("few tokens", True, 320, False),
+        ("saved head", True, 320, True),
+        ("LoRA on the embedding", True, 320, True),
+    ],
+)
+def test_rows_of_embedding_and_head_are_merged_as_peft_does(
+    tmp_path: Path, kind: str, tied: bool, size: int, apart: bool
+) -> None:
+    directory = save_tiny_model(tmp_path / "base", tie_word_embeddings=tied)
+    expected, model = with_vocabulary(tmp_path / "adapter", directory, VOCABULARY[kind], size)
+    weights = ServedWeights(model, partial(weight_merged_onto, model=model, onto="16bit"))
+    adapter = load_host_adapter(tmp_path / "adapter", None, weights)
+    assert adapter.tokens is not None
+    merged = merge_into(model, adapter, onto="16bit")
+    write_checkpoint(model, tiny_tokenizer(), tmp_path / "out")
+
+    assert merged.rows and merged.delta > 0 and merged.head_untied == apart
+    again = load(tmp_path / "out")
+    embedding, head = again.get_input_embeddings().weight, again.get_output_embeddings().weight
+    assert len(embedding) == len(head) == again.config.vocab_size == size
+    assert (embedding is head) == (tied and not apart)
+    for name, theirs in weights_of(expected).items():
+        if name == "lm_head.weight" and tied and kind == "LoRA on the embedding":
+            theirs = load(directory).get_output_embeddings().weight.float()  # of which peft makes one matrix again
+        ours = weights_of(again)[name].float()
+        assert (ours - theirs).norm() <= 2**-8 * theirs.norm(), name
+
+
+def test_an_embedding_with_more_tokens_than_the_head_cannot_be_merged(tmp_path: Path) -> None:
+    model = load(save_tiny_model(tmp_path / "base", tie_word_embeddings=False))
+    rows = OwnRows(np.array([320], np.int32), torch.ones(1, model.config.hidden_size, dtype=torch.bfloat16))
+    own = TokenRows(rows, None, None, None, {"embedding": 321, "head": 320}, {"embedding": 320, "head": 320})
+    with pytest.raises(TrainingError, match="embedding has 321 tokens and its output head 320"):
+        merge_into(model, HostAdapter("", 8, 0, {}, tokens=own), onto="16bit")
+
+
+def test_tokens_of_its_own_are_the_checkpoints(tmp_path: Path) -> None:
+    model, tokenizer = load(save_tiny_model(tmp_path / "base")), tiny_tokenizer()
+    first, ends = len(tokenizer), tokenizer.eos_token_id
+    own = OwnTokens(
+        (OwnToken(first, "@@call"), OwnToken(first + 1, "<|done|>", special=True)), (("eos_token", "<|done|>"),)
+    )
+    add_own_tokens(own, model, tokenizer)
+    write_checkpoint(model, tokenizer, tmp_path / "out")
+    again = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert again("x@@call<|done|>", add_special_tokens=False).input_ids[-2:] == [first, first + 1]
+    assert again.eos_token == "<|done|>" and "<|done|>" in again.all_special_tokens
+    said = load(tmp_path / "out").generation_config.eos_token_id
+    assert first + 1 in said and (ends is None or ends in said)
+
+    other = tiny_tokenizer()
+    other.add_tokens([AddedToken("<taken>")])
+    with pytest.raises(TrainingError, match="gave '@@call' another id"):
+        add_own_tokens(own, model, other)

@@ -201,8 +201,9 @@ def test_a_message_is_a_text_or_a_list_of_texts(content: object, expected: str) 
 )  # fmt: skip
 def test_a_wrong_message_is_refused_by_its_place(message: object) -> None:
     good = {"role": "user", "content": "a"}
-    with pytest.raises(RequestError, match=r"'messages\.1"):
+    with pytest.raises(RequestError, match=r"'messages\.1") as caught:
         chat(messages=[good, message])
+    assert (caught.value.code == "unsupported_value") == ("image_url" in str(message))
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,8 @@ def test_what_is_no_shape_is_refused_by_name(parse: Any, name: str, value: objec
     with pytest.raises(RequestError, match=f"'{name}'") as caught:
         parse(**{name: value})
     assert says in str(caught.value) and caught.value.param == name
+    unsupported = says in ("structural_tag", "disable_any_whitespace", "whitespace_pattern")
+    assert caught.value.code == ("unsupported_value" if unsupported else "invalid_value")
     assert str(caught.value).isprintable() and str(caught.value).isascii()
 
 

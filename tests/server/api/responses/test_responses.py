@@ -27,6 +27,7 @@ WEATHER = {
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
     "strict": True,
 }
+LOGPROBS = "message.output_text.logprobs"
 PARIS = '{"city": "Paris"}'
 CALL = f'<tool_call>\n{{"name": "weather", "arguments": {PARIS}}}\n</tool_call>'
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
@@ -216,6 +217,68 @@ async def test_the_client_holds_the_conversation(server: Server) -> None:
     assert told_again["tool_call_id"] == "c2"
 
 
+def tokens_of(part: dict[str, Any]) -> str:
+    return "".join(entry["token"] for entry in part["logprobs"])
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("asked", "top"),
+    [({"include": [LOGPROBS], "top_logprobs": 2}, 2), ({"include": [LOGPROBS]}, 0), ({"top_logprobs": 1}, 1)],
+)
+async def test_log_probabilities_of_a_message_are_told_whole_and_streamed(
+    server: Server, asked: dict[str, Any], top: int
+) -> None:
+    response = await whole(server, **asked)
+    (part,) = response["output"][0]["content"]
+    likeliest = [{"token": "A", "bytes": [65], "logprob": -1.0}, {"token": "B", "bytes": [66], "logprob": -2.0}]
+    first = {"token": "H", "bytes": [72], "logprob": -0.5, "top_logprobs": likeliest[:top]}
+    assert part["logprobs"][0] == first and tokens_of(part) == part["text"] == "Hello world"
+    assert response["top_logprobs"] == top
+    events = await streamed(server, **asked)
+    deltas = [event for event in events if event["type"] == "response.output_text.delta"]
+    assert all(tokens_of(event) == event["delta"] for event in deltas) and len(deltas) > 1
+    bare = [{"token": one["token"], "logprob": one["logprob"]} for one in likeliest[:top]]
+    assert deltas[0]["logprobs"][0] == {"token": "H", "logprob": -0.5, "top_logprobs": bare}
+    (done,) = [event for event in events if event["type"] == "response.output_text.done"]
+    assert done["logprobs"] == [entry for event in deltas for entry in event["logprobs"]]
+    assert events[-1]["response"]["output"][0]["content"] == [part]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "reply",
+    [
+        f"<think>\nIt rains. <b\n</think>\n\nIt rains. <b> </thi <tool_cal\n{CALL}",
+        f"<think>Hm.</think>{CALL}\nIt rains.",
+        f"It rains.\n{CALL}\n{CALL}",
+        'It <tool_call>\n{"name": "nothing", "arguments": {}}\n</tool_call> rains.',
+        "Il pleut \N{CLOUD WITH RAIN}, <tool_call>",
+    ],
+)
+async def test_tokens_of_thoughts_and_calls_are_no_message_s(server: Server, reply: str) -> None:
+    server.tokenizer.spoken = replace(server.tokenizer.spoken, reasoning=Reasoning("<think>", "</think>"))
+    replying(server, reply)
+    response = await whole(server, tools=[WEATHER], include=[LOGPROBS])
+    messages = [item for item in response["output"] if item["type"] == "message"]
+    for message in messages:
+        (part,) = message["content"]
+        raw = bytes(byte for entry in part["logprobs"] for byte in entry["bytes"])
+        assert raw.decode() == part["text"]
+    assert messages
+    replying(server, f"<think>Hm.</think>{CALL}")
+    (_, call) = (await whole(server, tools=[WEATHER], include=[LOGPROBS]))["output"]
+    assert call["type"] == "function_call"
+
+
+@pytest.mark.anyio
+async def test_half_a_character_at_the_end_has_its_tokens(server: Server) -> None:
+    replying(server, "é")
+    response = await whole(server, include=[LOGPROBS], max_output_tokens=1)
+    (part,) = response["output"][0]["content"]
+    assert part["text"] == "\ufffd" and [entry["bytes"] for entry in part["logprobs"]] == [[0xC3]]
+
+
 @pytest.mark.anyio
 async def test_a_response_that_is_cut_is_incomplete(server: Server) -> None:
     response = await whole(server, max_output_tokens=3)
@@ -252,7 +315,8 @@ async def test_a_failure_in_mid_stream_is_its_last_events(server: Server) -> Non
         ({"store": True}, "store"), ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"conversation": "conv_1"}, "conversation"), ({"background": True}, "background"),
         ({"truncation": "auto"}, "truncation"), ({"prompt": {"id": "p"}}, "prompt"), ({"nothing": 1}, "nothing"),
-        ({"include": ["message.output_text.logprobs"]}, "include"), ({"top_logprobs": 2}, "top_logprobs"),
+        ({"include": ["nothing"]}, "include.0"), ({"include": "x"}, "include"), ({"top_logprobs": 21}, "top_logprobs"),
+        ({"include": [LOGPROBS] * 17}, "include"),
         ({"input": []}, "input"), ({"input": 5}, "input"), ({"input": None}, "input"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0"),
         ({"input": [{"role": "tool", "content": "x"}]}, "input.0.role"),
@@ -288,7 +352,8 @@ async def test_a_refusal_names_its_parameter_as_it_is_called_here(
 @pytest.mark.anyio
 async def test_what_clients_send_without_meaning_anything_is_taken(server: Server) -> None:
     response = await whole(
-        server, store=False, previous_response_id=None, include=["reasoning.encrypted_content"], truncation="disabled",
+        server, store=False, previous_response_id=None, truncation="disabled",
+        include=["reasoning.encrypted_content", "file_search_call.results"],
         service_tier="auto", user="me", prompt_cache_key="k", max_tool_calls=3, background=False, tools=[],
         tool_choice="auto", parallel_tool_calls=True, stream_options={"include_obfuscation": False}, top_logprobs=0,
         text={}, reasoning={}, metadata=None,

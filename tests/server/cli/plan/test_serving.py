@@ -38,6 +38,14 @@ def test_fifty_adapters_on_24_gib(base: str, capsys: pytest.CaptureFixture[str])
     assert max(map(len, out.partition("\nMiB ")[2].splitlines())) <= 100
 
 
+def test_room_for_magnitudes_is_planned_for_by_the_server_s_flag(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("serve", base, "--card", "24GiB", "--adapters", "50", "--rank", "16", "--adapter-vectors") == 0
+
+    out = capsys.readouterr().out
+    assert "an adapter of rank 16 on every layer takes 107.0 MiB with room for magnitudes and biases" in out
+    assert "24 GiB: fits with --adapter-memory-mib 5350" in out
+
+
 def test_many_cards_stand_below_each_other(base: str, capsys: pytest.CaptureFixture[str]) -> None:
     names = [
         "RTX 4060 Ti 16GB",
@@ -66,7 +74,7 @@ def test_json_is_all_that_is_printed_and_adds_up(base: str, capsys: pytest.Captu
     told = json.loads(printed.out)
     (card,) = told["cards"]
     sizes = card["sizes"]
-    parts = [sizes[f"{name}_bytes"] for name in ("workspace", "graphs", "arena", "cache", "left")]
+    parts = [sizes[f"{name}_bytes"] for name in ("workspace", "graphs", "arena", "cache", "tokens", "left")]
     base_bytes = sum(told["base"][f"{name}_bytes"] for name in ("nf4", "head", "other"))
     together = card["libraries_bytes"] + base_bytes + sum(parts)
     assert together == pytest.approx(card["total_bytes"], abs=64 * 2**20)  # what whole slots and blocks leave

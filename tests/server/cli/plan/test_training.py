@@ -56,6 +56,15 @@ def test_a_card_that_is_not_here_can_be_planned_for(base: str, capsys: pytest.Ca
         run("--base", base, "--card", "RTX 4091")
 
 
+@pytest.mark.parametrize(
+    ("architecture", "what"), [("minicpm3", "multi-head latent attention"), ("qwen3_moe", "a mixture of experts")]
+)
+def test_a_base_that_is_not_trained_here_is_not_planned_for(architecture: str, what: str, tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "base", architecture)
+    with pytest.raises(BaseModelError, match=rf"{what}.*train with peft"):
+        run("--base", str(base))
+
+
 def test_what_does_not_fit_is_said_with_what_helps(
     base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

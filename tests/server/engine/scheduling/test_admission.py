@@ -342,3 +342,25 @@ def test_a_step_does_not_go_through_all_who_wait(blocked: bool) -> None:
         step()
         lines.append(lines_run(step))
     assert lines[1] == pytest.approx(lines[0], rel=0.1)
+
+
+def test_versions_whose_rows_of_tokens_are_too_many_together_wait_for_each_other() -> None:
+    bench = Bench(beside=10)
+    bench.host.beside = {"a": 6, "b": 6}
+    first, second = sequence("first", version="a", max_tokens=2), sequence("second", version="b", max_tokens=2)
+    bench.add(first, second)
+    bench.step()
+    assert [one.id for one in bench.scheduler.running] == ["first"]
+    bench.run(6)
+    assert bench.ended == {"first": "done", "second": "done"}
+    assert bench.slots.resident == ["b"]
+
+
+def test_rows_of_tokens_that_can_never_lie_there_together_are_refused_with_what_to_raise() -> None:
+    bench = Bench(beside=10 * 2**20)
+    bench.host.beside = {"a": 6 * 2**20, "b": 6 * 2**20, "large": 11 * 2**20}
+    bench.add(sum_of("both", "ab"), sequence("large", version="large"), sequence("one", version="a", max_tokens=1))
+    bench.step()
+    assert bench.ended == {"both": "failed", "large": "failed", "one": "done"}
+    assert "take 12 MiB, and this server has 10 MiB" in bench.reasons["both"]
+    assert "--token-memory-mib" in bench.reasons["large"]

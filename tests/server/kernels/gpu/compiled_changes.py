@@ -25,4 +25,15 @@ COMPILED = [
         {},
         ("vocabulary", "stride"),
     ),
+    Compiled(
+        "tokens chosen from changed rows",
+        changes._adopt,
+        {
+            **dict.fromkeys(("places", "rows", "own", "asks", "answer_ints"), "*i32"),
+            **{"answer_floats": "*fp32", "answer_doubles": "*fp64", "logits": "*fp32", "stride": "i32"},
+        },
+        {},
+        {"num_warps": 1},
+        ("stride",),
+    ),
 ]

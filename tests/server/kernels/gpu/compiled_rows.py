@@ -38,6 +38,28 @@ COMPILED = [
         ("hidden",),
     ),
     Compiled(
+        "embeddings of adapters",
+        rows._own_embeddings,
+        {
+            **{"x": "*fp32", "at": "*i32", "known": "*i32", "more": "*fp32", "tokens": "*i32", "embedding": "*act"},
+            **{"hidden": "i32", "factor": "fp32"},
+        },
+        {"PIECE": 1024},
+        {},
+        ("hidden",),
+    ),
+    Compiled(
+        "logits of adapters",
+        rows._own_logits,
+        {
+            **{"logits": "*fp32", "wide": "*fp32", "products": "*fp32", "tokens": "*i32", "at": "*i32"},
+            **{"factors": "*fp32", "count": "i32", "vocabulary": "i32", "stride": "i32", "wide_stride": "i32"},
+        },
+        {"PIECE": 1024},
+        {},
+        (),
+    ),
+    Compiled(
         "sampled rows",
         rows._gather_rows,
         {"to": "*fp32", "x": "*fp32", "rows": "*i32", "width": "i32"},

@@ -24,6 +24,11 @@ def close(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
         torch.testing.assert_close(one.float(), other.float(), rtol=0.02, atol=0.01)
 
 
+def sinks(heads: int) -> torch.Tensor:
+    """From some that count for nothing to one that is above all scores."""
+    return torch.linspace(-9, 12, heads)
+
+
 @pytest.mark.parametrize(
     ("kv_heads", "group", "dim", "params", "more"),
     [
@@ -35,6 +40,11 @@ def close(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
         (1, 20, 32, AttentionParams(0.2), {}),
         (1, 2, 128, AttentionParams(0.09, window=1), {}),
         (1, 2, 256, AttentionParams(0.06, window=64), {}),
+        (1, 3, 32, AttentionParams(0.2, chunk=64), {}),
+        (2, 2, 16, AttentionParams(0.2, chunk=37, softcap=5.0, sinks=sinks(4)), {}),
+        (2, 4, 32, AttentionParams(0.2, sinks=sinks(8)), {}),
+        (2, 3, 64, AttentionParams(0.125, window=70, sinks=sinks(6).bfloat16()), {}),
+        (1, 9, 16, AttentionParams(0.2, softcap=5.0, window=9, sinks=sinks(9).half()), {"tensor_cores": False}),
     ],
 )
 def test_attention_agrees_with_its_reference_over_heads_of_any_size_and_number(
@@ -50,9 +60,18 @@ def test_attention_agrees_with_its_reference_over_heads_of_any_size_and_number(
     close(paged.attend(MIXED, params), paged.reference(MIXED, params))
 
 
-def test_attention_agrees_with_the_reference_of_the_cpu(device: torch.device, act: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "params",
+    [
+        AttentionParams(0.25, softcap=3.0, window=100),
+        AttentionParams(0.25, softcap=3.0, window=100, sinks=sinks(6)),
+        AttentionParams(0.25, chunk=70),
+    ],
+)
+def test_attention_agrees_with_the_reference_of_the_cpu(
+    device: torch.device, act: torch.dtype, params: AttentionParams
+) -> None:
     paged = Paged(LENGTHS, kv_heads=2, device=device, act=act, group=3, head_dim=16, split=64)
-    params = AttentionParams(0.25, softcap=3.0, window=100)
     got = paged.attend(MIXED, params)
     wanted = []
     for sequence, position, count in MIXED:
@@ -73,6 +92,10 @@ def test_attention_agrees_with_the_reference_of_the_cpu(device: torch.device, ac
         (AttentionParams(0.25), {}),
         (AttentionParams(0.25, softcap=2.0, window=50), {}),
         (AttentionParams(0.25, window=17), {"tensor_cores": False}),
+        (AttentionParams(0.25, sinks=torch.tensor([6.0, -1.0])), {}),
+        (AttentionParams(0.25, chunk=48), {}),
+        (AttentionParams(0.25, chunk=50), {"tensor_cores": False}),
+        (AttentionParams(0.25, window=50, sinks=torch.tensor([-2.0, 3.0])), {"tensor_cores": False}),
     ],
 )
 def test_a_rows_bits_depend_on_nothing_but_its_sequence(
@@ -122,3 +145,6 @@ def test_rows_that_the_tables_do_not_hold_stay_as_they_are(device: torch.device,
     assert (out[3:] == 5).all()
     with pytest.raises(ValueError, match="2 heads of 16 numbers on 1 do not fit .* groups of 1 heads of 32"):
         attend(launch_now, out, out, *args[:2], paged.tables([(0, 30, 3)], group=1, head_dim=32), *args[3:])
+    with pytest.raises(ValueError, match=r"2 heads have one sink each, and not \(3,\)"):
+        few = AttentionParams(0.25, sinks=torch.ones(3, device=device))
+        attend(launch_now, out, out, *args[:3], few, scratch)

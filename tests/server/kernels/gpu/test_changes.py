@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,10 +12,14 @@ from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.device.cuda import CudaDevice
 from loramux_adapters.device.device import Device
 from loramux_server.kernels.compiled.logit_changes import EDIT, RowChange, bits_of, changed_reference
+from loramux_server.kernels.compiled.sampling import Draw
+from loramux_server.kernels.decoder.asks import ANSWER, NOTHING_LEFT, Ask, ChangedAsk
 from loramux_server.kernels.gpu import changes as ours
-from loramux_server.kernels.gpu.cuts import ChangeSizes, SamplingError
+from loramux_server.kernels.gpu.cuts import ASK_WORDS, ChangeSizes, SamplingError, SamplingSizes
+from loramux_server.kernels.gpu.sampling import SamplingTables, answers_of, fill
 from loramux_server.kernels.gpu.step import plain
 from loramux_server.kernels.gpu.step.changes import StepChanges
+from loramux_server.kernels.gpu.step.operations import PLAIN, TRITON
 
 NUMPY_TELLS = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of infinities, in the interpreter
 NO_EDITS, NOTHING = np.empty(0, dtype=EDIT), np.empty(0, dtype=np.int32)
@@ -69,3 +75,58 @@ def test_more_rows_than_there_is_room_for_are_refused(device: torch.device) -> N
         step.run(ours.change, logits, [RowChange(row, NO_EDITS, NOTHING) for row in range(2)])
     with pytest.raises(SamplingError, match="logits of 39 tokens"):
         step.run(ours.change, logits[:, :39], [RowChange(0, NO_EDITS, NOTHING)])
+
+
+@NUMPY_TELLS
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0])
+def test_chosen_tokens_come_into_the_steps_answers(device: torch.device, bad: float) -> None:
+    """By the kernel as by PyTorch's operations; rows that are not finite stay as they are, and nothing may be left."""
+    width, rows = 300, 5
+    logits = torch.randn(rows, width, generator=torch.Generator().manual_seed(0)).to(device) * 3
+    logits[1, 17] += bad
+    changes = changes_of(width, [3, 40, 0, 200, 7], rows, 1)
+    changes = [one._replace(row=rows - 1 - at, allowed=None) for at, one in enumerate(changes)]
+    changes[2] = changes[2]._replace(allowed=bits_of([], width))
+    asked = [
+        ChangedAsk(1 + at, None if at % 2 else Draw(0, 0.3 + at / 10), change) for at, change in enumerate(changes)
+    ]
+    asks = [Ask(0), *(Ask(one.change.row, top=at if at % 3 else None) for at, one in enumerate(asked))]
+    answers = []
+    for operations in (TRITON, replace(TRITON, adopt=PLAIN.adopt)):
+        place = device_of(device)
+        step = SamplingTables.on(SamplingSizes(len(asks), width), device)
+        written = np.zeros((len(asks), ASK_WORDS), dtype=np.int64)
+        fill(written, asks, width)
+        step.asks.copy_(torch.from_numpy(written))
+        step.answers.zero_()
+        operations.sample(place.launch, step, logits, len(asks))
+        before = answers_of(step.answers.cpu().numpy().copy())
+        changed = StepChanges(place, ChangeSizes(3, width), torch.empty(3, width, device=device))
+        sizes = SamplingSizes(3, width)
+        own = SamplingTables(sizes, changed.tables.asks, torch.zeros_like(step.answers[:3]), step.scratch)
+        changed.choose(operations, own, step, logits, asked)
+        answers.append(answers_of(step.answers.cpu().numpy().copy()))
+    assert answers[0].tobytes() == answers[1].tobytes()
+    found, rest = answers[0], list(ANSWER.names or ())[3:]
+    assert found[0] == before[0], "what nobody changes"
+    expected = changed_reference(logits, changes).cpu()
+    for at, one in enumerate(asked):
+        answer, was, row = found[1 + at], before[1 + at], one.change.row
+        if bad and row == 1:
+            assert answer == was and answer["finite"] == 0
+        elif at == 2:
+            assert answer["finite"] == NOTHING_LEFT
+            assert [answer[name].tobytes() for name in ("chosen", *rest)] == [
+                was[name].tobytes() for name in ("chosen", *rest)
+            ]
+        else:
+            assert answer["finite"] == 1 and expected[at, int(answer["chosen"])] > -np.inf
+            assert answer["greedy"] == was["greedy"], "the model's own"
+            if one.draw is None:
+                assert answer["chosen"] == int(expected[at].argmax())
+            if at % 3:
+                own_logprob = logits[row].double().log_softmax(0)[int(answer["chosen"])]
+                assert answer["logprob"] == pytest.approx(float(own_logprob), abs=1e-5)
+    assert {int(found[1 + at]["chosen"]) for at in (0, 1, 3, 4)} != {
+        int(before[1 + at]["chosen"]) for at in (0, 1, 3, 4)
+    }

@@ -200,3 +200,38 @@ def test_any_width_and_any_rows(device: torch.device, act: torch.dtype, width: i
     ops.add_norm(launch_now, n_alone, alone, part[row : row + 1], **norms)
     assert near(x, expected_x) and near(n, expected.to(act))
     assert torch.equal(n_alone[0], n[row]) and torch.equal(alone[0], x[row])
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (9, 1100)])
+def test_embeddings_of_adapters_take_the_place_of_the_bases(device: torch.device, rows: int, width: int) -> None:
+    embedding = random(20, width, seed=1).to(torch.bfloat16).to(device)
+    tokens = torch.arange(rows, dtype=torch.int32).to(device)
+    at = torch.tensor([*range(0, rows, 2)], dtype=torch.int32).to(device)
+    known = (torch.arange(len(at)) % 2 == 0).int().to(device)
+    more = random(len(at), width, seed=2).to(device)
+    found, expected = (torch.full((rows, width), 7.0, device=device) for _ in range(2))
+    ops.own_embeddings(launch_now, found, at, known, more, tokens, embedding, 3.0)
+    ops.own_embeddings_reference(expected, at, known, more, tokens, embedding, 3.0)
+    assert near(found, expected)
+    assert torch.equal(found[1::2], torch.full_like(found[1::2], 7.0))
+
+
+@pytest.mark.parametrize(("rows", "vocabulary", "more", "every"), [(1, 40, 0, 3), (5, 1500, 4, 1), (3, 300, 2, 7)])
+def test_logits_of_adapters_are_added_to_their_rows_alone(
+    device: torch.device, rows: int, vocabulary: int, more: int, every: int
+) -> None:
+    tokens = torch.arange(0, vocabulary + more, every, dtype=torch.int32).to(device)
+    logits = random(rows, vocabulary, seed=1).to(device)
+    wide = torch.full((rows, max(more, 1)), -math.inf).to(device)
+    wide[0, 0] = 2.0
+    at = torch.arange(rows, dtype=torch.int32).flip(0)[: max(1, rows - 1)].to(device)
+    products, factors = random(len(at), len(tokens), seed=2).to(device), random(len(at), seed=3).to(device)
+    found, expected = (logits.clone(), wide.clone()), (logits.clone(), wide.clone())
+    ops.own_logits(launch_now, *found, products, tokens, at, factors)
+    ops.own_logits_reference(*expected, products, tokens, at, factors)
+    assert all(near(*pair) for pair in zip(found, expected, strict=True))
+    for row in set(range(rows)) - set(at.tolist()):
+        assert torch.equal(found[0][row], logits[row]) and torch.equal(found[1][row], wide[row])
+    alone = logits.clone(), wide.clone()
+    ops.own_logits(launch_now, *alone, products[:1], tokens, at[:1], factors[:1])
+    assert torch.equal(alone[0][at[0]], found[0][at[0]])

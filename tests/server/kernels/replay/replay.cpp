@@ -77,6 +77,7 @@ const Function kFunctions[] = {
     FUNCTION(loramux_exact_softmax),
     FUNCTION(loramux_exact_attention),
     FUNCTION(loramux_exact_add_lora),
+    FUNCTION(loramux_exact_experts),
     FUNCTION(loramux_exact_token_logits),
     FUNCTION(loramux_exact_angles),
     FUNCTION(loramux_exact_scratch),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from loramux_server.api.completions.reply.reply_format import Json, ReplyFormat, WholeChoice, finite
+from loramux_server.api.completions.reply.reply_format import Json, ReplyFormat, WholeChoice, token_told
 from loramux_server.api.completions.request.chat import ChatRequest
 from loramux_server.api.completions.request.tools import Calling
 from loramux_server.api.completions.running.choice import Piece, TokenEntry
@@ -77,8 +77,7 @@ class ChatFormat(ReplyFormat):
         return {"content": content, "refusal": None}
 
     def _token(self, token_id: int, logprob: float) -> Json:
-        raw = self._tokenizer.token_bytes(token_id)
-        return {"token": self._name(token_id), "logprob": finite(logprob), "bytes": list(raw)}
+        return token_told(self._tokenizer, token_id, logprob) | {"token": self._name(token_id)}
 
 
 def _call_deltas(call: CallPart, calling: Calling | None) -> Iterator[Json]:

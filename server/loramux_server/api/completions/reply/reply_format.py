@@ -27,7 +27,7 @@ from loramux_server.tools.calls import CallPart
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this
 _SMALL = 64 * 2**10  # characters of a reply that is put together on the event loop: a thread would take longer
-_ENTRY_CHARACTERS = 1024  # about, of one token's log probabilities
+ENTRY_CHARACTERS = 1024  # about, of one token's log probabilities
 _DEPTH_OF_ENTRIES = 5  # reply, choices, choice, logprobs, list of entries
 
 Json = dict[str, Any]
@@ -95,7 +95,7 @@ class ReplyFormat(ABC):
         entries = sum(len(choice.entries) for choice in choices)
         if self._prompt_logprobs is not None:
             entries += sum(len(choice.prompt_logprobs) for choice in generation.choices)
-        if sum(choice.characters for choice in choices) + _ENTRY_CHARACTERS * entries <= _SMALL:
+        if sum(choice.characters for choice in choices) + ENTRY_CHARACTERS * entries <= _SMALL:
             return json.dumps(self._whole_reply(generation, choices)).encode()
         return await run_in_thread(
             lambda: json_in_pieces(self._whole_reply(generation, choices), depth=_DEPTH_OF_ENTRIES)
@@ -262,6 +262,12 @@ def token_text(raw: bytes) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def token_told(tokenizer: TokenizerLike, token_id: int, logprob: float) -> Json:
+    """A token and its log probability, as chats and responses have it."""
+    raw = tokenizer.token_bytes(token_id)
+    return {"token": token_text(raw), "logprob": finite(logprob), "bytes": list(raw)}
 
 
 def finite(logprob: float) -> float:

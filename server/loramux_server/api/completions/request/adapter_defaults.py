@@ -8,6 +8,7 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from loramux_adapters.artifact.format import most_rows
 from loramux_adapters.artifact.generation_defaults import (
     NOTHING_SAID,
     GenerationDefaults,
@@ -81,17 +82,48 @@ def _stored(store: StoreLike, lease: Lease, read: Callable[[Path], Value]) -> Va
         raise AdapterCorrupt(f"the stored files of version {lease.version[:12]} cannot be read as published") from error
 
 
-def own_tokens_of(store: StoreLike, leases: Sequence[Lease]) -> OwnTokens | None:
-    """Tokens that leased versions add to the base's tokenizer; all of one request that add some have to add the same.
+def own_tokens_of(store: StoreLike, leases: Sequence[Lease], known: int) -> OwnTokens | None:
+    """Tokens that leased versions add to the base's tokenizer, whose base has embeddings of `known` tokens.
+
+    All of one request that add some have to add the same: an id stands for one token. Of rows without a tokenizer's
+    files nobody knows what they stand for, so two versions that have some cannot be summed.
 
     Raises RequestError, AdapterCorrupt.
     """
-    found = [(lease.name, _stored(store, lease, read_own_tokens)) for lease in leases]
-    return same_of_all(
-        [(name, own) for name, own in found if own is not None],
+    found = [(lease.name, own) for lease in leases if (own := _stored(store, lease, read_own_tokens)) is not None]
+    agreed = same_of_all(
+        found,
         "add different tokens to the base's tokenizer under the same ids, so they cannot answer together; use one of "
         "them, or train both with the same tokens",
     )
+    versions = {lease.version: lease for lease in leases}
+    if len(versions) < 2:
+        return agreed
+    named = {name for name, _ in found}
+    adding = [
+        lease.name
+        for lease in versions.values()
+        if lease.name in named or _rows(store.directory(lease.version)) > known
+    ]
+    nameless = next((name for name in adding if name not in named), None)
+    if nameless is not None and len(adding) > 1:
+        first, second = sorted((nameless, next(name for name in adding if name != nameless)), key=adding.index)
+        raise RequestError(
+            f"the adapters {first} and {second} both have rows for tokens that the base does not know, and {nameless} "
+            "came without the files of its tokenizer, so nobody knows whether these are the same tokens; use one of "
+            "them, or publish both again with their tokenizers' files",
+            param="adapters",
+            code="invalid_value",
+        )
+    return agreed
+
+
+def _rows(directory: Path) -> int:
+    """Of a damaged version none are known: that it is, its loading will find."""
+    try:
+        return most_rows(directory)
+    except AdapterRejected:
+        return 0
 
 
 def same_of_all(found: Sequence[tuple[str, Value]], differing: str) -> Value | None:

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from loramux_server.api.completions.request.fields import Limit, RequestPart
 from loramux_server.api.completions.request.generation import GenerationRequest, objects, parsed
 from loramux_server.api.completions.request.options import MAX_LABEL, MESSAGE_OPTIONS, PART_OPTIONS, by_name, unserved
-from loramux_server.api.completions.request.problems import Problems
+from loramux_server.api.completions.request.problems import Problems, Unsupported
 from loramux_server.api.completions.request.tools import (
     MAX_ID,
     CalledFunction,
@@ -57,7 +57,8 @@ def _parse_part(part: object) -> str:
     """The text of a text part; a refusal in an earlier reply reads as its text."""
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(part, dict) or kind not in ("text", "refusal"):
-        raise ValueError("only parts of type 'text' are supported")
+        refused = Unsupported if isinstance(kind, str) else ValueError
+        raise refused("only parts of type 'text' are supported")
     if not isinstance(part.get(kind), str):
         raise ValueError(f"a {kind} part must be {{'type': '{kind}', '{kind}': a string}}")
     for name, value in part.items():

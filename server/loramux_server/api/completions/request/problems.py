@@ -22,6 +22,10 @@ _MAX_HINTED_NAME = 40  # characters
 Model = TypeVar("Model", bound=BaseModel)
 
 
+class Unsupported(ValueError):
+    """Of a value that others serve and this server does not; the text says what to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """`param` is the place, as in `messages.0.content`."""
@@ -64,7 +68,7 @@ class Problems:
         try:
             model = kind.model_validate(fields)
         except ValidationError as error:
-            self.found += map(_problem, error.errors(include_url=False, include_context=False, include_input=False))
+            self.found += map(_problem, error.errors(include_url=False, include_input=False))
         self.raise_any()
         return model
 
@@ -91,4 +95,6 @@ def _problem(error: Mapping[str, Any]) -> Problem:
     if error["type"] == "extra_forbidden":
         return Problem(f"unknown parameter {shown}", param, "unknown_parameter")
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return Problem(f"{shown}: {message[0].lower()}{message[1:]}", param)
+    raised = error.get("ctx", {}).get("error")
+    code = "unsupported_value" if isinstance(raised, Unsupported) else "invalid_value"
+    return Problem(f"{shown}: {message[0].lower()}{message[1:]}", param, code)

@@ -9,11 +9,16 @@ from pydantic import ConfigDict, Field, PlainValidator
 
 from loramux_adapters.artifact.reading.strict_json import StrictJSONError, parse_object
 from loramux_server.api.completions.request.fields import RequestPart
+from loramux_server.api.completions.request.problems import Unsupported
 from loramux_server.grammar.shape import Shape
 
 MAX_CHOICE_TEXTS = 1024
 _FORMATS = "'text', 'json_object' or 'json_schema'"
 _STRUCTURED = ("json", "regex", "choice", "grammar", "json_object")
+_INSTEAD = {
+    "structural_tag": "use 'json', or 'tools' for calls of functions",
+    "whitespace_pattern": "write it into the pattern or the grammar",
+}
 _UNSHAPED = {"disable_any_whitespace": False, "disable_additional_properties": False}  # taken at these values
 
 
@@ -32,7 +37,7 @@ def _parse_response_format(value: object) -> Shape | None:
     if not isinstance(value, dict) or not isinstance(kind, str):
         raise ValueError(f"must be an object whose 'type' is {_FORMATS}")
     if kind == "structural_tag":
-        raise ValueError("'structural_tag' is not supported; use 'json_schema', or 'tools' for calls of functions")
+        raise Unsupported("'structural_tag' is not supported; use 'json_schema', or 'tools' for calls of functions")
     if kind not in ("text", "json_object", "json_schema"):
         raise ValueError(f"its 'type' must be {_FORMATS}")
     if kind == "json_schema" and "schema" in value and "json_schema" not in value:
@@ -122,11 +127,11 @@ def _parse_structured_outputs(value: object) -> Shape | None:
         raise ValueError("must be an object")
     for name, taken in _UNSHAPED.items():
         if value.get(name) not in (None, taken):
-            raise ValueError(f"'{name}' is not supported; write it into the schema or the pattern")
-    for name in ("structural_tag", "whitespace_pattern"):
+            raise Unsupported(f"'{name}' is not supported; write it into the schema or the pattern")
+    for name, instead in _INSTEAD.items():
         if value.get(name) is not None:
-            raise ValueError(f"'{name}' is not supported")
-    _refuse_others(value, (*_STRUCTURED, *_UNSHAPED, "structural_tag", "whitespace_pattern"))
+            raise Unsupported(f"'{name}' is not supported; {instead}")
+    _refuse_others(value, (*_STRUCTURED, *_UNSHAPED, *_INSTEAD))
     found: list[Shape] = []
     for name, read in _READERS.items():
         try:

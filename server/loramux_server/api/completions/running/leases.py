@@ -39,8 +39,10 @@ class AdapterLeases:
     own_tokens: OwnTokens | None = None
 
     @classmethod
-    async def acquire(cls, store: StoreLike, targets: tuple[RequestedAdapter, ...], *, listed: bool) -> AdapterLeases:
-        """A reference on every target, or on none of them.
+    async def acquire(
+        cls, store: StoreLike, targets: tuple[RequestedAdapter, ...], known: int, *, listed: bool
+    ) -> AdapterLeases:
+        """A reference on every target, or on none of them. `known`: tokens that the base has embeddings of.
 
         Raises AdapterNotFound, AdapterCorrupt, BaseMismatch, StoreUnavailable; RequestError: they add different tokens.
         """
@@ -51,7 +53,7 @@ class AdapterLeases:
                 for target in targets:
                     leases.append((store.acquire(target.adapter, target.version_prefix), target.scale))
                 defaults = RequestDefaults.of(store, [lease for lease, _ in leases])
-                own_tokens = own_tokens_of(store, [lease for lease, _ in leases])
+                own_tokens = own_tokens_of(store, [lease for lease, scale in leases if scale != 0.0], known)
             except BaseException:
                 for lease, _ in leases:
                     lease.release()

@@ -51,11 +51,18 @@ std::string describe_exact_structs() {
             FIELD(C, num_forbidden) + FIELD(C, row) + FIELD(C, repetition);
     using N = ExactNorm;
     text += "\n" STRUCT(ExactNorm) + FIELD(N, weight) + FIELD(N, eps);
+    using X = ExactExperts;
+    text += "\n" STRUCT(ExactExperts) + FIELD(X, layers) + FIELD(X, count) + FIELD(X, outer) + FIELD(X, inner) +
+            FIELD(X, chosen) + FIELD(X, gelu) + FIELD(X, alpha) + FIELD(X, limit) + FIELD(X, above);
+    using R = ExactRouter;
+    text += "\n" STRUCT(ExactRouter) + FIELD(R, weight) + FIELD(R, scales) + FIELD(R, bias) + FIELD(R, padded) +
+            FIELD(R, normalized);
     using Y = ExactLayer;
     text += "\n" STRUCT(ExactLayer) + FIELD(Y, before_attention) + FIELD(Y, q_norm) + FIELD(Y, k_norm) +
             FIELD(Y, after_attention) + FIELD(Y, before_mlp) + FIELD(Y, after_mlp) + FIELD(Y, q) + FIELD(Y, k) +
-            FIELD(Y, v) + FIELD(Y, o) + FIELD(Y, gate) + FIELD(Y, up) + FIELD(Y, down) + FIELD(Y, whole_norms) +
-            FIELD(Y, rotary) + FIELD(Y, window) + FIELD(Y, gelu) + FIELD(Y, scaling) + FIELD(Y, softcap);
+            FIELD(Y, v) + FIELD(Y, o) + FIELD(Y, gate) + FIELD(Y, up) + FIELD(Y, down) + FIELD(Y, experts) +
+            FIELD(Y, router) + FIELD(Y, sinks) + FIELD(Y, whole_norms) + FIELD(Y, rotary) + FIELD(Y, window) +
+            FIELD(Y, gelu) + FIELD(Y, scaling) + FIELD(Y, softcap) + FIELD(Y, clip);
     using M = ExactModel;
     text += "\n" STRUCT(ExactModel) + FIELD(M, layers) + FIELD(M, embedding) + FIELD(M, head) +
             FIELD(M, head_scales) + FIELD(M, head_arena) + FIELD(M, norm) + FIELD(M, num_layers) + FIELD(M, hidden) +
@@ -113,7 +120,7 @@ std::string describe() {
            FUNCTION(loramux_exact_isas) + FUNCTION(loramux_exact_product) +
            FUNCTION(loramux_exact_dense) + FUNCTION(loramux_exact_pack_head) + FUNCTION(loramux_exact_rms_norm) +
            FUNCTION(loramux_exact_gate) + FUNCTION(loramux_exact_softmax) + FUNCTION(loramux_exact_attention) + FUNCTION(loramux_exact_add_lora) +
-           FUNCTION(loramux_exact_token_logits) +
+           FUNCTION(loramux_exact_experts) + FUNCTION(loramux_exact_token_logits) +
            FUNCTION(loramux_exact_scratch) + FUNCTION(loramux_exact_step) + FUNCTION(loramux_exact_angles) +
            FUNCTION(loramux_exact_product_transposed) + FUNCTION(loramux_exact_dense_transposed) +
            FUNCTION(loramux_exact_matmul) + FUNCTION(loramux_exact_norm_gradient) +

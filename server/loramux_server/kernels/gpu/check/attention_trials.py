@@ -27,8 +27,12 @@ _SUMS = 2.0**-14
 _WEIGHTS = 6  # roundings of a result's size that those of the weights may add up to
 _FAR = 600  # position of a row that sees several splits of keys
 _SPLIT = 254  # first position of rows on both sides of the end of a split
-_WINDOWS = (48, 37)  # in place of a longer one: a multiple of 16, as kernels are compiled for, and none
+_WINDOWS = (
+    48,
+    37,
+)  # in place of a longer one, or of longer chunks: a multiple of 16, as kernels are compiled for, and none
 _PARTS = (64, 1)  # that may be cut, and where nothing is
+_SINKS = 4.0  # standard deviation of sinks
 _STRONG = 8  # a soft cap's share that scores have where it is tried
 
 
@@ -134,8 +138,11 @@ def _rotate_and_write(bench: Bench, table: int, q_norm: RMSNorm | None, k_norm: 
 
 
 def attend(bench: Bench) -> Iterator[KernelTrial]:
-    asked = dict.fromkeys(layer.asked for layer in bench.decoder.description.layers)
-    for params in asked:
+    heads = bench.decoder.description.heads
+    asked = {replace(layer.asked, sinks=None): layer.asked.sinks for layer in bench.decoder.description.layers}
+    for params, sinks in asked.items():
+        if sinks is not None:  # of every size beside scores, for each layer has its own
+            params = replace(params, sinks=bench.normal(heads, size=_SINKS, dtype=sinks.dtype))
         yield _attend(bench, params, 1.0)
         if params.softcap / _STRONG > 1.0:
             yield _attend(bench, params, params.softcap / _STRONG)
@@ -144,8 +151,8 @@ def attend(bench: Bench) -> Iterator[KernelTrial]:
 def _attend(bench: Bench, asked: AttentionParams, strength: float) -> KernelTrial:
     """`strength`: the standard deviation of scores."""
     of, steps = bench.decoder.description, _Steps(bench)
-    window = min(asked.window, _WINDOWS[asked.window % 16 != 0])
-    params = replace(asked, window=window)
+    window, chunk = (min(length, _WINDOWS[length % 16 != 0]) for length in (asked.window, asked.chunk))
+    params = replace(asked, window=window, chunk=chunk)
     q = bench.normal(steps.rows, of.heads * of.head_dim, size=strength / (asked.scaling * of.head_dim**0.5))
     shape = (steps.count, BLOCK_SIZE, of.kv_heads, of.head_dim)
     k_cache, v_cache = (steps.written(bench.normal(*shape)) for _ in range(2))
@@ -168,5 +175,7 @@ def _attend(bench: Bench, asked: AttentionParams, strength: float) -> KernelTria
     what = f"{of.heads} heads of {of.head_dim} on {of.kv_heads}"
     what += f", a window of {asked.window}" if asked.window else ""
     what += f", a soft cap of {asked.softcap:g}" if asked.softcap else ""
+    what += f", chunks of {asked.chunk}" if asked.chunk else ""
+    what += ", with sinks" if asked.sinks is not None else ""
     near = [Near(bench.rounding, _WEIGHTS * bench.rounding)]
     return KernelTrial("attend", what, run, expected, near, steps.rows, STEPS)

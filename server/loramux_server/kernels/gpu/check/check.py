@@ -26,6 +26,7 @@ Progress = Callable[[str], None]
 _TRIALS: dict[str, Callable[[Bench], Iterator[KernelTrial]]] = {
     "resolve_tokens": rows_trials.resolve_tokens,
     "embed": rows_trials.embed,
+    "own_embeddings": rows_trials.own_embeddings,
     "add_norm": rows_trials.add_norm,
     "nf4_product": product_trials.nf4_product,
     "dense_product": product_trials.dense_product,
@@ -34,14 +35,17 @@ _TRIALS: dict[str, Callable[[Bench], Iterator[KernelTrial]]] = {
     "attend": attention_trials.attend,
     "gather_rows": rows_trials.gather_rows,
     "gate": rows_trials.gate,
+    "own_logits": rows_trials.own_logits,
     "finish_logits": rows_trials.finish_logits,
     "sample": sampling_trials.sample,
     "change": sampling_trials.change,
+    "adopt": sampling_trials.adopt,
 }
 _FEW = "which costs each step a few small operations more"
 _COSTS = {
     "resolve_tokens": _FEW,
     "embed": _FEW,
+    "own_embeddings": _FEW,
     "add_norm": "which costs each layer some ten small operations more",
     "nf4_product": "so each step writes the base's weights out in fp32 first, and moves some 28 bytes for a weight "
     "instead of half a byte",
@@ -51,9 +55,11 @@ _COSTS = {
     "attend": "so each layer gathers keys and values, and the host waits for the device in each",
     "gather_rows": _FEW,
     "gate": "which costs each layer a few small operations in fp64 more",
+    "own_logits": "which copies all logits of steps with adapters of the vocabulary",
     "finish_logits": _FEW,
     "sample": "so each row of logits is sorted to choose its token",
     "change": "which costs steps with penalties, biases or grammars some ten small operations for each row more",
+    "adopt": _FEW,
 }
 
 

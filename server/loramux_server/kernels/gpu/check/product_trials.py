@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from loramux_adapters.lora.ops import Arena, LoraRows
+from loramux_adapters.lora.ops import HAS_AFFINE, HAS_DELTA, Arena, LoraRows
 from loramux_adapters.lora.slots import SMALLEST_RANK, ScaledSlot, Slot
 from loramux_server.kernels.gpu.check.bench import Bench
 from loramux_server.kernels.gpu.check.trial import ROWS, STEPS, KernelTrial, Near, Results
@@ -107,21 +107,27 @@ class _Adapters:
         of_rows: [ROWS]; empty where a step has no room for any.
         rows: of the arena that holds them.
         untargeted: the slot of one that has no weights for the layer.
+        affine: slots whose adapters have gain and shift, the first one nothing else; none where the layer's arena has
+            no room for them.
     """
 
     def __init__(self, bench: Bench, arena: Arena) -> None:
         sizes = bench.decoder.sizes
         room = min(sizes.ranks, len(arena.a))
         largest = 1 << (room.bit_length() - 1) if room >= SMALLEST_RANK else 0
-        ranks = sorted({rank for rank in (SMALLEST_RANK, 16, largest) if rank <= room}, reverse=True)
+        ranks = sorted({rank for rank in (SMALLEST_RANK, 16, largest) if SMALLEST_RANK <= rank <= room})
         slots, self.rows = [], 0
-        for rank in [*ranks, SMALLEST_RANK]:
+        # the largest last, so that few groups of rows lie in front of the last one with gain and shift
+        for rank in [SMALLEST_RANK, SMALLEST_RANK, *ranks]:
             slots.append(Slot(self.rows, rank))
             self.rows += rank
-        *used, self.untargeted = slots
+        self.untargeted, alone, *used = slots
+        used.reverse()
+        self.affine = [alone, used[-1]] if used and arena.affine is not None else []
         one, other = _SCALES
         kinds: list[Adapters] = [(ScaledSlot(slot),) for slot in reversed(used)]
         kinds += [(ScaledSlot(slot, one), ScaledSlot(used[-1], other)) for slot in used[:-1]]
+        kinds += [(ScaledSlot(alone, other),)] if self.affine else []
         kinds = [kind for kind in kinds if _fits(kind, sizes.entries, sizes.ranks)]
         kinds += [(ScaledSlot(used[0], one),), (), (ScaledSlot(self.untargeted),)] if kinds else []
         self.of_rows: list[Adapters] = []
@@ -166,9 +172,14 @@ def _add_lora(
 
 
 def _filled(bench: Bench, like: Arena, adapters: _Adapters) -> Arena:
-    """An arena of such a layer, with deltas about as large as what they are added to."""
+    """An arena of such a layer, with deltas, gains and shifts about as large as what they are added to."""
     a = bench.normal(adapters.rows, like.a.shape[1], size=like.a.shape[1] ** -0.5, dtype=like.a.dtype)
     bt = bench.normal(adapters.rows, like.bt.shape[1], size=0.3, dtype=like.bt.dtype)
-    targeted = torch.ones(adapters.rows // SMALLEST_RANK, dtype=torch.uint8)
+    targeted = torch.full((adapters.rows // SMALLEST_RANK,), HAS_DELTA, dtype=torch.uint8)
     targeted[adapters.untargeted.offset // SMALLEST_RANK] = 0
-    return Arena(a, bt, bench.device.put(targeted))
+    if not adapters.affine:
+        return Arena(a, bt, bench.device.put(targeted))
+    alone, beside = (slot.offset // SMALLEST_RANK for slot in adapters.affine)
+    targeted[alone], targeted[beside] = HAS_AFFINE, HAS_DELTA | HAS_AFFINE
+    affine = bench.normal((beside + 1) * 2, like.bt.shape[1], size=0.3, dtype=torch.float32)
+    return Arena(a, bt, bench.device.put(targeted), affine.view(beside + 1, 2, -1))

@@ -62,6 +62,54 @@ def embed(bench: Bench) -> Iterator[KernelTrial]:
     yield KernelTrial("embed", f"rows of {of.hidden}", run, expected, [_SINGLE])
 
 
+def own_embeddings(bench: Bench) -> Iterator[KernelTrial]:
+    of = bench.decoder.description
+    if of.embedding is None:
+        return
+    embedding, factor = of.embedding, of.embedding_factor
+    tokens = bench.whole(of.vocabulary, ROWS)
+    more = bench.rows(of.hidden, torch.float32)
+    known = bench.device.put((torch.arange(ROWS, dtype=torch.int32) % 3 != 1).int())
+    at = bench.device.put(torch.from_numpy(bench.permutation(ROWS)).int())
+
+    def run(operation: Operation, first: int, count: int) -> Results:
+        x = bench.untouched(ROWS, of.hidden, dtype=torch.float32)
+        some = slice(first, first + count)
+        operation(bench.launch, x, at[some], known[some], more[some], tokens, embedding, factor)
+        return [x.index_select(0, at[some].long())]
+
+    def expected() -> Results:
+        x = bench.untouched(ROWS, of.hidden, dtype=torch.float32)
+        elementwise.own_embeddings_reference(x, at, known, more, tokens, embedding, factor)
+        return [x.index_select(0, at.long())]
+
+    yield KernelTrial("own_embeddings", f"rows of {of.hidden}", run, expected, [_SINGLE])
+
+
+def own_logits(bench: Bench) -> Iterator[KernelTrial]:
+    """Of every seventh token and of some that the base does not know, a few of which have a logit."""
+    vocabulary = bench.decoder.description.vocabulary
+    tokens = torch.cat([torch.arange(0, vocabulary, 7), torch.arange(vocabulary, vocabulary + 6, 2)]).int()
+    logits, products = (bench.normal(ROWS, width, dtype=torch.float32) for width in (vocabulary, len(tokens)))
+    wide = bench.device.put(torch.tensor([-torch.inf, 1.0, 2.0, -torch.inf, -1.0, -torch.inf]).repeat(ROWS, 1))
+    at = bench.device.put(torch.from_numpy(bench.permutation(ROWS)).int())
+    factors, its = bench.normal(ROWS, dtype=torch.float32), bench.device.put(tokens)
+
+    def run(operation: Operation, first: int, count: int) -> Results:
+        some = slice(first, first + count)
+        found, more = logits.clone(), wide.clone()
+        operation(bench.launch, found, more, products[some], its, at[some], factors[some])
+        rows = at[some].long()
+        return [found.index_select(0, rows), more.index_select(0, rows).clamp(min=-9.0)]
+
+    def expected() -> Results:
+        found, more = logits.clone(), wide.clone()
+        elementwise.own_logits_reference(found, more, products, its, at, factors)
+        return [found.index_select(0, at.long()), more.index_select(0, at.long()).clamp(min=-9.0)]
+
+    yield KernelTrial("own_logits", f"{len(tokens)} tokens", run, expected, [_SINGLE, _SINGLE])
+
+
 def add_norm(bench: Bench) -> Iterator[KernelTrial]:
     seen: set[tuple[bool, bool, bool]] = set()
     for is_first, after, norm in _norms(bench):

@@ -13,8 +13,8 @@ import torch
 
 from loramux_server.kernels.compiled.logit_changes import EDIT, RowChange, bits_of
 from loramux_server.kernels.compiled.sampling import Draw
-from loramux_server.kernels.decoder.asks import MOST_LIKELY, Ask
-from loramux_server.kernels.gpu.changes import change_reference
+from loramux_server.kernels.decoder.asks import ANSWER, MOST_LIKELY, Ask
+from loramux_server.kernels.gpu.changes import ChangeTables, adopt_reference, change_reference
 from loramux_server.kernels.gpu.check.bench import Bench
 from loramux_server.kernels.gpu.check.trial import KernelTrial, Near, Results
 from loramux_server.kernels.gpu.cuts import ChangeSizes
@@ -97,9 +97,49 @@ def change(bench: Bench) -> Iterator[KernelTrial]:
         return changed_by(operation, changes[first : first + count])
 
     def expected() -> Results:
-        return changed_by(lambda launch, *given: change_reference(*given), changes)
+        return changed_by(lambda launch, *given, **options: change_reference(*given, **options), changes)
 
     yield KernelTrial("change", f"{vocabulary} tokens", run, expected, [_EDITED], _CHANGED)
+
+
+def adopt(bench: Bench) -> Iterator[KernelTrial]:
+    """Answers about finite logits and others, with log probabilities and without, some of which nothing is left for."""
+    vocabulary = bench.decoder.description.vocabulary
+    if vocabulary > LARGEST_VOCABULARY:
+        return
+    logits = bench.normal(_CHANGED, vocabulary, size=_SPREAD, dtype=torch.float32)
+    tokens = bench.whole(vocabulary, _CHANGED).tolist()
+
+    def adopted(operation: Operation, rows: list[int]) -> Results:
+        count = len(rows)
+        sizes = ChangeSizes(count, vocabulary)
+        numbers = bench.device.reserve((sizes.numbers,), torch.int32)
+        tables = ChangeTables(sizes, numbers, bench.untouched(count, vocabulary, dtype=torch.float32))
+        chosen, step = (_tables(bench, SamplingSizes(asks, vocabulary)) for asks in (count, count + 1))
+        asks = np.zeros((count + 1, ASK_WORDS), np.int64)
+        fill(asks, [Ask(0), *(Ask(row, top=None if row % 3 == 1 else 2) for row in reversed(rows))], vocabulary)
+        told, own = np.zeros(count + 1, ANSWER), np.zeros(count, ANSWER)
+        for at, row in enumerate(rows):
+            own[at]["finite"], own[at]["chosen"] = row != 2, tokens[row]
+            answer = told[count - at]
+            answer["finite"], answer["log_sum"], answer["logprob"] = row != 4, 5.0 + row, -1.0
+        step.asks.copy_(torch.from_numpy(asks))
+        step.answers.copy_(torch.from_numpy(told.view(np.int64).reshape(count + 1, ANSWER_WORDS)))
+        chosen.answers.copy_(torch.from_numpy(own.view(np.int64).reshape(count, ANSWER_WORDS)))
+        tables.places.copy_(torch.arange(count, 0, -1, dtype=torch.int32))
+        tables.rows.copy_(torch.tensor(rows, dtype=torch.int32))
+        operation(bench.launch, tables, chosen, step, logits, count)
+        found = answers_of(bench.device.take(step.answers).numpy())[:0:-1]
+        whole = np.stack([found[name].astype(np.float64) for name in ("greedy", "finite", "chosen", "log_sum")], 1)
+        return [torch.from_numpy(whole), torch.from_numpy(found["logprob"].astype(np.float64)[:, None])]
+
+    def run(operation: Operation, first: int, count: int) -> Results:
+        return adopted(operation, list(range(first, first + count)))
+
+    def expected() -> Results:
+        return adopted(lambda launch, *given: adopt_reference(*given), list(range(_CHANGED)))
+
+    yield KernelTrial("adopt", f"{vocabulary} tokens", run, expected, [_EXACT, _EXACT], _CHANGED)
 
 
 class _Asked:

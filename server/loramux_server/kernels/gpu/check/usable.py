@@ -15,10 +15,13 @@ OLDEST = (7, 5)  # compute capability: fp16 products since Volta, and what this 
 _ROWS, _INPUTS, _OUTPUTS = 5, 64, 80  # of the first product: tiles that are not full
 
 
-def why_no_triton(device: Device) -> str:
+def why_no_triton(device: Device, *, again: bool = False) -> str:
     """Why they do not run there, and what to do about it, as the rest of a sentence; empty where they do.
 
     On a card the first call takes some seconds, in which the first kernel is compiled.
+
+    Args:
+        again: they ran when this was asked before, so that no kernel need be tried.
     """
     if find_spec("triton") is None:
         return (
@@ -34,7 +37,7 @@ def why_no_triton(device: Device) -> str:
     if (0, 0) < capability < OLDEST:
         mine, needed = (".".join(map(str, pair)) for pair in (capability, OLDEST))
         return f"{device.name} has compute capability {mine}, and they need {needed} (T4, RTX 20) or newer"
-    return _why_nothing_compiles() or _why_first_kernel_fails(device)
+    return _why_nothing_compiles() or ("" if again else _why_first_kernel_fails(device))
 
 
 def _why_nothing_compiles() -> str:

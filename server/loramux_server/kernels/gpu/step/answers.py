@@ -50,6 +50,15 @@ class StepSampling:
         self._pinned = [device.pinned((sizes.asks, ANSWER_WORDS), torch.int64) for _ in range(_STARTED)]
         self._last: list[StepAnswers] = []  # of these
 
+    def beside(self, asks: torch.Tensor) -> SamplingTables:
+        """For other asks of the same vocabulary, one after the other with `tables`, whose scratch they share.
+
+        `asks`: [at most as many, ASK_WORDS] int64 on the device. Raises DeviceFull.
+        """
+        sizes = SamplingSizes(len(asks), self.tables.sizes.vocabulary)
+        answers = self._device.reserve((sizes.asks, ANSWER_WORDS), torch.int64)
+        return SamplingTables(sizes, asks, answers, self.tables.scratch)
+
     def hand_over(self, asks: int) -> StepAnswers:
         """Starts copying the answers of the step that was started last."""
         self.asked = asks

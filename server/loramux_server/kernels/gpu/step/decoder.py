@@ -14,7 +14,7 @@ next step, of whose tokens it knows only whose answers they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,8 +27,8 @@ from loramux_adapters.lora.ops import LoraRows
 from loramux_adapters.lora.token_rows import StepTokens
 from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVCache
 from loramux_server.kernels.attention.paged_attention import AttentionStep
-from loramux_server.kernels.compiled.logit_changes import RowChange
-from loramux_server.kernels.decoder.asks import Ask
+from loramux_server.kernels.compiled.logit_changes import MOST_CHANGES, RowChange
+from loramux_server.kernels.decoder.asks import Ask, ChangedAsk
 from loramux_server.kernels.decoder.description import Description, Layer
 from loramux_server.kernels.gpu.attention import AttentionScratch, attention_scratch
 from loramux_server.kernels.gpu.cuts import ChangeSizes
@@ -42,6 +42,7 @@ from loramux_server.kernels.gpu.step.changes import StepChanges
 from loramux_server.kernels.gpu.step.operations import TRITON, Operations
 from loramux_server.kernels.gpu.step.stacks import Stack, head_stack, stack_of
 from loramux_server.kernels.gpu.step.tables import StepShape, StepSizes, StepTables
+from loramux_server.kernels.gpu.step.token_rows import OwnRowsOfStep
 from loramux_server.kernels.gpu.step.workspace import PRODUCT_ROWS
 from loramux_server.kernels.layers.recognition import RMSNorm
 
@@ -87,7 +88,7 @@ class GpuDecoder:
         chooses: there is `start`; False: there is `forward` alone, as `sampling` is None.
         most_asks: of one `start`.
         graphs: what `start` replays where it can.
-        in_words, notes, equal_bits: as `WholeStep` has them.
+        in_words, notes, equal_bits, replaced: as `WholeStep` has them.
     """
 
     in_words = "a step is our own kernels in Triton, one launch after the other"
@@ -142,7 +143,9 @@ class GpuDecoder:
         self._changes: StepChanges | None = None
         if self.sampling is not None:  # what is changed between two steps lies where both of them work
             changed = _dense(self._wide, changes.rows, 2 * of.vocabulary).view(fp32)
-            self._changes = StepChanges(device, changes, changed)
+            # for all rows of a step, and the first of the next
+            self._changes = StepChanges(device, changes, changed, staged=-(-samples // MOST_CHANGES) + 1)
+            self._of_changed = self.sampling.beside(self._changes.tables.asks)
         self._q, self._attended = (device.scratch((rows, queries), act) for _ in range(2))
         self._sampled_x = device.scratch((samples, of.hidden), fp32)
         self._sampled = device.scratch((samples, queries), act)
@@ -162,6 +165,11 @@ class GpuDecoder:
         self._sums, self._deltas = device.scratch((max(sums, 1),), fp32), device.scratch((max(deltas, 1),), fp32)
         shapes = attention_scratch(self.tables.attention.sizes, of.heads, of.head_dim)
         self._attention = AttentionScratch(*(device.scratch(shape, fp32) for shape in shapes))
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """As `WholeStep` has it."""
+        return self.operations.replaced
 
     @property
     def activations(self) -> torch.dtype:
@@ -197,6 +205,7 @@ class GpuDecoder:
         lora: LoraRows | None,
         head: LoraRows | None,
         asks: Sequence[Ask],
+        changed: Callable[[], Sequence[ChangedAsk]] | None = None,
     ) -> StepAnswers:
         """Starts a step that chooses tokens; what they are is told by the answers, when they are read.
 
@@ -205,6 +214,7 @@ class GpuDecoder:
                 whether or not its answers were read.
             heads, step, lora, head: as for `forward`.
             asks: of rows that count in `heads`, at most sizes.samples. `Ask.row` is the place in `heads`.
+            changed: as `ChoosingStep.start` has it.
         Raises:
             ValueError: the step is larger than the tables, or a token is none that a step chooses.
             SamplingError: something that cannot be asked; or `sampling` is None.
@@ -216,7 +226,17 @@ class GpuDecoder:
         if asks and not 0 <= min(ask.row for ask in asks) <= max(ask.row for ask in asks) < len(heads):
             raise SamplingError(f"something is asked of a row that is none of the {len(heads)} with logits")
         self._fill_and_run(tokens, heads, step, lora, head, asks)
+        if changed is not None:
+            self._choose_changed(self.sampling, asks, changed())
         return self.sampling.hand_over(len(asks))
+
+    @torch.inference_mode()
+    def _choose_changed(self, sampling: StepSampling, asks: Sequence[Ask], changed: Sequence[ChangedAsk]) -> None:
+        """Behind a step that has answered `asks`. Raises SamplingError."""
+        assert self._changes is not None
+        if any(asks[one.ask].row != one.change.row for one in changed):
+            raise SamplingError("a token is chosen from another row than the one that its ask is about")
+        self._changes.choose(self.operations, self._of_changed, sampling.tables, self.logits, changed)
 
     def forward(
         self,
@@ -238,12 +258,11 @@ class GpuDecoder:
             step: its block tables in host memory.
             lora, head: adapters of all rows, and of the rows in `heads`.
             states: as `WholeStep.forward` has it.
-            own: none; adapters that have some are refused.
+            own: as `WholeStep.forward` has it; such a step is no graph.
         """
-        assert own is None
-        self._fill_and_run(tokens, heads, step, lora, head, ())
+        logits = self._fill_and_run(tokens, heads, step, lora, head, (), own)
         self._with_logits = len(heads) - states
-        return self.logits[: self._with_logits]
+        return logits[: self._with_logits]
 
     def states(self, count: int) -> torch.Tensor:
         """As `WholeStep.states` says."""
@@ -280,19 +299,29 @@ class GpuDecoder:
         lora: LoraRows | None,
         head: LoraRows | None,
         asks: Sequence[Ask],
-    ) -> None:
+        own: StepTokens | None = None,
+    ) -> torch.Tensor:
+        """The logits, in rows that count and some behind them."""
+        if own is not None:
+            tokens = OwnRowsOfStep.known(tokens, own)
         known = self.sampling.asked if self.sampling else 0
         if min(tokens) < -known:
             raise ValueError(f"token {min(tokens)} is of ask {-1 - min(tokens)}, and the step before had {known} asks")
         shape = self.tables.shape(tokens, heads, step, lora, len(asks))
-        if self.graphs is not None:
+        if self.graphs is not None and own is None:
             shape = self.graphs.shape_for(shape)
         self.tables.fill(tokens, heads, step, lora, head, asks, shape)
+        if own is not None:
+            return self.run(shape, OwnRowsOfStep(self.device, own, shape.samples))
         if self.graphs is None or not self.graphs.run(shape):
             self.run(shape)
+        return self.logits
 
-    def run(self, shape: StepShape) -> None:
-        """Launches a step of this shape on what the tables hold. Can be captured."""
+    def run(self, shape: StepShape, own: OwnRowsOfStep | None = None) -> torch.Tensor:
+        """Launches a step of this shape on what the tables hold. Can be captured where nothing is `own`.
+
+        Returns the logits; with what adapters have of their own for tokens they lie elsewhere.
+        """
         of, launch, rows = self.description, self._launch, shape.rows
         x, tokens = self._x[:rows], self.tables.tokens[:rows]
         assert of.embedding is not None
@@ -300,6 +329,8 @@ class GpuDecoder:
             self.operations.resolve_tokens(launch, self._tokens[:rows], tokens, self.sampling.tables.chosen)
             tokens = self._tokens[:rows]
         self.operations.embed(launch, x, tokens, of.embedding, of.embedding_factor)
+        if own is not None:
+            own.embed(self.operations, x, tokens, of.embedding, of.embedding_factor)
         part: torch.Tensor | None = None
         after: RMSNorm | None = None
         for index, layer in enumerate(of.layers):
@@ -309,7 +340,7 @@ class GpuDecoder:
             attended = self._attended[:rows]
             if last:
                 if shape.samples == 0:
-                    return
+                    return self.logits
                 x, attended = self._only_sampled(x, attended, shape.samples)
             part = self._part[: len(x)]
             tables = (self.tables.head_lora if last else self.tables.lora) if shape.lora else None
@@ -325,9 +356,13 @@ class GpuDecoder:
         n = self._normed(x, part, after, of.norm)
         logits = self.logits[: shape.samples]
         self._product(logits, n, self._head, self.tables.head_lora if shape.lora else None)
-        self.operations.finish_logits(launch, logits, divisor=of.logit_divisor, softcap=of.logit_softcap)
+        factors = {"divisor": of.logit_divisor, "softcap": of.logit_softcap}
+        if own is not None:
+            return own.add(self.operations, logits, n, self.row_tiles, **factors)
+        self.operations.finish_logits(launch, logits, **factors)
         if shape.asks and self.sampling is not None:
             self.operations.sample(launch, self.sampling.tables, logits, shape.asks)
+        return logits
 
     def _normed(
         self, x: torch.Tensor, part: torch.Tensor | None, after: RMSNorm | None, norm: RMSNorm | None

@@ -22,7 +22,7 @@ import torch
 
 from loramux_adapters.device.device import Replay
 from loramux_adapters.errors import CannotCapture, DeviceFull
-from loramux_adapters.lora.ops import LoraRows
+from loramux_adapters.lora.ops import HAS_AFFINE, HAS_DELTA, LoraRows
 from loramux_adapters.lora.slots import SMALLEST_RANK, ScaledSlot, Slot
 from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE
 from loramux_server.kernels.attention.paged_attention import AttentionStep, attend_reference
@@ -33,6 +33,7 @@ from loramux_server.kernels.gpu.step.tables import StepShape
 
 _FAR = 64  # blocks of the longest sequence that graphs are compared on
 _WEIGHTS = 2.0**-6, 2.0**-7  # what A and B of the adapters that they are compared with are full of
+_GAIN_AND_SHIFT = 2.0**-5  # and their gains and shifts, where they may have some
 _MIB = 2**20
 
 
@@ -262,13 +263,19 @@ class _Trials:
         for arena in arenas:
             for weights, value in zip((arena.a, arena.bt), _WEIGHTS, strict=True):
                 self._device.fill(weights[: 2 * SMALLEST_RANK], value)
-            self._device.fill(arena.targeted[:2], 1)
+            has = HAS_DELTA
+            if arena.affine is not None:
+                self._device.fill(arena.affine[:2], _GAIN_AND_SHIFT)
+                has |= HAS_AFFINE
+            self._device.fill(arena.targeted[:2], has)
 
     def unload_adapters(self) -> None:
         """Leaves zeros, as they were."""
         for target in self._decoder.targets:
             for weights in (target.arena.a, target.arena.bt):
                 self._device.fill(weights[: 2 * SMALLEST_RANK], 0.0)
+            if target.arena.affine is not None:
+                self._device.fill(target.arena.affine[:2], 0.0)
             self._device.fill(target.arena.targeted[:2], 0)
 
     def fill(self, shape: StepShape, rows: int, *, seed: int, asked: int = 0) -> None:
@@ -317,7 +324,7 @@ class _Trials:
             )
         return own == shape or self._told(lambda: self._decoder.run(own), rows) == launched
 
-    def _told(self, run: Callable[[], None], rows: int) -> _Told:
+    def _told(self, run: Callable[[], object], rows: int) -> _Told:
         """After the step that the tables hold, with the answers before it as they were."""
         sampling = self._decoder.sampling
         if sampling is not None and self._before is not None:

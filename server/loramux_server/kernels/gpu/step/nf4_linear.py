@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from loramux_adapters.device.device import Device
-from loramux_server.kernels.attention.kv_cache import KVShape
 from loramux_server.kernels.decoder.description import Kinds
 from loramux_server.kernels.gpu.nf4 import Nf4Weights, nf4_product, why_not
 from loramux_server.kernels.gpu.split_sums import row_tiles_of, scratch_numbers
+from loramux_server.kernels.gpu.step.module_attention import why_not_attended
 from loramux_server.kernels.layers.nf4_linear import four_bit_layers
 from loramux_server.kernels.layers.packed_embedding import put
-
-_LARGEST_HEAD = 256  # numbers of one that the attention kernels keep in registers
 
 
 class TritonNF4Linear(nn.Linear):
@@ -51,6 +50,12 @@ class TritonNF4Linear(nn.Linear):
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """The codes: what asks a layer for its weight wants to know where it lies."""
         return self.nf4.codes
+
+    def dense_rows(self, first: int, last: int) -> torch.Tensor:
+        """Weights of the outputs from `first` to `last` [last - first, in] fp32, as products count them; on the device,
+        for who has entered it.
+        """
+        return self.nf4.part(first, last).as_multiplied(self._device.activations)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out] of x's dtype. Without gradients."""
@@ -88,9 +93,4 @@ def kinds_of(act: torch.dtype) -> Kinds:
             return f"is kept in {head.weight.dtype}, and the kernels compute in {act}"
         return "" if head.in_features % 16 == 0 else f"takes {head.in_features} numbers, and not a multiple of 16"
 
-    def why_not_cache(shape: KVShape) -> str:
-        dim = shape.head_dim
-        fits = shape.dtype == act and dim % 16 == 0 and dim <= _LARGEST_HEAD
-        return "" if fits else f"heads of {dim} numbers in {shape.dtype} do not fit the attention kernels"
-
-    return Kinds(why_not_linear, why_not_head, why_not_cache, act)
+    return Kinds(why_not_linear, why_not_head, partial(why_not_attended, act=act), act)

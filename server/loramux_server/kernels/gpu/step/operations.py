@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 
 from loramux_server.kernels.gpu import rows
 from loramux_server.kernels.gpu.attention import attend
-from loramux_server.kernels.gpu.changes import change
+from loramux_server.kernels.gpu.changes import adopt, change
 from loramux_server.kernels.gpu.dense import dense_product
 from loramux_server.kernels.gpu.lora import add_lora
 from loramux_server.kernels.gpu.nf4 import nf4_product
@@ -30,6 +30,7 @@ class Operations:
 
     resolve_tokens: Operation = rows.resolve_tokens
     embed: Operation = rows.embed
+    own_embeddings: Operation = rows.own_embeddings
     add_norm: Operation = rows.add_norm
     nf4_product: Operation = nf4_product
     dense_product: Operation = dense_product
@@ -38,14 +39,21 @@ class Operations:
     attend: Operation = attend
     gather_rows: Operation = rows.gather_rows
     gate: Operation = rows.gate
+    own_logits: Operation = rows.own_logits
     finish_logits: Operation = rows.finish_logits
     sample: Operation = sample
     change: Operation = change
+    adopt: Operation = adopt
 
     @property
     def captures(self) -> bool:
         """A graph can hold a step that is made of them."""
         return not any(getattr(self, name) in _READ_BY_THE_HOST for name in NAMES)
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """Names of those that are not the kernels."""
+        return tuple(name for name in NAMES if getattr(self, name) is not getattr(TRITON, name))
 
     def with_plain(self, name: str) -> Operations:
         """These, but for the one of this name, which PyTorch computes."""
@@ -57,6 +65,7 @@ TRITON = Operations()
 PLAIN = Operations(
     resolve_tokens=plain.resolve_tokens,
     embed=plain.embed,
+    own_embeddings=plain.own_embeddings,
     add_norm=plain.add_norm,
     nf4_product=plain.nf4_product,
     dense_product=plain.dense_product,
@@ -65,7 +74,9 @@ PLAIN = Operations(
     attend=plain.attend,
     gather_rows=plain.gather_rows,
     gate=plain.gate,
+    own_logits=plain.own_logits,
     finish_logits=plain.finish_logits,
     sample=plain_sampling.sample,
     change=plain.change,
+    adopt=plain.adopt,
 )

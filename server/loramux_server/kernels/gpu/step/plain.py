@@ -19,11 +19,13 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
+from loramux_adapters.lora.ops import HAS_AFFINE, HAS_DELTA, Arena
+from loramux_adapters.lora.slots import SMALLEST_RANK
 from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE
 from loramux_server.kernels.attention.paged_attention import AttentionParams
 from loramux_server.kernels.gpu import rows as elementwise
 from loramux_server.kernels.gpu.attention_tables import AttentionTables
-from loramux_server.kernels.gpu.changes import change_reference
+from loramux_server.kernels.gpu.changes import adopt_reference, change_reference
 from loramux_server.kernels.gpu.lora import LoraTarget, check_stack
 from loramux_server.kernels.gpu.lora_tables import BLOCK, BLOCK_ROWS, ENTRY, LoraTables
 from loramux_server.kernels.gpu.nf4 import BLOCK as SCALED
@@ -49,10 +51,13 @@ def _without_launch(reference: Callable[..., None]) -> Callable[..., None]:
 
 embed = _without_launch(elementwise.embed_reference)
 add_norm = _without_launch(elementwise.add_norm_reference)
+own_embeddings = _without_launch(elementwise.own_embeddings_reference)
+own_logits = _without_launch(elementwise.own_logits_reference)
 gather_rows = _without_launch(elementwise.gather_rows_reference)
 gate = _without_launch(elementwise.gate_reference)
 finish_logits = _without_launch(elementwise.finish_logits_reference)
 change = _without_launch(change_reference)
+adopt = _without_launch(adopt_reference)
 
 
 def resolve_tokens(launch: Any, to: torch.Tensor, tokens: torch.Tensor, chosen: torch.Tensor) -> None:
@@ -123,23 +128,64 @@ def add_lora(
     tables: LoraTables,
     scratch: Any,
 ) -> None:
-    """Blocks whose adapters have the same rank are one batch of products. The host reads the tables."""
+    """Blocks whose adapters have the same rank are one batch of products; all adapters at one place in their rows' sums
+    are one change by gain and shift. The host reads the tables."""
     check_stack(y, x, targets, tables)
     count = int(tables.counts[1])
     blocks = _on_host(tables.blocks[: count * BLOCK]).reshape(-1, BLOCK)
-    entries = _on_host(tables.entries).reshape(-1, ENTRY)
-    totals = [torch.zeros(len(y), target.arena.bt.shape[1], device=y.device) for target in targets]
     first, last = blocks[:, BLOCK_ROWS + 1], blocks[:, BLOCK_ROWS + 2]
+    entries = _on_host(tables.entries[: int(last.max(initial=0)) * ENTRY]).reshape(-1, ENTRY)
+    totals = [torch.zeros(len(y), target.arena.bt.shape[1], device=y.device) for target in targets]
+    having = [_with_affine(target.arena, entries) for target in targets]
+    changes = [torch.zeros_like(total) if some.any() else None for some, total in zip(having, totals, strict=True)]
     for place in range(int((last - first).max(initial=0))):
         those = np.flatnonzero(first + place < last)
-        of = entries[first[those] + place]
+        those_entries = first[those] + place
+        of = entries[those_entries]
+        for target, change, has in zip(targets, changes, having, strict=True):
+            if change is not None:
+                some = has[those_entries]
+                _add_changes(change, y, target, of[some], blocks[those[some], :BLOCK_ROWS])
         for rank in np.unique(of[:, 1]).tolist():
             some = of[:, 1] == rank
             for target, total in zip(targets, totals, strict=True):
                 _add_deltas(total, x, target, rank, of[some], blocks[those[some], :BLOCK_ROWS])
-    for target, total in zip(targets, totals, strict=True):
+    for target, total, change in zip(targets, totals, changes, strict=True):
         span = y[:, target.column : target.column + total.shape[1]]
-        span.copy_(span.float() + total)
+        before = span.float() if change is None else span.float() + change
+        span.copy_(before + total)
+
+
+def _with_affine(arena: Arena, entries: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+    """Which entries [n, ENTRY] are of adapters that have gain and shift for the layer [n]."""
+    if arena.affine is None:
+        return np.zeros(len(entries), np.bool_)
+    found: npt.NDArray[np.bool_] = (_on_host(arena.targeted) & HAS_AFFINE)[entries[:, 0] // SMALLEST_RANK] != 0
+    return found
+
+
+def _add_changes(
+    total: torch.Tensor,
+    y: torch.Tensor,
+    target: LoraTarget,
+    entries: npt.NDArray[np.int32],
+    rows: npt.NDArray[np.int32],
+) -> None:
+    """total [rows, out] += scale * (gain * y + shift) of adapters that all have them: entries [n, ENTRY], each for its
+    block's rows [n, 16]"""
+    arena, device = target.arena, y.device
+    assert arena.affine is not None
+    at_once = max(1, _AT_ONCE // (BLOCK_ROWS * total.shape[1]))
+    for begin in range(0, len(entries), at_once):
+        some = np.ascontiguousarray(entries[begin : begin + at_once])
+        of = torch.from_numpy(rows[begin : begin + at_once].astype(np.int64)).to(device)
+        group = torch.from_numpy(some[:, 0].astype(np.int64)).to(device) // SMALLEST_RANK
+        scale = torch.from_numpy(some.view(np.float32)[:, 2].copy()).to(device)
+        gain, shift = arena.affine[group].unbind(1)  # [n, out]
+        before = y[of.clamp(min=0), target.column : target.column + total.shape[1]].float()  # [n, 16, out]
+        change = scale[:, None, None] * (gain[:, None] * before + shift[:, None])
+        change = torch.where((of >= 0)[:, :, None], change, 0.0)
+        total.index_add_(0, of.clamp(min=0).flatten(), change.flatten(0, 1))
 
 
 def _add_deltas(
@@ -163,14 +209,15 @@ def _add_deltas(
         h = x[of.clamp(min=0)].float() @ a.transpose(1, 2) * scale[:, None, None]
         delta = h @ bt
         # what an adapter that does not change this layer holds there is nobody's
-        kept = (arena.targeted[offset // 8] != 0)[:, None, None] & (of >= 0)[:, :, None]
+        has = arena.targeted[offset // SMALLEST_RANK] & HAS_DELTA
+        kept = (has != 0)[:, None, None] & (of >= 0)[:, :, None]
         delta = torch.where(kept, delta, 0.0)
         total.index_add_(0, of.clamp(min=0).flatten(), delta.flatten(0, 1))
 
 
-def _on_host(tensor: torch.Tensor) -> npt.NDArray[np.int32]:
+def _on_host(tensor: torch.Tensor) -> npt.NDArray[Any]:
     """A copy, when what was started before is done."""
-    array: npt.NDArray[np.int32] = tensor.clone().cpu().numpy()
+    array: npt.NDArray[Any] = tensor.clone().cpu().numpy()
     return array
 
 
@@ -265,6 +312,8 @@ def _attended(
     seen = key <= position[..., None]  # [n, rows, keys]
     if params.window:
         seen &= key > position[..., None] - params.window
+    if params.chunk:
+        seen &= key >= (position - position % params.chunk)[..., None]
     read = seen.any(1)[:, :, None, None]  # what nobody sees may be anything
     keys, values = (torch.where(read, cache[table].flatten(1, 2).float(), 0) for cache in (k_cache, v_cache))
     queries = q.float().view(n, count, kv_heads, -1, dim)
@@ -272,4 +321,9 @@ def _attended(
     if params.softcap:
         scores = params.softcap * torch.tanh(scores / params.softcap)
     scores = torch.where(seen[:, None, None], scores, -torch.inf)
-    return torch.einsum("nkgrj,njkd->nrkgd", scores.softmax(-1), values).reshape(n * count, -1)
+    if params.sinks is None:
+        weights = scores.softmax(-1)
+    else:
+        sinks = params.sinks.float().view(kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+    return torch.einsum("nkgrj,njkd->nrkgd", weights, values).reshape(n * count, -1)

@@ -99,7 +99,9 @@ def _sampling(samples: int, vocabulary: int) -> int:
     if vocabulary > LARGEST_VOCABULARY:
         return asks
     scratch = sum(count * dtype.itemsize for count, dtype in SamplingSizes(samples, vocabulary).scratch().values())
-    return asks + 8 * samples * ANSWER_WORDS + scratch + _INT32 * _changes(samples, vocabulary).numbers
+    changes = _changes(samples, vocabulary)
+    answers = 8 * (samples + changes.rows) * ANSWER_WORDS
+    return asks + answers + scratch + _INT32 * changes.numbers
 
 
 def _changes(samples: int, vocabulary: int) -> ChangeSizes:

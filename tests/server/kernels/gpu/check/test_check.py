@@ -12,7 +12,7 @@ import torch
 
 from loramux_adapters.errors import DeviceFull
 from loramux_adapters.lora.lora_linear import AdapterSlots, head_path
-from loramux_adapters.lora.ops import LoraRows, add_lora_segments
+from loramux_adapters.lora.ops import HAS_AFFINE, HAS_DELTA, LoraRows, add_lora_segments
 from loramux_adapters.lora.slot_copy import copy_slot
 from loramux_adapters.lora.slots import ScaledSlot, Slot
 from loramux_server.kernels.attention.kv_cache import BLOCK_SIZE, KVCache
@@ -62,12 +62,15 @@ class Served:
         recognize(model, DEVICE)
         use_angles(model, library)
         shape = probe_kv_shape(model, DEVICE, whole_numbers=False)
-        slots = AdapterSlots(model, 64, add_lora_segments, copy_slot, head=head_path(model), device=DEVICE)
+        slots = AdapterSlots(model, 64, add_lora_segments, copy_slot, head=head_path(model), device=DEVICE, affine=True)
         generator = torch.Generator().manual_seed(2)
         for layer in slots.layers.values():
             for weights in (layer.arena.a, layer.arena.bt):
                 weights.copy_(torch.randn(weights.shape, generator=generator) * 0.1)
-            layer.arena.targeted.fill_(1)
+            assert layer.arena.affine is not None
+            layer.arena.affine.copy_(torch.randn(layer.arena.affine.shape, generator=generator) * 0.1)
+            layer.arena.targeted.fill_(HAS_DELTA)
+            layer.arena.targeted[0] |= HAS_AFFINE
         with torch.inference_mode():
             asked = Trial(attend_reference, model, KVCache(shape, 8, DEVICE)).asked
         self.arenas = [layer.arena for layer in slots.layers.values()]
@@ -183,6 +186,27 @@ def without_targets(launch: Any, y: Any, x: Any, targets: Any, tables: Any, scra
     PLAIN.add_lora(launch, y, x, targets, tables, scratch)
 
 
+def of_arenas(**changes: Callable[[Any], Any]) -> Callable[..., None]:
+    """Adapters that have something else in their slots."""
+
+    def add_lora(launch: Any, y: Any, x: Any, targets: Any, tables: Any, scratch: Any) -> None:
+        changed = [
+            replace(
+                one, arena=replace(one.arena, **{name: of(getattr(one.arena, name)) for name, of in changes.items()})
+            )
+            for one in targets
+        ]
+        PLAIN.add_lora(launch, y, x, changed, tables, scratch)
+
+    return add_lora
+
+
+def after_the_deltas(launch: Any, y: Any, x: Any, targets: Any, tables: Any, scratch: Any) -> None:
+    """Gain takes of y what it is with the deltas."""
+    of_arenas(targeted=lambda has: has & HAS_DELTA)(launch, y, x, targets, tables, scratch)
+    of_arenas(targeted=lambda has: has & HAS_AFFINE)(launch, y, x, targets, tables, scratch)
+
+
 def turned_back(launch: Any, q: Any, qkv: Any, cos: Any, sin: Any, *others: Any, **norms: Any) -> None:
     PLAIN.rotate_and_write(launch, q, qkv, cos, -sin, *others, **norms)
 
@@ -238,11 +262,28 @@ def by_the_row_beside(launch: Any, y: Any, *others: Any, **options: Any) -> None
     y *= 1 + 2.0**-15 * (len(y) > 20)
 
 
+def of_the_base_too(launch: Any, x: Any, at: Any, known: Any, *others: Any) -> None:
+    PLAIN.own_embeddings(launch, x, at, known.clamp(min=1), *others)
+
+
+def unscaled_rows(launch: Any, logits: Any, wide: Any, products: Any, tokens: Any, at: Any, factors: Any) -> None:
+    PLAIN.own_logits(launch, logits, wide, products, tokens, at, factors * 0 + 1)
+
+
+def without_further_tokens(
+    launch: Any, logits: Any, wide: Any, products: Any, tokens: Any, at: Any, factors: Any
+) -> None:
+    PLAIN.own_logits(launch, logits, wide.clone(), products, tokens, at, factors)
+
+
 WRONG: list[tuple[str, Callable[..., None], str]] = [
     *((name, raising, "RuntimeError: ptxas fatal: out of registers") for name in NAMES),
     *((name, silent, "differ") for name in ("nf4_product", "attend")),
     ("rotate_and_write", silent, "not finite"),
     ("embed", unscaled_embed, "differ"),
+    ("own_embeddings", of_the_base_too, "differ"),
+    ("own_logits", unscaled_rows, "differ"),
+    ("own_logits", without_further_tokens, "differ"),
     ("add_norm", without_epsilon, "differ"),
     ("nf4_product", without_bias, "differ"),
     ("nf4_product", swapped_halves, "differ"),
@@ -251,6 +292,11 @@ WRONG: list[tuple[str, Callable[..., None], str]] = [
     ("dense_product", without_the_last_input, "differ"),
     ("add_lora", without_factors, "differ"),
     ("add_lora", without_targets, "differ"),
+    ("add_lora", of_arenas(targeted=lambda has: has & HAS_DELTA), "differ"),  # no gain, no shift
+    ("add_lora", of_arenas(targeted=lambda has: has | HAS_DELTA * (has != 0)), "differ"),
+    ("add_lora", of_arenas(affine=lambda affine: affine.roll(1, 0)), "differ"),
+    ("add_lora", of_arenas(affine=lambda affine: affine.flip(1)), "differ"),
+    ("add_lora", after_the_deltas, "differ"),
     ("rotate_and_write", turned_back, "differ"),
     ("rotate_and_write", one_position_on, "differ"),
     ("rotate_and_write", writes_beside, "writes where it must not"),
@@ -274,6 +320,28 @@ def test_a_wrong_kernel_is_found_and_replaced(served: Served, name: str, wrong: 
     assert checked.operations == TRITON.with_plain(name)
     assert checked.lines[0].startswith(f"{name} runs on PyTorch's operations: ") and why in checked.lines[0]
     assert len(checked.lines) == 1 + (name in ("add_lora", "attend")) == 1 + (not checked.operations.captures)
+
+
+def test_sinks_and_chunks_are_tried_where_a_layer_has_some(served: Served) -> None:
+    layer, told = served.decoder.description.layers[1], []
+    asked, sinks = layer.asked, torch.zeros(served.decoder.description.heads, dtype=torch.bfloat16)
+    wrong = (
+        other_attention(sinks=lambda sinks: None),
+        other_attention(sinks=lambda sinks: sinks if sinks is None else sinks - 1),
+        other_attention(chunk=lambda chunk: 0),
+        other_attention(chunk=lambda chunk: chunk and chunk + 1),
+    )
+    layer.asked = replace(asked, window=0, chunk=16, sinks=sinks)
+    try:
+        for attend in (TRITON.attend, PLAIN.attend, *wrong):
+            served.decoder.operations = replace(TRITON, attend=attend)
+            told.append(check_operations(DEVICE, served.decoder, only=["attend"]))
+    finally:
+        layer.asked = asked
+    assert [checked.operations.attend for checked in told] == [TRITON.attend, *[PLAIN.attend] * (1 + len(wrong))]
+    assert told[0].lines == () and len(told[1].lines) == 1
+    assert all("differs" in checked.lines[0] for checked in told[2:])
+    assert all("chunks of 16, with sinks" in checked.lines[0] for checked in told[2:])
 
 
 def test_replies_are_right_though_kernels_were_wrong(served: Served) -> None:
@@ -318,9 +386,10 @@ def test_it_waits_for_what_it_compares_on_a_device_whose_work_runs_late(early: f
     assert check_operations(device, steps.decoder).lines[:-1] == ()
 
 
-def test_what_the_check_works_in_is_known_beforehand() -> None:
+@pytest.mark.parametrize("affine", [False, True], ids=["as it is", "with gain and shift"])
+def test_what_the_check_works_in_is_known_beforehand(affine: bool) -> None:
     device = EmulatedDevice()
-    decoder = TinySteps(device, vocabulary=4000).decoder
+    decoder = TinySteps(device, vocabulary=4000, affine=affine).decoder
     held = device.memory().held
     device.restart_peak()
     assert check_operations(device, decoder).lines == ()

@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from loramux_server.kernels.attention.kv_cache import KVCache
 from loramux_server.kernels.attention.paged_attention import attend_reference, use_our_attention
+from loramux_server.kernels.choice import Kernels
 from loramux_server.kernels.decoder.whole_step import StepLimits
 from loramux_server.kernels.gpu.check import compile as module
 from loramux_server.kernels.gpu.check.check import CheckedOperations
 from loramux_server.kernels.gpu.step import graphs
 from loramux_server.kernels.gpu.step.decoder import GpuDecoder
 from loramux_server.kernels.gpu.step.operations import TRITON, Operations
+from loramux_server.kernels.numerics import numerics_id
 from support.emulated import EmulatedDevice
 from support.gpu_steps import TinySteps
 
@@ -46,10 +49,20 @@ def test_a_step_takes_what_the_check_left_and_graphs_where_they_can_hold_it(
     told: list[str] = []
     decoder = compiled(monkeypatch, TRITON.with_plain(name), told.append)
 
-    assert decoder.operations == TRITON.with_plain(name)
+    assert decoder.operations == TRITON.with_plain(name) and decoder.replaced == (name,)
     assert decoder.notes[0] == "a line" and not decoder.equal_bits
     assert (decoder.graphs is not None) is captures
     assert any("graphs" in note for note in decoder.notes) is captures
+
+
+def test_what_a_card_cannot_compute_by_our_kernels_is_another_numerics_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, names = EmulatedDevice(), ["whole step in Triton", ", but add_norm, sample by PyTorch"]
+    replaced = TRITON.with_plain("sample").with_plain("add_norm")
+    ids = []
+    for operations in (TRITON, replaced):
+        decoder = compiled(monkeypatch, operations, lambda line: None)
+        ids.append(numerics_id(nn.Linear(2, 2), device, Kernels("triton"), decoder))
+    assert [[name in one for name in names] for one in ids] == [[True, False], [True, True]]
 
 
 @pytest.mark.parametrize("agree", [True, False])

@@ -37,6 +37,12 @@ def test_they_run_where_a_first_product_is_right(device: Any) -> None:
     assert why_no_triton(device) == ""
 
 
+def test_no_kernel_is_tried_where_they_ran_before() -> None:
+    device = EmulatedDevice()
+    assert why_no_triton(device, again=True) == "" and device.started == []
+    assert why_no_triton(device) == "" and device.started != []
+
+
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(usable, "find_spec", lambda name: None)
     assert "pip install triton" in why_no_triton(AtOnce())

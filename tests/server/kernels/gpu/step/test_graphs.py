@@ -31,7 +31,7 @@ STEPS: list[tuple[list[Row], Any]] = [
 ]
 
 
-def with_history(device: Device, **sizes: int) -> TinySteps:
+def with_history(device: Device, **sizes: Any) -> TinySteps:
     """Sequences have random keys and values already."""
     steps = TinySteps(device, **sizes)
     generator = torch.Generator().manual_seed(3)
@@ -113,6 +113,29 @@ def test_graphs_give_the_bits_of_launches(captured: Any) -> None:
     device.started.clear()
     run_ahead(steps)
     assert {kind for kind, _ in device.started} == {"copy", "replay"}
+
+
+def test_graphs_of_steps_with_gain_and_shift_give_the_bits_of_launches(few_counts: None) -> None:
+    """And other logits than without them; a graph is captured before an adapter has any."""
+    found = []
+    for device in (AtOnce(), EmulatedDevice()):
+        steps = with_history(device, affine=True)
+        if device.captures:
+            graphs = StepGraphs(steps.decoder)
+            graphs.capture(lambda line: None, 1 << 20)
+            assert len(graphs.shapes) == 4 and graphs.equal_bits
+            arenas = [layer.arena for layer in steps.slots.layers.values()]
+            assert not any(arena.affine is None or device.take(arena.affine).any() for arena in arenas)
+        steps.load()
+        logits = []
+        for rows, adapters in STEPS:
+            answers = steps.start(rows, adapters).read()
+            logits.append((steps.logits(len(answers)).clone(), told(answers, rows)))
+        found.append(logits)
+    for launched, replayed, (rows, adapters), (_, without) in zip(*found, STEPS, expected(), strict=True):
+        assert torch.equal(launched[0], replayed[0]) and launched[1] == replayed[1], rows
+        if adapters is MIXED:
+            assert not torch.equal(launched[0], without)
 
 
 def test_a_step_for_its_logits_in_between_changes_no_answers(captured: Any) -> None:

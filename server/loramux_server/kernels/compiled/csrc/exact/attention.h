@@ -1,7 +1,7 @@
 // Causal attention over a paged KV cache, by exact integers.
 //
 // Semantics, for query row t of sequence s at position p, head h, kv head g = h / (heads / kv_heads):
-//   keys j with max(0, p - window + 1) <= j <= p  (window <= 0: all)
+//   keys j with max(0, p - window + 1) <= j <= p  (window 0: all; below 0: those of the chunk of -window keys that has p)
 //   s_j = softcap(scaling * q[t, h] . k_j),  softcap(z) = cap * tanh(z / cap) where cap > 0
 //   out[t, h] = sum_j w_j * v_j / sum_j w_j,  w_j = exp(s_j - max s)
 // A head with a sink has one more score, without a key and a value: it counts in the maximum and in the sum of weights.
@@ -46,8 +46,11 @@ struct Queries {
     float scaling, softcap;
     const float* sinks;  // of these heads, or null
 
-    // Keys that row `r` sees.
-    int64_t first(int64_t r) const { return window > 0 && position + r >= window ? position + r - window + 1 : 0; }
+    // Keys that row `r` sees. A later row's first key is never before an earlier one's.
+    int64_t first(int64_t r) const {
+        if (window < 0) return (position + r) / -window * -window;
+        return window > 0 && position + r >= window ? position + r - window + 1 : 0;
+    }
     int64_t last(int64_t r) const { return position + r; }
 };
 

@@ -7,6 +7,7 @@
 #include "angles.h"
 #include "changes.h"
 #include "decoder.h"
+#include "experts.h"
 #include "sample.h"
 #include "table.h"
 #include "token_rows.h"
@@ -86,6 +87,11 @@ void exact_add_lora(float* y, int64_t y_row, const float* x, const LoraArena* ar
     add_lora(y, y_row, x, *arena, *rows, threads);
 }
 
+void exact_experts(float* y, const float* x, const ExactExperts* experts, const int64_t* index, const float* weights,
+                   const LoraEntries* lora, int64_t rows, int32_t threads) {
+    run_experts(y, x, *experts, index, weights, lora, rows, Levels(kNf4Levels), threads);
+}
+
 void exact_token_logits(float* y, int64_t y_row, float* wide, int64_t wide_row, const float* x, const TokenLogits* own,
                         int64_t vocabulary, int64_t dim, int32_t threads) {
     add_token_logits({y, wide, y_row, wide_row, vocabulary}, x, dim, *own, threads);
@@ -97,8 +103,8 @@ void exact_step(const ExactModel* model, const ExactStep* step) { DecoderRun{*mo
 
 constexpr ExactKernels kTable{exact_product,   exact_search,   exact_log_sums,  exact_first_tokens, exact_draw,
                               exact_change,    exact_dense,    exact_pack_head, exact_norm,         exact_gate,
-                              exact_softmax,   exact_attention, exact_add_lora, exact_token_logits, exact_scratch,
-                              exact_step,
+                              exact_softmax,   exact_attention, exact_add_lora, exact_experts, exact_token_logits,
+                              exact_scratch,   exact_step,
                               angles,
                               kTraining};
 

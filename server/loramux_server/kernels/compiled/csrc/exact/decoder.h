@@ -9,6 +9,7 @@
 #include "../threads.h"
 #include "attention.h"
 #include "elementwise.h"
+#include "experts.h"
 #include "lora.h"
 #include "panels.h"
 #include "screen.h"
@@ -25,6 +26,7 @@ constexpr int16_t kNf4Levels[16] = {-2047, -1425, -1075, -808, -582, -378, -186,
 struct Widths {  // numbers of a row
     int64_t hidden, q, kv, qkv, inner, in;
     int64_t gated = 0;  // of what a fused gate and up give; where they are two, it takes the gate's place
+    int64_t scores = 0, chosen = 0;  // of a router
     explicit Widths(const ExactModel& model) {
         hidden = model.hidden;
         q = model.heads * model.head_dim;
@@ -35,6 +37,8 @@ struct Widths {  // numbers of a row
             const int64_t its = model.layers[i].down.inputs;
             if (its > inner) inner = its;
             if (!model.layers[i].up.codes && its > gated) gated = its;
+            if (model.layers[i].router.padded > scores) scores = model.layers[i].router.padded;
+            if (model.layers[i].experts.chosen > chosen) chosen = model.layers[i].experts.chosen;
         }
         in = hidden > q ? hidden : q;
         if (inner > in) in = inner;
@@ -42,8 +46,9 @@ struct Widths {  // numbers of a row
 };
 
 struct Places {  // in the scratch of a step
-    float *x, *n, *part, *wide, *attended, *gated, *row_scales;
+    float *x, *n, *part, *wide, *attended, *gated, *row_scales, *scores, *weights;
     int16_t* rounded;
+    int64_t* chosen;
     int64_t bytes = 0;
 
     Places(const Widths& width, int64_t rows, char* from) {
@@ -56,6 +61,9 @@ struct Places {  // in the scratch of a step
         gated = take<float>(from, rows * width.gated);
         rounded = take<int16_t>(from, rows * width.in);
         row_scales = take<float>(from, rows * (width.in / kBlock));
+        scores = take<float>(from, rows * width.scores);
+        weights = take<float>(from, rows * width.chosen);
+        chosen = take<int64_t>(from, rows * width.chosen);
     }
 
   private:
@@ -174,16 +182,19 @@ struct DecoderRun {
         const int64_t q_row = fused ? width.qkv : width.q, kv_row = fused ? width.qkv : width.kv;
         turn(q, q_row, model.heads, layer.q_norm, layer);
         turn(k, kv_row, model.kv_heads, layer.k_norm, layer);
+        if (layer.clip > 0.)
+            for_rows(rows, width.kv, threads,
+                     [&](int64_t t) { clip_row(v + t * kv_row, width.kv, static_cast<float>(layer.clip)); });
         attend({q, k, v, q_row, kv_row, kv_row, at.attended, step.k_cache[index], step.v_cache[index],
                 step.kv_scales[index], step.tables, step.sequence, step.position, step.table_width, rows, model.heads,
                 model.kv_heads, dim, layer.window, static_cast<float>(layer.scaling),
-                static_cast<float>(layer.softcap), nullptr},
+                static_cast<float>(layer.softcap), layer.sinks},
                threads);
     }
 
-    // Norm and rotation of the heads of queries or keys, in place.
+    // Norm, clip and rotation of the heads of queries or keys, in place.
     void turn(float* x, int64_t stride, int64_t heads, const ExactNorm& norm, const ExactLayer& layer) const {
-        if (!norm.weight && layer.rotary < 0) return;
+        if (!norm.weight && layer.rotary < 0 && !(layer.clip > 0.)) return;
         const int64_t dim = model.head_dim, pairs = model.rotary_pairs;
         const auto eps = static_cast<float>(norm.eps);
         for_rows(step.rows, heads * dim, threads, [&](int64_t t) {
@@ -192,6 +203,7 @@ struct DecoderRun {
             for (int64_t h = 0; h < heads; ++h) {
                 float* head = row + h * dim;
                 if (norm.weight && !layer.whole_norms) norm_row(head, head, norm.weight, dim, eps);
+                if (layer.clip > 0.) clip_row(head, dim, static_cast<float>(layer.clip));
                 if (layer.rotary < 0) continue;
                 const int64_t angle = step.position[t] * pairs;
                 rotate_head(head, step.cos[layer.rotary] + angle, step.sin[layer.rotary] + angle, pairs);
@@ -217,6 +229,27 @@ struct DecoderRun {
         });
         const ExactLinear* next = index + 1 < model.num_layers ? &model.layers[index + 1].q : nullptr;
         linear(at.part, gated, layer.down, rows, lora, next, index + 1, 2);
+        add(layer.after_mlp, rows);
+    }
+
+    void mixture(int64_t index, int64_t rows, const LoraEntries* lora) const {
+        const ExactLayer& layer = model.layers[index];
+        const ExactRouter& router = layer.router;
+        const int64_t dim = width.hidden, chosen = layer.experts.chosen;
+        const float* n = layer.before_mlp.weight ? at.n : at.x;
+        for_rows(rows, dim, threads, [&](int64_t t) {
+            if (layer.before_mlp.weight)
+                norm_row(at.n + t * dim, at.x + t * dim, layer.before_mlp.weight, dim,
+                         static_cast<float>(layer.before_mlp.eps));
+            quantize_row(at.rounded + t * dim, at.row_scales + t * (dim / kBlock), n + t * dim, dim, kRowTop, 1.f);
+        });
+        const DenseWeights weights{router.weight, router.scales, dim, router.padded};
+        multiply(at.scores, Rows{at.rounded, at.row_scales, rows}, weights, nullptr, 0, threads);
+        for_rows(rows, layer.experts.count * chosen, threads, [&](int64_t t) {
+            choose_experts(at.chosen + t * chosen, at.weights + t * chosen, at.scores + t * router.padded, router,
+                           layer.experts.count, chosen);
+        });
+        run_experts(at.part, n, layer.experts, at.chosen, at.weights, lora, rows, levels, threads);
         add(layer.after_mlp, rows);
     }
 
@@ -332,7 +365,10 @@ struct DecoderRun {
             for_rows(rows, width.q, threads, [&](int64_t t) { round_row(t, at.attended, width.q); });
             linear(at.part, at.attended, layer.o, rows, lora, &layer.gate);
             add(layer.after_attention, rows);
-            mlp(index, rows, lora);
+            if (layer.experts.layers)
+                mixture(index, rows, lora);
+            else
+                mlp(index, rows, lora);
         }
         logits(rows);
     }

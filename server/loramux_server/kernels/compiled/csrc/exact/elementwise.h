@@ -62,6 +62,15 @@ inline void softmax_row(float* y, const float* x, int64_t count) {
     }
 }
 
+// x = x, and at most `most` to either side of zero; NaN stays NaN.
+inline void clip_row(float* x, int64_t dim, float most) {
+    const Floats top = splat(most), least = splat(-most);
+    for (int64_t i = 0; i < dim; i += kLanes) {
+        const Floats below = pick_greater(load(x + i), top, top, load(x + i));
+        store(x + i, pick_greater(least, below, least, below));
+    }
+}
+
 // y += factor * x
 inline void add_row(float* y, const float* x, int64_t dim, float factor) {
     for (int64_t i = 0; i < dim; i += kLanes) store(y + i, load(y + i) + load(x + i) * splat(factor));

@@ -131,6 +131,11 @@ void loramux_exact_add_lora(float* y, int64_t y_row, const float* x, const LoraA
     kernels_of(isa)->add_lora(y, y_row, x, arena, rows, threads);
 }
 
+void loramux_exact_experts(float* y, const float* x, const ExactExperts* experts, const int64_t* index,
+                           const float* weights, const LoraEntries* lora, int64_t rows, int32_t isa, int32_t threads) {
+    kernels_of(isa)->experts(y, x, experts, index, weights, lora, rows, threads);
+}
+
 void loramux_exact_token_logits(float* y, int64_t y_row, float* wide, int64_t wide_row, const float* x,
                                 const TokenLogits* own, int64_t vocabulary, int64_t dim, int32_t isa, int32_t threads) {
     kernels_of(isa)->token_logits(y, y_row, wide, wide_row, x, own, vocabulary, dim, threads);

@@ -47,20 +47,42 @@ struct ExactNorm {
     double eps;
 };
 
+// The experts of a layer; experts.h says what they compute.
+struct ExactExperts {
+    const ExactLinear* layers;  // [count, 3]: gate, up and down of each; null: there are none
+    int64_t count, outer, inner, chosen;  // experts; numbers of a row outside and inside of one; experts of a row
+    int64_t gelu;
+    double alpha, limit, above;  // 1, 0 and 0 where the model has none
+};
+
+// Who chooses them, by scores w @ x + bias: the largest, of equal ones the first. Their weights are the softmax of all
+// scores, or of the chosen ones.
+struct ExactRouter {
+    const uint8_t* weight;  // of `padded` outputs, as pack_head makes it
+    const float* scales;
+    const float* bias;  // [count], or null
+    int64_t padded, normalized;
+};
+
 // One layer: what is null or zero is not there.
 //   x += residual * after_attention(o(attend(turn(q_norm(q(n))), turn(k_norm(k(n))), v(n)))), n = before_attention(x)
 //   x += residual * after_mlp(down(activation(gate(m)) * up(m))), m = before_mlp(x)
+// A layer with experts has these in the place of gate, up and down.
 struct ExactLayer {
     ExactNorm before_attention, q_norm, k_norm, after_attention, before_mlp, after_mlp;
     ExactLinear q, k, v;  // k and v null: q gives all three, one behind the other
     ExactLinear o;
     ExactLinear gate, up;  // up null: gate gives both
     ExactLinear down;
+    ExactExperts experts;
+    ExactRouter router;
+    const float* sinks;  // [heads], of the attention; null: none
     int64_t whole_norms;  // q_norm and k_norm are of all heads together, not of each
     int64_t rotary;       // which table of angles; -1: none
     int64_t window;       // <= 0: none
     int64_t gelu;         // the activation is GELU by tanh, else SiLU
     double scaling, softcap;
+    double clip;  // queries, keys and values are cut off at it before they turn; 0: not
 };
 
 struct ExactModel {
@@ -176,6 +198,11 @@ void loramux_exact_attention(float* out, const float* q, int64_t q_row, const fl
                              int64_t table_width, const int32_t* sequence, const int32_t* position, int64_t rows,
                              int64_t heads, int64_t kv_heads, int64_t head_dim, float scaling, float softcap,
                              int64_t window, const float* sinks, int32_t isa, int32_t threads);
+
+// y [rows, outer] of x [rows, outer]: what the experts index [rows, chosen] of each row, each once, give it, times weights
+// [rows, chosen] (experts.h); y may be x. `lora`: adapters of the rows, or null.
+void loramux_exact_experts(float* y, const float* x, const ExactExperts* experts, const int64_t* index,
+                           const float* weights, const LoraEntries* lora, int64_t rows, int32_t isa, int32_t threads);
 
 // y [rows, outputs], whose rows are y_row apart, += the deltas of x [rows, inputs] (lora.h).
 void loramux_exact_add_lora(float* y, int64_t y_row, const float* x, const LoraArena* arena, const LoraEntries* rows,

@@ -63,6 +63,8 @@ struct ExactKernels {
     void (*attention)(const AttentionCall& call, int32_t threads);
     void (*add_lora)(float* y, int64_t y_row, const float* x, const LoraArena* arena, const LoraEntries* rows,
                      int32_t threads);
+    void (*experts)(float* y, const float* x, const ExactExperts* experts, const int64_t* index, const float* weights,
+                    const LoraEntries* lora, int64_t rows, int32_t threads);
     void (*token_logits)(float* y, int64_t y_row, float* wide, int64_t wide_row, const float* x, const TokenLogits* own,
                          int64_t vocabulary, int64_t dim, int32_t threads);
     int64_t (*scratch)(const ExactModel* model, int64_t rows);
