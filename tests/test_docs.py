@@ -27,6 +27,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README_LINES = 150
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+GROUPS = ("adapters", "plan", "keys", "tenants")  # commands that have commands
 _SPAN = re.compile(r"`([^`\n]+)`")
 _LINK = re.compile(r"\[[^\]\n]*(?:\n[^\]\n]*)?\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
@@ -159,7 +160,7 @@ def problem(line: str) -> str | None:
         command = (*command, words.pop(0))
     if command == ("plan",):
         command = ("plan", "train")  # what it means without a word
-    if command in ((), ("adapters",)) and words and not words[0].startswith("-"):
+    if command in ((), *((group,) for group in GROUPS)) and words and not words[0].startswith("-"):
         return f"no command {words[0]}"
     known = flags_of(command) | {"--help"}
     return next((f"no flag {flag}" for word in words for flag in _FLAG.findall(word) if flag not in known), None)
@@ -168,7 +169,7 @@ def problem(line: str) -> str | None:
 @cache
 def all_commands() -> frozenset[tuple[str, ...]]:
     names = {(name,) for name in listed(())}
-    return frozenset(names | {(group, name) for group in ("adapters", "plan") for name in listed((group,))})
+    return frozenset(names | {(group, name) for group in GROUPS for name in listed((group,))})
 
 
 def listed(command: tuple[str, ...]) -> list[str]:

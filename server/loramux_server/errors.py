@@ -9,6 +9,10 @@ LoramuxError
 │   └── HubUnreachable        a model hub cannot be asked now, or sends what is not whole
 ├── BaseModelError            the base cannot be loaded, or cannot be served correctly
 ├── RequestError              the client's request cannot be served as it stands; carries `param` and `code`
+├── NoSuchKey                 no key has this id
+├── AccessUnavailable         the file of keys cannot be read or written now
+├── QuotaExceeded             a tenant keeps as many adapters, or bytes of them, as it may
+├── RateLimited               a tenant has taken what it may take for now
 ├── ServerBusy                the inbox is full; try again later
 ├── ServerDraining            the server is shutting down and takes no new work
 ├── EngineDead                the engine thread has stopped; only a restart helps
@@ -69,6 +73,27 @@ class RequestError(LoramuxError):
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         self.param = param
         self.code = code
+        super().__init__(message)
+
+
+class NoSuchKey(LoramuxError):
+    """No key has this id, or none that the caller may see."""
+
+
+class AccessUnavailable(LoramuxError):
+    """The file of keys cannot be read or written; nobody is let in on a guess."""
+
+
+class QuotaExceeded(LoramuxError):
+    """A tenant keeps as many adapters, or as many bytes of them, as it may; the message says what to do."""
+
+
+class RateLimited(LoramuxError):
+    """A tenant has taken what it may; `kind` says of what. `retry_after`: seconds until it may again, if known."""
+
+    def __init__(self, message: str, *, kind: str, retry_after: int | None = None) -> None:
+        self.kind = kind
+        self.retry_after = retry_after
         super().__init__(message)
 
 

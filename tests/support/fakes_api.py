@@ -25,6 +25,8 @@ from loramux_adapters.errors import AdapterNotFound, PinRefused, RollbackImpossi
 from loramux_adapters.lora.host_cache import HostAdapter
 from loramux_adapters.lora.verify import Checked
 from loramux_adapters.store.store import AdapterRecord, Lease, Published, Staging, VersionRecord
+from loramux_server.access.access_file import AccessFile
+from loramux_server.access.audit_file import AuditFile
 from loramux_server.api.app import create_app
 from loramux_server.api.http.dependencies import Dependencies, GrammarsLike, Keys, Limits, ServedBase
 from loramux_server.base.infill import Infill
@@ -479,6 +481,7 @@ def make_server(
 ) -> Server:
     engine, store, check, tokenizer = FakeEngine(), FakeStore(root), FakeCheck(), FakeTokenizer()
     store.known["pirate"] = record_of("pirate", VERSION)
+    keys = replace(keys or Keys(), file=AccessFile(root / "keys"), audit=AuditFile(root / "keys"))
     deps = Dependencies(
         engine=engine,
         store=store,
@@ -489,7 +492,7 @@ def make_server(
         publish=store.publish,
         metrics=Metrics(),
         base=ServedBase(BASE_NAME, base_id="ba5e" * 16, context=context, reply=reply or context, created=1_700_000_000),
-        keys=keys or Keys(),
+        keys=keys,
         limits=replace(Limits(), **limits),
         grammars=grammars or FakeGrammars(),
         lora_path_root=lora_path_root,

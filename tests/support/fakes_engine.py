@@ -363,6 +363,9 @@ def sequence(
     scored_from: int | None = None,
     continuations: Iterable[tuple[int, ...]] = (),
     shares_prompt_with: str | None = None,
+    tenant: str | None = None,
+    weight: int = 1,
+    priority: int = 0,
 ) -> Sequence:
     """A sequence whose prompt is `prompt` tokens that only it has; with one adapter, `version`, or with `uses`.
 
@@ -389,4 +392,7 @@ def sequence(
         background=background,
         shares_prompt_with=shares_prompt_with,
         arrived=arrived,
+        tenant=tenant,
+        weight=weight,
+        priority=priority,
     )

@@ -86,6 +86,22 @@ class Published:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreChange:
+    """What was changed of a name, durably.
+
+    Attributes:
+        action: "published", "rolled back", "deleted", "pinned", "unpinned", "restored".
+        version: that it points at now, or did before it was deleted; None where that does not matter.
+        outcome: of `Published`, or nothing.
+    """
+
+    action: str
+    name: str
+    version: str | None = None
+    outcome: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class VersionRecord:
     """A version that a name keeps. `created`: when the name got it, unix seconds; `nbytes`: of its files;
     `corrupt`: they were found damaged, and the version cannot be used until it is uploaded again; `fingerprint`: how

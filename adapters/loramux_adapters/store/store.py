@@ -28,6 +28,7 @@ from loramux_adapters.store.records import (
     AdapterRecord,
     KeptVersion,
     Published,
+    StoreChange,
     UploadRow,
     VersionRecord,
     adapter_record,
@@ -91,6 +92,7 @@ class AdapterStore:
         self._pin_bytes = pin_bytes
         self._clock = clock
         self._leases = VersionLeases()
+        self._listeners: list[Callable[[StoreChange], None]] = []
         with storage_errors("opening"):
             self._files = VersionFiles(root, owner=owner)
         try:
@@ -184,10 +186,12 @@ class AdapterStore:
                     unkept = index.forget_old(name, self._keep_versions)
             if is_repair:
                 self._files.quarantine.release(digest, "the version was uploaded again")
-        self._changed(unkept)
         if before == digest:
-            return Published(name, digest, "repaired" if is_repair else "unchanged")
-        return Published(name, digest, "created" if before is None else "updated")
+            published = Published(name, digest, "repaired" if is_repair else "unchanged")
+        else:
+            published = Published(name, digest, "created" if before is None else "updated")
+        self._changed(unkept, StoreChange("published", name, digest, published.outcome))
+        return published
 
     def rollback(self, name: str, version_prefix: str | None = None) -> Published:
         """Point a name at the version before its current one, or at the kept one whose digest starts with the prefix.
@@ -201,8 +205,9 @@ class AdapterStore:
             check_servable(row, self._served_base_id)
             if not row.current:
                 index.point(name, row.upload.digest, int(self._clock()))
-        self._changed(())
-        return Published(name, row.upload.digest, "unchanged" if row.current else "rolled_back")
+        published = Published(name, row.upload.digest, "unchanged" if row.current else "rolled_back")
+        self._changed((), StoreChange("rolled back", name, published.version, published.outcome))
+        return published
 
     def pin(self, name: str) -> None:
         """Mark a name as one to keep in memory, whichever version it points at, until `unpin`.
@@ -215,6 +220,7 @@ class AdapterStore:
             if self._pin_bytes is not None and pinned + nbytes > self._pin_bytes:
                 raise PinRefused(name, nbytes, pinned=pinned, limit=self._pin_bytes)
             index.pin(name, True)
+        self._tell(StoreChange("pinned", name))
 
     def unpin(self, name: str) -> None:
         """Raises `AdapterNotFound`, `StoreUnavailable`."""
@@ -222,6 +228,7 @@ class AdapterStore:
             if index.current_digest(name) is None:
                 raise unknown(name)
             index.pin(name, False)
+        self._tell(StoreChange("unpinned", name))
 
     def delete(self, name: str) -> None:
         """Unregister a name at once; files that nobody else keeps go with their last lease.
@@ -229,10 +236,10 @@ class AdapterStore:
         Raises `AdapterNotFound`, `StoreUnavailable`.
         """
         with storage_errors("deleting"), self._index.write() as index:
-            if index.current_digest(name) is None:
+            if (version := index.current_digest(name)) is None:
                 raise unknown(name)
             unkept = index.remove(name, f"the adapter {name} was deleted")
-        self._changed(unkept)
+        self._changed(unkept, StoreChange("deleted", name, version))
 
     def acquire(self, name: str, version_prefix: str | None = None) -> Lease:
         """Lease the current version of `name`, or the kept one whose digest starts with `version_prefix`.
@@ -295,6 +302,13 @@ class AdapterStore:
         """
         self._upkeep.tell_retired(listener)
 
+    def tell_changed(self, listener: Callable[[StoreChange], None]) -> None:
+        """Have `listener` called with each change that this object makes, by the thread that made it, once it is there.
+
+        It raises nothing.
+        """
+        self._listeners.append(listener)
+
     def refresh(self) -> bool:
         """Take notice of what other processes changed; to be called every second or so. Returns whether anything did.
 
@@ -323,7 +337,8 @@ class AdapterStore:
         self.check_name(copy.name)
         with storage_errors("restoring"):
             unkept = install_copy(self._index, self._files, copy, replace=replace)
-        self._changed(unkept or ())
+        if unkept is not None:
+            self._changed(unkept, StoreChange("restored", copy.name))
         return unkept is not None
 
     def quarantined(self) -> list[Quarantined]:
@@ -346,7 +361,12 @@ class AdapterStore:
         if ended.unkept:
             self._upkeep.collect([lease.version])
 
-    def _changed(self, unkept: Collection[str]) -> None:
+    def _tell(self, change: StoreChange) -> None:
+        for listener in self._listeners:
+            listener(change)
+
+    def _changed(self, unkept: Collection[str], change: StoreChange) -> None:
         """The index has changed: these versions are in it no more."""
+        self._tell(change)
         self._upkeep.note_change()
         self._upkeep.collect(unkept)

@@ -16,16 +16,18 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loramux_adapters.errors import AdapterError
+from loramux_server.access.actor import Actor, acting
 from loramux_server.api.adapters.routes import AdapterRoutes
 from loramux_server.api.adapters.vllm_routes import VllmRoutes
 from loramux_server.api.completions.routes import CompletionRoutes
 from loramux_server.api.completions.tokens import TokenRoutes
 from loramux_server.api.description.pages import PageRoutes
 from loramux_server.api.embeddings.routes import EmbeddingRoutes
-from loramux_server.api.http.auth import Authorizer
+from loramux_server.api.http.auth import Authorizer, caller_of
 from loramux_server.api.http.dependencies import Dependencies
 from loramux_server.api.http.errors import BodyStalled, answer_to, http_answer
 from loramux_server.api.http.middleware import BoundsMiddleware, CorsMiddleware, RequestMiddleware, request_id_of
+from loramux_server.api.keys.routes import KeyRoutes
 from loramux_server.api.models import ModelRoutes
 from loramux_server.api.operations import OperationsRoutes
 from loramux_server.api.responses.routes import ResponseRoutes
@@ -56,14 +58,15 @@ def create_app(deps: Dependencies) -> FastAPI:
         openapi_url=None,
         redirect_slashes=False,  # it would lose a body, and is built from the Host header, which the caller writes
     )
-    app.router.route_class = _route_class(Authorizer(deps.keys))
+    authorizer = Authorizer(deps.keys)
+    app.router.route_class = _route_class(authorizer)
     completions, tokens, adapters = CompletionRoutes(deps), TokenRoutes(deps), AdapterRoutes(deps)
     responses, models, embeddings, operations, pages = (
         ResponseRoutes(deps),
         ModelRoutes(deps),
         EmbeddingRoutes(deps),
         OperationsRoutes(deps),
-        PageRoutes(deps),
+        PageRoutes(deps, authorizer),
     )
     routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
         ("POST", "/v1/chat/completions", completions.chat),
@@ -92,6 +95,17 @@ def create_app(deps: Dependencies) -> FastAPI:
         ("GET", "/docs", pages.docs),
         ("GET", "/openapi.json", pages.openapi),
     ]
+    if deps.keys.file is not None and deps.keys.audit is not None:
+        keys = KeyRoutes(deps, deps.keys.file, deps.keys.audit)
+        routes += [
+            ("GET", "/v1/keys", keys.list),
+            ("POST", "/v1/keys", keys.create),
+            ("DELETE", "/v1/keys/{key}", keys.revoke),
+            ("POST", "/v1/keys/{key}/rotate", keys.rotate),
+            ("GET", "/v1/tenants", keys.tenants),
+            ("PUT", "/v1/tenants/{tenant}", keys.limit),
+            ("GET", "/v1/audit", keys.audited),
+        ]
     if deps.lora_path_root is not None:
         vllm = VllmRoutes(deps, deps.lora_path_root, adapters)
         routes += [("POST", "/v1/load_lora_adapter", vllm.load), ("POST", "/v1/unload_lora_adapter", vllm.unload)]
@@ -120,10 +134,17 @@ def _route_class(authorizer: Authorizer) -> type[APIRoute]:
                 raise HTTPException(405, headers={"allow": ", ".join(methods)})
             request = Request(scope, receive, send)
             await authorizer.authorize(request)
-            response: Response = await self.endpoint(request)
+            with acting(_actor(request)):
+                response: Response = await self.endpoint(request)
             await response(scope, receive, send)
 
     return Authorized
+
+
+def _actor(request: Request) -> Actor:
+    """Who wants what the request changes."""
+    caller, client = caller_of(request), request.client
+    return Actor(caller.who, caller.tenant, None if client is None else client.host, request_id_of(request.scope))
 
 
 class _Application(FastAPI):

@@ -39,9 +39,11 @@ class OperationsRoutes:
         ready = self._deps.engine.ready
         return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
 
+    @access(Access.METRICS)
     async def metrics_vllm(self, request: Request) -> Response:
         return Response(await run_in_thread(self._scrape_vllm), headers={"content-type": CONTENT_TYPE})
 
+    @access(Access.METRICS)
     async def metrics(self, request: Request) -> Response:
         return Response(await run_in_thread(self._scrape), headers={"content-type": CONTENT_TYPE})
 

@@ -12,6 +12,8 @@ import typer
 from loramux_adapters.store.quarantine import QUARANTINE, Quarantine
 from loramux_adapters.store.rebuild import rebuild_index as make_anew
 from loramux_adapters.store.store import AdapterStore
+from loramux_server.access.actor import acting, at_the_shell
+from loramux_server.access.audit_file import AuditFile
 from loramux_server.cli import frame
 from loramux_server.cli.screen import print_table
 from loramux_server.config.serve import ServeConfig
@@ -58,9 +60,12 @@ def read(
     adapter_dir: Directory = None,
 ) -> int:
     """Enter the adapters of a backup into a store."""
-    store = AdapterStore(_directory(ctx, adapter_dir), owner=False)
+    directory = _directory(ctx, adapter_dir)
+    store = AdapterStore(directory, owner=False)
+    store.tell_changed(AuditFile(directory).changed)
     try:
-        return _say(restore_backup(store, file, replace=replace), "restored")
+        with acting(at_the_shell()):
+            return _say(restore_backup(store, file, replace=replace), "restored")
     finally:
         store.close()
 

@@ -15,12 +15,21 @@ DISTRIBUTION = "loramux"
 COMMANDS = {
     "serve": "Run the server.",
     "adapters": "Manage the adapters of a running server, back up its store.",
+    "keys": "Say who may call: keys, their scopes and tenants.",
+    "tenants": "Say what tenants may take.",
+    "audit": "Say who changed what.",
     "train": "Train an adapter on a file of examples.",
     "eval": "Say what an adapter is worth on held-out examples.",
     "plan": "Say what a training takes, or a server on a card, before it is started.",
     "merge": "Write base and adapter as one ordinary checkpoint.",
 }
-MODULES = {"eval": "evaluate", "plan": "plan.commands"}  # of commands that are not called like theirs
+MODULES = {
+    "eval": "evaluate",
+    "plan": "plan.commands",
+    "keys": "access.keys",
+    "tenants": "access.tenants",
+    "audit": "access.audit",
+}  # of commands that are not called like theirs
 REPORTED = ("torch", "triton", "transformers", "bitsandbytes", "peft", "fastapi", "uvicorn")
 
 app = frame.new_app(

@@ -13,6 +13,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
+from loramux_server.access.access_file import has_keys
 from loramux_server.config.settings import setting
 from loramux_server.config.shared import MACHINE, RunsBase, split
 from loramux_server.config.sizes import AsksForSizes
@@ -90,7 +91,7 @@ class ServeConfig(RunsBase, AsksForSizes):
         1024, "host memory for adapters that are not on the device, in MiB", group="Adapters", between=(1, 1 << 22)
     )
 
-    host: str = setting("127.0.0.1", "address to listen on; any but loopback needs LORAMUX_API_KEY", group="Network")
+    host: str = setting("127.0.0.1", "address to listen on; any but loopback needs a key", group="Network")
     port: int = setting(8000, "port to listen on; 0 takes a free one", group="Network", between=(0, 65535))
     request_timeout: float = setting(
         600.0,
@@ -227,10 +228,10 @@ class ServeConfig(RunsBase, AsksForSizes):
                 raise ConfigError(
                     f"{variable} must be printable ASCII without spaces, and not empty; unset it to have none"
                 )
-        if self.api_key is None and not is_loopback(self.host):
+        if self.api_key is None and not is_loopback(self.host) and not has_keys(self.adapter_dir):
             raise ConfigError(
-                f"refuses to start without a key: --host {self.host} can be reached from other machines; "
-                "set LORAMUX_API_KEY, or listen on 127.0.0.1"
+                f"refuses to start without a key: --host {self.host} can be reached from other machines; make one with "
+                "`loramux keys create`, set LORAMUX_API_KEY, or listen on 127.0.0.1"
             )
         return self
 

@@ -1,8 +1,9 @@
 """What other threads may say to the engine thread: take this sequence, abort that one, drop a version, finish up.
 
-How many may wait is bounded, and the bound is shared: all flows of one share, which is their outermost part, may hold
-at most FLOW_SHARE times the places that are still free ("dynamic thresholds", Choudhury and Hahne, 1998). So one share
-by itself fills four fifths of them, and one of which nobody waits finds a place as long as there is any.
+How many may wait is bounded, and the bound is shared: all flows of one share may hold at most FLOW_SHARE times the
+places that are still free ("dynamic thresholds", Choudhury and Hahne, 1998). So one share by itself fills four fifths
+of them, and one of which nobody waits finds a place as long as there is any. A share is what an adapter's flows have in
+common, and around it what a tenant's have.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
-from loramux_server.engine.scheduling.sequence import Sequence
+from loramux_server.engine.scheduling.sequence import Flow, Sequence
 from loramux_server.errors import EngineDead, RequestError, ServerBusy, ServerDraining
 
 
@@ -56,6 +57,11 @@ class Mail:
     kept: frozenset[str] | None = None
 
 
+def shares_of(flow: Flow) -> tuple[Flow, ...]:
+    """Those that a flow counts for, from the outside in. What belongs to no tenant has no outer one."""
+    return (flow[:1], flow[:2]) if flow[0] else (flow[:2],)
+
+
 class Inbox:
     """Bounded, thread-safe. It knows which ids the engine holds, so that an id is never used twice at a time."""
 
@@ -68,8 +74,8 @@ class Inbox:
         self._mail = Mail()
         self._live: set[str] = set()  # ids handed in and not yet `forget`-ed
         self._num_waiting = 0  # in the inbox or in the scheduler's lines
-        self._waiting: Counter[str] = Counter()  # the same, by share
-        self._backlog: Mapping[str, Backlog] = {}  # of the scheduler's lines
+        self._waiting: Counter[Flow] = Counter()  # the same, by share
+        self._backlog: Mapping[Flow, Backlog] = {}  # of the scheduler's lines
 
     @property
     def state(self) -> EngineState:
@@ -99,8 +105,9 @@ class Inbox:
                 raise EngineDead("the engine has stopped after a failure; the server must be restarted")
             if self._state in (EngineState.DRAINING, EngineState.STOPPED):
                 raise ServerDraining("the server is shutting down and takes no new requests")
-            share = sequences[0].flow[0]
-            self._check_room(share, len(sequences))
+            shares = shares_of(sequences[0].flow)
+            for share in shares:
+                self._check_room(share, len(sequences))
             for sequence in sequences:
                 if sequence.id in self._live:
                     raise RequestError(
@@ -108,7 +115,8 @@ class Inbox:
                     )
             self._live.update(sequence.id for sequence in sequences)
             self._num_waiting += len(sequences)
-            self._waiting[share] += len(sequences)
+            for share in shares:
+                self._waiting[share] += len(sequences)
             self._mail.sequences += sequences
         self._news.set()
 
@@ -168,13 +176,14 @@ class Inbox:
             if self._state is EngineState.STARTING:
                 self._state = EngineState.RUNNING
 
-    def set_backlog(self, backlog: Mapping[str, Backlog]) -> None:
+    def set_backlog(self, backlog: Mapping[Flow, Backlog]) -> None:
         """Engine thread. What waits in the scheduler now, by share; what is in the inbox is added."""
         with self._lock:
             self._backlog = backlog
             self._waiting = Counter({share: one.waiting for share, one in backlog.items()})
-            self._waiting.update(sequence.flow[0] for sequence in self._mail.sequences)
-            self._num_waiting = self._waiting.total()
+            for sequence in self._mail.sequences:
+                self._waiting.update(shares_of(sequence.flow))
+            self._num_waiting = sum(self._waiting[share] for share in self._waiting if len(share) > 1)
 
     def forget(self, ids: Iterable[str]) -> None:
         """Engine thread. These sequences have ended; their ids may be used again."""
@@ -192,7 +201,7 @@ class Inbox:
             self._backlog, self._waiting, self._num_waiting = {}, Counter(), 0
         return left
 
-    def _check_room(self, share: str, count: int) -> None:
+    def _check_room(self, share: Flow, count: int) -> None:
         """With the lock held. Raises ServerBusy or RequestError if the share has no place for so many more."""
         most = _places(self._max_waiting, 0)
         if count > most:
@@ -205,21 +214,34 @@ class Inbox:
             return
         waiting = f"{self._num_waiting} requests are waiting already"
         if self._num_waiting + count <= self._max_waiting:
+            kind = "model" if len(share) > 1 else "tenant"
             waiting += (
-                f", {self._waiting[share]} of them for the same model, and other places are kept for other models"
+                f", {self._waiting[share]} of them for the same {kind}, and other places are kept for other {kind}s"
             )
         seconds = self._seconds_to_wait(share)
         raise ServerBusy(f"{waiting}; try again in about {seconds} s", retry_after=seconds)
 
-    def _seconds_to_wait(self, share: str) -> int:
+    def _seconds_to_wait(self, share: Flow) -> int:
         """Until what waits of this share has started, when all get the same; at least until somebody has."""
-        measured = sum(one.waiting for one in self._backlog.values())
-        each = sum(one.seconds for one in self._backlog.values()) / max(1, measured)  # the inbox's own are like these
+        level = [one for other, one in self._backlog.items() if len(other) > 1]
+        measured = sum(one.waiting for one in level)
+        each = sum(one.seconds for one in level) / max(1, measured)  # the inbox's own are like these
         total = each * self._num_waiting
         known = self._backlog.get(share, Backlog(0, 0.0))
         own = known.seconds + each * (self._waiting[share] - known.waiting)
-        seconds = max(each, min(total, own * sum(waiting > 0 for waiting in self._waiting.values())))
+        seconds = max(each, min(total, own * self._busy_beside(share)))
         return min(LONGEST_RETRY, max(1, math.ceil(seconds)))
+
+    def _busy_beside(self, share: Flow) -> int:
+        """Among how many that wait the engine is shared here: tenants, and between them each one's adapters."""
+        beside = sum(
+            waiting > 0
+            for other, waiting in self._waiting.items()
+            if len(other) == len(share) and other[:-1] == share[:-1]
+        )
+        if len(share) == 1:
+            return beside
+        return beside * max(1, len({other[0] for other, waiting in self._waiting.items() if waiting > 0}))
 
 
 def _places(free: int, held: int) -> int:

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Protocol
 
-from loramux_server.engine.inbox import Backlog
+from loramux_server.engine.inbox import Backlog, shares_of
 from loramux_server.engine.scheduling.fair_share import PROMPT_WEIGHT, REPLY_WEIGHT, Line
-from loramux_server.engine.scheduling.sequence import Batch, Sequence
+from loramux_server.engine.scheduling.sequence import Batch, Flow, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,17 +162,18 @@ class WorkRate:
         self._replies = kept * self._replies + 1
         self._tokens = kept * self._tokens + len(sequence.output)
 
-    def backlog(self, lines: Iterable[Line]) -> dict[str, Backlog]:
+    def backlog(self, lines: Iterable[Line]) -> dict[Flow, Backlog]:
         """What waits in these lines, by share. Nothing takes time before the first step was measured."""
         pace = self._seconds / self._work if self._work else 0.0
         usual = self._tokens / self._replies if self._replies else math.inf  # most replies end before they must
-        found: dict[str, Backlog] = {}
+        found: dict[Flow, Backlog] = {}
         for line in lines:
             waiting = len(line)
             replies = min(line.reply_tokens, waiting * usual)
             seconds = pace * (PROMPT_WEIGHT * line.prompt_tokens + REPLY_WEIGHT * replies)
-            before = found.get(line.flow[0], Backlog(0, 0.0))
-            found[line.flow[0]] = Backlog(before.waiting + waiting, before.seconds + seconds)
+            for share in shares_of(line.flow):
+                before = found.get(share, Backlog(0, 0.0))
+                found[share] = Backlog(before.waiting + waiting, before.seconds + seconds)
         return found
 
 

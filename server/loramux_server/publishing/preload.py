@@ -9,6 +9,7 @@ from pathlib import Path
 from loramux_adapters.artifact.format import CONFIG_FILE
 from loramux_adapters.errors import AdapterError, AdapterRejected
 from loramux_adapters.store.store import AdapterStore
+from loramux_server.access.actor import Actor, acting
 from loramux_server.errors import ConfigError, LoramuxError, ServerBusy, ServerDraining
 from loramux_server.publishing.adapter_files import copy_adapter, is_complete, unread_weights
 from loramux_server.publishing.directory_names import adapter_names
@@ -39,7 +40,8 @@ def preload(
     for name in names:
         try:
             if (directory / name / CONFIG_FILE).is_file() and not is_usable(store, name):
-                note(_publish(publisher, directory, name, note, sleep))
+                with acting(Actor("--preload")):
+                    note(_publish(publisher, directory, name, note, sleep))
         except (AdapterError, LoramuxError, OSError) as error:
             note(f"left out {name}: {error}")
 

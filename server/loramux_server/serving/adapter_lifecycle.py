@@ -19,6 +19,7 @@ from loramux_adapters.errors import AdapterRejected, BaseMismatch
 from loramux_adapters.lora.host_cache import HostCache
 from loramux_adapters.lora.verify import Checked, check_adapter
 from loramux_adapters.store.store import AdapterStore
+from loramux_server.access.actor import Actor, acting
 from loramux_server.base.originals import original_weights
 from loramux_server.config.serve import ServeConfig
 from loramux_server.engine.inbox import Inbox
@@ -146,7 +147,13 @@ class AdapterLifecycle:
         limit = config.max_upload_mib * MIB
         if config.watch_dir is not None:
             watch = DirectoryWatch(store, publisher, config.watch_dir, limit=limit, failed=metrics.watch_failed)
-            work.append(RepeatedTask("the look at --watch-dir", config.watch_seconds, watch.poll))
+            actor = Actor("--watch-dir")
+
+            def poll() -> None:
+                with acting(actor):
+                    watch.poll()
+
+            work.append(RepeatedTask("the look at --watch-dir", config.watch_seconds, poll))
         root = config.lora_path_root
         lora_path_root = None if root is None else LoraPathRoot(publisher, root, limit=limit)
         hub = None

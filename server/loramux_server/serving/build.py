@@ -20,6 +20,8 @@ from loramux_adapters.memory import resident_bytes as process_bytes
 from loramux_adapters.memory import returning_memory
 from loramux_adapters.store.quarantine import in_short
 from loramux_adapters.store.store import AdapterStore
+from loramux_server.access.access_file import AccessFile
+from loramux_server.access.audit_file import AuditFile
 from loramux_server.api.app import create_app
 from loramux_server.api.http.dependencies import Dependencies, Keys, Limits, ServedBase
 from loramux_server.base.device import device_of
@@ -145,6 +147,8 @@ def build(config: ServeConfig, source: BaseSource, stages: Stages, connections: 
             keep_versions=config.keep_versions,
             pin_bytes=pin_bytes(config),
         )
+        audit = AuditFile(config.adapter_dir)
+        store.tell_changed(audit.changed)
         if (set_aside := in_short(store.quarantined())) is not None:
             stages.note(set_aside)
     try:
@@ -202,6 +206,8 @@ def build(config: ServeConfig, source: BaseSource, stages: Stages, connections: 
                 config.admin_key,
                 check_host=is_loopback(config.host),
                 allowed_hosts=config.allowed_host_list,
+                file=AccessFile(config.adapter_dir),
+                audit=audit,
             ),
             limits=Limits(
                 upload_bytes=config.max_upload_mib * MIB,

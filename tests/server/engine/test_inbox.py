@@ -32,9 +32,9 @@ def test_a_full_inbox_refuses_until_the_engine_has_started_some() -> None:
         inbox.put(sequence("c"))
     assert error.value.retry_after >= 1 and not isinstance(error.value, ServerDraining)
     inbox.take()
-    inbox.set_backlog({"": Backlog(1, 0.0)})
+    inbox.set_backlog({("", ""): Backlog(1, 0.0)})
     inbox.put(sequence("c"))
-    inbox.set_backlog({"": Backlog(1, 0.0)})
+    inbox.set_backlog({("", ""): Backlog(1, 0.0)})
     assert inbox.num_waiting == 2
 
 
@@ -84,7 +84,7 @@ def test_a_flow_of_which_nobody_waits_finds_a_place_as_long_as_there_is_any(
         taken = sorted(waiting.elements())[leaving:]
         waiting = Counter(taken)
         inbox.take()
-        inbox.set_backlog({name: Backlog(held, 1.0) for name, held in waiting.items()})
+        inbox.set_backlog({("", name): Backlog(held, 1.0) for name, held in waiting.items()})
 
 
 def test_the_servers_own_work_finds_a_place_beside_a_crowd_for_the_same_base() -> None:
@@ -142,7 +142,7 @@ def test_more_prompts_than_the_server_ever_takes_are_no_reason_to_come_back() ->
 )
 def test_who_is_refused_hears_when_to_come_back(backlog: dict[str, Backlog], asked: str, seconds: int) -> None:
     inbox = Inbox(10)
-    inbox.set_backlog(backlog)
+    inbox.set_backlog({("", name): one for name, one in backlog.items()})
     version = asked or None
     fill(inbox, version)
     with pytest.raises(ServerBusy, match=f"about {seconds} s") as error:
@@ -152,7 +152,7 @@ def test_who_is_refused_hears_when_to_come_back(backlog: dict[str, Backlog], ask
 
 def test_those_that_the_engine_has_not_seen_yet_count_as_much_as_the_others() -> None:
     inbox = Inbox(10)
-    inbox.set_backlog({BASE: Backlog(2, 4.0)})
+    inbox.set_backlog({("", BASE): Backlog(2, 4.0)})
     assert fill(inbox, None) == 6
     with pytest.raises(ServerBusy) as error:
         inbox.put(sequence("late"))
@@ -221,3 +221,15 @@ def test_whatever_is_said_wakes_a_waiting_engine(event: str) -> None:
     getattr(inbox, event)(*([sequence("a")] if event == "put" else []))
     waiter.join(10)
     assert not waiter.is_alive()
+
+
+def test_one_tenant_fills_four_fifths_whatever_its_adapters_are_and_others_find_a_place() -> None:
+    inbox = Inbox(20)
+    taken = 0
+    with pytest.raises(ServerBusy, match="16 of them for the same tenant, and other places are kept for other tenants"):
+        for number in range(20):
+            inbox.put(sequence(str(number), version=f"v{number}", tenant="crowd"))
+            taken += 1
+    assert taken == 16
+    inbox.put(sequence("one", version="v0", tenant="other"))
+    inbox.put(sequence("operator"))

@@ -53,7 +53,7 @@ def test_slot_loads_and_new_evictions_are_counted_once() -> None:
 
 def line_of(version: str, *lengths: tuple[int, int]) -> Line:
     """Of sequences with so many tokens of prompt and, at most, of reply."""
-    line = Line((version, version), {version: 0})
+    line = Line(("", version, version), {version: 0})
     for number, (prompt, reply) in enumerate(lengths):
         line.add(Waiting(sequence(f"{version} {number}", prompt=prompt, max_tokens=reply, version=version), number))
     return line
@@ -62,18 +62,18 @@ def line_of(version: str, *lengths: tuple[int, int]) -> Line:
 def test_how_long_a_queue_takes_is_what_it_asks_for_at_the_pace_of_the_last_steps() -> None:
     rate = WorkRate()
     lines = [line_of("v", (10, 5), (20, 5)), line_of("w", (4, 3))]
-    assert rate.backlog(lines) == {"v": Backlog(2, 0.0), "w": Backlog(1, 0.0)}, "nothing is known yet"
+    assert rate.backlog(lines) == {("", "v"): Backlog(2, 0.0), ("", "w"): Backlog(1, 0.0)}, "nothing is known yet"
     reads, writes = sequence("reads", prompt=8), sequence("writes", prompt=4)
     writes.num_computed = 4
     for _ in range(3):  # 8 of a prompt and one of a reply: 10 a second
         rate.step_done(Batch([ScheduledSequence(reads, 8, False), ScheduledSequence(writes, 1, True)]), 1.0)
-    assert rate.backlog(lines)["v"].seconds == pytest.approx((30 + 2 * 10) / 10)
+    assert rate.backlog(lines)["", "v"].seconds == pytest.approx((30 + 2 * 10) / 10)
     ended = sequence("ended")
     ended.output = [1, 2]
     rate.ended(ended)
     found = rate.backlog([*lines, line_of("v", (10, 1))])
-    assert found["v"] == Backlog(3, pytest.approx((30 + 2 * 4) / 10 + (10 + 2 * 1) / 10))
-    assert found["w"].seconds == pytest.approx((4 + 2 * 2) / 10)
+    assert found["", "v"] == Backlog(3, pytest.approx((30 + 2 * 4) / 10 + (10 + 2 * 1) / 10))
+    assert found["", "w"].seconds == pytest.approx((4 + 2 * 2) / 10)
 
 
 def test_the_pace_is_that_of_late() -> None:
@@ -82,4 +82,4 @@ def test_the_pace_is_that_of_late() -> None:
     for seconds in (1.0, 2.0):
         for _ in range(600):
             rate.step_done(Batch([ScheduledSequence(one, 10, False)]), seconds)
-        assert rate.backlog([line])["v"].seconds == pytest.approx(seconds, rel=0.02)
+        assert rate.backlog([line])["", "v"].seconds == pytest.approx(seconds, rel=0.02)

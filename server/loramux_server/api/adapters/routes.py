@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +18,20 @@ from loramux_adapters.names import PATH_WORDS, check_name, file_name_of
 from loramux_server.api.adapters.download import packed
 from loramux_server.api.adapters.upload import receive_upload
 from loramux_server.api.completions.request.adapter_defaults import shown, stored_defaults
-from loramux_server.api.http.auth import Access, access
+from loramux_server.api.http.auth import Access, access, caller_of
 from loramux_server.api.http.body import read_object
 from loramux_server.api.http.dependencies import Dependencies
 from loramux_server.api.http.json_reply import listed
 from loramux_server.api.http.streaming import Stream, until_gone
+from loramux_server.api.http.visible_store import VisibleStore
 from loramux_server.api.http.worker_threads import enter_in_thread, run_in_thread, run_in_thread_or_undo
 from loramux_server.errors import RequestError, ServerBusy
 
 if TYPE_CHECKING:
     from loramux_adapters.artifact.coverage import LayerCount
     from loramux_adapters.lora.verify import Checked
-    from loramux_adapters.store.store import AdapterRecord, Published
+    from loramux_adapters.store.store import AdapterRecord, Published, Staging
+    from loramux_server.access.tenant import TenantLimits
     from loramux_server.fingerprint.replay import ReplayOutcome
 
 _MAX_BODY = 4096  # of a call to roll back or to pin, in bytes
@@ -39,20 +42,27 @@ class AdapterRoutes:
     def __init__(self, deps: Dependencies) -> None:
         self._deps = deps
         self._places = asyncio.Semaphore(deps.limits.uploads)
+        self._quotas = threading.Lock()  # two uploads at once must not both find room for one
 
+    @access(Access.LOOK)
     async def list(self, request: Request) -> Response:
-        return await listed(self._records_json)
+        store = self._deps.visible(caller_of(request))
+        return await listed(lambda: self._records_json(store))
 
+    @access(Access.LOOK)
     async def show(self, request: Request) -> Response:
-        return await self._shown(self._last_name_of(request))
+        return await self._shown(self._deps.visible(caller_of(request)), self._last_name_of(request))
 
-    @access(Access.ADMIN)
+    @access(Access.PUBLISH)
     async def put(self, request: Request) -> Response:
         """201 for a new adapter, 200 for a new version of one, for one that is there already, and for a mere check."""
         name = self._last_name_of(request)
         flags = _flags(request, ("validate_only", "force", "allow_no_effect", "skip_replay"))
         validate_only = flags.pop("validate_only")
-        store = self._deps.store
+        caller = caller_of(request)
+        store = self._deps.visible(caller)
+        store.kept_as(name)
+        await run_in_thread(store.require_room, name, caller.limits)
         async with self.place(), enter_in_thread(store.stage()) as staging:
             await receive_upload(request, staging.directory, self._deps.limits)
             # A client that leaves while its files are checked publishes nothing.
@@ -62,20 +72,35 @@ class AdapterRoutes:
             )
             if validate_only:
                 return JSONResponse(_checked_json(name, checked, proof))
-            published = await run_in_thread(self._deps.publish, name, staging, checked, proof)
-        return await self._shown(name, published)
+            published = await run_in_thread(self._publish, store, caller.limits, name, staging, checked, proof)
+        return await self._shown(store, name, published)
 
-    @access(Access.ADMIN)
+    def _publish(
+        self,
+        store: VisibleStore,
+        limits: TenantLimits,
+        name: str,
+        staging: Staging,
+        checked: Checked,
+        proof: ReplayOutcome,
+    ) -> Published:
+        """In a worker thread. Raises QuotaExceeded, and what publishing raises."""
+        with nullcontext() if limits.adapters is None and limits.adapter_mib is None else self._quotas:
+            nbytes = sum(path.stat().st_size for path in staging.directory.iterdir() if path.is_file())
+            store.require_room(name, limits, nbytes)
+            return self._deps.publish(store.kept_as(name), staging, checked, proof)
+
+    @access(Access.MANAGE)
     async def delete(self, request: Request) -> Response:
         name = self._last_name_of(request)
-        await run_in_thread(self._deps.store.delete, name)
-        self._deps.metrics.adapter_deleted(name)
+        kept = await run_in_thread(self._deps.visible(caller_of(request)).delete, name)
+        self._deps.metrics.adapter_deleted(kept)
         return JSONResponse({"id": name, "object": "adapter", "deleted": True})
 
-    @access(Access.ADMIN)
+    @access(Access.PUBLISH)
     async def archive(self, request: Request) -> Response:
         """The current version's files as a tar.gz."""
-        name, store = self._name_of(request), self._deps.store
+        name, store = self._name_of(request), self._deps.visible(caller_of(request))
         lease = await run_in_thread_or_undo(lambda lease: lease.release(), lambda: store.acquire(name))
 
         async def release() -> None:
@@ -87,7 +112,7 @@ class AdapterRoutes:
         }
         return Stream(packed(store.directory(lease.version), file_name_of(name)), release, headers)
 
-    @access(Access.ADMIN)
+    @access(Access.MANAGE)
     async def rollback(self, request: Request) -> Response:
         """Back to the version before, or to the kept one whose digest begins with `version`, of the query or the body.
 
@@ -97,28 +122,29 @@ class AdapterRoutes:
         version = (await self._fields(request, ("version",))).get("version")
         if version is not None and not isinstance(version, str):
             raise RequestError("'version' must be the beginning of a version's digest", param="version")
-        return await self._shown(name, await run_in_thread(self._deps.store.rollback, name, version))
+        store = self._deps.visible(caller_of(request))
+        return await self._shown(store, name, await run_in_thread(store.rollback, name, version))
 
-    @access(Access.ADMIN)
+    @access(Access.OPERATOR)
     async def pin(self, request: Request) -> Response:
         name = self._name_of(request)
         await self._fields(request, ())
         await run_in_thread(self._deps.pins.pin, name)
-        return await self._shown(name)
+        return await self._shown(self._deps.visible(caller_of(request)), name)
 
-    @access(Access.ADMIN)
+    @access(Access.OPERATOR)
     async def unpin(self, request: Request) -> Response:
         name = self._name_of(request)
         await run_in_thread(self._deps.pins.unpin, name)
-        return await self._shown(name)
+        return await self._shown(self._deps.visible(caller_of(request)), name)
 
-    async def _shown(self, name: str, published: Published | None = None) -> Response:
+    async def _shown(self, store: VisibleStore, name: str, published: Published | None = None) -> Response:
         """The adapter as it is now, and what `published` says came of the call: 201 for a new adapter, else 200.
 
         What was published and then deleted by another call, before this reply, is shown as that.
         """
         try:
-            record = await run_in_thread(self._deps.store.record, name)
+            record = await run_in_thread(store.record, name)
             adapter = self._record_json(record, await run_in_thread(self._brings, record))
         except AdapterNotFound:
             if published is None:
@@ -162,9 +188,9 @@ class AdapterRoutes:
         template = "adapter" if (directory / CHAT_TEMPLATE_FILE).exists() else "base"
         return {"chat_template": template, **shown(stored_defaults(directory))}
 
-    def _records_json(self) -> Iterator[dict[str, Any]]:
-        """Every adapter. Asks the disk."""
-        for record in self._deps.store.records():
+    def _records_json(self, store: VisibleStore) -> Iterator[dict[str, Any]]:
+        """Every adapter that the caller sees. Asks the disk."""
+        for record in store.records():
             yield self._record_json(record, self._brings(record))
 
     def _record_json(self, record: AdapterRecord, brings: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from loramux_adapters.errors import AdapterError, AdapterNotFound, InvalidAdapterName
 from loramux_adapters.names import check_name
 from loramux_server.api.adapters.routes import AdapterRoutes
-from loramux_server.api.http.auth import Access, access
+from loramux_server.api.http.auth import Access, access, caller_of
 from loramux_server.api.http.body import read_object
 from loramux_server.api.http.dependencies import Dependencies
 from loramux_server.api.http.errors import Refusal, answer_to
@@ -36,7 +36,7 @@ class VllmRoutes:
         self._root = root
         self._adapters = adapters
 
-    @access(Access.ADMIN)
+    @access(Access.OPERATOR)
     async def load(self, request: Request) -> Response:
         try:
             body = await self._body(request)
@@ -44,7 +44,7 @@ class VllmRoutes:
             if not name or not path:
                 raise RequestError("Both 'lora_name' and 'lora_path' must be provided.")
             check_name(name, (self._deps.base.name,))
-            if body.get("load_inplace") is not True and await self._is_loaded(name):
+            if body.get("load_inplace") is not True and await self._is_loaded(request, name):
                 raise RequestError(
                     f"The lora adapter '{name}' has already been loaded. To replace it, set 'load_inplace' to true."
                 )
@@ -56,14 +56,14 @@ class VllmRoutes:
             return _failure(error)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
-    @access(Access.ADMIN)
+    @access(Access.OPERATOR)
     async def unload(self, request: Request) -> Response:
         try:
             body = await self._body(request)
             name = _text(body, "lora_name")
             if not name:
                 raise RequestError("'lora_name' needs to be provided to unload a LoRA adapter.")
-            await run_in_thread(self._deps.store.delete, name)
+            await run_in_thread(self._deps.visible(caller_of(request)).delete, name)
         except Refusal:
             raise
         except (LoramuxError, AdapterError) as error:
@@ -71,9 +71,9 @@ class VllmRoutes:
         self._deps.metrics.adapter_deleted(name)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
-    async def _is_loaded(self, name: str) -> bool:
+    async def _is_loaded(self, request: Request, name: str) -> bool:
         try:
-            await run_in_thread(self._deps.store.record, name)
+            await run_in_thread(self._deps.visible(caller_of(request)).record, name)
         except AdapterNotFound:
             return False
         return True

@@ -15,6 +15,7 @@ from functools import partial
 
 from loramux_adapters.artifact.format import read_chat_template
 from loramux_adapters.errors import AdapterError
+from loramux_server.access.caller import Caller
 from loramux_server.api.completions.conversation import as_turns
 from loramux_server.api.completions.request.adapter_defaults import RequestDefaults, same_of_all
 from loramux_server.api.completions.request.chat import ChatRequest, TemplateOptions
@@ -26,7 +27,7 @@ from loramux_server.api.completions.running.generation import Generation, give_b
 from loramux_server.api.completions.running.leases import AdapterLeases
 from loramux_server.api.completions.running.reading import Reading
 from loramux_server.api.completions.sampling import check_token_ids, sampling_of, seed_of
-from loramux_server.api.http.dependencies import Dependencies, StoreLike, TokenizerLike
+from loramux_server.api.http.dependencies import Dependencies, TokenizerLike
 from loramux_server.api.http.model_names import RequestedAdapter, resolve_model
 from loramux_server.api.http.worker_threads import run_in_thread
 from loramux_server.base.detokenizer import Detokenizer
@@ -70,12 +71,12 @@ def requested_adapters(model: str, parts: Sequence[AdapterPart] | None, base_nam
     return tuple(targets.values())
 
 
-def chat_template_of(store: StoreLike, leases: AdapterLeases) -> str | None:
+def chat_template_of(leases: AdapterLeases) -> str | None:
     """The chat template that the leased versions bring in place of the base's; None if they bring none.
 
     Reads their files. Raises RequestError if they do not agree: no template suits adapters that learned from two.
     """
-    own = [(lease.name, read_chat_template(store.directory(lease.version))) for lease, _ in leases.leases]
+    own = [(name, read_chat_template(directory)) for name, directory in leases.directories()]
     return same_of_all(
         own,
         "use different chat templates, so they cannot chat together; use /v1/completions, or publish them with the "
@@ -137,13 +138,19 @@ class Preparation:
     def __init__(self, deps: Dependencies) -> None:
         self._deps = deps
 
-    async def leases(self, model: str, adapters: Sequence[AdapterPart] | None) -> AdapterLeases:
+    async def leases(self, caller: Caller, model: str, adapters: Sequence[AdapterPart] | None) -> AdapterLeases:
         """Leases on the versions that a request names. Raises RequestError or AdapterError."""
         targets = requested_adapters(model, adapters, self._deps.base.name)
-        await self._deps.fetched(targets)
-        leases = await AdapterLeases.acquire(
-            self._deps.store, targets, self._deps.tokenizer.vocab_size, listed=adapters is not None
-        )
+        seat = await self._deps.rates.begin(caller)
+        try:
+            await self._deps.fetched(targets)
+            store = self._deps.visible(caller)
+            leases = await AdapterLeases.acquire(
+                store, targets, self._deps.tokenizer.vocab_size, listed=adapters is not None, seat=seat
+            )
+        except BaseException:
+            seat.end()
+            raise
         self._deps.metrics.request_started(leases.adapter)
         return leases
 
@@ -193,6 +200,8 @@ class Preparation:
         outcome = "abort"
         try:
             choices = await run_in_thread(self._choices, body, leases, plan)
+            firsts = [choice.sequence for choice in choices if choice.sequence.shares_prompt_with is None]
+            await leases.seat.read(sum(len(sequence.prompt) for sequence in firsts))
         except BaseException as error:
             if isinstance(error, Exception):
                 outcome = "rejected" if isinstance(error, LoramuxError | AdapterError) else "error"
@@ -244,7 +253,10 @@ class Preparation:
                     leases.uses(),
                     adapter=leases.adapter,
                     shares_prompt_with=first if place else None,
-                    cache_group="" if body.cache_salt is None else f"salt/{body.cache_salt}",
+                    tenant=leases.seat.tenant,
+                    weight=leases.seat.limits.weight,
+                    priority=leases.seat.limits.priority,
+                    cache_group=leases.cache_group(body.cache_salt),
                 )
                 choices.append(
                     Choice(
@@ -318,7 +330,7 @@ class Preparation:
         self._check_characters(
             sum(len(tool.description) + len(str(tool.parameters)) for tool in tools), "tools", tokenizer
         )
-        template = chat_template_of(self._deps.store, leases)
+        template = chat_template_of(leases)
         conventions = tokenizer.conventions(template)
         turns, described = for_template(conventions, as_turns(body.messages), tools)
         tokens = tokenizer.encode_chat(

@@ -7,6 +7,7 @@ from itertools import groupby
 
 from fastapi import Request, Response
 
+from loramux_server.access.rates import Seat
 from loramux_server.api.completions.prepare import Preparation, requested_adapters
 from loramux_server.api.completions.reply.reply_format import token_text
 from loramux_server.api.completions.request.tokens import (
@@ -17,6 +18,7 @@ from loramux_server.api.completions.request.tokens import (
 )
 from loramux_server.api.completions.running.leases import AdapterLeases
 from loramux_server.api.completions.sampling import check_token_ids
+from loramux_server.api.http.auth import Access, access, caller_of
 from loramux_server.api.http.body import read_json
 from loramux_server.api.http.dependencies import Dependencies
 from loramux_server.api.http.json_object import parsed_off_loop
@@ -29,21 +31,27 @@ class TokenRoutes:
         self._deps = deps
         self._preparation = Preparation(deps)
 
+    @access(Access.INFER)
     async def tokenize(self, request: Request) -> Response:
         """Of a text or a conversation, which may be longer than the context."""
         body = await parsed_off_loop(parse_tokenize, await self._read(request))
-        return await self._answered(body.model, lambda leases: self._tokenized(body, leases))
+        return await self._answered(request, body.model, lambda leases: self._tokenized(body, leases))
 
+    @access(Access.INFER)
     async def detokenize(self, request: Request) -> Response:
         body = await parsed_off_loop(parse_detokenize, await self._read(request))
-        return await self._answered(body.model, lambda leases: {"prompt": self._text(body.tokens, leases)})
+        return await self._answered(request, body.model, lambda leases: {"prompt": self._text(body.tokens, leases)})
 
-    async def _answered(self, model: str | None, made: Callable[[AdapterLeases], dict[str, object]]) -> Response:
+    async def _answered(
+        self, request: Request, model: str | None, made: Callable[[AdapterLeases], dict[str, object]]
+    ) -> Response:
         """What `made` returns, which is called in a worker thread; an adapter that is asked for must be there."""
         base_name = self._deps.base.name
         targets = requested_adapters(model or base_name, None, base_name)
         await self._deps.fetched(targets)
-        leases = await AdapterLeases.acquire(self._deps.store, targets, self._deps.tokenizer.vocab_size, listed=False)
+        store = self._deps.visible(caller_of(request))
+        known = self._deps.tokenizer.vocab_size
+        leases = await AdapterLeases.acquire(store, targets, known, listed=False, seat=Seat.free())
         try:
             content = await run_in_thread(lambda: json_in_pieces(made(leases), depth=2))
         finally:

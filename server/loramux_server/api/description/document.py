@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,13 +48,12 @@ def described_path(path: str) -> str:
 
 
 def openapi_document(
-    routes: Sequence[DescribedRoute], *, version: str, needs_api_key: bool, needs_admin_key: bool
+    routes: Sequence[DescribedRoute], *, version: str, needs_key: Collection[Access]
 ) -> dict[str, Any]:
-    """`needs_api_key`, `needs_admin_key`: whether calls of these kinds ask for a key here."""
-    needs = {Access.PUBLIC: False, Access.API: needs_api_key, Access.ADMIN: needs_admin_key}
+    """`needs_key`: the kinds of calls that ask for one here."""
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
-        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, needs[route.access])
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, route.access in needs_key)
     return {
         "openapi": "3.1.0",
         "info": {"title": "loramux", "version": version, "description": _ABOUT, "license": {"name": "Apache-2.0"}},

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from loramux_adapters.artifact.format import UPLOAD_PARTS
+from loramux_server.access.audit_file import MOST_ENTRIES
 from loramux_server.api.adapters.upload import ARCHIVE
 from loramux_server.api.completions.request.chat import MESSAGE, PART, ChatRequest
 from loramux_server.api.completions.request.completion import CompletionRequest
@@ -24,6 +25,7 @@ from loramux_server.api.completions.request.tokens import (
 from loramux_server.api.description import replies, responses
 from loramux_server.api.embeddings.request import OPTIONS as EMBEDDINGS
 from loramux_server.api.embeddings.request import EmbeddingRequest
+from loramux_server.api.keys.request import LimitsRequest, NewKey, Rotation
 from loramux_server.api.responses.options import (
     BESIDE,
     ITEM_OPTIONS,
@@ -199,6 +201,31 @@ OPERATIONS: Mapping[tuple[Literal["GET", "POST", "PUT", "DELETE"], str], Operati
         "Keeps an adapter in memory", requests=(NoFields,), body_needed=False, reply=replies.Adapter, missing=True
     ),
     ("DELETE", _ADAPTER + "/pin"): Operation("Lets an adapter go again", reply=replies.Adapter, missing=True),
+    ("GET", "/v1/keys"): Operation("Every key, without what opens anything", reply=replies.KeyList),
+    ("POST", "/v1/keys"): Operation("Makes a key", requests=(NewKey,), reply=replies.NewKeyReply, statuses=(201,)),
+    ("DELETE", "/v1/keys/{key}"): Operation("Refuses a key from now on", reply=replies.Key, missing=True),
+    ("POST", "/v1/keys/{key}/rotate"): Operation(
+        "Makes a key in the place of another",
+        requests=(Rotation,),
+        reply=replies.NewKeyReply,
+        statuses=(201,),
+        missing=True,
+    ),
+    ("GET", "/v1/tenants"): Operation("Every tenant and its limits", reply=replies.TenantList),
+    ("PUT", "/v1/tenants/{tenant}"): Operation(
+        "Changes limits of a tenant", requests=(LimitsRequest,), reply=replies.TenantReply
+    ),
+    ("GET", "/v1/audit"): Operation(
+        "Who changed what, newest first",
+        reply=replies.AuditList,
+        query={
+            "tenant": {"type": "string"},
+            "subject": {"type": "string"},
+            "since": {"type": "number", "minimum": 0},
+            "before": {"type": "integer", "minimum": 1},
+            "limit": {"type": "integer", "minimum": 1, "maximum": MOST_ENTRIES},
+        },
+    ),
     ("POST", "/v1/load_lora_adapter"): Operation(
         "vLLM's call: an adapter from this machine's disk", requests=(LoadRequest,), media=TEXT, missing=True
     ),

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
 from loramux_server.api.description.document import DescribedRoute, described_path, openapi_document
-from loramux_server.api.http.auth import Access, access
+from loramux_server.api.http.auth import Access, Authorizer, access, access_of
 from loramux_server.api.http.dependencies import Dependencies
 from loramux_server.api.http.worker_threads import run_in_thread
 
@@ -64,16 +64,17 @@ _EXAMPLE = """curl {url}/v1/chat/completions -H "content-type: application/json"
 
 
 class PageRoutes:
-    """The document is made once, in a worker thread, when somebody first asks for it."""
+    """The document is made in a worker thread, when somebody first asks for it."""
 
-    def __init__(self, deps: Dependencies) -> None:
+    def __init__(self, deps: Dependencies, authorizer: Authorizer) -> None:
         self._deps = deps
-        self._document: dict[str, Any] | None = None
+        self._authorizer = authorizer
+        self._documents: dict[tuple[Access, ...], dict[str, Any]] = {}  # by which calls need a key
 
     @access(Access.PUBLIC)
     async def home(self, request: Request) -> Response:
         """The same for everybody: it tells nothing of what is served here."""
-        needs = bool(self._deps.keys.api_key)
+        needs = self._authorizer.needs_key(Access.INFER)
         key = (
             "This server asks for a key, in the header <code>Authorization: Bearer</code>; only this page, /health and "
             "/ready are open."
@@ -84,14 +85,17 @@ class PageRoutes:
         example = html.escape(_EXAMPLE.format(url="http://THIS_SERVER", key=header))
         return _page("loramux", _HOME.format(key=key, example=example))
 
+    @access(Access.LOOK)
     async def docs(self, request: Request) -> Response:
         """Without scripts, so that it can be read where nothing can be loaded."""
         document = await self._described(request)
         return _page("loramux API", await run_in_thread(lambda: "\n".join(_readable(document))))
 
+    @access(Access.LOOK)
     async def openapi(self, request: Request) -> Response:
         return JSONResponse(await self._described(request))
 
+    @access(Access.LOOK)
     async def version(self, request: Request) -> Response:
         base = self._deps.base
         return JSONResponse(
@@ -99,22 +103,18 @@ class PageRoutes:
         )
 
     async def _described(self, request: Request) -> dict[str, Any]:
-        if self._document is None:
-            routes, keys = _described_routes(request.app), self._deps.keys
-            self._document = await run_in_thread(
-                openapi_document,
-                routes,
-                version=installed_version(),
-                needs_api_key=bool(keys.api_key),
-                needs_admin_key=bool(keys.admin_key or keys.api_key),
+        needs = tuple(filter(self._authorizer.needs_key, Access))
+        if needs not in self._documents:
+            self._documents[needs] = await run_in_thread(
+                openapi_document, _described_routes(request.app), version=installed_version(), needs_key=needs
             )
-        return self._document
+        return self._documents[needs]
 
 
 def _described_routes(app: FastAPI) -> list[DescribedRoute]:
     """Every route of the application; a HEAD is its GET."""
     return [
-        DescribedRoute(method, described_path(route.path), getattr(route.endpoint, "access", Access.API))
+        DescribedRoute(method, described_path(route.path), access_of(route.endpoint))
         for route in app.routes
         if isinstance(route, APIRoute)
         for method in sorted((route.methods or set()) - {"HEAD"})

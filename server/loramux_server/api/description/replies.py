@@ -408,3 +408,72 @@ class VersionReply(_Reply):
     server: Literal["loramux"]
     base: str
     base_id: str
+
+
+# keys
+
+
+class Key(_Reply):
+    """What is known of a key. Times are unix seconds; a `revoked` to come is that of a key that was rotated."""
+
+    id: str
+    object: Literal["key"]
+    tenant: str | None
+    scopes: list[str]
+    note: str
+    state: Literal["active", "revoked", "expired"]
+    created: int
+    expires: int | None
+    revoked: int | None
+
+
+class NewKeyReply(Key):
+    """The key itself, told this one time."""
+
+    key: str
+
+
+class KeyList(_Reply):
+    object: Literal["list"]
+    data: list[Key]
+
+
+class TenantReply(_Reply):
+    """What a tenant may take; null is no limit. `created`: unix seconds."""
+
+    id: str
+    object: Literal["tenant"]
+    created: int
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    requests_at_once: int | None
+    adapters: int | None
+    adapter_mib: int | None
+    weight: int
+    priority: int
+
+
+class AuditEntry(_Reply):
+    """A change. `at`: unix seconds, with fractions."""
+
+    id: int
+    object: Literal["audit"]
+    at: float
+    who: str
+    tenant: str | None
+    address: str | None
+    request: str | None
+    action: str
+    subject: str
+    version: str | None
+    detail: str
+
+
+class AuditList(_Reply):
+    object: Literal["list"]
+    data: list[AuditEntry]
+
+
+class TenantList(_Reply):
+    object: Literal["list"]
+    data: list[TenantReply]

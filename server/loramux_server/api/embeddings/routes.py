@@ -14,10 +14,12 @@ import numpy.typing as npt
 from fastapi import Request, Response
 
 from loramux_adapters.errors import AdapterError
+from loramux_server.access.rates import rate_headers
 from loramux_server.api.completions.prepare import CONTEXT_EXCEEDED, Preparation
 from loramux_server.api.completions.running.generation import give_back
 from loramux_server.api.completions.running.leases import AdapterLeases
 from loramux_server.api.embeddings.request import EmbeddingRequest, parse_embedding
+from loramux_server.api.http.auth import Access, access, caller_of
 from loramux_server.api.http.body import read_json
 from loramux_server.api.http.dependencies import Dependencies
 from loramux_server.api.http.errors import RequestTimedOut
@@ -40,19 +42,21 @@ class EmbeddingRoutes:
         self._deps = deps
         self._preparation = Preparation(deps)
 
+    @access(Access.INFER)
     async def embed(self, request: Request) -> Response:
         """What the base with the adapter reads of each input: its last token's state, or the mean over all."""
         limits = self._deps.limits
         try:
             raw = await read_json(request, limit=limits.body_bytes, pace=limits.pace)
             body = await parsed_off_loop(parse_embedding, raw)
-            leases = await self._preparation.leases(body.model, body.adapters)
+            leases = await self._preparation.leases(caller_of(request), body.model, body.adapters)
         except (LoramuxError, AdapterError):
             self._deps.metrics.request_refused()
             raise
         started, outcome = time.monotonic(), "abort"
         try:
             prompts = await run_in_thread(lambda: [self._encoded(prompt, leases) for prompt in body.input])
+            await leases.seat.read(sum(map(len, prompts)))
             vectors = await until_gone(request.receive, self._vectors(body, prompts, leases, started))
             outcome = "length"
         except Exception as error:
@@ -64,7 +68,8 @@ class EmbeddingRoutes:
             await give_back(self._deps.metrics, leases, outcome, started)
         tokens = sum(map(len, prompts))
         content = await run_in_thread(lambda: _reply(vectors, body, tokens))
-        return Response(content, headers={VERSION: leases.version}, media_type="application/json")
+        headers = {VERSION: leases.version} | rate_headers(await leases.seat.remaining())
+        return Response(content, headers=headers, media_type="application/json")
 
     def _encoded(self, prompt: str | list[int], leases: AdapterLeases) -> list[int]:
         """In a worker thread. Raises RequestError."""
@@ -93,7 +98,17 @@ class EmbeddingRoutes:
 
         async def work() -> None:
             for index, prompt in left:
-                sequence = Sequence(f"{identity}-{index}", prompt, params, uses, adapter=leases.adapter)
+                sequence = Sequence(
+                    f"{identity}-{index}",
+                    prompt,
+                    params,
+                    uses,
+                    adapter=leases.adapter,
+                    tenant=leases.seat.tenant,
+                    weight=leases.seat.limits.weight,
+                    priority=leases.seat.limits.priority,
+                    cache_group=leases.cache_group(),
+                )
                 pooled = await self._pooled(sequence)
                 found[index] = (_normalized(pooled) if body.normalize is not False else pooled).astype(np.float32)
 

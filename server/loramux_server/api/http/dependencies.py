@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from loramux_server.access.rates import Rates
+from loramux_server.api.http.visible_store import VisibleStore
 from loramux_server.metrics.metrics import Metrics
 from loramux_server.wire.connections import Connections
 from loramux_server.wire.pace import Pace
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from loramux_adapters.artifact.own_tokens import OwnTokens
     from loramux_adapters.lora.verify import Checked
     from loramux_adapters.store.store import AdapterRecord, Lease, Published, Staging
+    from loramux_server.access.access_file import AccessFile
+    from loramux_server.access.audit_file import AuditFile
+    from loramux_server.access.caller import Caller
     from loramux_server.api.http.model_names import RequestedAdapter
     from loramux_server.base.infill import Infill
     from loramux_server.engine.scheduling.grammar import Grammar
@@ -252,12 +257,16 @@ class Keys:
         admin_key: for everything.
         check_host: where a route is open, take only requests whose Host is this machine (against DNS rebinding).
         allowed_hosts: further names of this machine, without a port.
+        file: keys that were made for tenants and for the operator. Once there is one, nothing is open. None keeps none.
+        audit: where changes are logged.
     """
 
     api_key: str | None = field(default=None, repr=False)
     admin_key: str | None = field(default=None, repr=False)
     check_host: bool = True
     allowed_hosts: Sequence[str] = ()
+    file: AccessFile | None = None
+    audit: AuditFile | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +310,7 @@ class Dependencies:
         connections: those that are open, and what was refused and cut.
         cors_origins: web pages that may call from a browser; "*" is every page.
         hub: fetches adapters when they are first asked for; None fetches none.
+        rates: what tenants have taken of the server.
     """
 
     engine: EngineLike
@@ -320,6 +330,11 @@ class Dependencies:
     connections: Connections = field(default_factory=Connections)
     cors_origins: Sequence[str] = ()
     hub: HubAdapters | None = None
+    rates: Rates = field(default_factory=Rates)
+
+    def visible(self, caller: Caller) -> VisibleStore:
+        """The adapters that this caller may name. Routes look at no others."""
+        return VisibleStore(self.store, caller.tenant)
 
     async def fetched(self, targets: Iterable[RequestedAdapter]) -> None:
         """Returns when those of the adapters that a hub has are in the store, if they may be fetched.

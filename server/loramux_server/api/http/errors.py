@@ -36,8 +36,12 @@ from loramux_adapters.errors import (
     TemplateRefuses,
 )
 from loramux_server.errors import (
+    AccessUnavailable,
     EngineDead,
     LoramuxError,
+    NoSuchKey,
+    QuotaExceeded,
+    RateLimited,
     ReplyImpossible,
     RequestError,
     SequenceFailed,
@@ -126,9 +130,13 @@ _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (HeadersTooLarge, 431, INVALID, "header_too_large"),
     (RequestTimedOut, 504, SERVER, "request_timeout"),
     (RequestError, 400, INVALID, None),
+    (QuotaExceeded, 409, INVALID, "quota_exceeded"),
+    (RateLimited, 429, "requests", "rate_limit_exceeded"),
     (ServerDraining, 503, SERVER, "server_draining"),
     (ServerBusy, 503, SERVER, "server_busy"),
     (EngineDead, 503, SERVER, "engine_dead"),
+    (AccessUnavailable, 503, SERVER, "keys_unavailable"),
+    (NoSuchKey, 404, INVALID, "key_not_found"),
     (ReplyImpossible, 400, INVALID, "reply_impossible"),
     (SequenceFailed, 500, SERVER, "engine_error"),
     (InvalidAdapterName, 400, INVALID, "invalid_adapter_name"),
@@ -148,6 +156,7 @@ _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
 # Their own text may name files of the server; it is logged instead.
 _FIXED_MESSAGE: dict[type[Exception], str] = {
     AdapterCorrupt: "the stored files of this adapter cannot be read; upload it again",
+    AccessUnavailable: "keys cannot be checked now; try again later",
     StoreUnavailable: "the adapter store cannot be used now; try again later",
     IndexLost: "the adapter store cannot be used until its index is made anew; the server's log says how",
 }
@@ -177,9 +186,13 @@ def _answer(error: LoramuxError | AdapterError, status: int, type_: str, code: s
     if isinstance(error, RequestError):
         body |= {"param": error.param, "code": error.code}
         status = 404 if error.code == MODEL_NOT_FOUND else status
+    elif isinstance(error, RateLimited):
+        body["type"] = error.kind
+        if error.retry_after is not None:
+            headers["retry-after"] = str(error.retry_after)
     elif isinstance(error, ServerBusy):
         headers["retry-after"] = str(error.retry_after)
-    elif isinstance(error, StoreUnavailable):
+    elif isinstance(error, StoreUnavailable | AccessUnavailable):
         headers["retry-after"] = str(STORE_RETRY_SECONDS)
     elif isinstance(error, BodyNotDecodable):
         headers["accept-encoding"] = error.accepted

@@ -18,12 +18,15 @@ from loramux_server.errors import ServerBusy
 from loramux_server.wire.connections import Connections, Purpose
 
 REQUEST_ID = "x-request-id"
-EXPOSED = (REQUEST_ID, "x-loramux-adapter-version", "x-loramux-queue-ms", "x-loramux-ttft-ms", "retry-after")
+EXPOSED = (
+    *(REQUEST_ID, "x-loramux-adapter-version", "x-loramux-queue-ms", "x-loramux-ttft-ms", "retry-after"),
+    *(f"x-ratelimit-{what}-{kind}" for kind in ("requests", "tokens") for what in ("limit", "remaining", "reset")),
+)
 BUSY_SECONDS = 2
 _LEGAL_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _ABSOLUTE = re.compile(rb"https?://([^/@]+)(/.*)?", re.IGNORECASE)
 _OPERATIONS = ("/health", "/ready", "/metrics", "/metrics/vllm")
-_MANAGEMENT = re.compile(r"/v1/(?:adapters(?:/.*)?|(?:un)?load_lora_adapter)", re.DOTALL)
+_MANAGEMENT = re.compile(r"/v1/(?:(?:adapters|keys|tenants|audit)(?:/.*)?|(?:un)?load_lora_adapter)", re.DOTALL)
 
 
 def request_id_of(scope: Scope) -> str:

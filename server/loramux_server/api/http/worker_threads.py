@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
+from contextvars import copy_context
 from functools import partial
 from typing import ParamSpec, TypeVar
 
@@ -58,7 +59,7 @@ async def _in_thread(function: Callable[[], T], undo: Callable[[T], object] | No
             _work.left = None
 
     loop = asyncio.get_running_loop()
-    future = loop.run_in_executor(None, work)
+    future = loop.run_in_executor(None, copy_context().run, work)
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:

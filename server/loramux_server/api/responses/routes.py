@@ -7,6 +7,7 @@ from fastapi import Request, Response
 from loramux_server.api.completions.prepare import Preparation, refusals_counted
 from loramux_server.api.completions.reply.sending import send
 from loramux_server.api.completions.running.generation import Generation
+from loramux_server.api.http.auth import Access, access, caller_of
 from loramux_server.api.http.body import read_json
 from loramux_server.api.http.dependencies import Dependencies
 from loramux_server.api.http.json_object import parsed_off_loop
@@ -21,6 +22,7 @@ class ResponseRoutes:
         self._deps = deps
         self._preparation = Preparation(deps)
 
+    @access(Access.INFER)
     async def create(self, request: Request) -> Response:
         generation, reply, streamed = await self._asked(request)
         return await send(request, generation, reply, streamed=streamed)
@@ -33,7 +35,7 @@ class ResponseRoutes:
                 parse_response, await read_json(request, limit=limits.body_bytes, pace=limits.pace)
             )
             chat = as_chat(body)
-            leases = await self._preparation.leases(chat.model, chat.adapters)
+            leases = await self._preparation.leases(caller_of(request), chat.model, chat.adapters)
         try:
             generation = await self._preparation.chat(chat, leases)
         except RequestError as error:

@@ -239,7 +239,7 @@ class WaitingQueues:
                 continue
             lack = self._start(entry, line, admitted)
             if lack is None:
-                self._share.charge(line.flow, cost_of_prompt(entry.sequence))
+                self._share.charge(line.flow, cost_of_prompt(entry.sequence), entry.sequence.weight)
                 tokens -= entry.sequence.num_uncomputed
                 for older in blocked:
                     older.passed_over += 1
@@ -326,12 +326,14 @@ class WaitingQueues:
             self._share.enter(entry.sequence.flow)
             self._enqueue(self._lines, entry.sequence)
 
-    def _turn(self, line: Line) -> tuple[int, ...]:
-        """The least comes first: the flow that got least, and the oldest of those that got the same."""
+    def _turn(self, line: Line) -> tuple[float, ...]:
+        """The least comes first: the highest priority, then the flow that got least, then the oldest."""
         entry = line.next
-        return (*self._share.turn(line.flow), -1 if entry is None else entry.number)
+        if entry is None:
+            return (0, *self._share.turn(line.flow), -1)
+        return (-entry.sequence.priority, *self._share.turn(line.flow), entry.number)
 
-    def _hold(self, lines: Mapping[Flow, Line], order: Callable[[Line], tuple[int, ...]]) -> None:
+    def _hold(self, lines: Mapping[Flow, Line], order: Callable[[Line], tuple[float, ...]]) -> None:
         """Pins what lines of one kind need in host memory. Each kind has the whole limit: so neither waits for what
         the other holds.
         """

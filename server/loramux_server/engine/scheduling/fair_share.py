@@ -39,16 +39,16 @@ class _Account:
         last: of its parts, the one that was active last.
     """
 
-    counter: int = 0
+    counter: float = 0
     active: int = 0
     users: int = 0
     parts: dict[str, _Account] = field(default_factory=dict)
     last: _Account | None = None
     crowded: int = _FEW  # with so many parts it looks for some to forget
-    known_least: int | None = None  # until something changes below it
+    known_least: float | None = None  # until something changes below it
 
     @property
-    def least(self) -> int:
+    def least(self) -> float:
         """What a part that becomes active is lifted to."""
         if self.known_least is None:
             of_last = 0 if self.last is None else self.last.counter
@@ -188,13 +188,13 @@ class FairShare:
             part.active -= 1
             around.last, around.known_least = part, None
 
-    def charge(self, flow: Flow, cost: int) -> None:
-        """It got something that costs so much."""
-        for account in self._path(flow):
-            account.counter += cost
+    def charge(self, flow: Flow, cost: int, weight: int = 1) -> None:
+        """It got something that costs so much. `weight`: of its outermost part, which gets so many times as much."""
+        for level, account in enumerate(self._path(flow)):
+            account.counter += cost / weight if level == 1 and weight > 1 else cost
             account.known_least = None
 
-    def turn(self, flow: Flow) -> tuple[int, ...]:
+    def turn(self, flow: Flow) -> tuple[float, ...]:
         """Orders flows: the least comes next. Of one that is not active, what it would be if it were now."""
         return tuple(
             part.counter if part.active else max(part.counter, around.least)

@@ -199,7 +199,7 @@ class Scheduler:
                 sequence.scheduled_at = now
             sequence.num_computed += row.num_tokens
             if row.samples and not sequence.gives_way:
-                self._share.charge(sequence.flow, REPLY_WEIGHT)
+                self._share.charge(sequence.flow, REPLY_WEIGHT, sequence.weight)
         rows.sort(key=lambda row: (row.num_states > 0, row.sequence.slots))
         batch = Batch(rows, admitted.slot_loads)
         if rows:

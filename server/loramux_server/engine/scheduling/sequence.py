@@ -211,6 +211,9 @@ class Sequence:
         shares_prompt_with: id of a sequence with the same prompt and adapters, handed over with this one and before it:
             its prompt is waited for, so that the complete blocks of it are found. If it ends before, this one reads the
             prompt itself.
+        tenant: whose it is; None is the operator's. Tenants share the engine fairly, and each between its adapters.
+        weight: of its tenant's share.
+        priority: of its tenant: higher ones go first.
         cache_group: keys and values of its tokens are shared with sequences of the same group alone.
     """
 
@@ -221,6 +224,9 @@ class Sequence:
     adapter: str | None = None
     background: bool = False
     shares_prompt_with: str | None = None
+    tenant: str | None = None
+    weight: int = 1
+    priority: int = 0
     cache_group: str = ""
     arrived: float = field(default_factory=time.monotonic)
     flow: Flow = field(init=False)  # ends with the set of its versions: those of one flow need the same on the device
@@ -252,7 +258,7 @@ class Sequence:
         versions = sorted({use.version for use in self.adapters})
         # A sum of adapters shares with the first of them: else whoever asks for ever new sums would get most turns.
         share = BACKGROUND if self.background else "".join(versions[:1])
-        self.flow = (share, "+".join(versions))
+        self.flow = (self.tenant or "", share, "+".join(versions))
 
     @property
     def gives_way(self) -> bool:

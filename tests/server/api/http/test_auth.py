@@ -7,7 +7,7 @@ import pytest
 from fastapi.routing import APIRoute
 from starlette.requests import Request
 
-from loramux_server.api.http.auth import Access, Authorizer, access
+from loramux_server.api.http.auth import Access, Authorizer, access, access_of
 from loramux_server.api.http.dependencies import Keys
 from loramux_server.api.http.errors import NotAllowed, NotAuthenticated
 from support.fakes_api import make_server
@@ -17,11 +17,12 @@ API, ADMIN = "api-secret", "admin-secret"
 PUBLIC_PATHS = ("/", "/health", "/ready")
 
 
+@access(Access.INFER)
 async def endpoint() -> None:
     pass
 
 
-@access(Access.ADMIN)
+@access(Access.MANAGE)
 async def management() -> None:
     pass
 
@@ -159,19 +160,24 @@ async def test_every_route_but_three_asks_for_a_key(tmp_path: Path) -> None:
                 expected = 200 if path in PUBLIC_PATHS else 401
                 assert reply.status_code == expected, (method, path)
                 checked += 1
-    assert checked == 24
+    assert checked == 31
 
 
 @pytest.mark.anyio
 async def test_a_route_that_says_nothing_asks_for_a_key(tmp_path: Path) -> None:
     server = make_server(tmp_path, keys=Keys(API))
-    server.app.add_api_route("/forgotten", endpoint, methods=["GET"])
+
+    async def forgotten() -> None:
+        pass
+
+    server.app.add_api_route("/forgotten", forgotten, methods=["GET"])
     async with server.client() as client:
         assert (await client.get("/forgotten")).status_code == 401
+    assert access_of(forgotten) is Access.OPERATOR
 
 
 @pytest.mark.anyio
-async def test_management_routes_are_those_that_change_or_give_out_adapters(tmp_path: Path) -> None:
+async def test_management_routes_are_those_that_change_or_give_out_adapters_or_keys(tmp_path: Path) -> None:
     server = make_server(tmp_path, keys=Keys(API, ADMIN))
     async with server.client(headers={"authorization": f"Bearer {API}"}) as client:
         statuses = {
@@ -188,6 +194,13 @@ async def test_management_routes_are_those_that_change_or_give_out_adapters(tmp_
         ("POST", "/v1/adapters/{name:anything}/rollback"),
         ("POST", "/v1/adapters/{name:anything}/pin"),
         ("DELETE", "/v1/adapters/{name:anything}/pin"),
+        ("GET", "/v1/keys"),
+        ("POST", "/v1/keys"),
+        ("DELETE", "/v1/keys/{key}"),
+        ("POST", "/v1/keys/{key}/rotate"),
+        ("GET", "/v1/tenants"),
+        ("PUT", "/v1/tenants/{tenant}"),
+        ("GET", "/v1/audit"),
     }
 
 

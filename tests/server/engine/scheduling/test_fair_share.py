@@ -140,12 +140,54 @@ def test_tokens_found_in_the_prefix_cache_cost_nothing() -> None:
     bench = Bench(SchedulerConfig(max_num_seqs=1), num_blocks=64, block_size=4, max_kept=64)
     bench.add(sequence("first", text="x", prompt=16, max_tokens=1, version="v"))
     bench.step()
-    before = bench.scheduler._share.turn(("v", "v"))
+    before = bench.scheduler._share.turn(("", "v", "v"))
     bench.add(sequence("second", text="x", prompt=16, max_tokens=1, version="v"))
     bench.step()
     assert bench.ended.keys() == {"first", "second"}
-    cost, _ = (after - first for after, first in zip(bench.scheduler._share.turn(("v", "v")), before, strict=True))
+    cost, _, _ = (
+        after - first for after, first in zip(bench.scheduler._share.turn(("", "v", "v")), before, strict=True)
+    )
     assert cost == PROMPT_WEIGHT * 4 + REPLY_WEIGHT, "one block had to be computed"
+
+
+def ended_of(bench: Bench) -> Counter[str]:
+    """How many have ended, by the first word of their names."""
+    return Counter(name.split()[0] for name in bench.ended)
+
+
+def test_a_tenant_of_many_adapters_gets_no_more_than_one_of_one() -> None:
+    bench = Bench(SchedulerConfig(max_num_seqs=2), num_blocks=256, rows=256)
+    for number in range(100):
+        for adapter in "abcd":
+            bench.add(sequence(f"many {adapter} {number}", version=adapter, tenant="many", max_tokens=4))
+        bench.add(sequence(f"one {number}", version="e", tenant="one", max_tokens=4))
+    bench.run(200)
+    ended = ended_of(bench)
+    assert abs(ended["many"] - ended["one"]) <= 3 and ended["one"] > 40
+    by_adapter = Counter(name.split()[1] for name in bench.ended if name.startswith("many"))
+    assert max(by_adapter.values()) - min(by_adapter.values()) <= 1, "and its adapters share that"
+
+
+def test_a_tenant_gets_as_much_as_it_weighs_and_the_operator_weighs_one() -> None:
+    bench = Bench(SchedulerConfig(max_num_seqs=2), num_blocks=256, rows=256)
+    for number in range(200):
+        bench.add(sequence(f"heavy {number}", tenant="heavy", weight=3, max_tokens=4))
+        bench.add(sequence(f"light {number}", tenant="light", max_tokens=4))
+        bench.add(sequence(f"operator {number}", max_tokens=4))
+    bench.run(300)
+    ended = ended_of(bench)
+    assert ended["light"] >= 30 and abs(ended["light"] - ended["operator"]) <= 3
+    assert abs(ended["heavy"] - 3 * ended["light"]) <= 6
+
+
+def test_a_higher_priority_starts_before_all_others_and_stops_no_reply() -> None:
+    bench = Bench(SchedulerConfig(max_num_seqs=2), num_blocks=256, rows=256)
+    bench.add(*(sequence(f"low {number}", tenant="low", max_tokens=8) for number in range(40)))
+    bench.run(2)
+    bench.add(*(sequence(f"high {number}", tenant="high", priority=1, max_tokens=8) for number in range(6)))
+    while len(bench.ended) < 8:
+        bench.step()
+    assert ended_of(bench) == {"low": 2, "high": 6}, "the two that ran, then all of the higher"
 
 
 class FlowKind(NamedTuple):

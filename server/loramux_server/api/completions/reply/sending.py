@@ -7,6 +7,7 @@ from typing import Protocol
 
 from fastapi import Request, Response
 
+from loramux_server.access.rates import rate_headers
 from loramux_server.api.completions.reply.reply_format import time_headers
 from loramux_server.api.completions.running.choice import Piece
 from loramux_server.api.completions.running.generation import Generation
@@ -28,7 +29,7 @@ class WrittenReply(Protocol):
 
 async def send(request: Request, generation: Generation, reply: WrittenReply, *, streamed: bool) -> Response:
     """The first piece is awaited either way, so that what fails before it has a real status."""
-    headers = {VERSION: generation.leases.version}
+    headers = {VERSION: generation.leases.version} | rate_headers(await generation.leases.seat.remaining())
     handed_over = False
     try:
         if not streamed:

@@ -21,7 +21,7 @@ from loramux_server.errors import RequestError
 
 if TYPE_CHECKING:
     from loramux_adapters.store.store import Lease
-    from loramux_server.api.http.dependencies import StoreLike
+    from loramux_server.api.http.visible_store import VisibleStore
 
 Body = TypeVar("Body", bound=GenerationRequest)
 Value = TypeVar("Value")
@@ -41,9 +41,9 @@ class RequestDefaults:
     limited_by: str | None = None
 
     @classmethod
-    def of(cls, store: StoreLike, leases: Sequence[Lease]) -> RequestDefaults:
+    def of(cls, store: VisibleStore, leases: Sequence[Lease]) -> RequestDefaults:
         """Reads files of leased versions. Raises AdapterCorrupt."""
-        own = [(lease.name, _stored(store, lease, read_generation_defaults)) for lease in leases]
+        own = [(store.shown(lease.name), _stored(store, lease, read_generation_defaults)) for lease in leases]
         if not own:
             return cls()
         limits = [(said.context, name) for name, said in own if said.context is not None]
@@ -74,7 +74,7 @@ class RequestDefaults:
         return f"the context of the adapter {self.limited_by}" if is_own else "the context"
 
 
-def _stored(store: StoreLike, lease: Lease, read: Callable[[Path], Value]) -> Value:
+def _stored(store: VisibleStore, lease: Lease, read: Callable[[Path], Value]) -> Value:
     """Of a leased version's files. Raises AdapterCorrupt."""
     try:
         return read(store.directory(lease.version))
@@ -82,7 +82,7 @@ def _stored(store: StoreLike, lease: Lease, read: Callable[[Path], Value]) -> Va
         raise AdapterCorrupt(f"the stored files of version {lease.version[:12]} cannot be read as published") from error
 
 
-def own_tokens_of(store: StoreLike, leases: Sequence[Lease], known: int) -> OwnTokens | None:
+def own_tokens_of(store: VisibleStore, leases: Sequence[Lease], known: int) -> OwnTokens | None:
     """Tokens that leased versions add to the base's tokenizer, whose base has embeddings of `known` tokens.
 
     All of one request that add some have to add the same: an id stands for one token. Of rows without a tokenizer's
@@ -90,7 +90,11 @@ def own_tokens_of(store: StoreLike, leases: Sequence[Lease], known: int) -> OwnT
 
     Raises RequestError, AdapterCorrupt.
     """
-    found = [(lease.name, own) for lease in leases if (own := _stored(store, lease, read_own_tokens)) is not None]
+    found = [
+        (store.shown(lease.name), own)
+        for lease in leases
+        if (own := _stored(store, lease, read_own_tokens)) is not None
+    ]
     agreed = same_of_all(
         found,
         "add different tokens to the base's tokenizer under the same ids, so they cannot answer together; use one of "
@@ -101,9 +105,9 @@ def own_tokens_of(store: StoreLike, leases: Sequence[Lease], known: int) -> OwnT
         return agreed
     named = {name for name, _ in found}
     adding = [
-        lease.name
+        name
         for lease in versions.values()
-        if lease.name in named or _rows(store.directory(lease.version)) > known
+        if (name := store.shown(lease.name)) in named or _rows(store.directory(lease.version)) > known
     ]
     nameless = next((name for name in adding if name not in named), None)
     if nameless is not None and len(adding) > 1:

@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import TYPE_CHECKING
 
 from loramux_server.api.completions.running.choice import Choice, Piece
 from loramux_server.api.completions.running.leases import AdapterLeases
@@ -21,8 +20,7 @@ from loramux_server.engine.scheduling.sequence import FinishReason, TokenOutput
 from loramux_server.errors import LoramuxError, ReplyImpossible, RequestError, SequenceFailed, ServerBusy
 from loramux_server.metrics.metrics import Metrics
 
-if TYPE_CHECKING:
-    pass
+_COUNTED = 16  # tokens of a reply that are counted for its tenant at a time
 
 
 class Generation:
@@ -142,6 +140,7 @@ class Generation:
 
     async def _follow(self, choice: Choice, outputs: AsyncGenerator[TokenOutput, None]) -> AsyncGenerator[Piece, None]:
         """The pieces of one choice."""
+        seat, uncounted = self.leases.seat, 0
         try:
             while choice.finish is None:
                 try:
@@ -155,8 +154,12 @@ class Generation:
                 except LoramuxError:
                     choice.over = True
                     raise
+                uncounted += output.token_id is not None
+                if uncounted >= _COUNTED:
+                    uncounted = await seat.write(uncounted)
                 yield choice.feed(output)
         finally:
+            await seat.write(uncounted)
             if not choice.over:
                 choice.over = True
                 self._engine.abort(choice.sequence.id)

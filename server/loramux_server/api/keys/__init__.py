@@ -1,0 +1,1 @@
+"""/v1/keys: who may call, managed by those who may say so."""

@@ -1,0 +1,1 @@
+"""`loramux keys`, `tenants` and `audit`: who may call, what they may take, and what they changed."""
