@@ -12,7 +12,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hmac import compare_digest
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 
 from loramux_server.access.caller import Caller, Scope
 from loramux_server.access.key_text import KeyText
-from loramux_server.access.private_file import connected, make_private
+from loramux_server.access.private_file import connected, make_database, make_private
 from loramux_server.access.tenant import Tenant, TenantLimits
 from loramux_server.errors import AccessUnavailable, NoSuchKey
 
@@ -98,6 +98,7 @@ class AccessFile:
         # Who only looks never waits for who writes, and for the disk that the latter waits for.
         self._reader, self._writer = _Connected(), _Connected()
         self._pepper = b""
+        self._has_keys = False
 
     def close(self) -> None:
         """May be called twice."""
@@ -109,8 +110,11 @@ class AccessFile:
 
     @property
     def has_keys(self) -> bool:
-        """Whether a key was ever made: from then on, nothing is open to callers without one."""
-        return has_keys(self._root)
+        """Whether a key was ever made: from then on, nothing is open to callers without one. None is ever removed."""
+        if not self._has_keys and (self._root / ACCESS_FILE).exists():
+            with self._reading() as connection:
+                self._has_keys = bool(connection.execute("SELECT EXISTS (SELECT 1 FROM keys)").fetchone()[0])
+        return self._has_keys
 
     def caller(self, text: bytes) -> Caller | None:
         """Who shows this key; None if it was never made, is revoked or has expired."""
@@ -184,7 +188,7 @@ class AccessFile:
 
     def tenants(self) -> list[Tenant]:
         """By name."""
-        if not self.has_keys:
+        if not (self._root / ACCESS_FILE).exists():
             return []
         with self._reading() as connection:
             rows = connection.execute("SELECT name, created, limits FROM tenants ORDER BY name").fetchall()
@@ -251,7 +255,7 @@ class AccessFile:
                 make_private(
                     self._root / SECRET_FILE, lambda path: path.write_bytes(secrets.token_bytes(_SECRET_BYTES))
                 )
-                make_private(self._root / ACCESS_FILE, _fill)
+                make_database(self._root / ACCESS_FILE, _SCHEMA, _VERSION)
             pepper = (self._root / SECRET_FILE).read_bytes()
             if len(pepper) != _SECRET_BYTES:
                 raise AccessUnavailable(f"{SECRET_FILE} is damaged; without it no key can be checked")
@@ -266,15 +270,12 @@ def _make_tenant(connection: sqlite3.Connection, name: str, created: int) -> Non
 
 
 def has_keys(root: Path) -> bool:
-    """Whether a key was ever made for the store in this directory."""
-    return (root / ACCESS_FILE).exists()
-
-
-def _fill(path: Path) -> None:
-    """With empty tables. Closed, it is one file again."""
-    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        connection.execute("PRAGMA journal_mode = WAL")  # stays with the file: who reads never waits for who writes
-        connection.executescript(f"{_SCHEMA} PRAGMA user_version = {_VERSION};")
+    """Whether a key was ever made for the store in this directory. Raises AccessUnavailable."""
+    file = AccessFile(root)
+    try:
+        return file.has_keys
+    finally:
+        file.close()
 
 
 def _record(row: tuple[object, ...]) -> KeyRecord:

@@ -11,7 +11,6 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 from loramux_adapters.store.records import StoreChange
 from loramux_server.access.access_file import KeyRecord
 from loramux_server.access.actor import current_actor
-from loramux_server.access.private_file import connected, make_private
+from loramux_server.access.private_file import connected, make_database
 from loramux_server.errors import AccessUnavailable
 
 AUDIT_FILE = "audit.sqlite"
@@ -105,7 +104,7 @@ class AuditFile:
         try:
             with self._lock:
                 if self._connection is None:
-                    make_private(self._path, _fill)
+                    make_database(self._path, _SCHEMA, _VERSION)
                 self._opened().execute(
                     f"INSERT INTO entries ({_COLUMNS.removeprefix('id, ')}) VALUES ({', '.join('?' * len(row))})", row
                 )
@@ -149,9 +148,3 @@ def of_key(record: KeyRecord) -> str:
     """What an entry says of a key."""
     of = "the operator" if record.tenant is None else f"the tenant {record.tenant}"
     return f"of {of}, with {', '.join(sorted(record.scopes))}"
-
-
-def _fill(path: Path) -> None:
-    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.executescript(f"{_SCHEMA} PRAGMA user_version = {_VERSION};")

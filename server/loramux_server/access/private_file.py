@@ -6,7 +6,7 @@ import os
 import secrets
 import sqlite3
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 from loramux_adapters.durable_files import sync
@@ -30,6 +30,17 @@ def make_private(path: Path, fill: Callable[[Path], object]) -> None:
         sync(path.parent)
     finally:
         new.unlink(missing_ok=True)
+
+
+def make_database(path: Path, schema: str, version: int) -> None:
+    """Empty tables in a private file, unless it is there."""
+
+    def fill(new: Path) -> None:
+        with closing(sqlite3.connect(new, isolation_level=None)) as connection:  # closed, it is one file again
+            connection.execute("PRAGMA journal_mode = WAL")  # stays with it: who reads never waits for who writes
+            connection.executescript(f"{schema} PRAGMA user_version = {version};")
+
+    make_private(path, fill)
 
 
 def connected(path: Path, version: int) -> sqlite3.Connection:

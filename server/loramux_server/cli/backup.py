@@ -15,24 +15,15 @@ from loramux_adapters.store.store import AdapterStore
 from loramux_server.access.actor import acting, at_the_shell
 from loramux_server.access.audit_file import AuditFile
 from loramux_server.cli import frame
+from loramux_server.cli.options import store_directory, store_option
 from loramux_server.cli.screen import print_table
-from loramux_server.config.serve import ServeConfig
-from loramux_server.config.settings import settings_of
 from loramux_server.errors import CommandFailed
 from loramux_server.plain_text import for_reader
 from loramux_server.publishing.backup import BackupOutcome, describe, restore_backup, write_backup
 
-_SETTING = settings_of(ServeConfig)["adapter_dir"]
 _EPILOG = "It works on the store's directory, not through a server; one may run on it meanwhile."
 
-Directory = Annotated[
-    Path | None,
-    typer.Option(
-        _SETTING.flag,
-        metavar="DIR",
-        help=f"the store (default: {_SETTING.variable}, or else {_SETTING.default})",
-    ),
-]
+Directory = Annotated[Path | None, store_option("the store")]
 
 backup, restore, quarantine, rebuild = (frame.new_app() for _ in range(4))
 
@@ -60,7 +51,7 @@ def read(
     adapter_dir: Directory = None,
 ) -> int:
     """Enter the adapters of a backup into a store."""
-    directory = _directory(ctx, adapter_dir)
+    directory = store_directory(ctx, adapter_dir)
     store = AdapterStore(directory, owner=False)
     store.tell_changed(AuditFile(directory).changed)
     try:
@@ -98,13 +89,9 @@ def rebuild_index(ctx: typer.Context, adapter_dir: Directory = None) -> int:
     return 0 if rebuilt.is_whole else 1
 
 
-def _directory(ctx: typer.Context, given: Path | None) -> Path:
-    return given or Path(ctx.obj.get(_SETTING.variable) or str(_SETTING.default))
-
-
 def _existing(ctx: typer.Context, given: Path | None) -> Path:
     """The store's directory, with its index or without. Raises CommandFailed where none is."""
-    directory = _directory(ctx, given)
+    directory = store_directory(ctx, given)
     if not (directory / "versions").is_dir():
         raise CommandFailed(f"{directory} holds no adapter store; name one with --adapter-dir")
     return directory

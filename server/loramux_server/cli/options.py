@@ -11,6 +11,7 @@ import typer
 
 from loramux_server.cli.frame import Command, new_app
 from loramux_server.config.load import CONFIG_VARIABLE, load
+from loramux_server.config.serve import ServeConfig
 from loramux_server.config.settings import Setting, Settings, settings_of
 
 METAVARS = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
@@ -84,3 +85,17 @@ def _help(setting: Setting) -> str:
     also = ", ".join(flag for flag in setting.also if flag.startswith("--"))
     told = "; ".join(each for each in (also and f"also {also}", default) if each)
     return f"{setting.help} ({told})" if told else setting.help
+
+
+_STORE = settings_of(ServeConfig)["adapter_dir"]
+
+
+def store_option(what: str) -> Any:
+    """The store's directory, for commands that work on it; `store_directory` reads it. `what`: it is to them."""
+    default = f"(default: {_STORE.variable}, or else {_STORE.default})"
+    return typer.Option(_STORE.flag, metavar="DIR", help=f"{what} {default}")
+
+
+def store_directory(ctx: typer.Context, given: Path | None) -> Path:
+    """What a command line says, or else the environment, or else the default."""
+    return given or Path(ctx.obj.get(_STORE.variable) or str(_STORE.default))

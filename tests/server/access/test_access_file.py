@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from loramux_server.access.access_file import ACCESS_FILE, SECRET_FILE, AccessFile
+from loramux_server.access.access_file import ACCESS_FILE, SECRET_FILE, AccessFile, has_keys
 from loramux_server.access.caller import Caller, Scope, check_tenant, scopes_of
 from loramux_server.access.key_text import KeyText
 from loramux_server.access.spans import seconds_of
@@ -48,6 +48,16 @@ def test_a_key_says_whose_it_is_and_what_it_may_do(file: AccessFile) -> None:
     assert file.caller(text(key)) == Caller(f"key {key.id}", "acme", frozenset({Scope.INFER, Scope.UPLOAD}))
     assert file.records() == [record] and [tenant.name for tenant in file.tenants()] == ["acme"]
     assert file.records("other") == []
+
+
+def test_limits_alone_close_no_server(file: AccessFile, tmp_path: Path) -> None:
+    file.limit("acme", {"weight": 2})
+    assert not file.has_keys and not has_keys(tmp_path / "store")
+    assert [tenant.name for tenant in file.tenants()] == ["acme"] and file.records() == []
+    key, _ = file.create(tenant="acme", scopes=INFER)
+    assert file.has_keys and has_keys(tmp_path / "store")
+    found = file.caller(text(key))
+    assert found is not None and found.limits.weight == 2
 
 
 def test_no_secret_is_stored_shown_or_readable_by_others(file: AccessFile, tmp_path: Path) -> None:

@@ -17,23 +17,13 @@ from loramux_server.access.caller import Scope, check_tenant, scopes_of
 from loramux_server.access.spans import seconds_of
 from loramux_server.cli import frame
 from loramux_server.cli.adapters import URL_VARIABLE
+from loramux_server.cli.options import store_directory, store_option
 from loramux_server.cli.screen import print_table
 from loramux_server.config.environment import key_of
-from loramux_server.config.serve import ServeConfig
-from loramux_server.config.settings import settings_of
 from loramux_server.errors import CommandFailed, ConfigError
 
 COLUMNS = ("id", "tenant", "scopes", "state", "created", "until", "note")
-_SETTING = settings_of(ServeConfig)["adapter_dir"]
-
-Directory = Annotated[
-    Path | None,
-    typer.Option(
-        _SETTING.flag,
-        metavar="DIR",
-        help=f"the store whose keys these are (default: {_SETTING.variable}, or else {_SETTING.default})",
-    ),
-]
+Directory = Annotated[Path | None, store_option("the store whose keys these are")]
 Url = Annotated[
     str | None,
     typer.Option("--url", metavar="URL", help="a running server instead; its keys are managed with an admin's key"),
@@ -223,11 +213,11 @@ class _Remote:
 def keys_at(ctx: typer.Context, directory: Path | None, url: str | None) -> AccessManager:
     """Where a command's options, or the environment, say that keys are."""
     if directory is not None and url is not None:
-        raise ConfigError(f"give {_SETTING.flag} or --url, not both")
+        raise ConfigError("give --adapter-dir or --url, not both")
     url = url or (None if directory is not None else ctx.obj.get(URL_VARIABLE))
     if url:
         return _Remote(url, key_of(ctx.obj))
-    return _Local(directory or Path(ctx.obj.get(_SETTING.variable) or str(_SETTING.default)))
+    return _Local(store_directory(ctx, directory))
 
 
 def _show_new(key: dict[str, Any], as_json: bool) -> None:

@@ -53,7 +53,7 @@ def limit(
     adapter_dir: Directory = None,
     url: Url = None,
 ) -> None:
-    """StoreChange limits of a tenant; they hold from its next request on."""
+    """Change limits of a tenant; they hold from its next request on."""
     tenant = keys_at(ctx, adapter_dir, url).limit(check_tenant(name), dict(map(_parsed, limits)))
     if json_:
         frame.show(json.dumps(tenant, indent=2))
