@@ -108,3 +108,21 @@ def by_loop(y: torch.Tensor, x: torch.Tensor, targets: Sequence[lora.LoraTarget]
 def delta_error(got: torch.Tensor, want: torch.Tensor, before: torch.Tensor) -> float:
     """Of the deltas alone, as a part of their size."""
     return float((got.float() - want.float()).norm() / (want.float() - before.float()).norm())
+
+
+def assert_same_bits_in_any_company(
+    device: torch.device, act: torch.dtype, layers: Layers, used: Sequence[Adapters], alone: Sequence[int]
+) -> None:
+    """Rows of these adapters in two other orders, and those at `alone` by themselves, have the bits that they have."""
+    x = numbers(len(used), INPUTS, device, act)
+    y = numbers(len(used), layers.columns, device, torch.float32)
+    tables = make_tables(device, programs=5)
+    fill(tables, step([(adapters, 1) for adapters in used]))
+    together = add(y.clone(), x, layers.targets, tables)
+    for order in (list(reversed(range(len(used)))), torch.randperm(len(used)).tolist()):
+        fill(tables, step([(used[t], 1) for t in order]))
+        assert torch.equal(add(y[order], x[order], layers.targets, tables), together[order])
+    few = make_tables(device, LoraSizes(rows=1, runs=1, entries=2, ranks=64))
+    for t in alone:
+        fill(few, step([(used[t], 1)]))
+        assert torch.equal(add(y[t : t + 1].clone(), x[t : t + 1], layers.targets, few)[0], together[t])

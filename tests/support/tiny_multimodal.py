@@ -11,6 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers import logging as transformers_logging
 
+from loramux_adapters.device.cpu import CpuDevice
+from loramux_server.base.architecture.experts import put_expert
+from loramux_server.base.loader import BaseModel, load_base_model
+from loramux_server.kernels.layers.nf4_linear import NF4Linear
 from support.tiny_models import ATTENTIONS, COMMON, tiny_tokenizer
 
 _VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -144,3 +148,25 @@ def as_one_config(directory: Path) -> None:
     text.pop("model_type")
     section = {"type": "mrope", "mrope_section": rope["mrope_section"]}
     path.write_text(json.dumps(text | config | {"rope_theta": rope["rope_theta"], "rope_scaling": section}))
+
+
+def load(directory: Path, **options: Any) -> BaseModel:
+    """The base that a checkpoint is served as, on the CPU, packed beside it."""
+    cache = directory.parent / "cache"
+    return load_base_model(str(directory), device=CpuDevice(), cache_dir=cache, report=lambda line: None, **options)
+
+
+def whole_logits(directory: Path, base: BaseModel, tokens: list[int]) -> torch.Tensor:
+    """Transformers' own multimodal model, in fp32, given text alone, with the weights that the base has."""
+    factory: Any = AutoModelForImageTextToText
+    whole = factory.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    decoder = whole.get_decoder()
+    decoder = getattr(decoder, "model", decoder)  # Llama 4's has a head
+    for path, layer in base.model.named_modules():
+        if isinstance(layer, NF4Linear):
+            inside = path.removeprefix("model.").removesuffix(".base_layer")
+            if not put_expert(decoder, inside, layer.dequantized()):
+                decoder.get_submodule(inside).weight.data = layer.dequantized()
+    with torch.inference_mode():
+        logits: torch.Tensor = whole(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
+    return logits

@@ -15,7 +15,6 @@ from loramux_adapters.errors import AdapterRejected
 from loramux_adapters.lora.slots import Slot
 from loramux_adapters.lora.verify import check_adapter
 from loramux_adapters.lora.weights import load_host_adapter
-from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.base.support import unsupported_config
 from loramux_server.errors import BaseModelError
 from loramux_server.kernels.layers.nf4_linear import NF4Linear
@@ -25,40 +24,18 @@ from support.tiny_models import tiny_config
 from support.tiny_multimodal import (
     MULTIMODAL,
     as_one_config,
+    load,
     multimodal_config,
     rename_tensors,
     save_multimodal,
     tensor_names,
+    whole_logits,
 )
 
 CPU = CpuDevice()
 PROMPT = torch.randint(0, 256, (45,), generator=torch.Generator().manual_seed(1)).tolist()
 NOW, BEFORE = "model.language_model.", "language_model.model."
 LAYER = "layers.1.mlp.down_proj"
-
-
-def load(directory: Path, **options: Any) -> BaseModel:
-    cache = directory.parent / "cache"
-    return load_base_model(str(directory), device=CPU, cache_dir=cache, report=lambda line: None, **options)
-
-
-def whole_logits(directory: Path, base: BaseModel, tokens: list[int]) -> torch.Tensor:
-    """Transformers' own multimodal model, in fp32, given text alone, with the weights that the base has."""
-    factory: Any = AutoModelForImageTextToText
-    whole = factory.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
-    decoder = whole.get_decoder()
-    decoder = getattr(decoder, "model", decoder)  # Llama 4's has a head
-    replaced = 0
-    for path, layer in base.model.named_modules():
-        if isinstance(layer, NF4Linear):
-            decoder.get_submodule(
-                path.removeprefix("model.").removesuffix(".base_layer")
-            ).weight.data = layer.dequantized()
-            replaced += 1
-    assert replaced == 7 * base.model.config.num_hidden_layers
-    with torch.inference_mode():
-        logits: torch.Tensor = whole(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
-    return logits
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -69,6 +46,8 @@ def test_a_text_gets_the_answers_of_the_whole_model_and_by_a_whole_step(kind: st
     stepper = Stepper(base.model)
     sequence = stepper.sequence("s", PROMPT)
     steps = stepper.greedy(sequence, 4, chunk=13)
+    replaced = sum(isinstance(module, NF4Linear) for module in base.model.modules())
+    assert replaced == 7 * base.model.config.num_hidden_layers
     theirs = whole_logits(directory, base, PROMPT + sequence.output)
     for index, ours in enumerate(steps):
         assert relative_difference(ours, theirs[len(PROMPT) - 1 + index]) < 0.01

@@ -8,43 +8,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
 
 from loramux_adapters.device.cpu import CpuDevice
 from loramux_adapters.lora.slots import Slot
 from loramux_adapters.lora.verify import check_adapter
-from loramux_server.base.architecture.experts import put_expert
-from loramux_server.base.loader import BaseModel, load_base_model
 from loramux_server.kernels.layers.experts import Experts
-from loramux_server.kernels.layers.nf4_linear import NF4Linear
 from support.adapter_files import write_adapter
 from support.stepping import Stepper, relative_difference
 from support.tiny_models import ATTENTION_MIXTURES
-from support.tiny_multimodal import MIXED, save_multimodal
+from support.tiny_multimodal import MIXED, load, save_multimodal, whole_logits
 
 CPU = CpuDevice()
 PROMPT = torch.randint(0, 256, (45,), generator=torch.Generator().manual_seed(1)).tolist()
-
-
-def load(directory: Path, **options: Any) -> BaseModel:
-    cache = directory.parent / "cache"
-    return load_base_model(str(directory), device=CPU, cache_dir=cache, report=lambda line: None, **options)
-
-
-def whole_logits(directory: Path, base: BaseModel, tokens: list[int]) -> torch.Tensor:
-    """Transformers' own multimodal model, in fp32, given text alone, with the weights that the base has."""
-    factory: Any = AutoModelForImageTextToText
-    whole = factory.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
-    decoder = whole.get_decoder()
-    decoder = getattr(decoder, "model", decoder)  # Llama 4's has a head
-    for path, layer in base.model.named_modules():
-        if isinstance(layer, NF4Linear):
-            inside = path.removeprefix("model.").removesuffix(".base_layer")
-            if not put_expert(decoder, inside, layer.dequantized()):
-                decoder.get_submodule(inside).weight.data = layer.dequantized()
-    with torch.inference_mode():
-        logits: torch.Tensor = whole(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
-    return logits
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from support.gpu_lora import (
     Adapters,
     Layers,
     add,
+    assert_same_bits_in_any_company,
     by_loop,
     delta_error,
     fill,
@@ -104,18 +105,7 @@ def test_a_row_has_the_same_bits_alone_in_company_and_in_any_order(
 ) -> None:
     used: list[Adapters] = [EVERY_RANK[0], SUMS[0], EVERY_RANK[0], (), EVERY_RANK[2], SUMS[1], EVERY_RANK[0]]
     used += [EVERY_RANK[1]] * 18
-    x = numbers(len(used), INPUTS, device, act)
-    y = numbers(len(used), layers.columns, device, torch.float32)
-    tables = make_tables(device, programs=5)
-    fill(tables, step([(adapters, 1) for adapters in used]))
-    together = add(y.clone(), x, layers.targets, tables)
-    for order in (list(reversed(range(len(used)))), torch.randperm(len(used)).tolist()):
-        fill(tables, step([(used[t], 1) for t in order]))
-        assert torch.equal(add(y[order], x[order], layers.targets, tables), together[order])
-    few = make_tables(device, LoraSizes(rows=1, runs=1, entries=2, ranks=64))
-    for t in (0, 1, 4, 5, 20):
-        fill(few, step([(used[t], 1)]))
-        assert torch.equal(add(y[t : t + 1].clone(), x[t : t + 1], layers.targets, few)[0], together[t])
+    assert_same_bits_in_any_company(device, act, layers, used, alone=(0, 1, 4, 5, 20))
 
 
 def test_programs_and_parts_summed_together_change_no_bit(

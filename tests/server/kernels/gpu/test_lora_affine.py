@@ -9,7 +9,6 @@ from loramux_adapters.lora.ops import HAS_AFFINE, HAS_DELTA, Arena
 from loramux_adapters.lora.slots import SMALLEST_RANK
 from loramux_server.kernels.gpu import lora
 from loramux_server.kernels.gpu.launch import launch_now
-from loramux_server.kernels.gpu.lora_tables import LoraSizes
 from loramux_server.kernels.gpu.step import plain
 from support.gpu_lora import (
     ARENA_ROWS,
@@ -20,6 +19,7 @@ from support.gpu_lora import (
     Adapters,
     Layers,
     add,
+    assert_same_bits_in_any_company,
     by_loop,
     delta_error,
     fill,
@@ -100,18 +100,7 @@ def test_rows_with_gain_and_shift_have_the_same_bits_alone_in_company_and_in_any
 ) -> None:
     used: list[Adapters] = [EVERY_RANK[0], SUMS[0], EVERY_RANK[1], (), EVERY_RANK[2], SUMS[1], EVERY_RANK[4]]
     used += [EVERY_RANK[3]] * 18
-    x = numbers(len(used), INPUTS, device, act)
-    y = numbers(len(used), roomy.columns, device, torch.float32)
-    tables = make_tables(device, programs=5)
-    fill(tables, step([(adapters, 1) for adapters in used]))
-    together = add(y.clone(), x, roomy.targets, tables)
-    for order in (list(reversed(range(len(used)))), torch.randperm(len(used)).tolist()):
-        fill(tables, step([(used[t], 1) for t in order]))
-        assert torch.equal(add(y[order], x[order], roomy.targets, tables), together[order])
-    few = make_tables(device, LoraSizes(rows=1, runs=1, entries=2, ranks=64))
-    for t in (0, 1, 2, 4, 5, 20):
-        fill(few, step([(used[t], 1)]))
-        assert torch.equal(add(y[t : t + 1].clone(), x[t : t + 1], roomy.targets, few)[0], together[t])
+    assert_same_bits_in_any_company(device, act, roomy, used, alone=(0, 1, 2, 4, 5, 20))
 
 
 def test_room_for_gain_and_shift_changes_no_bit_of_rows_without(
